@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors that the attention wrappers read and write: one layer's memory, and one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Hold the memory of one layer. P pages (page 0 is the padding target), R request rows (row 0 likewise).
+
+    Attributes:
+        records: uint8 [P, Hk, record_bytes], contiguous; record of page p and KV head h.
+        ring_k, ring_v: [R, ring_len, Hk, D] model dtype, contiguous, rotated; the token at position i of the request
+            in row r is at [r, i % ring_len].
+    """
+
+    records: torch.Tensor
+    ring_k: torch.Tensor
+    ring_v: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Hold what the decode kernels of all layers share; made once, so that CUDA graphs see fixed addresses.
+
+    Attributes:
+        rotated_q: float32 [B, Hq, D], the rotated query.
+        partial_out: float32 [B, Hq, S, D], the normalised output of each split.
+        partial_lse: float32 [B, Hq, S], its base-2 log sum of exp; -inf where a split is empty.
+    """
+
+    rotated_q: torch.Tensor
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Describe a decode step: B requests, one new token each. All tensors on the device, none is read by the host.
+
+    Attributes:
+        rows: int64 [B], request row. Padded requests have row 0, seq_len 1, page 0.
+        seq_lens: int32 [B], tokens including the new one (its position is seq_len - 1).
+        page_table: int32 [B, P_max], page id of each page of the request; only pages that hold tokens are valid.
+        store_pages: int32 [B], page of the new token, the target of the encoder when the token fills it.
+        exact_starts: int32 [B], tokens taken from the prefix cache, a multiple of the page.
+        workspace: buffers for at least B requests; None for the torch form.
+    """
+
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    page_table: torch.Tensor
+    store_pages: torch.Tensor
+    exact_starts: torch.Tensor
+    workspace: DecodeWorkspace | None = None
+
+
+@dataclass(frozen=True)
+class ExtendBatch:
+    """Describe an extend (prefill) step: B requests with one or more new tokens each, T in total.
+
+    Attributes:
+        rows, page_table, exact_starts: as in `DecodeBatch`.
+        prefix_lens: int32 [B], tokens before the new ones, any number (not only whole pages).
+        seq_lens: int32 [B], tokens including the new ones.
+        qo_indptr: int32 [B + 1], first new token of each request in q, k, v.
+        prefix_lens_host, seq_lens_host: the same numbers as Python lists; they size the grids.
+    """
+
+    rows: torch.Tensor
+    prefix_lens: torch.Tensor
+    seq_lens: torch.Tensor
+    qo_indptr: torch.Tensor
+    page_table: torch.Tensor
+    exact_starts: torch.Tensor
+    prefix_lens_host: list[int]
+    seq_lens_host: list[int]

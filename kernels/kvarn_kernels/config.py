@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a preset means: bit widths, tile size and the exact window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvarn_kernels import tile
+
+SUPPORTED_HEAD_DIMS = (64, 128, 256)
+_BIT_WIDTHS = {"k4v2": (4, 2), "k4v4": (4, 4), "k2v2": (2, 2)}
+_CANONICAL = "_canonical"
+_ALIASES = {"kvarn": "kvarn_k4v2_g128", "kvarn" + _CANONICAL: "kvarn_k4v2_g128" + _CANONICAL}
+
+
+@dataclass(frozen=True)
+class KVarNConfig:
+    """Describe one cache format.
+
+    Example: ``KVarNConfig.from_preset("kvarn")`` has 4-bit keys, 2-bit values, tiles of 128 tokens and a window
+    of one page; its record takes 14,336 bytes at head_dim 128, so 112 bytes per token and KV head against 512 in
+    16 bit.
+
+    Attributes:
+        name: full preset name, e.g. ``kvarn_k4v2_g128``.
+        k_bits, v_bits: bits per key / value code, 2 or 4.
+        tile_size: tokens in a tile (the paper's group), equal to SGLang's page size.
+        window_pages: pages before the query's own page that are read exactly (position rule, `reference.attention`).
+    """
+
+    name: str
+    k_bits: int
+    v_bits: int
+    tile_size: int = 128
+    window_pages: int = 1
+
+    @classmethod
+    def from_preset(cls, name: str) -> KVarNConfig:
+        """Return the configuration of a preset.
+
+        Raises:
+            ValueError: the name is not one of `preset_names`.
+        """
+        full = _ALIASES.get(name, name)
+        for bits, (k_bits, v_bits) in _BIT_WIDTHS.items():
+            for suffix, window_pages in (("", 1), (_CANONICAL, 0)):
+                if full == f"kvarn_{bits}_g128{suffix}":
+                    return cls(name=full, k_bits=k_bits, v_bits=v_bits, window_pages=window_pages)
+        raise ValueError(f"expected a KVarN preset, one of {', '.join(preset_names())}, got {name!r}")
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether a prefix-cache hit reads the same values as a miss (no exact window)."""
+        return self.window_pages == 0
+
+    @property
+    def ring_len(self) -> int:
+        """Tokens in the ring of one request row: the window and the query's own page."""
+        return (self.window_pages + 1) * self.tile_size
+
+    def record_bytes(self, head_dim: int) -> int:
+        """Return the bytes of one record (one page of one KV head, keys and values).
+
+        Raises:
+            ValueError: head_dim is not one of `SUPPORTED_HEAD_DIMS`.
+        """
+        if head_dim not in SUPPORTED_HEAD_DIMS:
+            raise ValueError(f"expected head_dim in {SUPPORTED_HEAD_DIMS}, got {head_dim}: use a 16-bit or fp8 cache")
+        return tile.record_bytes(head_dim, self.k_bits, self.v_bits)
+
+    def bytes_per_token(self, head_dim: int) -> int:
+        """Return the record bytes per token and KV head; 112 for ``kvarn`` at head_dim 128 (16-bit: 512)."""
+        total = self.record_bytes(head_dim)
+        assert total % self.tile_size == 0, "a record is a whole number of bytes per token"
+        return total // self.tile_size
+
+
+def preset_names() -> list[str]:
+    """Return every accepted preset name, the alias first."""
+    full = [f"kvarn_{bits}_g128{suffix}" for suffix in ("", _CANONICAL) for bits in _BIT_WIDTHS]
+    return [*_ALIASES, *full]

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rotation: Sylvester's Hadamard matrix, orthonormal, symmetric, its own inverse."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=8)
+def _signs(head_dim: int) -> torch.Tensor:
+    signs = torch.ones(1, 1)
+    while signs.shape[0] < head_dim:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)], 0)
+    return signs
+
+
+def hadamard(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return H = Sylvester(head_dim) / sqrt(head_dim), float32 [D, D]; H = H^T and H H = I.
+
+    Source: arXiv 2606.03458, appendix A (natural order, no random signs).
+
+    Raises:
+        ValueError: head_dim is not a power of two.
+    """
+    if head_dim < 1 or head_dim & (head_dim - 1):
+        raise ValueError(f"expected head_dim to be a power of two, got {head_dim}: this model cannot use KVarN")
+    return (_signs(head_dim) / head_dim**0.5).to(device)
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotate the last dimension of x: x H. float32 in between, result float32 [..., D].
+
+    The signs are summed first and the sum is scaled by 1 / sqrt(D) last, as the kernel does, so that the sum has the
+    same rounding whether D is an even power of two or not.
+    """
+    head_dim = x.shape[-1]
+    return (x.float() @ _signs(head_dim).to(x.device)) * (1.0 / head_dim**0.5)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tile record: the only place that knows a byte offset or a bit position.
+
+A record holds one page of one KV head: G = 128 tokens, D channels, keys and values, in the rotated frame. Sections,
+in this order, little endian, every section a multiple of 16 bytes:
+
+    section           type     shape                    contents
+    k_codes           int32    [G / TBk, D / CBk]       key codes, kb bits
+    v_codes           int32    [G / TBv, D / CBv]       value codes, vb bits
+    k_channel_scale   fp16     [D]
+    k_channel_zero    fp16     [D]
+    v_channel_scale   fp16     [D]
+    k_token_scale     fp16     [G]
+    v_token_scale     fp16     [G]
+    v_token_zero      fp16     [G]
+    k_first           16 bit   [D]                      token 0, exact, in the dtype that the header names
+    v_first           16 bit   [D]
+
+    K[t, d] = (k_channel_scale[d] * c + k_channel_zero[d]) * k_token_scale[t]
+    V[t, d] = (v_token_scale[t] * c + v_token_zero[t]) * v_channel_scale[d]
+
+A word of b-bit codes has 32 / b = TB * CB fields. Field n = i * CB + j, at bit b * n, of word (r, c) is the code of
+token r + (G / TB) * i and channel c + (D / CB) * j. So one shift and mask of a block of words is a block of codes
+with whole rows and columns, without moving data between threads, and (word >> s) & mask gives two fields at once
+in the two 16-bit halves: the operands of a matrix instruction.
+
+The codes of token 0 are zero, except that byte 0 of the record (the lowest bits of key word (0, 0), which belong to
+token 0 in every layout) is the header: `HEADER` | dtype of the first rows. A page that was never encoded has no
+header, which tests rely on. Readers take token 0 from k_first and v_first and ignore its codes.
+
+Example, D = 128, k4v2: k_codes [128, 16] at 0, v_codes [32, 32] at 8,192, k_channel_scale at 12,288, k_first at
+13,824, size 14,336 = 112 bytes per token.
+"""
+
+from __future__ import annotations
+
+import triton
+
+TILE_SIZE = 128
+HEADER = 0x20
+HEADER_BF16 = 0x01
+
+
+@triton.constexpr_function
+def k_channel_blocks(head_dim, bits):
+    """Return CB of the key codes: at least 16 channels a block, the depth of a matrix instruction."""
+    return min(32 // bits, head_dim // 16)
+
+
+@triton.constexpr_function
+def k_token_blocks(head_dim, bits):
+    """Return TB of the key codes."""
+    return 32 // bits // min(32 // bits, head_dim // 16)
+
+
+@triton.constexpr_function
+def v_token_blocks(bits):
+    """Return TB of the value codes: 32 tokens a block, a multiple of the depth of a matrix instruction."""
+    return 4
+
+
+@triton.constexpr_function
+def v_channel_blocks(bits):
+    """Return CB of the value codes."""
+    return 8 // bits
+
+
+@triton.constexpr_function
+def v_codes_offset(head_dim, k_bits):
+    """Return the byte offset of the value codes (the key codes are at 0)."""
+    return 128 * head_dim * k_bits // 8
+
+
+@triton.constexpr_function
+def scales_offset(head_dim, k_bits, v_bits):
+    """Return the byte offset of the fp16 sections, which follow the codes."""
+    return 128 * head_dim * (k_bits + v_bits) // 8
+
+
+@triton.constexpr_function
+def k_channel_scale_index(head_dim):
+    """Return the index of k_channel_scale[0], in 16-bit elements after `scales_offset`; likewise below."""
+    return 0
+
+
+@triton.constexpr_function
+def k_channel_zero_index(head_dim):
+    return head_dim
+
+
+@triton.constexpr_function
+def v_channel_scale_index(head_dim):
+    return 2 * head_dim
+
+
+@triton.constexpr_function
+def k_token_scale_index(head_dim):
+    return 3 * head_dim
+
+
+@triton.constexpr_function
+def v_token_scale_index(head_dim):
+    return 3 * head_dim + 128
+
+
+@triton.constexpr_function
+def v_token_zero_index(head_dim):
+    return 3 * head_dim + 256
+
+
+@triton.constexpr_function
+def k_first_index(head_dim):
+    return 3 * head_dim + 384
+
+
+@triton.constexpr_function
+def v_first_index(head_dim):
+    return 4 * head_dim + 384
+
+
+@triton.constexpr_function
+def record_bytes(head_dim, k_bits, v_bits):
+    """Return the size of a record in bytes: D * G * (kb + vb) / 8 + 6 D + 6 G + 4 D."""
+    return 128 * head_dim * (k_bits + v_bits) // 8 + 2 * (5 * head_dim + 384)
