@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode full pages into records; byte for byte what `reference.encode_tile` gives."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvarn_kernels import tile
+from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.reference.quantiser import LARGEST_INPUT, SHRINK_STEP, SHRINK_STEPS
+
+_LARGEST_INPUT = tl.constexpr(LARGEST_INPUT)
+_SHRINK_STEP = tl.constexpr(SHRINK_STEP)
+_SHRINK_STEPS = tl.constexpr(SHRINK_STEPS)
+
+
+@triton.jit
+def _sanitise(x):
+    x = x.to(tl.float32)
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -_LARGEST_INPUT), _LARGEST_INPUT), 0.0)
+
+
+@triton.jit
+def _std(x, AXIS: tl.constexpr, COUNT: tl.constexpr):
+    # sums in float64: their order does not reach the rounded float32, so every device gives the same bytes
+    wide = x.to(tl.float64)
+    total = tl.sum(wide, AXIS, keep_dims=True)
+    squares = tl.sum(wide * wide, AXIS, keep_dims=True)
+    variance = tl.maximum((squares - total * total / COUNT) / COUNT, 0.0).to(tl.float32)
+    std = tl.sqrt_rn(variance)
+    return tl.where(std > 0, std, 1.0)
+
+
+@triton.jit
+def _inverse(x):
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
+def _exponent(x):
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+
+
+@triton.jit
+def _power_of_two(exponent):
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_half(x):
+    return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+
+
+@triton.jit
+def _codes(balanced, low, step, LEVELS: tl.constexpr):
+    inverse = tl.where(step > 0, _inverse(tl.where(step > 0, step, 1.0)), 0.0)
+    return tl.minimum(tl.maximum(tl.floor((balanced - low) * inverse + 0.5), 0.0), LEVELS)
+
+
+@triton.jit
+def quantise_side(t, valid, ROW_COUNT: tl.constexpr, COL_COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Quantise T [R, C] float32 as `reference.quantise_side` does.
+
+    Args:
+        t: sanitised, 0 where not valid.
+        valid: bool [R, C], false for the first token (a row of a value tile, a column of a key tile).
+        ROW_COUNT, COL_COUNT: valid elements of a row and of a column.
+
+    Returns:
+        codes int32 [R, C] (0 where not valid), scale fp16 [R, 1], zero fp16 [R, 1], cross fp16 [1, C].
+    """
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    row_inverse = _inverse(_std(t, 1, ROW_COUNT))
+    cross = _std(t * row_inverse, 0, COL_COUNT)
+    cross = tl.minimum(tl.maximum(cross, 2.0**-13), 2.0**13).to(tl.float16).to(tl.float32)
+    balanced = t * _inverse(cross)
+    low = tl.min(tl.where(valid, balanced, float("inf")), 1, keep_dims=True)
+    high = tl.max(tl.where(valid, balanced, float("-inf")), 1, keep_dims=True)
+    # the row of the first token of a value tile has no valid element
+    low = tl.where(low <= high, low, 0.0)
+    high = tl.where(low <= high, high, 0.0)
+    if BITS == 4:
+        step = (high - low) * (1.0 / LEVELS)
+        codes = _codes(balanced, low, step, LEVELS)
+        scale, zero = step, low
+    else:
+        middle = (low + high) * 0.5
+        half = (high - low) * 0.5
+        step = half * (2.0 / LEVELS)
+        best_low, best_step = low, step
+        best_error = tl.full(low.shape, float("inf"), tl.float64)
+        shrink = tl.full([1, 1], 1.0, tl.float32)
+        for _ in range(_SHRINK_STEPS):
+            reach = half * shrink
+            n_low = middle - reach
+            n_step = reach * (2.0 / LEVELS)
+            error = _codes(balanced, n_low, n_step, LEVELS) * n_step + n_low - balanced
+            wide = tl.where(valid, error, 0.0).to(tl.float64)
+            squares = tl.sum(wide * wide, 1, keep_dims=True)
+            better = squares < best_error
+            best_error = tl.where(better, squares, best_error)
+            best_low = tl.where(better, n_low, best_low)
+            best_step = tl.where(better, n_step, best_step)
+            shrink -= _SHRINK_STEP
+        low, step = best_low, best_step
+        codes = _codes(balanced, low, step, LEVELS)
+        approx = ((codes * step + low) * cross).to(tl.float64)
+        wide = t.to(tl.float64)
+        power = tl.sum(wide * wide, 1, keep_dims=True)
+        overlap = tl.sum(approx * wide, 1, keep_dims=True)
+        gain = tl.where(overlap > 0, power / tl.where(overlap > 0, overlap, 1.0), 1.0).to(tl.float32)
+        gain = tl.minimum(tl.maximum(gain, 0.5), 2.0)
+        scale, zero = step * gain, low * gain
+    valid_column = tl.max(valid.to(tl.int32), 0, keep_dims=True) > 0
+    cross = tl.where(valid_column, cross, 0.0)
+    reach = tl.maximum(tl.abs(zero), tl.abs(scale * LEVELS + zero))
+    exponent = _exponent(tl.max(reach, 0, keep_dims=True))  # [1, 1]
+    exponent = tl.minimum(tl.maximum(exponent, -14), 14 - _exponent(tl.max(cross, 1, keep_dims=True)))
+    down, up = _power_of_two(-exponent), _power_of_two(exponent)
+    codes = tl.where(valid, codes, 0.0).to(tl.int32)
+    return codes, _to_half(scale * down), _to_half(zero * down), _to_half(cross * up)
+
+
+@triton.jit
+def pack_words(codes, BITS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, TB: tl.constexpr, CB: tl.constexpr):
+    """Pack codes int32 [G, D] into words int32 [G / TB, D / CB]; field order in `kvarn_kernels.tile`."""
+    fields = tl.reshape(codes, [TB, TOKENS // TB, CB, D // CB])
+    i, j = tl.arange(0, TB), tl.arange(0, CB)
+    shifts = BITS * (i[:, None] * CB + j[None, :])  # [TB, CB]
+    # fields do not overlap, so the sum is the bitwise or (and wraps like it in the sign bit)
+    return tl.sum(tl.sum(fields << shifts[:, None, :, None], 2), 0)
+
+
+@triton.jit
+def _encode_kernel(
+    records_ptr,  # [P, Hk, RECORD] uint8, written
+    ring_k_ptr,  # [R, RING_LEN, Hk, D]
+    ring_v_ptr,
+    chunk_k_ptr,  # [T, Hk, D] rotated new tokens, if CHUNK
+    chunk_v_ptr,
+    rows_ptr,  # [B] int64
+    prefix_lens_ptr,  # [B] int32, if CHUNK
+    seq_lens_ptr,  # [B] int32
+    qo_indptr_ptr,  # [B + 1] int32, if CHUNK
+    pages_ptr,  # [B, P_max] int32 page table if CHUNK, else [B] store pages
+    stride_pages,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    RING_LEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    b, head = tl.program_id(0), tl.program_id(2) // 2
+    seq_len = tl.load(seq_lens_ptr + b)
+    if CHUNK:
+        prefix_len = tl.load(prefix_lens_ptr + b)
+        page = prefix_len // G + tl.program_id(1)
+        if (page + 1) * G > seq_len:
+            return
+        page_id = tl.load(pages_ptr + b.to(tl.int64) * stride_pages + page).to(tl.int64)
+    else:
+        if seq_len % G != 0:
+            return
+        prefix_len = seq_len
+        page = seq_len // G - 1
+        page_id = tl.load(pages_ptr + b).to(tl.int64)
+    row = tl.load(rows_ptr + b)
+    g, d = tl.arange(0, G), tl.arange(0, D)
+    position = page * G + g
+    ring_token = row * RING_LEN + position % RING_LEN
+    ring_offsets = (ring_token * HK + head) * D
+    in_ring = position < prefix_len
+    chunk_offsets = ring_offsets
+    if CHUNK:
+        chunk_token = tl.load(qo_indptr_ptr + b).to(tl.int64) + position - prefix_len
+        chunk_offsets = (chunk_token * HK + head) * D
+    RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
+    record = records_ptr + (page_id * HK + head) * RECORD
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    firsts = halves.to(tl.pointer_type(tl.int16))
+    if tl.program_id(2) % 2 == 0:
+        TB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
+        CB: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
+        x = tl.load(ring_k_ptr + ring_offsets[None, :] + d[:, None], mask=in_ring[None, :], other=0.0)  # [D, G]
+        if CHUNK:
+            new = tl.load(chunk_k_ptr + chunk_offsets[None, :] + d[:, None], mask=~in_ring[None, :], other=0.0)
+            x = tl.where(in_ring[None, :], x, new)
+        valid = (g > 0)[None, :] & (d >= 0)[:, None]
+        t = tl.where(valid, _sanitise(x), 0.0)
+        codes, scale, zero, cross = quantise_side(t, valid, G - 1, D, K_BITS)
+        words = pack_words(tl.trans(codes), K_BITS, G, D, TB, CB)
+        r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
+        IS_BF16: tl.constexpr = ring_k_ptr.dtype.element_ty == tl.bfloat16
+        HEADER: tl.constexpr = tile.HEADER | (tile.HEADER_BF16 if IS_BF16 else 0)
+        words = words | tl.where((r[:, None] == 0) & (c[None, :] == 0), HEADER, 0)
+        out = record.to(tl.pointer_type(tl.int32))
+        tl.store(out + r[:, None] * (D // CB) + c[None, :], words)
+        tl.store(halves + tile.k_channel_scale_index(D) + d[:, None], scale)
+        tl.store(halves + tile.k_channel_zero_index(D) + d[:, None], zero)
+        tl.store(halves + tile.k_token_scale_index(D) + g[None, :], cross)
+        out_first = firsts + tile.k_first_index(D) + d
+        in_ptr, chunk_ptr = ring_k_ptr, chunk_k_ptr
+    else:
+        TB: tl.constexpr = tile.v_token_blocks(V_BITS)
+        CB: tl.constexpr = tile.v_channel_blocks(V_BITS)
+        x = tl.load(ring_v_ptr + ring_offsets[:, None] + d[None, :], mask=in_ring[:, None], other=0.0)  # [G, D]
+        if CHUNK:
+            new = tl.load(chunk_v_ptr + chunk_offsets[:, None] + d[None, :], mask=~in_ring[:, None], other=0.0)
+            x = tl.where(in_ring[:, None], x, new)
+        valid = (g > 0)[:, None] & (d >= 0)[None, :]
+        t = tl.where(valid, _sanitise(x), 0.0)
+        codes, scale, zero, cross = quantise_side(t, valid, D, G - 1, V_BITS)
+        words = pack_words(codes, V_BITS, G, D, TB, CB)
+        r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
+        out = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
+        tl.store(out + r[:, None] * (D // CB) + c[None, :], words)
+        tl.store(halves + tile.v_token_scale_index(D) + g[:, None], scale)
+        tl.store(halves + tile.v_token_zero_index(D) + g[:, None], zero)
+        tl.store(halves + tile.v_channel_scale_index(D) + d[None, :], cross)
+        out_first = firsts + tile.v_first_index(D) + d
+        in_ptr, chunk_ptr = ring_v_ptr, chunk_v_ptr
+    # token 0, exact, as 16 bits: bf16 stays bf16, anything else becomes fp16
+    first_in_ring = page * G < prefix_len
+    first = tl.load(in_ptr + (row * RING_LEN + page * G % RING_LEN) * HK * D + head * D + d, mask=first_in_ring, other=0.0)
+    if CHUNK:
+        first_token = tl.load(qo_indptr_ptr + b).to(tl.int64) + page * G - prefix_len
+        new_first = tl.load(chunk_ptr + (first_token * HK + head) * D + d, mask=~first_in_ring, other=0.0)
+        first = tl.where(first_in_ring, first, new_first)
+    if ring_k_ptr.dtype.element_ty == tl.bfloat16:
+        tl.store(out_first, first.to(tl.int16, bitcast=True))
+    else:
+        tl.store(out_first, first.to(tl.float16).to(tl.int16, bitcast=True))
+
+
+def _launch(grid, cache: LayerCache, config: KVarNConfig, pages, stride_pages, rows, seq_lens, chunk) -> None:
+    kv_heads, head_dim = cache.ring_k.shape[2:]
+    k, v, prefix_lens, qo_indptr = chunk or (None, None, None, None)
+    _encode_kernel[grid](
+        cache.records,
+        cache.ring_k,
+        cache.ring_v,
+        k,
+        v,
+        rows,
+        prefix_lens,
+        seq_lens,
+        qo_indptr,
+        pages,
+        stride_pages,
+        HK=kv_heads,
+        D=head_dim,
+        G=config.tile_size,
+        K_BITS=config.k_bits,
+        V_BITS=config.v_bits,
+        RING_LEN=config.ring_len,
+        CHUNK=chunk is not None,
+        num_warps=8,
+        # contraction of a * b + c would change the last bit against the oracle
+        enable_fp_fusion=False,
+    )
+
+
+def encode_from_ring(
+    cache: LayerCache, rows: torch.Tensor, seq_lens: torch.Tensor, store_pages: torch.Tensor, config: KVarNConfig
+) -> None:
+    """Encode, for each request whose seq_len is a multiple of the page, its last page from the ring.
+
+    Programs of other requests return at once, so that it can be part of a CUDA graph.
+
+    Args:
+        cache: ring read, records written.
+        rows: int64 [B]; seq_lens: int32 [B]; store_pages: int32 [B], page id of the last token.
+    """
+    kv_heads = cache.ring_k.shape[2]
+    _launch((rows.shape[0], 1, 2 * kv_heads), cache, config, store_pages, 0, rows, seq_lens, None)
+
+
+def encode_from_chunk(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: LayerCache,
+    rows: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    page_table: torch.Tensor,
+    max_full_pages: int,
+    config: KVarNConfig,
+) -> None:
+    """Encode every page that the new tokens of each request complete.
+
+    Args:
+        k, v: [T, Hk, D] rotated new tokens, contiguous, model dtype; positions before prefix_len come from the ring.
+        page_table: int32 [B, P_max]; max_full_pages: the most pages that one request completes.
+    """
+    if max_full_pages == 0:
+        return
+    kv_heads = cache.ring_k.shape[2]
+    grid = (rows.shape[0], max_full_pages, 2 * kv_heads)
+    chunk = (k, v, prefix_lens, qo_indptr)
+    _launch(grid, cache, config, page_table, page_table.stride(0), rows, seq_lens, chunk)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two entry points in batched torch, for a CPU: same record bytes, same position rule, same memory as the kernels.
+
+Requests are attended one by one, so that the output of a request does not depend on its company. Nothing outside the
+request's own ring row, the page table entries of pages that hold tokens and the records of complete pages is read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.reference import decode_tile, encode_tile, hadamard
+
+# pages that are encoded or decoded at once; bounds the float64 temporaries of the encoder to some 100 MB
+PAGE_SLAB = 32
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotate the last dimension of x: x H, float32 [..., D].
+
+    Signs are summed in float64, so that the result does not depend on how many rows are rotated together.
+    """
+    head_dim = x.shape[-1]
+    signs = hadamard(head_dim, x.device).sign().double()
+    return ((x.double() @ signs) * head_dim**-0.5).float()
+
+
+def record_pages(position: int, exact_start: int, config: KVarNConfig) -> int:
+    """Return how many leading pages the query at a position reads from records; it reads the others exactly."""
+    page = position // config.tile_size
+    return min(page, max(page - config.window_pages, exact_start // config.tile_size))
+
+
+def _decode_pages(cache: LayerCache, pages: torch.Tensor, config: KVarNConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the decoded keys and values of n pages, each float32 [Hk, n * G, D]."""
+    kv_heads, head_dim = cache.ring_k.shape[2:]
+    shape = (kv_heads, len(pages), config.tile_size, head_dim)
+    k, v = (torch.empty(shape, dtype=torch.float32, device=cache.records.device) for _ in range(2))
+    for start in range(0, len(pages), PAGE_SLAB):
+        slab = slice(start, start + PAGE_SLAB)
+        k[:, slab], v[:, slab] = decode_tile(cache.records[pages[slab].long()].transpose(0, 1), config, head_dim)
+    return k.flatten(1, 2), v.flatten(1, 2)
+
+
+def _encode_pages(
+    k: torch.Tensor, v: torch.Tensor, cache: LayerCache, pages: torch.Tensor, config: KVarNConfig
+) -> None:
+    """Encode n whole pages of rotated keys and values, each [n * G, Hk, D], into the records of the given page ids."""
+    tiles = [x.unflatten(0, (len(pages), config.tile_size)).transpose(1, 2) for x in (k, v)]
+    for start in range(0, len(pages), PAGE_SLAB):
+        slab = slice(start, start + PAGE_SLAB)
+        cache.records[pages[slab].long()] = encode_tile(tiles[0][slab], tiles[1][slab], config)
+
+
+def _ring_tokens(ring: torch.Tensor, row: int, start: int, end: int) -> torch.Tensor:
+    """Return the tokens at positions start .. end - 1 of the request in a row: [end - start, Hk, D]."""
+    return ring[row, torch.arange(start, end, device=ring.device) % ring.shape[1]]
+
+
+def _attend(
+    q: torch.Tensor,
+    records: tuple[torch.Tensor, torch.Tensor],
+    exact: tuple[torch.Tensor, torch.Tensor],
+    sm_scale: float,
+) -> torch.Tensor:
+    """Attend queries of one page to N decoded keys and then to E exact ones, the last of which is the last query's.
+
+    Args:
+        q: float32 [n, Hq, D], rotated, consecutive positions.
+        records: decoded keys and values, each float32 [Hk, N, D].
+        exact: exact keys and values, each float32 [Hk, E, D], E >= n; query r sees the first E - n + 1 + r.
+
+    Returns:
+        float32 [n, Hq, D], rotated.
+    """
+    queries, qo_heads, head_dim = q.shape
+    (record_k, record_v), (exact_k, exact_v) = records, exact
+    kv_heads, keys, _ = exact_k.shape
+    # [Hk, group * n, D]
+    rows = (q * sm_scale).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+    exact_scores = rows @ exact_k.transpose(1, 2)
+    if queries > 1:
+        hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu_(keys - queries + 1)
+        exact_scores.unflatten(1, (-1, queries)).masked_fill_(hidden, float("-inf"))
+    if record_k.shape[1] == 0:
+        out = exact_scores.softmax(-1) @ exact_v
+    else:
+        weights = torch.cat([rows @ record_k.transpose(1, 2), exact_scores], -1).softmax(-1)
+        split = record_k.shape[1]
+        out = weights[..., :split] @ record_v + weights[..., split:] @ exact_v
+    return out.reshape(qo_heads, queries, head_dim).transpose(0, 1)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    cache: LayerCache,
+    batch: DecodeBatch,
+    config: KVarNConfig,
+    sm_scale: float,
+) -> None:
+    """Store one new token per request, encode the page it fills, and attend; arguments as in `ops.decode_attention`."""
+    rotated_q = rotate(q)
+    slots = (batch.seq_lens.long() - 1) % config.ring_len
+    cache.ring_k[batch.rows, slots] = rotate(k).to(cache.ring_k.dtype)
+    cache.ring_v[batch.rows, slots] = rotate(v).to(cache.ring_v.dtype)
+    rotated_out = torch.empty_like(rotated_q)
+    requests = zip(batch.rows.tolist(), batch.seq_lens.tolist(), batch.exact_starts.tolist(), strict=True)
+    for b, (row, seq_len, exact_start) in enumerate(requests):
+        if seq_len % config.tile_size == 0:
+            page = [_ring_tokens(x, row, seq_len - config.tile_size, seq_len) for x in (cache.ring_k, cache.ring_v)]
+            _encode_pages(*page, cache, batch.store_pages[b : b + 1], config)
+        n = record_pages(seq_len - 1, exact_start, config)
+        records = _decode_pages(cache, batch.page_table[b, :n], config)
+        exact_k, exact_v = (
+            _ring_tokens(x, row, n * config.tile_size, seq_len).transpose(0, 1).float()
+            for x in (cache.ring_k, cache.ring_v)
+        )
+        rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale)[0]
+    out.copy_(rotate(rotated_out))
+
+
+def _store_chunk(chunk: torch.Tensor, ring: torch.Tensor, row: int, prefix_len: int) -> None:
+    """Write the tokens of a chunk [n, Hk, D] that the next one may read into the ring."""
+    kept = min(len(chunk), ring.shape[1])
+    end = prefix_len + len(chunk)
+    ring[row, torch.arange(end - kept, end, device=ring.device) % ring.shape[1]] = chunk[len(chunk) - kept :]
+
+
+def _extend_request(
+    q: torch.Tensor,
+    chunk: tuple[torch.Tensor, torch.Tensor],
+    cache: LayerCache,
+    row: int,
+    prefix_len: int,
+    exact_start: int,
+    pages: torch.Tensor,
+    config: KVarNConfig,
+    sm_scale: float,
+) -> torch.Tensor:
+    """Encode, attend and store one request; q float32 [n, Hq, D] and chunk [n, Hk, D] rotated, pages int32 [P_max]."""
+    size = config.tile_size
+    seq_len = prefix_len + len(q)
+    first_exact = record_pages(prefix_len, exact_start, config) * size
+    # positions first_exact .. seq_len - 1; the own page of the first new token is always among them
+    exact = [
+        torch.cat([_ring_tokens(ring, row, first_exact, prefix_len), new])
+        for ring, new in zip((cache.ring_k, cache.ring_v), chunk, strict=True)
+    ]
+    first, last = prefix_len // size, seq_len // size
+    if last > first:
+        fresh = slice(first * size - first_exact, last * size - first_exact)
+        _encode_pages(exact[0][fresh], exact[1][fresh], cache, pages[first:last], config)
+    records = _decode_pages(cache, pages[: record_pages(seq_len - 1, exact_start, config)], config)
+    exact_k, exact_v = (x.transpose(0, 1).float() for x in exact)
+    out = torch.empty_like(q)
+    for page in range(first, (seq_len - 1) // size + 1):
+        start, end = max(page * size, prefix_len), min((page + 1) * size, seq_len)
+        n = record_pages(start, exact_start, config) * size
+        seen = slice(n - first_exact, end - first_exact)
+        out[start - prefix_len : end - prefix_len] = _attend(
+            q[start - prefix_len : end - prefix_len],
+            (records[0][:, :n], records[1][:, :n]),
+            (exact_k[:, seen], exact_v[:, seen]),
+            sm_scale,
+        )
+    for new, ring in zip(chunk, (cache.ring_k, cache.ring_v), strict=True):
+        _store_chunk(new, ring, row, prefix_len)
+    return out
+
+
+def extend_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    cache: LayerCache,
+    batch: ExtendBatch,
+    config: KVarNConfig,
+    sm_scale: float,
+) -> None:
+    """Store new tokens, encode the pages they fill, and attend; arguments as in `ops.extend_attention`."""
+    rows, exact_starts = batch.rows.tolist(), batch.exact_starts.tolist()
+    start = 0
+    for b, (prefix_len, seq_len) in enumerate(zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)):
+        own = slice(start, start + seq_len - prefix_len)
+        chunk = (rotate(k[own]).to(cache.ring_k.dtype), rotate(v[own]).to(cache.ring_v.dtype))
+        rotated_out = _extend_request(
+            rotate(q[own]),
+            chunk,
+            cache,
+            rows[b],
+            prefix_len,
+            exact_starts[b],
+            batch.page_table[b],
+            config,
+            sm_scale,
+        )
+        out[own] = rotate(rotated_out).to(out.dtype)
+        start = own.stop
