@@ -33,14 +33,18 @@ def record_pages(position: int, exact_start: int, config: KVarNConfig) -> int:
     return min(page, max(page - config.window_pages, exact_start // config.tile_size))
 
 
-def _decode_pages(cache: LayerCache, pages: torch.Tensor, config: KVarNConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode_pages(
+    cache: LayerCache, pages: torch.Tensor, config: KVarNConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the decoded keys and values of n pages, each float32 [Hk, n * G, D]."""
     kv_heads, head_dim = cache.ring_k.shape[2:]
     shape = (kv_heads, len(pages), config.tile_size, head_dim)
     k, v = (torch.empty(shape, dtype=torch.float32, device=cache.records.device) for _ in range(2))
     for start in range(0, len(pages), PAGE_SLAB):
         slab = slice(start, start + PAGE_SLAB)
-        k[:, slab], v[:, slab] = decode_tile(cache.records[pages[slab].long()].transpose(0, 1), config, head_dim)
+        k[:, slab], v[:, slab] = decode_tile(
+            cache.records[pages[slab].long()].transpose(0, 1), config, head_dim
+        )
     return k.flatten(1, 2), v.flatten(1, 2)
 
 
@@ -112,7 +116,10 @@ def decode_attention(
     requests = zip(batch.rows.tolist(), batch.seq_lens.tolist(), batch.exact_starts.tolist(), strict=True)
     for b, (row, seq_len, exact_start) in enumerate(requests):
         if seq_len % config.tile_size == 0:
-            page = [_ring_tokens(x, row, seq_len - config.tile_size, seq_len) for x in (cache.ring_k, cache.ring_v)]
+            page = [
+                _ring_tokens(x, row, seq_len - config.tile_size, seq_len)
+                for x in (cache.ring_k, cache.ring_v)
+            ]
             _encode_pages(*page, cache, batch.store_pages[b : b + 1], config)
         n = record_pages(seq_len - 1, exact_start, config)
         records = _decode_pages(cache, batch.page_table[b, :n], config)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests, poisoned caches and batches for the kernel tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvarn_kernels import reference
+from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
+from kvarn_kernels.config import KVarNConfig
+
+PAGE = 128
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# largest relative RMS error against the float64 oracle, by model dtype. 16 bit: the rounding of the output, 2^-12 and
+# 2^-9 of a value on average. float32: now and then a code changes because a rotated value differs in its last bit.
+RELATIVE_RMS = {torch.float32: 5e-5, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+
+Attention = Callable[..., None]
+
+
+@dataclass
+class Request:
+    """One sequence with everything it will ever feed, and where it lives.
+
+    Attributes:
+        q: [T, Hq, D]; k, v: [T, Hk, D]; model dtype, not rotated.
+        row: request row; pages: page id of each page; exact_start: tokens taken from the prefix cache.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    row: int
+    pages: list[int]
+    exact_start: int = 0
+
+
+def relative_rms(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return rms(got - expected) / rms(expected); NaN if anything is NaN."""
+    got, expected = got.double().cpu(), expected.double().cpu()
+    return ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+def make_cache(config: KVarNConfig, kv_heads: int, head_dim: int, dtype: torch.dtype, pages: int, rows: int):
+    """Return a LayerCache of poison: NaN ring, 0xFF records (NaN scales), also just before page 0."""
+    records = torch.full((pages + 1, kv_heads, config.record_bytes(head_dim)), 0xFF, dtype=torch.uint8)
+    rings = [
+        torch.full((rows, config.ring_len, kv_heads, head_dim), float("nan"), dtype=dtype) for _ in range(2)
+    ]
+    return LayerCache(records.to(DEVICE)[1:], *(ring.to(DEVICE) for ring in rings))
+
+
+def make_request(
+    tokens: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    row: int = 1,
+    first_page: int = 1,
+    seed: int = 0,
+) -> Request:
+    """Return a random request on pages in a scrambled order from first_page on; keys have outlier channels."""
+    generator = torch.Generator().manual_seed(1000 * seed + tokens)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(tokens, count, head_dim, generator=generator)
+
+    k = draw(heads[1])
+    k[..., ::17] += 4.0
+    count = -(-tokens // PAGE)
+    order = (first_page + torch.randperm(count, generator=generator)).tolist()
+    return Request(
+        *(x.to(dtype).to(DEVICE) for x in (draw(heads[0]), k, draw(heads[1]))), row=row, pages=order
+    )
+
+
+def _page_table(requests: Sequence[Request], seq_lens: Sequence[int]) -> torch.Tensor:
+    table = torch.full((len(requests), max(len(r.pages) for r in requests) + 1), -1, dtype=torch.int32)
+    for b, (request, seq_len) in enumerate(zip(requests, seq_lens, strict=True)):
+        used = request.pages[: -(-seq_len // PAGE)]
+        table[b, : len(used)] = torch.tensor(used, dtype=torch.int32)
+    return table.to(DEVICE)
+
+
+def _int32(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int32, device=DEVICE)
+
+
+def run_extend(
+    attention: Attention,
+    requests: Sequence[Request],
+    spans: Sequence[tuple[int, int]],
+    cache: LayerCache,
+    config: KVarNConfig,
+) -> list[torch.Tensor]:
+    """Feed positions start .. end - 1 of each request in one extend step; return the output of each, NaN-poisoned."""
+    q, k, v = (
+        torch.cat([getattr(r, name)[start:end] for r, (start, end) in zip(requests, spans, strict=True)])
+        for name in "qkv"
+    )
+    sizes = [end - start for start, end in spans]
+    indptr = [sum(sizes[:b]) for b in range(len(sizes) + 1)]
+    starts, ends = zip(*spans, strict=True)
+    batch = ExtendBatch(
+        rows=torch.tensor([r.row for r in requests], device=DEVICE),
+        prefix_lens=_int32(starts),
+        seq_lens=_int32(ends),
+        qo_indptr=_int32(indptr),
+        page_table=_page_table(requests, ends),
+        exact_starts=_int32([r.exact_start for r in requests]),
+        prefix_lens_host=list(starts),
+        seq_lens_host=list(ends),
+    )
+    out = torch.full_like(q, float("nan"))
+    attention(q, k, v, out, cache, batch, config, q.shape[-1] ** -0.5)
+    return list(out.split(sizes))
+
+
+def run_decode(
+    attention: Attention,
+    requests: Sequence[Request],
+    positions: Sequence[int],
+    cache: LayerCache,
+    config: KVarNConfig,
+    *,
+    padding: int = 0,
+    workspace=None,
+) -> list[torch.Tensor]:
+    """Feed one token of each request, after it rows of padding (row 0, page 0, seq_len 1); return [Hq, D] of each."""
+    real = len(requests)
+    tensors = []
+    for name in "qkv":
+        x = torch.stack([getattr(r, name)[p] for r, p in zip(requests, positions, strict=True)])
+        tensors.append(torch.cat([x, torch.full_like(x[:1], 7.0).expand(padding, -1, -1)]))
+    table = _page_table(requests, [p + 1 for p in positions])
+    pages = [r.pages[p // PAGE] for r, p in zip(requests, positions, strict=True)]
+    padded_table = torch.cat([table, torch.zeros_like(table[:1]).expand(padding, -1)])
+    batch = DecodeBatch(
+        rows=torch.tensor([r.row for r in requests] + [0] * padding, device=DEVICE),
+        seq_lens=_int32([p + 1 for p in positions] + [1] * padding),
+        page_table=padded_table,
+        store_pages=_int32(pages + [0] * padding),
+        exact_starts=_int32([r.exact_start for r in requests] + [0] * padding),
+        workspace=workspace,
+    )
+    out = torch.full_like(tensors[0], float("nan"))
+    attention(*tensors, out, cache, batch, config, out.shape[-1] ** -0.5)
+    return list(out[:real])
+
+
+def prefill(
+    attention: Attention, request: Request, chunks: Sequence[int], cache: LayerCache, config: KVarNConfig
+) -> torch.Tensor:
+    """Feed a request from exact_start on in chunks of the given sizes; return the outputs [sum, Hq, D]."""
+    start, outs = request.exact_start, []
+    for size in chunks:
+        outs += run_extend(attention, [request], [(start, start + size)], cache, config)
+        start += size
+    return torch.cat(outs)
+
+
+def oracle(request: Request, config: KVarNConfig, start: int = 0, end: int | None = None) -> torch.Tensor:
+    """Return reference.attention of positions start .. end - 1, float32 [end - start, Hq, D]."""
+    end = len(request.q) if end is None else end
+    return reference.attention(
+        request.q[start:end].cpu(),
+        request.k[:end].cpu(),
+        request.v[:end].cpu(),
+        config,
+        exact_start=request.exact_start,
+    )
