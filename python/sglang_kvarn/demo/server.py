@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run `python -m sglang.launch_server` as a child process and end it whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+# seconds until a server that neither answers nor dies is given up: large models load for minutes
+START_LIMIT = 900
+# seconds that a server gets to end by itself before its process group is killed
+STOP_LIMIT = 10
+LOG_TAIL = 30
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_command(arguments: list[str], port: int) -> list[str]:
+    """Return the command that starts a stock SGLang server with these flags on 127.0.0.1:port."""
+    command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+    return [*command, "--host", "127.0.0.1", "--port", str(port)]
+
+
+class Server:
+    """Hold a running server: its process, its log file and its address.
+
+    Attributes:
+        command: what was started.
+        url: http://127.0.0.1:port.
+        log: file with everything the server printed; kept after it ended.
+        start_seconds: seconds from its start to its first healthy answer.
+    """
+
+    def __init__(self, command: list[str], port: int) -> None:
+        self.command = command
+        self.url = f"http://127.0.0.1:{port}"
+        descriptor, name = tempfile.mkstemp(prefix="sglang-kvarn-demo-", suffix=".log")
+        self.log = Path(name)
+        self.start_seconds = 0.0
+        with open(descriptor, "wb") as log:
+            # a session of its own: one signal then reaches the scheduler and detokenizer processes too
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
+
+    def log_tail(self) -> str:
+        """Return the last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+
+    def is_healthy(self) -> bool:
+        """Return whether GET /health answers 200; the server generates one token for it."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=30).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait(self, console: Console) -> None:
+        """Wait until the server is healthy, showing the time passed.
+
+        Raises:
+            RuntimeError: the server ended, or did not answer within `START_LIMIT`; with the end of its log.
+        """
+        started = time.monotonic()
+        with console.status("start the server") as status:
+            while not self.is_healthy():
+                waited = time.monotonic() - started
+                status.update(f"start the server ({waited:.0f} s)")
+                if self.process.poll() is not None:
+                    raise RuntimeError(
+                        f"the server ended with code {self.process.returncode}: {self._where()}"
+                    )
+                if waited > START_LIMIT:
+                    raise RuntimeError(f"the server did not answer within {START_LIMIT} s: {self._where()}")
+                time.sleep(0.5)
+        self.start_seconds = time.monotonic() - started
+
+    def _where(self) -> str:
+        return f"`{' '.join(self.command)}`, end of {self.log}:\n{self.log_tail()}"
+
+    def stop(self) -> None:
+        """End the server and every process it started."""
+        # the group outlives its leader while a child of it runs, hence the second signal in any case
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_LIMIT)
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, console: Console) -> Iterator[Server]:
+    """Start a server, yield it when it is healthy, and end it on the way out.
+
+    Args:
+        command: see `launch_command`.
+        port: TCP port on 127.0.0.1 that the command listens on.
+        console: where the progress is shown.
+    """
+    server = Server(command, port)
+    try:
+        server.wait(console)
+        yield server
+    finally:
+        server.stop()
