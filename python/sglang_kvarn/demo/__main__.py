@@ -48,14 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     started = monotonic()
 
     from rich.console import Console
+
     from sglang_kvarn import smollm2
     from sglang_kvarn.demo import chat, report, server
 
     progress = Console(stderr=True)
-    model = options.model or str(smollm2.prepare())
-    port = options.port or server.free_port()
-    flags = ["--model-path", model, "--kv-cache-dtype", options.kv_cache_dtype, "--enable-cache-report"]
     try:
+        port = server.choose_port(options.port)
+        model = options.model or str(smollm2.prepare())
+        flags = ["--model-path", model, "--kv-cache-dtype", options.kv_cache_dtype, "--enable-cache-report"]
         with server.running(server.launch_command(flags, port), port, progress) as running:
             progress.print(
                 f"server ready after {running.start_seconds:.0f} s, log in {running.log}", highlight=False

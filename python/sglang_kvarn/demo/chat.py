@@ -86,9 +86,13 @@ def hold(url: str, max_tokens: int) -> list[Turn]:
         url: address of the server, without /v1.
         max_tokens: most tokens of an answer.
     """
+    import httpx
     from openai import OpenAI
 
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+    # without the proxies of the environment, which know nothing of this machine's loopback interface
+    client = OpenAI(
+        base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False, timeout=600)
+    )
     messages = [{"role": "system", "content": SYSTEM}]
     turns = []
     for question in QUESTIONS:

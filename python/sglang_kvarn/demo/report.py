@@ -10,6 +10,7 @@ import httpx
 from kvarn_kernels.config import KVarNConfig, preset_names
 from rich.console import Console
 from rich.table import Table
+
 from sglang_kvarn.demo.chat import Turn
 from sglang_kvarn.demo.server import Server
 
@@ -35,7 +36,7 @@ def bytes_per_token(model: str, preset: str) -> tuple[int, int]:
 
 def collect(server: Server, model: str, preset: str, turns: list[Turn]) -> dict[str, Any]:
     """Return the facts of the run: what the server says about itself and what the turns measured."""
-    info = httpx.get(f"{server.url}/server_info", timeout=60).json()
+    info = httpx.get(f"{server.url}/server_info", timeout=60, trust_env=False).json()
     packed, exact = bytes_per_token(model, preset)
     return {
         "kv_cache_dtype": preset,

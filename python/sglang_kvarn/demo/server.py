@@ -24,10 +24,21 @@ STOP_LIMIT = 10
 LOG_TAIL = 30
 
 
-def free_port() -> int:
-    """Return a TCP port of the loopback interface that was free a moment ago."""
+def choose_port(wanted: int | None) -> int:
+    """Return the wanted TCP port of 127.0.0.1, or one that was free a moment ago when none is wanted.
+
+    Raises:
+        RuntimeError: something listens on the wanted port.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        # a port of a server that ended a moment ago can be used again
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise RuntimeError(
+                f"expected port {wanted} to be free, got {error}: name another --port"
+            ) from None
         return probe.getsockname()[1]
 
 
@@ -64,7 +75,7 @@ class Server:
     def is_healthy(self) -> bool:
         """Return whether GET /health answers 200; the server generates one token for it."""
         try:
-            return httpx.get(f"{self.url}/health", timeout=30).status_code == 200
+            return httpx.get(f"{self.url}/health", timeout=30, trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -75,6 +86,8 @@ class Server:
             RuntimeError: the server ended, or did not answer within `START_LIMIT`; with the end of its log.
         """
         started = time.monotonic()
+        if not console.is_terminal:
+            console.print("start the server ...", highlight=False)
         with console.status("start the server") as status:
             while not self.is_healthy():
                 waited = time.monotonic() - started
@@ -92,13 +105,19 @@ class Server:
         return f"`{' '.join(self.command)}`, end of {self.log}:\n{self.log_tail()}"
 
     def stop(self) -> None:
-        """End the server and every process it started."""
-        # the group outlives its leader while a child of it runs, hence the second signal in any case
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_LIMIT)
+        """End the server and every process it started; a second Ctrl-C ends them at once."""
+        try:
+            self._signal(signal.SIGTERM)
+        finally:
+            # in any case: the group outlives its leader while a child of it runs
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to the group of the server and wait for the server, at most `STOP_LIMIT`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_LIMIT)
 
 
 @contextlib.contextmanager

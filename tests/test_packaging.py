@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the repository and the distribution promise: folders, imports, entry points, contents of the wheel."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels" / "kvarn_kernels"
+PLUGIN = ROOT / "python" / "sglang_kvarn"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def tracked_files() -> list[str]:
+    """Return the files that git tracks, relative to the root."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-c", "safe.directory=*", "ls-files"]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def imported_packages(source: Path) -> set[str]:
+    """Return the top-level packages that a file imports, anywhere in it, by statement or by importlib."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "import_module",
+            "importlib.import_module",
+        ):
+            argument = node.args[0]
+            found.add(str(argument.value).split(".")[0] if isinstance(argument, ast.Constant) else "dynamic")
+    return found
+
+
+def test_repository_top_level_is_the_agreed_list():
+    expected = {
+        *("python", "kernels", "tests", "benchmarks", "patches", "pyproject.toml", "README.md", "LICENSE"),
+        *(".ci", ".gitignore", ".pre-commit-config.yaml"),
+    }
+    assert {name.split("/")[0] for name in tracked_files()} == expected
+
+
+def test_repository_has_no_package_that_shadows_one_of_sglang():
+    # SGLang imports a package called `kernels`, and its own tests are called `sglang`
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "python" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "sglang").exists()
+
+
+def test_every_source_file_names_its_licence():
+    sources = [n for n in tracked_files() if n.endswith(".py") and (ROOT / n).read_text()]
+    without = [
+        n for n in sources if not (ROOT / n).read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    ]
+    assert sources and not without
+
+
+@pytest.mark.parametrize(
+    "source", sorted(KERNELS.rglob("*.py")), ids=lambda path: str(path.relative_to(KERNELS))
+)
+def test_kernels_import_only_torch_and_triton(source):
+    third_party = imported_packages(source) - set(sys.stdlib_module_names)
+    assert third_party <= {"kvarn_kernels", "torch", "triton"}
+
+
+@pytest.mark.parametrize(
+    "source", sorted(PLUGIN.rglob("*.py")), ids=lambda path: str(path.relative_to(PLUGIN))
+)
+def test_plugin_imports_sglang_only_in_compat(source):
+    if source.name != "compat.py":
+        assert not {"sglang", "dynamic"} & imported_packages(source)
+
+
+def test_kernels_do_not_load_sglang():
+    modules = ["kvarn_kernels.ops", "kvarn_kernels.reference", "kvarn_kernels.torch_form"]
+    code = f"import sys, {', '.join(modules)}; print([m for m in sys.modules if m.startswith('sglang')])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name, folder", [("kvarn_kernels", KERNELS), ("sglang_kvarn", PLUGIN)])
+def test_tests_run_the_packages_of_this_checkout(name, folder):
+    specification = importlib.util.find_spec(name)
+    assert specification is not None, 'install the checkout: pip install -e ".[test]"'
+    assert Path(specification.origin or "").parent == folder
+
+
+@pytest.mark.parametrize(
+    "group, name", [("sglang.srt.plugins", "kvarn"), ("sglang.srt.platforms", "kvarn_cpu")]
+)
+def test_entry_point_names_a_function_of_the_plugin(group, name):
+    module, function = PROJECT["entry-points"][group][name].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_base_dependencies_are_torch_and_triton_with_lower_bounds_only():
+    requirements = [requirement.split(";")[0].strip() for requirement in PROJECT["dependencies"]]
+    assert {re.split("[<>=!~ ]", requirement)[0] for requirement in requirements} == {"torch", "triton"}
+    assert all(re.fullmatch(r"\w+>=[\d.]+", requirement) for requirement in requirements)
+
+
+def test_extras_of_the_readme_exist():
+    assert {"sglang", "demo", "test"} <= set(PROJECT["optional-dependencies"])
+    assert PROJECT["optional-dependencies"]["sglang"] == ["sglang==0.5.16"]
+
+
+def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    if importlib.util.find_spec("hatchling"):
+        command.append("--no-build-isolation")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = f"sglang_kvarn-{PROJECT['version']}.dist-info"
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+    sources = {str(p.relative_to(KERNELS.parent)) for p in KERNELS.rglob("*.py")}
+    sources |= {str(p.relative_to(PLUGIN.parent)) for p in PLUGIN.rglob("*.py")}
+    assert sources <= names
+    assert {name.split("/")[0] for name in names} == {"kvarn_kernels", "sglang_kvarn", info}
+    assert f"{info}/licenses/LICENSE" in names
+    assert "[sglang.srt.plugins]\nkvarn = sglang_kvarn:register" in entry_points
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    script, readme = (ROOT / ".ci" / "run").read_text(), (ROOT / "README.md").read_text()
+    assert 'pip install -e ".[test]" && pytest' in readme
+    assert '-e ".[test]"' in script and "step pytest" in script
