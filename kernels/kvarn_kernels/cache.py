@@ -25,17 +25,21 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Hold what the decode kernels of all layers share; made once, so that CUDA graphs see fixed addresses.
+    """Hold what the decode kernels of all layers share; made once by `decode.make_workspace`, so that CUDA graphs see
+    fixed addresses.
 
     Attributes:
-        rotated_q: float32 [B, Hq, D], the rotated query.
-        partial_out: float32 [B, Hq, S, D], the normalised output of each split.
-        partial_lse: float32 [B, Hq, S], its base-2 log sum of exp; -inf where a split is empty.
+        rotated_q: float32 [B_max, Hq, D], the rotated query.
+        partial_out: float32 [N, D]; a step of B requests and S splits uses it as [B, Hq, S, D]: the normalised
+            output of each split.
+        partial_lse: float32 [N], likewise [B, Hq, S]: base-2 log sum of exp; -inf where a split is empty.
+        num_splits: S for each batch size from 1 to B_max.
     """
 
     rotated_q: torch.Tensor
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
+    num_splits: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kvarn_kernels.reference.hadamard import _signs
+from kvarn_kernels.tile_io import cast, dot
 
 # rows of one program; 32 rows keep the 32 KiB sign matrix to one read per 32 heads (D = 128)
 BLOCK_ROWS = 32
@@ -27,7 +28,7 @@ def rotate_block(x, signs_ptr, D: tl.constexpr):
     d = tl.arange(0, D)
     signs = tl.load(signs_ptr + d[:, None] * D + d[None, :])  # [D, D]
     SCALE: tl.constexpr = 1.0 / (D**0.5)
-    return tl.dot(x, signs, input_precision="ieee") * SCALE
+    return dot(x, signs, tl.zeros([x.shape[0], D], tl.float32)) * SCALE
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _rotate_kernel(
         position = tl.load(seq_lens_ptr + token, mask=valid, other=1).to(tl.int64) - 1
         dest = row * RING_LEN + position % RING_LEN
     out = out_ptr + (dest * stride_out_token + head * stride_out_head)[:, None] + d[None, :]
-    tl.store(out, rotated.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+    tl.store(out, cast(rotated, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 def rotate(

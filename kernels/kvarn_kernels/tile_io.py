@@ -5,17 +5,36 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
 
-def packed_unpack_supported() -> bool:
-    """Return whether the inline-PTX form of `unpack_pair` can run: compiled for an NVIDIA GPU."""
-    return not is_interpreted() and driver.active.get_current_target().backend == "cuda"
-
-
-def is_interpreted() -> bool:
-    """Return whether Triton runs its interpreter in this process."""
+@triton.constexpr_function
+def is_interpreted():
+    """Return whether Triton runs its interpreter in this process; a constant inside a kernel."""
     return bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """Return float32 x in DTYPE, rounded to nearest even.
+
+    Triton 3.6 interprets the conversion to bfloat16 as truncation, so the interpreter rounds the bits first.
+    """
+    if is_interpreted() and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """Return a b + acc with float32 sums; a and b in the same 16-bit dtype.
+
+    Triton 3.6 interprets a bfloat16 product on the raw bits, so the interpreter gets float32 operands.
+    """
+    if is_interpreted():
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -41,7 +60,7 @@ def _unpack_pair_ptx(amount, mask):
 
 
 @triton.jit
-def unpack_pair(words, FIELD: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr):
+def unpack_pair(words, FIELD: tl.constexpr, BITS: tl.constexpr):
     """Return the fields FIELD and FIELD + 16 / BITS of every word as float16 values 1 + code / 2^BITS.
 
     The code lands in the top bits of an fp16 mantissa under the exponent of 1: no integer-to-float conversion and no
@@ -50,12 +69,14 @@ def unpack_pair(words, FIELD: tl.constexpr, BITS: tl.constexpr, PACKED: tl.const
     Args:
         words: int32, any shape.
         FIELD: 0 .. 16 / BITS - 1, a field of the low half.
-        PACKED: use two-at-a-time inline PTX (NVIDIA only) instead of plain Triton.
+
+    Compiled code unpacks two words at a time in inline PTX (H100: 547 us against 664 us for plain Triton at 64 x
+    16,384 tokens, head_dim 128); the interpreter runs the plain form.
     """
     # bit of the field inside its half -> top of the mantissa
     AMOUNT: tl.constexpr = (10 - BITS) - BITS * FIELD
     MASK: tl.constexpr = ((1 << BITS) - 1) << (10 - BITS)
-    if PACKED:
+    if not is_interpreted():
         low, high = tl.inline_asm_elementwise(
             _unpack_pair_ptx(AMOUNT, MASK), "=r,=r,r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )

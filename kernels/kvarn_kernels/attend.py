@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device code of attention in the rotated frame: one block of keys folded into a running softmax.
+
+The state of M query rows is (m, l, acc): the base-2 maximum of the scaled scores, the sum of 2^(score - m + SHIFT) and
+the weighted values times 2^SHIFT, as a tuple of channel blocks [M, D / CB]. A block whose keys are all masked leaves
+the state of a row unchanged bit for bit.
+
+The query comes as a tuple of channel blocks too, float32, each row divided by a power of two so that its elements
+are at most 1; `row_scale` holds that power times sm_scale * log2(e).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvarn_kernels import tile
+from kvarn_kernels.tile_io import cast, dot, unpack_pair
+
+# weights up to 2^8 keep small ones above the subnormals of fp16 (p = 2^-14 is still exact at 2^-6)
+SHIFT = tl.constexpr(8.0)
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def replace(items, INDEX: tl.constexpr, item):
+    """Return the tuple with one element replaced."""
+    out = ()
+    for n in tl.static_range(len(items)):
+        if n == INDEX:
+            out = out + (item,)
+        else:
+            out = out + (items[n],)
+    return out
+
+
+@triton.jit
+def zero_blocks(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return a tuple of COUNT float32 zeros [ROWS, COLS]."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros([ROWS, COLS], tl.float32),)
+    return out
+
+
+@triton.jit
+def load_query(q_ptrs, mask, sm_scale_log2, D: tl.constexpr, BLOCKS: tl.constexpr):
+    """Load rows of a rotated float32 query as normalised channel blocks.
+
+    Args:
+        q_ptrs: pointers [M] to channel 0 of each row; mask: bool [M].
+
+    Returns:
+        (tuple of BLOCKS tensors [M, D / BLOCKS], row_scale [M]).
+    """
+    W: tl.constexpr = D // BLOCKS
+    w = tl.arange(0, W)
+    raw = ()
+    largest = tl.zeros([q_ptrs.shape[0]], tl.float32)
+    for j in tl.static_range(BLOCKS):
+        x = tl.load(q_ptrs[:, None] + (j * W + w)[None, :], mask=mask[:, None], other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        raw = raw + (x,)
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    up = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    q = ()
+    for j in tl.static_range(BLOCKS):
+        q = q + (raw[j] * down[:, None],)
+    return q, up * sm_scale_log2
+
+
+@triton.jit
+def attend_exact(
+    q, row_scale, k_ptr, v_ptr, offsets, mask, m, l, acc, D: tl.constexpr, K_BLOCKS: tl.constexpr, V_BLOCKS: tl.constexpr
+):
+    """Fold N exact keys and values into the state.
+
+    Args:
+        k_ptr, v_ptr: rotated keys / values in any float dtype; offsets: int64 [N], element of channel 0 of each key.
+        mask: bool [M, N] or [1, N], which keys a row sees; masked keys that no row sees are not loaded.
+    """
+    KW: tl.constexpr = D // K_BLOCKS
+    VW: tl.constexpr = D // V_BLOCKS
+    dtype = k_ptr.dtype.element_ty
+    kw, vw = tl.arange(0, KW), tl.arange(0, VW)
+    seen = tl.max(mask.to(tl.int32), 0) > 0  # [N]
+    s = tl.zeros([row_scale.shape[0], offsets.shape[0]], tl.float32)
+    for j in tl.static_range(K_BLOCKS):
+        k = tl.load(k_ptr + offsets[None, :] + (j * KW + kw)[:, None], mask=seen[None, :], other=0.0)  # [KW, N]
+        s = dot(cast(q[j], dtype), k, s)
+    s = tl.where(mask, s * row_scale[:, None], float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    # a row that has seen no key yet keeps m = -inf; 0 stands in so that no difference of infinities arises
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - m_safe)
+    p = tl.exp2(s - (m_safe - SHIFT)[:, None])
+    out = ()
+    for j in tl.static_range(V_BLOCKS):
+        v = tl.load(v_ptr + offsets[:, None] + (j * VW + vw)[None, :], mask=seen[:, None], other=0.0)  # [N, VW]
+        out = out + (dot(cast(p, dtype), v, acc[j] * alpha[:, None]),)
+    return m_new, l * alpha + tl.sum(p, 1), out
+
+
+@triton.jit
+def attend_record(
+    q, row_scale, record, row_mask, m, l, acc, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
+):
+    """Fold the tokens 1 .. G - 1 of one record into the state, without dequantising an element.
+
+        score[t] = k_token_scale[t] * ( sum_d (q_d k_channel_scale[d]) c[t,d] + sum_d q_d k_channel_zero[d] )
+        out[d]  += v_channel_scale[d] * ( sum_t (p_t v_token_scale[t]) c[t,d] + sum_t p_t v_token_zero[t] )
+
+    with c = 2^b (x - 1) for the unpacked operand x = 1 + c / 2^b.
+
+    Args:
+        record: pointer to the uint8 record; row_mask: bool [M], rows that see it.
+    """
+    M: tl.constexpr = row_scale.shape[0]
+    KTB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
+    KCB: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
+    VCB: tl.constexpr = tile.v_channel_blocks(V_BITS)
+    KW: tl.constexpr = D // KCB
+    VW: tl.constexpr = D // VCB
+    K_FIELDS: tl.constexpr = 32 // K_BITS
+    V_FIELDS: tl.constexpr = 32 // V_BITS
+    SUBS: tl.constexpr = 4 // KTB  # blocks of 32 word rows
+    words_ptr = record.to(tl.pointer_type(tl.int32))
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    kw, vw, t = tl.arange(0, KW), tl.arange(0, VW), tl.arange(0, 32)
+
+    folded = ()
+    zero = tl.zeros([M, KW], tl.float32)
+    for j in tl.static_range(KCB):
+        a = tl.load(halves + tile.k_channel_scale_index(D) + j * KW + kw).to(tl.float32) * (1 << K_BITS)
+        z = tl.load(halves + tile.k_channel_zero_index(D) + j * KW + kw).to(tl.float32)
+        operand = (q[j] * a[None, :]).to(tl.float16)
+        # the rounded operand also cancels the 1 of 1 + c / 2^b, so that its rounding costs nothing there
+        zero += q[j] * z[None, :] - operand.to(tl.float32)
+        folded = folded + (operand,)
+    zero = tl.sum(zero, 1)
+    s = zero_blocks(4, M, 32)
+    for sub in tl.static_range(SUBS):
+        words = tl.load(words_ptr + (sub * 32 + t)[None, :] * KW + kw[:, None])  # [KW, 32]
+        for n in tl.static_range(K_FIELDS // 2):
+            low, high = unpack_pair(words, n, K_BITS)
+            LOW: tl.constexpr = n // KCB * SUBS + sub
+            HIGH: tl.constexpr = (n + K_FIELDS // 2) // KCB * SUBS + sub
+            s = replace(s, LOW, dot(folded[n % KCB], low, s[LOW]))
+            s = replace(s, HIGH, dot(folded[(n + K_FIELDS // 2) % KCB], high, s[HIGH]))
+    scaled = ()
+    largest = tl.full([M], float("-inf"), tl.float32)
+    for n in tl.static_range(4):
+        token_scale = tl.load(halves + tile.k_token_scale_index(D) + n * 32 + t).to(tl.float32)
+        x = (s[n] + zero[:, None]) * token_scale[None, :]
+        x = tl.where(row_mask[:, None], x, float("-inf"))
+        if n == 0:
+            # token 0 is attended exactly, with the other first tokens
+            x = tl.where((t > 0)[None, :], x, float("-inf"))
+        largest = tl.maximum(largest, tl.max(x, 1))
+        scaled = scaled + (x,)
+    m_new = tl.maximum(m, largest * row_scale)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m - m_safe)
+    weights = ()
+    total = tl.zeros([M, 32], tl.float32)
+    zero = tl.zeros([M, 32], tl.float32)
+    for n in tl.static_range(4):
+        p = tl.exp2(scaled[n] * row_scale[:, None] - (m_safe - SHIFT)[:, None])
+        a = tl.load(halves + tile.v_token_scale_index(D) + n * 32 + t).to(tl.float32) * (1 << V_BITS)
+        z = tl.load(halves + tile.v_token_zero_index(D) + n * 32 + t).to(tl.float32)
+        operand = (p * a[None, :]).to(tl.float16)
+        total += p
+        zero += p * z[None, :] - operand.to(tl.float32)
+        weights = weights + (operand,)
+    zero = tl.sum(zero, 1)
+    values = words_ptr + tile.v_codes_offset(D, K_BITS) // 4
+    words = tl.load(values + t[:, None] * VW + vw[None, :])  # [32, VW]
+    partial = zero_blocks(VCB, M, VW)
+    for n in tl.static_range(V_FIELDS // 2):
+        low, high = unpack_pair(words, n, V_BITS)
+        block = dot(weights[n // VCB], low, partial[n % VCB])
+        block = dot(weights[n // VCB + 2], high, block)
+        partial = replace(partial, n % VCB, block)
+    out = ()
+    for j in tl.static_range(VCB):
+        channel_scale = tl.load(halves + tile.v_channel_scale_index(D) + j * VW + vw).to(tl.float32)
+        out = out + (acc[j] * alpha[:, None] + (partial[j] + zero[:, None]) * channel_scale[None, :],)
+    return m_new, l * alpha + tl.sum(total, 1), out

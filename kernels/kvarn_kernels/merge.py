@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merge the splits of a decode step and rotate the result back."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvarn_kernels.cache import DecodeBatch
+from kvarn_kernels.rotate import hadamard_signs
+from kvarn_kernels.tile_io import cast, dot
+
+BLOCK_ROWS = 16
+
+
+@triton.jit
+def unrotate(x, signs_ptr, D: tl.constexpr):
+    """Return x H for x [M, D] float32, to about 2^-17 of the row's norm.
+
+    x is split into two bfloat16 terms, each multiplied exactly by the signs.
+    """
+    d = tl.arange(0, D)
+    signs = tl.load(signs_ptr + d[:, None] * D + d[None, :])  # [D, D] bfloat16
+    high = cast(x, tl.bfloat16)
+    low = cast(x - high.to(tl.float32), tl.bfloat16)
+    SCALE: tl.constexpr = 1.0 / (D**0.5)
+    return dot(low, signs, dot(high, signs, tl.zeros([x.shape[0], D], tl.float32))) * SCALE
+
+
+@triton.jit
+def _merge_kernel(
+    partial_out_ptr,  # [N, S, D] float32, N = B * Hq
+    partial_lse_ptr,  # [N, S] float32, base 2
+    out_ptr,  # [N, D] model dtype, written
+    signs_ptr,  # [D, D] bfloat16
+    num_rows,
+    S,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D)
+    valid = r < num_rows
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, D], tl.float32)
+    for s in tl.range(0, S):
+        lse = tl.load(partial_lse_ptr + r * S + s, mask=valid, other=float("-inf"))
+        used = lse != float("-inf")
+        x = tl.load(partial_out_ptr + ((r * S + s) * D)[:, None] + d[None, :], mask=used[:, None], other=0.0)
+        m_new = tl.maximum(m, lse)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha, weight = tl.exp2(m - m_safe), tl.exp2(lse - m_safe)
+        acc = acc * alpha[:, None] + x * weight[:, None]
+        total = total * alpha + weight
+        m = m_new
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out = unrotate(acc, signs_ptr, D)
+    tl.store(out_ptr + (r * D)[:, None] + d[None, :], cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
+
+
+def merge(out: torch.Tensor, batch: DecodeBatch) -> None:
+    """Combine the partial results in the workspace by their lse and write out = (sum) H.
+
+    Args:
+        out: [B, Hq, D] model dtype, contiguous, written.
+        batch: a step that `decode` has run.
+    """
+    assert batch.workspace is not None, "the Triton form needs a DecodeWorkspace"
+    batch_size, num_qo_heads, head_dim = out.shape
+    rows = batch_size * num_qo_heads
+    _merge_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+        batch.workspace.partial_out,
+        batch.workspace.partial_lse,
+        out,
+        hadamard_signs(head_dim, torch.bfloat16, out.device),
+        rows,
+        batch.workspace.num_splits[batch_size - 1],
+        D=head_dim,
+        BLOCK=BLOCK_ROWS,
+        num_warps=4,
+    )
