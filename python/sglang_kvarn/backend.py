@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend: hands SGLang's tensors to kvarn_kernels."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from kvarn_kernels import ops
+from kvarn_kernels.cache import DecodeBatch, DecodeWorkspace, ExtendBatch
+from sglang_kvarn import budget, compat, hooks, refusals
+from sglang_kvarn.metadata import DecodeBuffers, extend_batch
+from sglang_kvarn.pool import KVarNTokenToKVPool
+
+logger = logging.getLogger(__name__)
+
+
+class KVarNAttentionBackend(compat.AttentionBackend):
+    """Attend over records and rings. One instance per model runner."""
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, model_runner: Any) -> None:
+        hooks.verify_hooks()
+        pool = model_runner.token_to_kv_pool
+        if not isinstance(pool, KVarNTokenToKVPool):
+            raise ValueError(
+                f"expected a kvarn cache for the attention backend kvarn, got {type(pool).__name__}: "
+                "add --kv-cache-dtype kvarn or drop --attention-backend"
+            )
+        refusals.check_device(model_runner.device, model_runner.dtype)
+        refusals.check_layers(model_runner.model)
+        self.pool, self.config = pool, pool.config
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.form = ops.attention_form(self.req_to_token.device)
+        self._qo_heads = model_runner.model_config.num_attention_heads // compat.get_parallel().attn_tp_size
+        rows = self.req_to_token.shape[0]
+        self._buffers = self._make_buffers(budget.decode_batch_size(model_runner.server_args, rows - 1))
+        self._decode: DecodeBatch | None = None
+        self._extend: ExtendBatch | None = None
+        logger.info("KVarN attention runs as %s on %s", self.form, self.req_to_token.device)
+
+    def _make_buffers(self, max_batch: int) -> DecodeBuffers:
+        buffers = DecodeBuffers(max_batch, self.req_to_token)
+        if self.form == "triton":
+            from kvarn_kernels.decode import num_splits
+
+            pages = buffers.page_table.shape[1]
+            splits = num_splits(max_batch, self.pool.head_num, pages, self.config)
+            empty = {"dtype": torch.float32, "device": self.req_to_token.device}
+            heads, head_dim = self._qo_heads, self.pool.head_dim
+            buffers.workspace = DecodeWorkspace(
+                rotated_q=torch.empty((max_batch, heads, head_dim), **empty),
+                partial_out=torch.empty((max_batch, heads, splits, head_dim), **empty),
+                partial_lse=torch.empty((max_batch, heads, splits), **empty),
+            )
+        return buffers
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Make the static buffers larger if a graph is; called before any capture."""
+        if max_bs > self._buffers.max_batch:
+            self._buffers = self._make_buffers(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Return the seq_len of padded rows: one token, on page 0."""
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Describe the step, before the forward pass and before every capture and replay."""
+        mode = forward_batch.forward_mode
+        if mode.is_idle():
+            return
+        if mode.is_decode():
+            self._decode = self._buffers.fill(forward_batch, self.pool.tail.exact_starts)
+        else:
+            self._extend = extend_batch(forward_batch, self.req_to_token, self.pool.tail.exact_starts)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend one new token per request: q [B, Hq * D], k and v [B, Hk, D] or flat; returns [B, Hq * D]."""
+        assert self._decode is not None, "init_forward_metadata comes before the forward pass"
+        return self._attend(ops.decode_attention, self._decode, (q, k, v), layer, save_kv_cache, kwargs)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend the new tokens of each request: q [T, Hq * D], k and v [T, Hk, D] or flat; returns [T, Hq * D]."""
+        assert self._extend is not None, "init_forward_metadata comes before the forward pass"
+        return self._attend(ops.extend_attention, self._extend, (q, k, v), layer, save_kv_cache, kwargs)
+
+    def _attend(
+        self, attention: Any, batch: Any, qkv: tuple, layer: Any, save_kv_cache: bool, extra: dict[str, Any]
+    ) -> torch.Tensor:
+        q, k, v = qkv
+        refusals.check_call(k, save_kv_cache, extra)
+        head_dim = layer.head_dim
+        q = q.reshape(-1, layer.tp_q_head_num, head_dim)
+        k = k.reshape(-1, layer.tp_k_head_num, head_dim)
+        v = v.reshape(-1, layer.tp_v_head_num, head_dim)
+        out = torch.empty_like(q)
+        attention(q, k, v, out, self.pool.layer_cache(layer.layer_id), batch, self.config, layer.scaling)
+        return out.view(-1, layer.tp_q_head_num * head_dim)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user's choice costs in bytes: per token, per request row, and how many rows that buys."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.ops import attention_form
+from sglang_kvarn import compat, settings
+
+logger = logging.getLogger(__name__)
+
+RING_SHARE = 0.05
+MIN_ROWS = 8
+MAX_ROWS = 4096
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Describe the attention of one rank.
+
+    Example: Qwen3-8B on one GPU has 36 layers, 8 KV heads and 32 query heads of 128 channels, 2 bytes each; with
+    ``kvarn`` a token costs 36 * 8 * 112 = 32,256 bytes (16 bit: 147,456), a ring row 37,748,736 bytes.
+    """
+
+    layers: int
+    kv_heads: int
+    qo_heads: int
+    head_dim: int
+    itemsize: int
+
+    def token_bytes(self, config: KVarNConfig) -> int:
+        """Return the record bytes per token, all layers."""
+        return self.layers * self.kv_heads * config.bytes_per_token(self.head_dim)
+
+    def full_token_bytes(self) -> int:
+        """Return what a token costs in the model's own dtype, keys and values."""
+        return self.layers * self.kv_heads * 2 * self.head_dim * self.itemsize
+
+    def row_bytes(self, config: KVarNConfig) -> int:
+        """Return the ring bytes of one request row, all layers, keys and values."""
+        return config.ring_len * self.full_token_bytes()
+
+
+def model_shape(configurator: Any) -> ModelShape:
+    """Read the shape of the rank's model from SGLang's KVCacheConfigurator."""
+    model = configurator.model_config
+    tp_size = compat.get_parallel().attn_tp_size
+    return ModelShape(
+        layers=configurator.layer_info.num_effective_layers,
+        kv_heads=model.get_num_kv_heads(tp_size),
+        qo_heads=model.num_attention_heads // tp_size,
+        head_dim=model.head_dim,
+        itemsize=configurator.model_dtype.itemsize,
+    )
+
+
+def choose_rows(available: int, row_bytes: int, requested: int | None) -> tuple[int, str]:
+    """Return the number of request rows that get a ring, and why.
+
+    Args:
+        available: bytes for the KV cache, ring included.
+        row_bytes: ring bytes of one row.
+        requested: the user's ``--max-running-requests`` for this rank, None to derive it.
+
+    Raises:
+        ValueError: the ring of these rows (and of the padding row) does not leave room for a cache.
+    """
+    if requested is not None:
+        rows, reason = requested, "--max-running-requests"
+    else:
+        affordable = int(available * RING_SHARE) // row_bytes - 1
+        rows = min(max(affordable, MIN_ROWS), MAX_ROWS)
+        reason = f"at most {RING_SHARE:.0%} of the KV memory, at least {MIN_ROWS}, at most {MAX_ROWS}"
+    if (rows + 1) * row_bytes >= available:
+        raise ValueError(
+            f"expected the ring of exact tokens to fit the KV memory ({available / MIB:,.0f} MiB), but {rows} requests "
+            f"take {(rows + 1) * row_bytes / MIB:,.0f} MiB: lower --max-running-requests or raise --mem-fraction-static"
+        )
+    return rows, reason
+
+
+def cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
+    """Return the bytes per token. Hook around ``DefaultPoolConfigurator._compute_cell_size``."""
+    config = settings.target_preset(kvc)
+    if config is None:
+        return original(self, kvc, num_layers)
+    return model_shape(kvc).token_bytes(config)
+
+
+def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any) -> int | None:
+    """Take ring and workspace out of the KV memory. Hook after ``KVCacheConfigurator._profile_available_bytes``.
+
+    The rows are fixed here, before tokens are counted, and passed on as ``max_running_requests``: a larger pool
+    would otherwise ask for more rows, which would shrink the pool.
+    """
+    config = settings.target_preset(configurator)
+    if config is None:
+        return None
+    shape, server_args = model_shape(configurator), configurator.server_args
+    requested = server_args.max_running_requests
+    rows, reason = choose_rows(result, shape.row_bytes(config), requested)
+    if requested is None:
+        server_args.override("sglang-kvarn", max_running_requests=rows)
+    ring = (rows + 1) * shape.row_bytes(config)
+    workspace = workspace_bytes(configurator, shape, config, rows)
+    logger.info(
+        "KVarN: %d requests at a time (%s), ring %.1f MiB, workspace %.1f MiB of %.1f MiB KV memory;"
+        " change it with --max-running-requests",
+        rows,
+        reason,
+        ring / MIB,
+        workspace / MIB,
+        result / MIB,
+    )
+    return result - ring - workspace
+
+
+def cap_rows(result: int, configurator: Any, token_capacity: int) -> int | None:
+    """Keep the rows within what the ring was charged for. Hook after ``KVCacheConfigurator.resolve_max_num_reqs``."""
+    if settings.target_preset(configurator) is None:
+        return None
+    return min(result, configurator.server_args.max_running_requests)
+
+
+def decode_batch_size(server_args: Any, rows: int) -> int:
+    """Return the largest decode batch: every row, or the largest CUDA graph if that is padded beyond them."""
+    graph = server_args.cuda_graph_config.decode
+    return max(rows + 1, graph.max_bs or 0) if graph.backend != "disabled" else rows + 1
+
+
+def workspace_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, rows: int) -> int:
+    """Return the bytes of the decode kernels' workspace; 0 where the torch form runs."""
+    if attention_form(torch.device(configurator.device)) == "torch":
+        return 0
+    from kvarn_kernels.decode import num_splits
+
+    batch = decode_batch_size(configurator.server_args, rows)
+    pages = -(-configurator.model_config.context_len // config.tile_size) + 1
+    splits = num_splits(batch, shape.kv_heads, pages, config)
+    return batch * shape.qo_heads * (shape.head_dim + splits * (shape.head_dim + 1)) * 4

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of hooks into SGLang, their registration, and the proof that they are in place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_kvarn import budget, compat, refusals, settings, tail
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Describe one hook.
+
+    Attributes:
+        target: dotted path of the function below ``sglang.srt``.
+        kind: "before", "after" or "around", as SGLang's HookRegistry defines them.
+        parameters: names that the function must have, because the hook reads them or passes them on.
+        function: the hook.
+    """
+
+    target: str
+    kind: str
+    parameters: tuple[str, ...]
+    function: Callable[..., Any]
+
+    @property
+    def path(self) -> str:
+        """The target as an absolute dotted path."""
+        return f"sglang.srt.{self.target}"
+
+
+def _build_pool(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # the pool subclasses SGLang's, so its module is imported once SGLang builds a pool, not when plugins load
+    from sglang_kvarn import pool
+
+    return pool.build(original, *args, **kwargs)
+
+
+def _refuse(result: Any, server_args: Any) -> None:
+    if settings.preset_of(server_args) is not None:
+        verify_hooks()
+    refusals.check_arguments(server_args)
+
+
+_CONFIGURATOR = "mem_cache.kv_cache_configurator.KVCacheConfigurator"
+_DTYPE_PARAMETERS = ("server_args_kv_cache_dtype", "model_dtype", "is_draft_worker")
+_POOL_PARAMETERS = ("self", "sizes", "req_to_token_pool")
+
+HOOKS = (
+    Hook("server_args.ServerArgs.add_cli_args", "after", ("parser",), settings.add_choices),
+    Hook("server_args.ServerArgs.__post_init__", "before", ("self",), settings.apply_defaults),
+    Hook("server_args.ServerArgs.check_server_args", "after", ("self",), _refuse),
+    Hook(
+        "mem_cache.kv_cache_dtype.configure_kv_cache_dtype", "around", _DTYPE_PARAMETERS, settings.cache_dtype
+    ),
+    Hook(
+        "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        "around",
+        ("self", "kvc", "num_layers"),
+        budget.cell_size,
+    ),
+    Hook(
+        f"{_CONFIGURATOR}._profile_available_bytes",
+        "after",
+        ("self", "pre_model_load_memory"),
+        budget.charge_fixed_bytes,
+    ),
+    Hook(f"{_CONFIGURATOR}.resolve_max_num_reqs", "after", ("self", "token_capacity"), budget.cap_rows),
+    Hook(f"{_CONFIGURATOR}._build_token_to_kv_pool", "around", _POOL_PARAMETERS, _build_pool),
+    Hook("mem_cache.memory_pool.ReqToTokenPool.alloc", "around", ("self", "reqs"), tail.record_exact_starts),
+)
+
+# the functions as SGLang ships them, filled by `register_all`; a hook is in place once its path resolves to another
+_originals: dict[str, Any] = {}
+
+
+def signature_problems() -> list[str]:
+    """Return one sentence per hook that does not fit the installed SGLang; empty if all fit."""
+    problems = []
+    for hook in HOOKS:
+        try:
+            names = inspect.signature(compat.resolve(hook.path)).parameters
+        except (ImportError, AttributeError) as error:
+            problems.append(f"{hook.path} is missing ({error})")
+            continue
+        missing = [p for p in hook.parameters if p not in names]
+        if missing:
+            problems.append(f"{hook.path} has no parameter {', '.join(missing)}, only {', '.join(names)}")
+    return problems
+
+
+def register_all() -> None:
+    """Check version and signatures, then hand every hook and the attention backend to SGLang.
+
+    Raises:
+        RuntimeError: nothing was registered; the message names what does not fit.
+    """
+    if _originals:
+        return
+    compat.check_version()
+    problems = signature_problems()
+    if problems:
+        raise RuntimeError(
+            f"sglang-kvarn does not fit SGLang {compat.version()}: {'; '.join(problems)}. "
+            f"Install one of {', '.join(compat.TESTED_VERSIONS)}"
+        )
+    compat.add_attention_backend_choices([settings.ATTENTION_BACKEND])
+    compat.register_attention_backend(settings.ATTENTION_BACKEND)(_create_backend)
+    for hook in HOOKS:
+        _originals[hook.path] = compat.resolve(hook.path)
+        compat.HookRegistry.register(hook.path, hook.function, compat.HookType(hook.kind))
+
+
+def missing_hooks() -> list[str]:
+    """Return the paths whose function is still SGLang's own in this process."""
+    return [
+        hook.path
+        for hook in HOOKS
+        if hook.path not in _originals or compat.resolve(hook.path) is _originals[hook.path]
+    ]
+
+
+def verify_hooks() -> None:
+    """Refuse to run with only some hooks in place: SGLang logs a hook that it fails to apply and goes on.
+
+    Raises:
+        RuntimeError: names the missing hooks.
+    """
+    missing = missing_hooks()
+    if missing:
+        raise RuntimeError(
+            f"sglang-kvarn is not in place in this process, these hooks are missing: {', '.join(missing)}. Call "
+            "sglang.srt.plugins.load_plugins() first, see the log above, and run `python -m sglang_kvarn`"
+        )
+
+
+def _create_backend(model_runner: Any) -> Any:
+    from sglang_kvarn.backend import KVarNAttentionBackend
+
+    return KVarNAttentionBackend(model_runner)

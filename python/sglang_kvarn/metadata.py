@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels' view of a batch, made from SGLang's ForwardBatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvarn_kernels.cache import DecodeBatch, DecodeWorkspace, ExtendBatch
+
+PAGE_SHIFT = 7
+PAGE_SIZE = 1 << PAGE_SHIFT
+
+
+class DecodeBuffers:
+    """Hold the tensors of decode steps of up to B requests: made once, filled in place, so that graphs see them.
+
+    Attributes:
+        rows, seq_lens, store_pages, page_table, exact_starts, workspace: as in `DecodeBatch`, for B requests.
+    """
+
+    def __init__(
+        self, max_batch: int, req_to_token: torch.Tensor, workspace: DecodeWorkspace | None = None
+    ) -> None:
+        device = req_to_token.device
+        # slot of the first token of each page; [R, P_max], a view
+        self._first_slots = req_to_token[:, ::PAGE_SIZE]
+        self.max_batch = max_batch
+        self.rows = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        self.seq_lens = torch.ones(max_batch, dtype=torch.int32, device=device)
+        self.store_pages = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.exact_starts = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(
+            (max_batch, self._first_slots.shape[1]), dtype=torch.int32, device=device
+        )
+        self.workspace = workspace
+
+    def fill(self, forward_batch: Any, exact_starts: torch.Tensor) -> DecodeBatch:
+        """Describe a decode step: no allocation and no wait for the device.
+
+        ``req_to_token`` is read here and never inside a CUDA graph: SGLang may rewrite it once a replay has begun.
+
+        Args:
+            forward_batch: SGLang's ForwardBatch, or the padded view of one that a graph replay gets.
+            exact_starts: int32 [R], the table by row.
+        """
+        size = forward_batch.batch_size
+        batch = DecodeBatch(
+            rows=self.rows[:size],
+            seq_lens=self.seq_lens[:size],
+            page_table=self.page_table[:size],
+            store_pages=self.store_pages[:size],
+            exact_starts=self.exact_starts[:size],
+            workspace=self.workspace,
+        )
+        batch.rows.copy_(forward_batch.req_pool_indices[:size])
+        batch.seq_lens.copy_(forward_batch.seq_lens[:size])
+        batch.store_pages.copy_(forward_batch.out_cache_loc[:size]).bitwise_right_shift_(PAGE_SHIFT)
+        torch.index_select(exact_starts, 0, batch.rows, out=batch.exact_starts)
+        torch.index_select(self._first_slots, 0, batch.rows, out=batch.page_table)
+        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)
+        return batch
+
+
+def extend_batch(forward_batch: Any, req_to_token: torch.Tensor, exact_starts: torch.Tensor) -> ExtendBatch:
+    """Describe an extend step; the decode requests of a mixed batch are extends of one token."""
+    size = forward_batch.batch_size
+    prefix_host = [int(n) for n in forward_batch.extend_prefix_lens_cpu[:size]]
+    new_host = [int(n) for n in forward_batch.extend_seq_lens_cpu[:size]]
+    seq_host = [p + n for p, n in zip(prefix_host, new_host, strict=True)]
+    rows = forward_batch.req_pool_indices[:size].long()
+    prefix_lens = forward_batch.extend_prefix_lens[:size].int()
+    new_lens = forward_batch.extend_seq_lens[:size].int()
+    qo_indptr = torch.zeros(size + 1, dtype=torch.int32, device=rows.device)
+    torch.cumsum(new_lens, 0, out=qo_indptr[1:])
+    pages = req_to_token[:, : max(seq_host) : PAGE_SIZE].index_select(0, rows) >> PAGE_SHIFT
+    return ExtendBatch(
+        rows=rows,
+        prefix_lens=prefix_lens,
+        seq_lens=prefix_lens + new_lens,
+        qo_indptr=qo_indptr,
+        page_table=pages,
+        exact_starts=exact_starts.index_select(0, rows),
+        prefix_lens_host=prefix_host,
+        seq_lens_host=seq_host,
+    )

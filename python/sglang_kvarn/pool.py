@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token pool: tile records by page, and the tail by request row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.config import KVarNConfig
+from sglang_kvarn import budget, compat, hooks, refusals, settings
+from sglang_kvarn.tail import Tail
+
+logger = logging.getLogger(__name__)
+
+
+class KVarNTokenToKVPool(compat.MHATokenToKVPool):
+    """Hold the records of every layer. A subclass, because SGLang recognises multi-head caches by class.
+
+    A slot is page * 128 + offset as in any SGLang pool, but there is no row per slot: a page of a layer is Hk records.
+
+    Attributes:
+        config: the preset.
+        records: per layer uint8 [pages + 1, Hk, record_bytes]; page 0 is the target of padded CUDA-graph rows.
+        tail: rings and exact starts.
+    """
+
+    def __init__(
+        self, *args: Any, config: KVarNConfig, rows: int, model_dtype: torch.dtype, **kwargs: Any
+    ) -> None:
+        hooks.verify_hooks()
+        self.config, self._rows, self._model_dtype = config, rows, model_dtype
+        super().__init__(*args, **kwargs)
+
+    def _create_buffers(self) -> None:
+        if self.page_size != self.config.tile_size or self.size % self.page_size:
+            raise ValueError(
+                f"expected whole pages of {self.config.tile_size} tokens, got {self.size} tokens in pages of "
+                f"{self.page_size}: drop --page-size"
+            )
+        pages = self.size // self.page_size + 1
+        shape = (pages, self.head_num, self.config.record_bytes(self.head_dim))
+        self.records = [
+            torch.zeros(shape, dtype=torch.uint8, device=self.device) for _ in range(self.layer_num)
+        ]
+        self.tail = Tail(
+            self._rows,
+            self.layer_num,
+            self.head_num,
+            self.head_dim,
+            self.config,
+            self._model_dtype,
+            self.device,
+        )
+        self._layer_caches = [
+            LayerCache(*tensors)
+            for tensors in zip(self.records, self.tail.ring_k, self.tail.ring_v, strict=True)
+        ]
+        # SGLang's transfer code walks these; there is no row per slot to transfer
+        self.k_buffer = self.v_buffer = []
+
+    def layer_cache(self, layer_id: int) -> LayerCache:
+        """Return the memory of a layer."""
+        return self._layer_caches[layer_id - self.start_layer]
+
+    def get_kv_size_bytes(self) -> int:
+        """Return the bytes of records and rings."""
+        return sum(r.nbytes for r in self.records) + self.tail.num_bytes
+
+    def _clear_buffers(self) -> None:
+        del self.records, self.tail, self._layer_caches
+
+    def set_kv_buffer(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: only the kvarn attention backend writes, it knows the request rows."""
+        raise ValueError(
+            "expected the kvarn attention backend to write the cache, got set_kv_buffer: use a 16-bit cache"
+        )
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """Refuse: a record holds keys and values of a page, there is no key buffer."""
+        raise ValueError(
+            "expected the kvarn attention backend to read the cache, got get_key_buffer: use a 16-bit cache"
+        )
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """Refuse, as `get_key_buffer`."""
+        raise ValueError(
+            "expected the kvarn attention backend to read the cache, got get_value_buffer: use a 16-bit cache"
+        )
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse, as `get_key_buffer`."""
+        raise ValueError(
+            "expected the kvarn attention backend to read the cache, got get_kv_buffer: use a 16-bit cache"
+        )
+
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        """Refuse: quantised tokens cannot move between pages."""
+        raise ValueError("expected no slot to move, got move_kv_cache: drop --speculative-algorithm")
+
+
+def build(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build our pool for a kvarn target model. Hook around ``KVCacheConfigurator._build_token_to_kv_pool``."""
+    config = settings.target_preset(configurator)
+    if config is None:
+        return original(configurator, *args, **kwargs)
+    refusals.check_model(configurator.model_config)
+    req_to_token_pool = kwargs["req_to_token_pool"]
+    pool_class = partial(
+        KVarNTokenToKVPool,
+        config=config,
+        rows=req_to_token_pool.req_to_token.shape[0],
+        model_dtype=configurator.model_dtype,
+    )
+    pool = configurator._build_mha_kv_pool(
+        max_total_num_tokens=kwargs["sizes"].max_total_num_tokens, mha_pool_class=pool_class
+    )
+    pool.tail.attach(req_to_token_pool)
+    if configurator.ps.tp_rank == 0:
+        _log(pool, budget.model_shape(configurator))
+    return pool
+
+
+def _log(pool: KVarNTokenToKVPool, shape: budget.ModelShape) -> None:
+    token, full = shape.token_bytes(pool.config), shape.full_token_bytes()
+    logger.info(
+        "KVarN %s: %s bytes per token against %s in %s (%.2fx), pool %s tokens in %.1f MiB, ring %d rows in %.1f MiB",
+        pool.config.name,
+        f"{token:,}",
+        f"{full:,}",
+        str(pool._model_dtype).removeprefix("torch."),
+        full / token,
+        f"{pool.size:,}",
+        sum(r.nbytes for r in pool.records) / budget.MIB,
+        pool.tail.exact_starts.shape[0],
+        pool.tail.num_bytes / budget.MIB,
+    )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user chose with ``--kv-cache-dtype``, and the arguments that follow from it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from kvarn_kernels.config import KVarNConfig, preset_names
+from sglang_kvarn import cpu_platform
+
+ATTENTION_BACKEND = "kvarn"
+PAGE_SIZE = 128
+
+
+def preset_of(server_args: Any) -> KVarNConfig | None:
+    """Return the preset of ``server_args.kv_cache_dtype``, None for one of SGLang's own formats.
+
+    Raises:
+        ValueError: the name starts with ``kvarn`` but is no preset; the message lists them.
+    """
+    name = server_args.kv_cache_dtype
+    if not isinstance(name, str) or not name.startswith("kvarn"):
+        return None
+    return KVarNConfig.from_preset(name)
+
+
+def target_preset(configurator: Any) -> KVarNConfig | None:
+    """Return the preset of SGLang's KVCacheConfigurator, None for a draft model, whose cache stays 16 bit."""
+    return None if configurator.is_draft_worker else preset_of(configurator.server_args)
+
+
+def add_choices(result: Any, parser: argparse.ArgumentParser) -> None:
+    """Accept the presets on the command line. Hook after ``ServerArgs.add_cli_args``."""
+    action = next(a for a in parser._actions if "--kv-cache-dtype" in a.option_strings)
+    action.choices = [*(action.choices or []), *preset_names()]
+    action.help = (
+        f"{action.help} kvarn* (plugin sglang-kvarn) keeps K and V in 4, 2 or both bits, in tiles of {PAGE_SIZE} tokens"
+        f" (k4v2: 4-bit K, 2-bit V); _canonical gives a prefix-cache hit the same values as a miss."
+    )
+
+
+def apply_defaults(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Fill what the user left open. Hook before ``ServerArgs.__post_init__``."""
+    preset = preset_of(server_args)
+    if preset is not None:
+        if server_args.attention_backend is None:
+            server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.page_size is None:
+            server_args.page_size = PAGE_SIZE
+    cpu_platform.apply_defaults(server_args)
+
+
+def cache_dtype(original: Any, **kwargs: Any) -> tuple[str | None, torch.dtype]:
+    """Name the storage type of the cache: bytes. Hook around ``configure_kv_cache_dtype``."""
+    name = kwargs["server_args_kv_cache_dtype"]
+    if not isinstance(name, str) or not name.startswith("kvarn"):
+        return original(**kwargs)
+    KVarNConfig.from_preset(name)
+    return None, kwargs["model_dtype"] if kwargs["is_draft_worker"] else torch.uint8

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact tokens of every request: one ring per request row, and where each request's own tokens begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvarn_kernels.config import KVarNConfig
+
+_ATTRIBUTE = "kvarn_tail"
+
+
+class Tail:
+    """Hold the rings of R request rows and the table of exact starts. Row 0 is SGLang's padding target.
+
+    Attributes:
+        ring_k, ring_v: per layer [R, ring_len, Hk, D] model dtype, rotated.
+        exact_starts: int32 [R], tokens that the request of a row took from the prefix cache when it got the row.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        config: KVarNConfig,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        shape = (rows, config.ring_len, kv_heads, head_dim)
+        self.ring_k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.ring_v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.exact_starts = torch.zeros(rows, dtype=torch.int32, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rings."""
+        return sum(ring.nbytes for ring in (*self.ring_k, *self.ring_v))
+
+    def set_exact_starts(self, rows: list[int], starts: list[int]) -> None:
+        """Write the exact starts of rows, in stream order and without waiting for the device."""
+        pinned = self.exact_starts.is_cuda
+        update = torch.tensor([rows, starts], dtype=torch.int64, pin_memory=pinned)
+        update = update.to(self.exact_starts.device, non_blocking=True)
+        self.exact_starts.index_copy_(0, update[0], update[1].int())
+
+    def attach(self, req_to_token_pool: Any) -> None:
+        """Let `record_exact_starts` find this tail from SGLang's ReqToTokenPool."""
+        setattr(req_to_token_pool, _ATTRIBUTE, self)
+
+
+def record_exact_starts(original: Callable[..., Any], pool: Any, reqs: list[Any]) -> Any:
+    """Note the prefix length of each request that gets a row. Hook around ``ReqToTokenPool.alloc``.
+
+    A request that comes back with its next chunk keeps its row and its exact start.
+    """
+    tail = getattr(pool, _ATTRIBUTE, None)
+    fresh = [req for req in reqs if req.req_pool_idx is None]
+    rows = original(pool, reqs)
+    if tail is not None and fresh and rows is not None:
+        tail.set_exact_starts([req.req_pool_idx for req in fresh], [len(req.prefix_indices) for req in fresh])
+    return rows
