@@ -104,6 +104,11 @@ def attend_exact(
 
 
 @triton.jit
+def _add_scores(s, folded, codes, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    return replace(s, TOKENS, dot(folded[CHANNELS], codes, s[TOKENS]))
+
+
+@triton.jit
 def attend_record(
     q, row_scale, record, row_mask, m, l, acc, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
 ):
@@ -145,10 +150,8 @@ def attend_record(
         words = tl.load(words_ptr + (sub * 32 + t)[None, :] * KW + kw[:, None])  # [KW, 32]
         for n in tl.static_range(K_FIELDS // 2):
             low, high = unpack_pair(words, n, K_BITS)
-            LOW: tl.constexpr = n // KCB * SUBS + sub
-            HIGH: tl.constexpr = (n + K_FIELDS // 2) // KCB * SUBS + sub
-            s = replace(s, LOW, dot(folded[n % KCB], low, s[LOW]))
-            s = replace(s, HIGH, dot(folded[(n + K_FIELDS // 2) % KCB], high, s[HIGH]))
+            s = _add_scores(s, folded, low, n // KCB * SUBS + sub, n % KCB)
+            s = _add_scores(s, folded, high, (n + K_FIELDS // 2) // KCB * SUBS + sub, (n + K_FIELDS // 2) % KCB)
     scaled = ()
     largest = tl.full([M], float("-inf"), tl.float32)
     for n in tl.static_range(4):

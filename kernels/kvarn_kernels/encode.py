@@ -135,6 +135,81 @@ def pack_words(codes, BITS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
+def _load_rows(ring_ptr, chunk_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK: tl.constexpr):
+    """Load exact rows from the ring, or (if CHUNK) from the chunk where they are not in the ring."""
+    x = tl.load(ring_ptr + ring_offsets, mask=in_ring, other=0.0)
+    if CHUNK:
+        x = tl.where(in_ring, x, tl.load(chunk_ptr + chunk_offsets, mask=~in_ring, other=0.0))
+    return x
+
+
+@triton.jit
+def _store_first(x, first_ptr):
+    # token 0, exact, as 16 bits: bf16 stays bf16, anything else becomes fp16
+    if x.dtype == tl.bfloat16:
+        tl.store(first_ptr, x.to(tl.int16, bitcast=True))
+    else:
+        tl.store(first_ptr, x.to(tl.float16).to(tl.int16, bitcast=True))
+
+
+@triton.jit
+def _encode_keys(
+    record, ring_ptr, chunk_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
+):  # fmt: skip
+    TB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
+    CB: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
+    g, d = tl.arange(0, G), tl.arange(0, D)
+    x = _load_rows(
+        ring_ptr,
+        chunk_ptr,
+        ring_offsets[None, :] + d[:, None],
+        chunk_offsets[None, :] + d[:, None],
+        in_ring[None, :] & (d >= 0)[:, None],
+        CHUNK,
+    )  # [D, G]
+    valid = (g > 0)[None, :] & (d >= 0)[:, None]
+    codes, scale, zero, cross = quantise_side(tl.where(valid, _sanitise(x), 0.0), valid, G - 1, D, K_BITS)
+    words = pack_words(tl.trans(codes), K_BITS, G, D, TB, CB)
+    r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
+    HEADER: tl.constexpr = tile.header(x.dtype == tl.bfloat16)
+    words = words | tl.where((r[:, None] == 0) & (c[None, :] == 0), HEADER, 0)
+    tl.store(record.to(tl.pointer_type(tl.int32)) + r[:, None] * (D // CB) + c[None, :], words)
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    tl.store(halves + tile.k_channel_scale_index(D) + d[:, None], scale)
+    tl.store(halves + tile.k_channel_zero_index(D) + d[:, None], zero)
+    tl.store(halves + tile.k_token_scale_index(D) + g[None, :], cross)
+
+
+@triton.jit
+def _encode_values(
+    record, ring_ptr, chunk_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
+):  # fmt: skip
+    TB: tl.constexpr = tile.v_token_blocks(V_BITS)
+    CB: tl.constexpr = tile.v_channel_blocks(V_BITS)
+    g, d = tl.arange(0, G), tl.arange(0, D)
+    x = _load_rows(
+        ring_ptr,
+        chunk_ptr,
+        ring_offsets[:, None] + d[None, :],
+        chunk_offsets[:, None] + d[None, :],
+        in_ring[:, None] & (d >= 0)[None, :],
+        CHUNK,
+    )  # [G, D]
+    valid = (g > 0)[:, None] & (d >= 0)[None, :]
+    codes, scale, zero, cross = quantise_side(tl.where(valid, _sanitise(x), 0.0), valid, D, G - 1, V_BITS)
+    words = pack_words(codes, V_BITS, G, D, TB, CB)
+    r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
+    values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
+    tl.store(values + r[:, None] * (D // CB) + c[None, :], words)
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    tl.store(halves + tile.v_token_scale_index(D) + g[:, None], scale)
+    tl.store(halves + tile.v_token_zero_index(D) + g[:, None], zero)
+    tl.store(halves + tile.v_channel_scale_index(D) + d[None, :], cross)
+
+
+@triton.jit
 def _encode_kernel(
     records_ptr,  # [P, Hk, RECORD] uint8, written
     ring_k_ptr,  # [R, RING_LEN, Hk, D]
@@ -172,69 +247,32 @@ def _encode_kernel(
     row = tl.load(rows_ptr + b)
     g, d = tl.arange(0, G), tl.arange(0, D)
     position = page * G + g
-    ring_token = row * RING_LEN + position % RING_LEN
-    ring_offsets = (ring_token * HK + head) * D
     in_ring = position < prefix_len
+    ring_offsets = ((row * RING_LEN + position % RING_LEN) * HK + head) * D
     chunk_offsets = ring_offsets
     if CHUNK:
-        chunk_token = tl.load(qo_indptr_ptr + b).to(tl.int64) + position - prefix_len
-        chunk_offsets = (chunk_token * HK + head) * D
-    RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
-    record = records_ptr + (page_id * HK + head) * RECORD
-    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
-    firsts = halves.to(tl.pointer_type(tl.int16))
-    if tl.program_id(2) % 2 == 0:
-        TB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
-        CB: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
-        x = tl.load(ring_k_ptr + ring_offsets[None, :] + d[:, None], mask=in_ring[None, :], other=0.0)  # [D, G]
-        if CHUNK:
-            new = tl.load(chunk_k_ptr + chunk_offsets[None, :] + d[:, None], mask=~in_ring[None, :], other=0.0)
-            x = tl.where(in_ring[None, :], x, new)
-        valid = (g > 0)[None, :] & (d >= 0)[:, None]
-        t = tl.where(valid, _sanitise(x), 0.0)
-        codes, scale, zero, cross = quantise_side(t, valid, G - 1, D, K_BITS)
-        words = pack_words(tl.trans(codes), K_BITS, G, D, TB, CB)
-        r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
-        IS_BF16: tl.constexpr = ring_k_ptr.dtype.element_ty == tl.bfloat16
-        HEADER: tl.constexpr = tile.HEADER | (tile.HEADER_BF16 if IS_BF16 else 0)
-        words = words | tl.where((r[:, None] == 0) & (c[None, :] == 0), HEADER, 0)
-        out = record.to(tl.pointer_type(tl.int32))
-        tl.store(out + r[:, None] * (D // CB) + c[None, :], words)
-        tl.store(halves + tile.k_channel_scale_index(D) + d[:, None], scale)
-        tl.store(halves + tile.k_channel_zero_index(D) + d[:, None], zero)
-        tl.store(halves + tile.k_token_scale_index(D) + g[None, :], cross)
-        out_first = firsts + tile.k_first_index(D) + d
-        in_ptr, chunk_ptr = ring_k_ptr, chunk_k_ptr
-    else:
-        TB: tl.constexpr = tile.v_token_blocks(V_BITS)
-        CB: tl.constexpr = tile.v_channel_blocks(V_BITS)
-        x = tl.load(ring_v_ptr + ring_offsets[:, None] + d[None, :], mask=in_ring[:, None], other=0.0)  # [G, D]
-        if CHUNK:
-            new = tl.load(chunk_v_ptr + chunk_offsets[:, None] + d[None, :], mask=~in_ring[:, None], other=0.0)
-            x = tl.where(in_ring[:, None], x, new)
-        valid = (g > 0)[:, None] & (d >= 0)[None, :]
-        t = tl.where(valid, _sanitise(x), 0.0)
-        codes, scale, zero, cross = quantise_side(t, valid, D, G - 1, V_BITS)
-        words = pack_words(codes, V_BITS, G, D, TB, CB)
-        r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
-        out = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
-        tl.store(out + r[:, None] * (D // CB) + c[None, :], words)
-        tl.store(halves + tile.v_token_scale_index(D) + g[:, None], scale)
-        tl.store(halves + tile.v_token_zero_index(D) + g[:, None], zero)
-        tl.store(halves + tile.v_channel_scale_index(D) + d[None, :], cross)
-        out_first = firsts + tile.v_first_index(D) + d
-        in_ptr, chunk_ptr = ring_v_ptr, chunk_v_ptr
-    # token 0, exact, as 16 bits: bf16 stays bf16, anything else becomes fp16
-    first_in_ring = page * G < prefix_len
-    first = tl.load(in_ptr + (row * RING_LEN + page * G % RING_LEN) * HK * D + head * D + d, mask=first_in_ring, other=0.0)
+        chunk_offsets = ((tl.load(qo_indptr_ptr + b).to(tl.int64) + position - prefix_len) * HK + head) * D
+    # offsets of token 0, taken as a block of one so that it is loaded like the others
+    first = tl.arange(0, 1) + page * G
+    first_in_ring = (first < prefix_len)[:, None] & (d >= 0)[None, :]
+    first_ring = ((row * RING_LEN + first % RING_LEN) * HK + head)[:, None] * D + d[None, :]
+    first_chunk = first_ring
     if CHUNK:
-        first_token = tl.load(qo_indptr_ptr + b).to(tl.int64) + page * G - prefix_len
-        new_first = tl.load(chunk_ptr + (first_token * HK + head) * D + d, mask=~first_in_ring, other=0.0)
-        first = tl.where(first_in_ring, first, new_first)
-    if ring_k_ptr.dtype.element_ty == tl.bfloat16:
-        tl.store(out_first, first.to(tl.int16, bitcast=True))
+        first_chunk = ((tl.load(qo_indptr_ptr + b).to(tl.int64) + first - prefix_len) * HK + head)[:, None] * D + d[None, :]
+    record = records_ptr + (page_id * HK + head) * tile.record_bytes(D, K_BITS, V_BITS)
+    firsts = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.int16))
+    if tl.program_id(2) % 2 == 0:
+        _encode_keys(
+            record, ring_k_ptr, chunk_k_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK, D, G, K_BITS, V_BITS
+        )
+        x = _load_rows(ring_k_ptr, chunk_k_ptr, first_ring, first_chunk, first_in_ring, CHUNK)
+        _store_first(x, firsts + tile.k_first_index(D) + d[None, :])
     else:
-        tl.store(out_first, first.to(tl.float16).to(tl.int16, bitcast=True))
+        _encode_values(
+            record, ring_v_ptr, chunk_v_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK, D, G, K_BITS, V_BITS
+        )
+        x = _load_rows(ring_v_ptr, chunk_v_ptr, first_ring, first_chunk, first_in_ring, CHUNK)
+        _store_first(x, firsts + tile.v_first_index(D) + d[None, :])
 
 
 def _launch(grid, cache: LayerCache, config: KVarNConfig, pages, stride_pages, rows, seq_lens, chunk) -> None:

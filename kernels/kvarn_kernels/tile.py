@@ -42,6 +42,12 @@ HEADER_BF16 = 0x01
 
 
 @triton.constexpr_function
+def header(is_bf16):
+    """Return byte 0 of a record: that it is encoded, and whether its first rows are bfloat16 (else float16)."""
+    return HEADER | (HEADER_BF16 if is_bf16 else 0)
+
+
+@triton.constexpr_function
 def k_channel_blocks(head_dim, bits):
     """Return CB of the key codes: at least 16 channels a block, the depth of a matrix instruction."""
     return min(32 // bits, head_dim // 16)

@@ -50,7 +50,7 @@ def encode_tile(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.
         tile.k_channel_blocks(head_dim, config.k_bits),
     )
     first_dtype = first_row_dtype(k.dtype)
-    k_codes[..., 0] |= tile.HEADER | (tile.HEADER_BF16 if first_dtype == torch.bfloat16 else 0)
+    k_codes[..., 0] |= tile.header(first_dtype == torch.bfloat16)
     v_codes = pack_codes(
         _prepend_zero(values.codes, -2),
         config.v_bits,
