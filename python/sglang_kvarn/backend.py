@@ -7,9 +7,9 @@ import logging
 from typing import Any
 
 import torch
-
 from kvarn_kernels import ops
-from kvarn_kernels.cache import DecodeBatch, DecodeWorkspace, ExtendBatch
+from kvarn_kernels.cache import DecodeBatch, ExtendBatch
+
 from sglang_kvarn import budget, compat, hooks, refusals
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 from sglang_kvarn.pool import KVarNTokenToKVPool
@@ -45,16 +45,16 @@ class KVarNAttentionBackend(compat.AttentionBackend):
     def _make_buffers(self, max_batch: int) -> DecodeBuffers:
         buffers = DecodeBuffers(max_batch, self.req_to_token)
         if self.form == "triton":
-            from kvarn_kernels.decode import num_splits
+            from kvarn_kernels.decode import make_workspace
 
-            pages = buffers.page_table.shape[1]
-            splits = num_splits(max_batch, self.pool.head_num, pages, self.config)
-            empty = {"dtype": torch.float32, "device": self.req_to_token.device}
-            heads, head_dim = self._qo_heads, self.pool.head_dim
-            buffers.workspace = DecodeWorkspace(
-                rotated_q=torch.empty((max_batch, heads, head_dim), **empty),
-                partial_out=torch.empty((max_batch, heads, splits, head_dim), **empty),
-                partial_lse=torch.empty((max_batch, heads, splits), **empty),
+            buffers.workspace = make_workspace(
+                max_batch,
+                self._qo_heads,
+                self.pool.head_num,
+                self.pool.head_dim,
+                buffers.page_table.shape[1],
+                self.config,
+                self.req_to_token.device,
             )
         return buffers
 
@@ -87,7 +87,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend one new token per request: q [B, Hq * D], k and v [B, Hk, D] or flat; returns [B, Hq * D]."""
+        """Attend one new token per request: q [B, Hq * D], k and v [B, Hk, D]; return [B, Hq * D]."""
         assert self._decode is not None, "init_forward_metadata comes before the forward pass"
         return self._attend(ops.decode_attention, self._decode, (q, k, v), layer, save_kv_cache, kwargs)
 
@@ -101,7 +101,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend the new tokens of each request: q [T, Hq * D], k and v [T, Hk, D] or flat; returns [T, Hq * D]."""
+        """Attend the new tokens of each request: q [T, Hq * D], k, v [T, Hk, D]; return [T, Hq * D]."""
         assert self._extend is not None, "init_forward_metadata comes before the forward pass"
         return self._attend(ops.extend_attention, self._extend, (q, k, v), layer, save_kv_cache, kwargs)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.ops import attention_form
+
 from sglang_kvarn import compat, settings
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ MIB = 1 << 20
 class ModelShape:
     """Describe the attention of one rank.
 
-    Example: Qwen3-8B on one GPU has 36 layers, 8 KV heads and 32 query heads of 128 channels, 2 bytes each; with
-    ``kvarn`` a token costs 36 * 8 * 112 = 32,256 bytes (16 bit: 147,456), a ring row 37,748,736 bytes.
+    Example: Qwen3-8B on one GPU has 36 layers, 8 KV heads and 32 query heads of 128 channels, 2 bytes each;
+    with ``kvarn`` a token costs 36 * 8 * 112 = 32,256 bytes (16 bit: 147,456), a ring row 37,748,736 bytes.
     """
 
     layers: int
@@ -40,13 +40,13 @@ class ModelShape:
         """Return the record bytes per token, all layers."""
         return self.layers * self.kv_heads * config.bytes_per_token(self.head_dim)
 
-    def full_token_bytes(self) -> int:
-        """Return what a token costs in the model's own dtype, keys and values."""
-        return self.layers * self.kv_heads * 2 * self.head_dim * self.itemsize
+    def full_token_bytes(self, itemsize: int) -> int:
+        """Return what a token costs unquantised, keys and values of `itemsize` bytes."""
+        return self.layers * self.kv_heads * 2 * self.head_dim * itemsize
 
     def row_bytes(self, config: KVarNConfig) -> int:
         """Return the ring bytes of one request row, all layers, keys and values."""
-        return config.ring_len * self.full_token_bytes()
+        return config.ring_len * self.full_token_bytes(self.itemsize)
 
 
 def model_shape(configurator: Any) -> ModelShape:
@@ -81,8 +81,9 @@ def choose_rows(available: int, row_bytes: int, requested: int | None) -> tuple[
         reason = f"at most {RING_SHARE:.0%} of the KV memory, at least {MIN_ROWS}, at most {MAX_ROWS}"
     if (rows + 1) * row_bytes >= available:
         raise ValueError(
-            f"expected the ring of exact tokens to fit the KV memory ({available / MIB:,.0f} MiB), but {rows} requests "
-            f"take {(rows + 1) * row_bytes / MIB:,.0f} MiB: lower --max-running-requests or raise --mem-fraction-static"
+            f"expected the ring of exact tokens to fit the KV memory ({available / MIB:,.0f} MiB), but "
+            f"{rows} requests take {(rows + 1) * row_bytes / MIB:,.0f} MiB: lower --max-running-requests or raise "
+            "--mem-fraction-static"
         )
     return rows, reason
 
@@ -96,10 +97,10 @@ def cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int
 
 
 def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any) -> int | None:
-    """Take ring and workspace out of the KV memory. Hook after ``KVCacheConfigurator._profile_available_bytes``.
+    """Take ring and workspace out of the KV memory. Hook after ``_profile_available_bytes``.
 
-    The rows are fixed here, before tokens are counted, and passed on as ``max_running_requests``: a larger pool
-    would otherwise ask for more rows, which would shrink the pool.
+    The rows are fixed here, before tokens are counted, and passed on as ``max_running_requests``: a larger
+    pool would otherwise ask for more rows, which would shrink the pool.
     """
     config = settings.target_preset(configurator)
     if config is None:
@@ -124,7 +125,7 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
 
 
 def cap_rows(result: int, configurator: Any, token_capacity: int) -> int | None:
-    """Keep the rows within what the ring was charged for. Hook after ``KVCacheConfigurator.resolve_max_num_reqs``."""
+    """Keep the rows within what the ring was charged for. Hook after ``resolve_max_num_reqs``."""
     if settings.target_preset(configurator) is None:
         return None
     return min(result, configurator.server_args.max_running_requests)
@@ -140,9 +141,15 @@ def workspace_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, r
     """Return the bytes of the decode kernels' workspace; 0 where the torch form runs."""
     if attention_form(torch.device(configurator.device)) == "torch":
         return 0
-    from kvarn_kernels.decode import num_splits
+    from kvarn_kernels.decode import make_workspace
 
-    batch = decode_batch_size(configurator.server_args, rows)
-    pages = -(-configurator.model_config.context_len // config.tile_size) + 1
-    splits = num_splits(batch, shape.kv_heads, pages, config)
-    return batch * shape.qo_heads * (shape.head_dim + splits * (shape.head_dim + 1)) * 4
+    workspace = make_workspace(
+        decode_batch_size(configurator.server_args, rows),
+        shape.qo_heads,
+        shape.kv_heads,
+        shape.head_dim,
+        -(-configurator.model_config.context_len // config.tile_size) + 1,
+        config,
+        torch.device("meta"),
+    )
+    return workspace.rotated_q.nbytes + workspace.partial_out.nbytes + workspace.partial_lse.nbytes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that this package takes from SGLang, resolved on first use. No other module names an SGLang import."""
+"""Everything that this package takes from SGLang, resolved on first use. No other module imports SGLang."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
 
 
 def resolve(path: str) -> Any:
-    """Import and return the object at a dotted path, e.g. ``sglang.srt.server_args.ServerArgs.check_server_args``."""
+    """Import and return the object at a dotted path, e.g. ``sglang.srt.server_args.ServerArgs``."""
     return pkgutil.resolve_name(path)
 
 

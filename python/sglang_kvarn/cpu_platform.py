@@ -13,7 +13,7 @@ _CLASS = "sglang_kvarn.cpu_device.KVarNCpuPlatform"
 
 
 def is_active() -> bool:
-    """Whether this process runs SGLang on our CPU platform: no accelerator, nobody else's platform, no CPU engine."""
+    """Whether SGLang is to run on our CPU platform: no accelerator, no other platform, no CPU engine."""
     selected = os.environ.get("SGLANG_PLATFORM")
     if selected:
         return selected == _NAME and not _has_accelerator()
@@ -30,9 +30,10 @@ def activate() -> str | None:
 
 
 def prepare_environment() -> None:
-    """Run SGLang's own Triton kernels (page allocation) in Triton's interpreter, in this process's children too.
+    """Run SGLang's own Triton kernels (page allocation) in Triton's interpreter, also in child processes.
 
-    Triton reads the variable when a kernel is declared, so it has to be set before SGLang's modules are imported.
+    Triton reads the variable when a kernel is declared, so it is set before SGLang's modules are imported;
+    the parent process, where some are already, runs none of them.
     """
     if is_active():
         os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -74,7 +74,7 @@ HOOKS = (
     Hook("mem_cache.memory_pool.ReqToTokenPool.alloc", "around", ("self", "reqs"), tail.record_exact_starts),
 )
 
-# the functions as SGLang ships them, filled by `register_all`; a hook is in place once its path resolves to another
+# the functions as SGLang ships them, filled by `register_all`; once hooked, a path resolves to another one
 _originals: dict[str, Any] = {}
 
 
@@ -133,8 +133,8 @@ def verify_hooks() -> None:
     missing = missing_hooks()
     if missing:
         raise RuntimeError(
-            f"sglang-kvarn is not in place in this process, these hooks are missing: {', '.join(missing)}. Call "
-            "sglang.srt.plugins.load_plugins() first, see the log above, and run `python -m sglang_kvarn`"
+            f"sglang-kvarn is not in place in this process, these hooks are missing: {', '.join(missing)}. "
+            "Call sglang.srt.plugins.load_plugins() first, see the log above and `python -m sglang_kvarn`"
         )
 
 

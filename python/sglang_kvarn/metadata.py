@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from kvarn_kernels.cache import DecodeBatch, DecodeWorkspace, ExtendBatch
 
 PAGE_SHIFT = 7
@@ -14,7 +13,7 @@ PAGE_SIZE = 1 << PAGE_SHIFT
 
 
 class DecodeBuffers:
-    """Hold the tensors of decode steps of up to B requests: made once, filled in place, so that graphs see them.
+    """Hold the tensors of decode steps of up to B requests: made once, filled in place, as graphs need it.
 
     Attributes:
         rows, seq_lens, store_pages, page_table, exact_starts, workspace: as in `DecodeBatch`, for B requests.
@@ -39,7 +38,7 @@ class DecodeBuffers:
     def fill(self, forward_batch: Any, exact_starts: torch.Tensor) -> DecodeBatch:
         """Describe a decode step: no allocation and no wait for the device.
 
-        ``req_to_token`` is read here and never inside a CUDA graph: SGLang may rewrite it once a replay has begun.
+        ``req_to_token`` is read here, never inside a CUDA graph: SGLang may rewrite it once a replay began.
 
         Args:
             forward_batch: SGLang's ForwardBatch, or the padded view of one that a graph replay gets.

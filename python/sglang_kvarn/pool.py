@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
-
 from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
+
 from sglang_kvarn import budget, compat, hooks, refusals, settings
 from sglang_kvarn.tail import Tail
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     """Hold the records of every layer. A subclass, because SGLang recognises multi-head caches by class.
 
-    A slot is page * 128 + offset as in any SGLang pool, but there is no row per slot: a page of a layer is Hk records.
+    A slot is page * 128 + offset as in any SGLang pool, but has no row: a page of a layer is Hk records.
 
     Attributes:
         config: the preset.
-        records: per layer uint8 [pages + 1, Hk, record_bytes]; page 0 is the target of padded CUDA-graph rows.
+        records: per layer uint8 [pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
         tail: rings and exact starts.
     """
 
@@ -61,7 +61,8 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             for tensors in zip(self.records, self.tail.ring_k, self.tail.ring_v, strict=True)
         ]
         # SGLang's transfer code walks these; there is no row per slot to transfer
-        self.k_buffer = self.v_buffer = []
+        self.k_buffer: list[torch.Tensor] = []
+        self.v_buffer: list[torch.Tensor] = []
 
     def layer_cache(self, layer_id: int) -> LayerCache:
         """Return the memory of a layer."""
@@ -104,7 +105,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
 
 
 def build(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build our pool for a kvarn target model. Hook around ``KVCacheConfigurator._build_token_to_kv_pool``."""
+    """Build our pool for a kvarn target model. Hook around ``_build_token_to_kv_pool``."""
     config = settings.target_preset(configurator)
     if config is None:
         return original(configurator, *args, **kwargs)
@@ -126,13 +127,13 @@ def build(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs:
 
 
 def _log(pool: KVarNTokenToKVPool, shape: budget.ModelShape) -> None:
-    token, full = shape.token_bytes(pool.config), shape.full_token_bytes()
+    token, full = shape.token_bytes(pool.config), shape.full_token_bytes(2)
     logger.info(
-        "KVarN %s: %s bytes per token against %s in %s (%.2fx), pool %s tokens in %.1f MiB, ring %d rows in %.1f MiB",
+        "KVarN %s: %s bytes per token against %s in 16 bit (%.2fx), pool %s tokens in %.1f MiB, "
+        "ring %d rows in %.1f MiB",
         pool.config.name,
         f"{token:,}",
         f"{full:,}",
-        str(pool._model_dtype).removeprefix("torch."),
         full / token,
         f"{pool.size:,}",
         sum(r.nbytes for r in pool.records) / budget.MIB,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
+
 from sglang_kvarn import compat, settings
 
 _NOT_A_SLOT = (
@@ -138,8 +138,8 @@ def check_arguments(server_args: Any) -> None:
     if preset is None:
         if server_args.attention_backend == settings.ATTENTION_BACKEND:
             raise ValueError(
-                f"--attention-backend kvarn cannot be combined with --kv-cache-dtype {server_args.kv_cache_dtype}: it "
-                "reads tile records only; add --kv-cache-dtype kvarn or drop --attention-backend"
+                f"--attention-backend kvarn cannot be combined with --kv-cache-dtype "
+                f"{server_args.kv_cache_dtype}: it reads tile records only; add --kv-cache-dtype kvarn or drop --attention-backend"
             )
         return
     for refusal in ARGUMENTS:
@@ -222,8 +222,8 @@ def check_call(k: torch.Tensor | None, save_kv_cache: bool, extra: dict[str, Any
     """
     if k is None or not save_kv_cache:
         raise ValueError(
-            "expected every attention layer to write its own keys and values, but this model's layers share them: "
-            "drop --kv-cache-dtype"
+            "expected every attention layer to write its own keys and values, but layers of this model share "
+            "them: drop --kv-cache-dtype"
         )
     unknown = [name for name, value in extra.items() if value is not None]
     if unknown:
@@ -232,6 +232,6 @@ def check_call(k: torch.Tensor | None, save_kv_cache: bool, extra: dict[str, Any
 
 def _refuse_model(model: str, what: str) -> None:
     raise ValueError(
-        f"{model} has {what}, which a kvarn cache does not serve (it takes multi-head or grouped-query attention with "
-        f"head_dim {', '.join(map(str, SUPPORTED_HEAD_DIMS))}): drop --kv-cache-dtype"
+        f"{model} has {what}, which a kvarn cache does not serve (it takes multi-head or grouped-query "
+        f"attention with head_dim {', '.join(map(str, SUPPORTED_HEAD_DIMS))}): drop --kv-cache-dtype"
     )

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from kvarn_kernels.config import KVarNConfig
 
 _ATTRIBUTE = "kvarn_tail"
@@ -18,7 +17,7 @@ class Tail:
 
     Attributes:
         ring_k, ring_v: per layer [R, ring_len, Hk, D] model dtype, rotated.
-        exact_starts: int32 [R], tokens that the request of a row took from the prefix cache when it got the row.
+        exact_starts: int32 [R], tokens that a row's request took from the prefix cache when it got the row.
     """
 
     def __init__(
