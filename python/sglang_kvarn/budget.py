@@ -82,8 +82,8 @@ def choose_rows(available: int, row_bytes: int, requested: int | None) -> tuple[
     if (rows + 1) * row_bytes >= available:
         raise ValueError(
             f"expected the ring of exact tokens to fit the KV memory ({available / MIB:,.0f} MiB), but "
-            f"{rows} requests take {(rows + 1) * row_bytes / MIB:,.0f} MiB: lower --max-running-requests or raise "
-            "--mem-fraction-static"
+            f"{rows} requests take {(rows + 1) * row_bytes / MIB:,.0f} MiB: lower --max-running-requests or "
+            "raise --mem-fraction-static"
         )
     return rows, reason
 

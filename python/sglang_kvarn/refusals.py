@@ -139,7 +139,8 @@ def check_arguments(server_args: Any) -> None:
         if server_args.attention_backend == settings.ATTENTION_BACKEND:
             raise ValueError(
                 f"--attention-backend kvarn cannot be combined with --kv-cache-dtype "
-                f"{server_args.kv_cache_dtype}: it reads tile records only; add --kv-cache-dtype kvarn or drop --attention-backend"
+                f"{server_args.kv_cache_dtype}: it reads tile records only; "
+                "add --kv-cache-dtype kvarn or drop --attention-backend"
             )
         return
     for refusal in ARGUMENTS:

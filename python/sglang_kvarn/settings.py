@@ -37,8 +37,8 @@ def add_choices(result: Any, parser: argparse.ArgumentParser) -> None:
     action = next(a for a in parser._actions if "--kv-cache-dtype" in a.option_strings)
     action.choices = [*(action.choices or []), *preset_names()]
     action.help = (
-        f"{action.help}. kvarn* (plugin sglang-kvarn) quantises K and V in tiles of {PAGE_SIZE} tokens, k4v2 to "
-        "4-bit K and 2-bit V; with _canonical a prefix-cache hit reads the same values as a miss."
+        f"{action.help}. kvarn* (plugin sglang-kvarn) quantises K and V in tiles of {PAGE_SIZE} tokens, k4v2 "
+        "to 4-bit K and 2-bit V; with _canonical a prefix-cache hit reads the same values as a miss."
     )
 
 
