@@ -65,7 +65,8 @@ class Server:
         self.log = Path(name)
         self.start_seconds = 0.0
         with open(descriptor, "wb") as log:
-            # a session of its own: one signal then reaches the scheduler and detokenizer processes too
+            # a session of its own, so that Ctrl-C reaches the demo alone and one signal ends every process of
+            # the server
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
 
     def log_tail(self) -> str:
@@ -107,15 +108,16 @@ class Server:
     def stop(self) -> None:
         """End the server and every process it started; a second Ctrl-C ends them at once."""
         try:
-            self._signal(signal.SIGTERM)
+            # to the server alone: where its children end first, it takes that for a crash
+            self.process.terminate()
+            self._wait_for_end()
         finally:
             # in any case: the group outlives its leader while a child of it runs
-            self._signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self._wait_for_end()
 
-    def _signal(self, number: int) -> None:
-        """Send a signal to the group of the server and wait for the server, at most `STOP_LIMIT`."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+    def _wait_for_end(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_LIMIT)
 
