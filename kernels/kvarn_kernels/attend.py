@@ -17,8 +17,9 @@ import triton.language as tl
 from kvarn_kernels import tile
 from kvarn_kernels.tile_io import cast, dot, unpack_pair
 
-# weights up to 2^8 keep small ones above the subnormals of fp16 (p = 2^-14 is still exact at 2^-6)
-SHIFT = tl.constexpr(8.0)
+# weights up to 2^4 keep small ones above the subnormals of fp16; times a value scale below 2^9 and its 2^b they stay
+# below 65,504
+SHIFT = tl.constexpr(4.0)
 LOG2_E = 1.4426950408889634
 
 

@@ -14,7 +14,8 @@ import torch
 # range factors that the clipping quantiser tries, widest first: 1, 61/64, 58/64, ... 31/64, exact in float32
 SHRINK_STEP = 3 / 64
 SHRINK_STEPS = 12
-LARGEST_INPUT = 2.0**31
+# larger magnitudes saturate: fp16 scales then stay below 2^9, which attend.py relies on
+LARGEST_INPUT = 2.0**22
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class QuantisedSide:
 
 
 def sanitise(x: torch.Tensor) -> torch.Tensor:
-    """Return x as float32 with NaN as 0 and magnitudes clamped to 2^31, the range a record can hold."""
+    """Return x as float32 with NaN as 0 and magnitudes clamped to 2^22, the range a record can hold."""
     x = x.float()
     return torch.where(x == x, x.clamp(-LARGEST_INPUT, LARGEST_INPUT), 0.0)
 
@@ -106,8 +107,8 @@ def quantise_side(t: torch.Tensor, bits: int) -> QuantisedSide:
     grid of shrink factors, then scale and zero times <t, t> / <t_hat, t> of the row, which removes the shrink bias
     (attention averages many values, so bias hurts more than noise; design section 4).
 
-    Powers of two move between (scale, zero) and cross so that |zero| and |scale * code + zero| are at most 2 and a
-    matrix instruction on fp16 operands cannot overflow, whatever the magnitude of the tile.
+    Powers of two move between (scale, zero) and cross so that |zero| and |scale * code + zero| are at most 2 (for
+    magnitudes beyond 2^14 at most 2^9), and a matrix instruction on fp16 operands cannot overflow.
 
     Departs from the paper: section 3 uses the minimum and maximum at 2 bits too.
     """

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encode kernel against the oracle: the same bytes, whatever the source of the rows."""
+
+import pytest
+import torch
+from builders import DEVICE, PAGE, make_cache
+
+from kvarn_kernels import reference
+from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.encode import encode_from_chunk, encode_from_ring
+
+PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
+KV_HEADS = 2
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def random_rows(shape, dtype, scale=1.0) -> torch.Tensor:
+    """Return rows whose channels differ in size by a factor of about ten."""
+    return (torch.randn(shape) * torch.randn(shape[-1]).exp() * scale).to(dtype).to(DEVICE)
+
+
+def filled_cache(config, head_dim, dtype, scale=1.0) -> LayerCache:
+    cache = make_cache(config, KV_HEADS, head_dim, dtype, pages=6, rows=3)
+    cache.ring_k.copy_(random_rows(cache.ring_k.shape, dtype, scale))
+    cache.ring_v.copy_(random_rows(cache.ring_v.shape, dtype, scale))
+    return cache
+
+
+def expected(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.Tensor:
+    """Return the oracle's records [Hk, bytes] of k, v [G, Hk, D]."""
+    return reference.encode_tile(k.transpose(0, 1), v.transpose(0, 1), config)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_encode_from_ring_gives_the_bytes_of_the_oracle(preset, dtype, head_dim):
+    config = KVarNConfig.from_preset(preset)
+    cache = filled_cache(config, head_dim, dtype)
+    before = cache.records.clone()
+    # request 0 fills its second page, request 1 is in the middle of one, request 2 is a padded row
+    encode_from_ring(cache, torch.tensor([2, 1, 0], device=DEVICE), int32(2 * PAGE, 100, 1), int32(3, 4, 0), config)
+    slots = torch.arange(PAGE, 2 * PAGE, device=DEVICE) % config.ring_len
+    assert torch.equal(cache.records[3], expected(cache.ring_k[2, slots], cache.ring_v[2, slots], config))
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(cache.records[others], before[others])
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e5])
+def test_encode_keeps_its_accuracy_at_any_magnitude(scale):
+    config = KVarNConfig.from_preset("kvarn")
+    cache = filled_cache(config, 64, torch.bfloat16, scale)
+    encode_from_ring(cache, torch.tensor([1], device=DEVICE), int32(PAGE), int32(2), config)
+    k, v = cache.ring_k[1, :PAGE].transpose(0, 1), cache.ring_v[1, :PAGE].transpose(0, 1)
+    assert torch.equal(cache.records[2], reference.encode_tile(k, v, config))
+    for got, exact, bound in zip(
+        reference.decode_tile(cache.records[2], config, 64), (k, v), (0.15, 0.45), strict=True
+    ):
+        # 4 bits of a Gaussian: 0.10; 2 bits: 0.35
+        assert ((got - exact.float()).norm() / exact.float().norm()).item() < bound
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_encode_of_poisoned_rows_stays_finite(poison):
+    config = KVarNConfig.from_preset("kvarn")
+    cache = filled_cache(config, 64, torch.float16)
+    cache.ring_k[1, 5, 0, 3] = poison
+    cache.ring_v[1, 7, 0, 3] = poison
+    encode_from_ring(cache, torch.tensor([1], device=DEVICE), int32(PAGE), int32(2), config)
+    for side in reference.decode_tile(cache.records[2], config, 64):
+        assert side.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k2v2_g128", "kvarn_canonical"])
+def test_encode_of_constant_and_zero_rows_is_exact(preset):
+    config = KVarNConfig.from_preset(preset)
+    cache = filled_cache(config, 64, torch.float16)
+    cache.ring_k[1].zero_()
+    cache.ring_v[1].zero_()
+    cache.ring_k[1, :, 1] = 3.0
+    encode_from_ring(cache, torch.tensor([1], device=DEVICE), int32(PAGE), int32(2), config)
+    k, v = reference.decode_tile(cache.records[2], config, 64)
+    assert torch.equal(k[0], torch.zeros_like(k[0])) and torch.equal(k[1], torch.full_like(k[1], 3.0))
+    assert torch.equal(v, torch.zeros_like(v))
+
+
+@pytest.mark.parametrize(("prefix", "seq"), [(0, 300), (100, 260), (127, 129), (128, 256), (250, 250 + 300), (5, 90)])
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128_canonical"])
+def test_encode_from_chunk_joins_ring_and_chunk(preset, prefix, seq):
+    config = KVarNConfig.from_preset(preset)
+    cache = filled_cache(config, 64, torch.float16)
+    before = cache.records.clone()
+    history = random_rows((seq, KV_HEADS, 64), torch.float16), random_rows((seq, KV_HEADS, 64), torch.float16)
+    for position in range(max(0, prefix - config.ring_len), prefix):
+        for ring, x in zip((cache.ring_k, cache.ring_v), history, strict=True):
+            ring[2, position % config.ring_len] = x[position]
+    # a first request of three tokens, so that the chunk does not begin at 0
+    chunk = [torch.cat([x[:3], x[prefix:]]).contiguous() for x in history]
+    encode_from_chunk(
+        *chunk,
+        cache,
+        torch.tensor([1, 2], device=DEVICE),
+        int32(10, prefix),
+        int32(13, seq),
+        int32(0, 3, 3 + seq - prefix),
+        torch.tensor([[5] * 5, [4, 2, 1, 3, 0]], dtype=torch.int32, device=DEVICE),
+        max_full_pages=seq // PAGE - prefix // PAGE,
+        config=config,
+    )
+    written = []
+    for page in range(prefix // PAGE, seq // PAGE):
+        rows = slice(page * PAGE, (page + 1) * PAGE)
+        written.append([4, 2, 1, 3, 0][page])
+        assert torch.equal(cache.records[written[-1]], expected(history[0][rows], history[1][rows], config))
+    others = [p for p in range(6) if p not in written]
+    assert torch.equal(cache.records[others], before[others])
