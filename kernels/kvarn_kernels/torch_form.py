@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two entry points in batched torch, for a CPU: same record bytes, same position rule, same memory as the kernels.
+"""The two entry points in batched torch, for a CPU: record bytes, position rule and memory of the kernels.
 
-Requests are attended one by one, so that the output of a request does not depend on its company. Nothing outside the
-request's own ring row, the page table entries of pages that hold tokens and the records of complete pages is read.
+Requests are attended one by one, so that the output of a request does not depend on its company. It reads
+nothing but the request's own ring row, the page table entries of pages that hold tokens and the records of
+full pages.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     """
     head_dim = x.shape[-1]
     signs = hadamard(head_dim, x.device).sign().double()
-    return ((x.double() @ signs) * head_dim**-0.5).float()
+    return (x.double() @ signs).float() * (1.0 / head_dim**0.5)
 
 
 def record_pages(position: int, exact_start: int, config: KVarNConfig) -> int:
-    """Return how many leading pages the query at a position reads from records; it reads the others exactly."""
+    """Return how many leading pages the query at a position reads from records; the others are exact."""
     page = position // config.tile_size
     return min(page, max(page - config.window_pages, exact_start // config.tile_size))
 
@@ -51,7 +52,7 @@ def _decode_pages(
 def _encode_pages(
     k: torch.Tensor, v: torch.Tensor, cache: LayerCache, pages: torch.Tensor, config: KVarNConfig
 ) -> None:
-    """Encode n whole pages of rotated keys and values, each [n * G, Hk, D], into the records of the given page ids."""
+    """Encode n whole pages of rotated keys and values, each [n * G, Hk, D], into the records of page ids."""
     tiles = [x.unflatten(0, (len(pages), config.tile_size)).transpose(1, 2) for x in (k, v)]
     for start in range(0, len(pages), PAGE_SLAB):
         slab = slice(start, start + PAGE_SLAB)
@@ -69,7 +70,7 @@ def _attend(
     exact: tuple[torch.Tensor, torch.Tensor],
     sm_scale: float,
 ) -> torch.Tensor:
-    """Attend queries of one page to N decoded keys and then to E exact ones, the last of which is the last query's.
+    """Attend queries of one page to N decoded keys and E exact ones; the last is the last query's own.
 
     Args:
         q: float32 [n, Hq, D], rotated, consecutive positions.
@@ -107,7 +108,7 @@ def decode_attention(
     config: KVarNConfig,
     sm_scale: float,
 ) -> None:
-    """Store one new token per request, encode the page it fills, and attend; arguments as in `ops.decode_attention`."""
+    """Store one new token per request, encode the page it fills, and attend; see `ops.decode_attention`."""
     rotated_q = rotate(q)
     slots = (batch.seq_lens.long() - 1) % config.ring_len
     cache.ring_k[batch.rows, slots] = rotate(k).to(cache.ring_k.dtype)
@@ -149,7 +150,11 @@ def _extend_request(
     config: KVarNConfig,
     sm_scale: float,
 ) -> torch.Tensor:
-    """Encode, attend and store one request; q float32 [n, Hq, D] and chunk [n, Hk, D] rotated, pages int32 [P_max]."""
+    """Encode, attend and store one request.
+
+    Args:
+        q: float32 [n, Hq, D]; chunk: keys and values, each [n, Hk, D]; rotated; pages: int32 [P_max].
+    """
     size = config.tile_size
     seq_len = prefix_len + len(q)
     first_exact = record_pages(prefix_len, exact_start, config) * size
@@ -190,7 +195,7 @@ def extend_attention(
     config: KVarNConfig,
     sm_scale: float,
 ) -> None:
-    """Store new tokens, encode the pages they fill, and attend; arguments as in `ops.extend_attention`."""
+    """Store new tokens, encode the pages they fill, and attend; see `ops.extend_attention`."""
     rows, exact_starts = batch.rows.tolist(), batch.exact_starts.tolist()
     start = 0
     for b, (prefix_len, seq_len) in enumerate(zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)):

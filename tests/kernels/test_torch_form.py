@@ -14,7 +14,6 @@ from builders import (
     run_decode,
     run_extend,
 )
-
 from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.torch_form import decode_attention, extend_attention

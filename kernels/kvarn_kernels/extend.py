@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extend (prefill) attention: the new tokens of each request over records, first rows, ring and chunk.
+
+A program attends BLOCK_Q tokens of one request and KV head, aligned to pages, so that its rows share what
+they
+read: the records of the older pages, then the exact first rows of those pages, then the exact keys, each in
+blocks at fixed positions and in the order of positions. A masked block leaves the state of a row unchanged
+bit for bit. So the output of a position has the same bits whatever the chunk, the page ids and the other
+requests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvarn_kernels import tile
+from kvarn_kernels.attend import LOG2_E, SHIFT
+from kvarn_kernels.cache import ExtendBatch, LayerCache
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.merge import unrotate
+from kvarn_kernels.reference import first_row_dtype
+from kvarn_kernels.rotate import hadamard_signs
+from kvarn_kernels.tile_io import dot
+
+# first rows of records that are attended together
+FIRST_BLOCK = 32
+
+
+@triton.jit
+def _unpack(
+    words_ptr,
+    first_row,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    TB: tl.constexpr,
+    CB: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Load the codes of 4 R tokens as float32 [TB, 4 R / TB, CB, D / CB], each 1 + code / 2^BITS.
+
+    Flattened to [4 R, D], row y is token 32 * (y // R) + first_row + y % R. No conversion from integers:
+    the code is written into the mantissa of 1.0.
+    """
+    n, w = tl.arange(0, 4 * R // TB), tl.arange(0, D // CB)
+    word_row = n // R * 32 + first_row + n % R
+    words = tl.load(words_ptr + word_row[:, None] * (D // CB) + w[None, :])  # [4 R / TB, D / CB]
+    shifts = BITS * (tl.arange(0, TB)[:, None] * CB + tl.arange(0, CB)[None, :])  # [TB, CB]
+    fields = (words[None, :, None, :] >> shifts[:, None, :, None]) & ((1 << BITS) - 1)
+    return ((fields << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_keys(
+    record, first_row, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, R: tl.constexpr
+):
+    """Return k_channel_scale * code + k_channel_zero of 4 R tokens: float16 [4 R, D], at most 2."""
+    TB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
+    CB: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
+    x = _unpack(record.to(tl.pointer_type(tl.int32)), first_row, D, K_BITS, TB, CB, R)
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    channel = tl.arange(0, CB)[:, None] * (D // CB) + tl.arange(0, D // CB)[None, :]  # [CB, D / CB]
+    scale = tl.load(halves + tile.k_channel_scale_index(D) + channel).to(tl.float32) * (1 << K_BITS)
+    zero = tl.load(halves + tile.k_channel_zero_index(D) + channel).to(tl.float32) - scale
+    return tl.reshape((x * scale[None, None, :, :] + zero[None, None, :, :]).to(tl.float16), [4 * R, D])
+
+
+@triton.jit
+def _load_values(
+    record, first_row, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, R: tl.constexpr
+):
+    """Return v_token_scale * code + v_token_zero of 4 R tokens: float16 [4 R, D], at most 2."""
+    TB: tl.constexpr = tile.v_token_blocks(V_BITS)
+    CB: tl.constexpr = tile.v_channel_blocks(V_BITS)
+    values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
+    x = _unpack(values, first_row, D, V_BITS, TB, CB, R)
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    n = tl.arange(0, 4 * R // TB)
+    # [TB, 4 R / TB]
+    token = (
+        tl.arange(0, TB)[:, None] * (128 // TB) + (n // R * 32 + first_row + n % R)[None, :]
+    )  # [TB, 4 R / TB]
+    scale = tl.load(halves + tile.v_token_scale_index(D) + token).to(tl.float32) * (1 << V_BITS)
+    zero = tl.load(halves + tile.v_token_zero_index(D) + token).to(tl.float32) - scale
+    return tl.reshape((x * scale[:, :, None, None] + zero[:, :, None, None]).to(tl.float16), [4 * R, D])
+
+
+@triton.jit
+def _weigh(s, m, l):
+    """Fold scores [M, N] (base 2, -inf where masked) into the state; return weights, correction, m, l."""
+    m_next = tl.maximum(m, tl.max(s, 1))
+    # a row that has seen no key keeps m = -inf; 0 stands in, so that no difference of infinities arises
+    m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)
+    alpha = tl.exp2(m - m_safe)
+    p = tl.exp2(s - (m_safe - SHIFT)[:, None])
+    return p, alpha, m_next, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend_exact(
+    q, row_scale, k_ptrs, v_ptrs, loaded, seen, m, l, acc, D: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Fold N exact keys into the state.
+
+    Args:
+        q: float32 [M, D], normalised; row_scale: factor of its scores [M].
+        k_ptrs, v_ptrs: pointers [N] to channel 0 of each key and value.
+        loaded: bool [N], keys that exist; seen: bool [M, N] or [1, N], keys that a row sees.
+        DTYPE: dtype of the operands, the model's.
+    """
+    d = tl.arange(0, D)
+    k = tl.load(k_ptrs[:, None] + d[None, :], mask=loaded[:, None], other=0.0).to(DTYPE)  # [N, D]
+    v = tl.load(v_ptrs[:, None] + d[None, :], mask=loaded[:, None], other=0.0).to(DTYPE)
+    high = q.to(DTYPE)
+    s = dot(high, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
+    if tl.bfloat16 == DTYPE:
+        # 8 bits of the rotated query are fewer than the model's own query had
+        s = dot((q - high.to(tl.float32)).to(DTYPE), tl.trans(k), s)
+    s = tl.where(seen & loaded[None, :], s * row_scale[:, None], float("-inf"))
+    p, alpha, m, l = _weigh(s, m, l)
+    return m, l, dot(p.to(DTYPE), v, acc * alpha[:, None])
+
+
+@triton.jit
+def _extend_kernel(
+    q_ptr,  # [T, Hq, D] float32, rotated
+    chunk_k_ptr,  # [T, Hk, D] model dtype, rotated
+    chunk_v_ptr,
+    ring_k_ptr,  # [R, RING_LEN, Hk, D] model dtype, rotated
+    ring_v_ptr,
+    records_ptr,  # [P, Hk, RECORD] uint8
+    firsts_ptr,  # the same memory in the dtype of the first rows
+    signs_ptr,  # [D, D] bfloat16, +-1
+    page_table_ptr,  # [B, P_max] int32
+    rows_ptr,  # [B] int64
+    prefix_lens_ptr,  # [B] int32
+    seq_lens_ptr,  # [B] int32
+    qo_indptr_ptr,  # [B + 1] int32
+    exact_starts_ptr,  # [B] int32
+    out_ptr,  # [T, Hq, D] model dtype, written
+    stride_page_table,
+    sm_scale_log2,
+    num_tiles,
+    HK: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads per KV head
+    GROUP_ROWS: tl.constexpr,  # GROUP rounded up to a power of two
+    BLOCK_Q: tl.constexpr,  # tokens of a query tile, a divisor of G
+    BLOCK_KV: tl.constexpr,  # keys of a block, a divisor of G
+    FIRST_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    prefix_len, seq_len = tl.load(prefix_lens_ptr + b), tl.load(seq_lens_ptr + b)
+    # the tiles with the most keys first
+    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0)) * BLOCK_Q
+    if start >= seq_len:
+        return
+    RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
+    RING_LEN: tl.constexpr = (WINDOW + 1) * G
+    DTYPE: tl.constexpr = ring_k_ptr.dtype.element_ty
+    M: tl.constexpr = BLOCK_Q * GROUP_ROWS
+    page = start // G
+    # first page that is read exactly; every page before it is read from its record
+    exact_page = tl.minimum(tl.maximum(page - WINDOW, tl.load(exact_starts_ptr + b) // G), page)
+    first_token = tl.load(qo_indptr_ptr + b).to(tl.int64) - prefix_len
+    r, d = tl.arange(0, M), tl.arange(0, D)
+    position, group_head = start + r // GROUP_ROWS, r % GROUP_ROWS
+    valid = (position >= prefix_len) & (position < seq_len) & (group_head < GROUP)
+    qo = (((first_token + position) * HK + head) * GROUP + group_head) * D
+    q = tl.load(q_ptr + qo[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # [M, D]
+    # a power of two per row brings the query to at most 1, so that fp16 operands cannot overflow
+    exponent = ((tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    q = q * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    row_scale = ((127 + exponent) << 23).to(tl.float32, bitcast=True) * sm_scale_log2
+
+    m = tl.full([M], float("-inf"), tl.float32)
+    l = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    pages_ptr = page_table_ptr + b * stride_page_table
+    R: tl.constexpr = BLOCK_KV // 4
+    y = tl.arange(0, BLOCK_KV)
+    half_q = q.to(tl.float16)
+    for step in tl.range(0, exact_page * (32 // R), num_stages=STAGES):
+        page_id = tl.load(pages_ptr + step // (32 // R)).to(tl.int64)
+        record = records_ptr + (page_id * HK + head) * RECORD
+        halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+        first_row = step % (32 // R) * R
+        token = y // R * 32 + first_row + y % R
+        k = _load_keys(record, first_row, D, K_BITS, V_BITS, R)
+        s = dot(half_q, tl.trans(k), tl.zeros([M, BLOCK_KV], tl.float32))
+        token_scale = tl.load(halves + tile.k_token_scale_index(D) + token).to(tl.float32)
+        # token 0 is attended exactly, with the other first rows
+        s = tl.where((token > 0)[None, :], s * token_scale[None, :] * row_scale[:, None], float("-inf"))
+        p, alpha, m, l = _weigh(s, m, l)
+        v = _load_values(record, first_row, D, K_BITS, V_BITS, R)
+        channel_scale = tl.load(halves + tile.v_channel_scale_index(D) + d).to(tl.float32)
+        partial = dot(p.to(tl.float16), v, tl.zeros([M, D], tl.float32))
+        acc = acc * alpha[:, None] + partial * channel_scale[None, :]
+
+    f = tl.arange(0, FIRST_BLOCK)
+    FIRST: tl.constexpr = tile.scales_offset(D, K_BITS, V_BITS) // 2 + tile.k_first_index(D)
+    for begin in tl.range(0, exact_page, FIRST_BLOCK):
+        exists = begin + f < exact_page
+        page_ids = tl.load(pages_ptr + begin + f, mask=exists, other=0).to(tl.int64)
+        k_ptrs = firsts_ptr + (page_ids * HK + head) * (RECORD // 2) + FIRST
+        m, l, acc = _attend_exact(
+            q, row_scale, k_ptrs, k_ptrs + D, exists, exists[None, :], m, l, acc, D, DTYPE
+        )
+
+    ring = tl.load(rows_ptr + b) * RING_LEN
+    end = tl.minimum(start + BLOCK_Q, seq_len)
+    for begin in tl.range(exact_page * G, end, BLOCK_KV):
+        j = begin + y
+        in_ring = j < prefix_len
+        ring_offsets = ((ring + j % RING_LEN) * HK + head) * D
+        chunk_offsets = ((first_token + j) * HK + head) * D
+        k_ptrs = tl.where(in_ring, ring_k_ptr + ring_offsets, chunk_k_ptr + chunk_offsets)
+        v_ptrs = tl.where(in_ring, ring_v_ptr + ring_offsets, chunk_v_ptr + chunk_offsets)
+        seen = j[None, :] <= position[:, None]
+        m, l, acc = _attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, acc, D, DTYPE)
+
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    out = unrotate(acc, signs_ptr, D)
+    tl.store(out_ptr + qo[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+
+
+def block_sizes(group: int, head_dim: int) -> tuple[int, int, int]:
+    """Return (query tokens of a tile, keys of a block, warps); they depend on the model only."""
+    rows, keys, warps = {64: (128, 128, 8), 128: (128, 64, 8), 256: (64, 32, 4)}[head_dim]
+    return max(1, rows // triton.next_power_of_2(group)), keys, warps
+
+
+def extend(
+    rotated_q: torch.Tensor,
+    rotated_k: torch.Tensor,
+    rotated_v: torch.Tensor,
+    out: torch.Tensor,
+    cache: LayerCache,
+    batch: ExtendBatch,
+    config: KVarNConfig,
+    sm_scale: float,
+) -> None:
+    """Attend the new tokens of each request by the position rule.
+
+    Reads the records of full pages (those that the chunk fills are encoded already), the ring as it was
+    before this chunk, and the chunk.
+
+    Args:
+        rotated_q: float32 [T, Hq, D], rotated, contiguous.
+        rotated_k, rotated_v: [T, Hk, D] model dtype, rotated, contiguous.
+        out: [T, Hq, D] model dtype, contiguous, written, not rotated.
+        cache: read; batch: the step; sm_scale: factor of the scores.
+    """
+    kv_heads, head_dim = cache.ring_k.shape[2:]
+    group = rotated_q.shape[1] // kv_heads
+    block_q, block_kv, warps = block_sizes(group, head_dim)
+    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
+    num_tiles = max((triton.cdiv(seq, block_q) - prefix // block_q for prefix, seq in lens), default=0)
+    if num_tiles == 0:
+        return
+    _extend_kernel[(num_tiles, kv_heads, batch.rows.shape[0])](
+        rotated_q,
+        rotated_k,
+        rotated_v,
+        cache.ring_k,
+        cache.ring_v,
+        cache.records,
+        cache.records.view(first_row_dtype(cache.ring_k.dtype)),
+        hadamard_signs(head_dim, torch.bfloat16, out.device),
+        batch.page_table,
+        batch.rows,
+        batch.prefix_lens,
+        batch.seq_lens,
+        batch.qo_indptr,
+        batch.exact_starts,
+        out,
+        batch.page_table.stride(0),
+        sm_scale * LOG2_E,
+        num_tiles,
+        HK=kv_heads,
+        GROUP=group,
+        GROUP_ROWS=triton.next_power_of_2(group),
+        BLOCK_Q=block_q,
+        BLOCK_KV=block_kv,
+        FIRST_BLOCK=FIRST_BLOCK,
+        D=head_dim,
+        G=config.tile_size,
+        K_BITS=config.k_bits,
+        V_BITS=config.v_bits,
+        WINDOW=config.window_pages,
+        STAGES=2,
+        num_warps=warps,
+    )

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extend kernel: against the float64 oracle, and bit for bit across chunks, pages and company."""
+
+import dataclasses
+
+import pytest
+import torch
+from builders import (
+    DEVICE,
+    PAGE,
+    Request,
+    make_cache,
+    make_request,
+    oracle,
+    prefill,
+    relative_rms,
+    run_extend,
+)
+from kvarn_kernels import torch_form
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.extend import extend
+
+KVARN = KVarNConfig.from_preset("kvarn")
+CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
+PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
+# fp16 operands (2^-12 on average) of codes, queries, weights; bf16 weights, which the interpreter truncates
+BOUND = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def attention(q, k, v, out, cache, batch, config, sm_scale):
+    """Run the kernel between the store steps of the torch form."""
+    rotated_q = torch_form.rotate(q)
+    rotated_k, rotated_v = (torch_form.rotate(x).to(x.dtype) for x in (k, v))
+    torch_form.extend_attention(
+        q, k, v, torch.empty_like(out), shadow := clone(cache), batch, config, sm_scale
+    )
+    encoded = dataclasses.replace(cache, records=shadow.records)
+    extend(rotated_q, rotated_k, rotated_v, out, encoded, batch, config, sm_scale)
+    for name in ("records", "ring_k", "ring_v"):
+        getattr(cache, name).copy_(getattr(shadow, name))
+
+
+def clone(cache):
+    return dataclasses.replace(
+        cache, records=cache.records.clone(), ring_k=cache.ring_k.clone(), ring_v=cache.ring_v.clone()
+    )
+
+
+def cache_for(request: Request, config: KVarNConfig, rows: int = 4, pages: int = 24):
+    return make_cache(config, request.k.shape[1], request.k.shape[2], request.k.dtype, pages, rows)
+
+
+def chunks_of(size: int, tokens: int) -> list[int]:
+    return [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
+
+
+@pytest.mark.parametrize("tokens", [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 401])
+@pytest.mark.parametrize("config", [KVARN, CANONICAL], ids=lambda c: c.name)
+def test_extend_matches_the_oracle_at_every_length(tokens, config):
+    request = make_request(tokens, (4, 2), 64, torch.float16)
+    out = prefill(attention, request, [tokens], cache_for(request, config), config)
+    assert relative_rms(out, oracle(request, config)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [
+        ((2, 2), 64, torch.float32),
+        ((2, 2), 128, torch.bfloat16),
+        ((4, 1), 256, torch.float16),
+        ((6, 1), 128, torch.float16),
+        ((7, 1), 64, torch.bfloat16),
+    ],
+)
+def test_extend_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype):
+    config = KVarNConfig.from_preset(preset)
+    request = make_request(307, heads, head_dim, dtype)
+    out = prefill(attention, request, [307], cache_for(request, config), config)
+    assert relative_rms(out, oracle(request, config)) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("config", [KVARN, CANONICAL], ids=lambda c: c.name)
+@pytest.mark.parametrize("size", [1, 100, 127, 128, 129, 256])
+def test_extend_gives_the_same_bits_for_every_chunking(config, size):
+    tokens = 401 if size > 1 else 2 * PAGE + 5
+    request = make_request(tokens, (2, 1), 64, torch.float16)
+    whole = prefill(attention, request, [tokens], cache_for(request, config), config)
+    if size == 1:
+        # single tokens around the page boundary only: each is a step of its own
+        chunks = [2 * PAGE - 4, *[1] * 9]
+    else:
+        chunks = chunks_of(size, tokens)
+    out = prefill(attention, request, chunks, cache_for(request, config), config)
+    assert torch.equal(out, whole)
+
+
+def test_extend_gives_the_same_bits_on_other_pages_and_in_company():
+    request = make_request(300, (4, 2), 64, torch.float16, row=1, first_page=1)
+    alone = prefill(attention, request, [300], cache_for(request, KVARN), KVARN)
+    moved = dataclasses.replace(request, row=3, pages=[20, 4, 11])
+    other = make_request(170, (4, 2), 64, torch.float16, row=2, first_page=6, seed=2)
+    cache = cache_for(request, KVARN)
+    prefill(attention, other, [40], cache, KVARN)
+    out = run_extend(attention, [other, moved], [(40, 170), (0, 300)], cache, KVARN)[1]
+    assert torch.equal(out, alone)
+
+
+def test_extend_of_a_canonical_preset_gives_the_same_bits_for_a_hit_and_a_miss():
+    donor = make_request(2 * PAGE + 50, (4, 2), 64, torch.float16)
+    cache = cache_for(donor, CANONICAL)
+    prefill(attention, donor, [len(donor.q)], cache, CANONICAL)
+    hit = make_request(3 * PAGE + 3, (4, 2), 64, torch.float16, row=2, first_page=10, seed=1)
+    hit.k[: 2 * PAGE], hit.v[: 2 * PAGE] = donor.k[: 2 * PAGE], donor.v[: 2 * PAGE]
+    miss = prefill(attention, hit, [len(hit.q)], cache_for(hit, CANONICAL), CANONICAL)
+    hit.exact_start = 2 * PAGE
+    hit.pages[:2] = donor.pages[:2]
+    out = prefill(attention, hit, [70, PAGE + 3 - 70], cache, CANONICAL)
+    assert torch.equal(out, miss[2 * PAGE :])
+
+
+@pytest.mark.parametrize("exact_start", [PAGE, 3 * PAGE])
+def test_extend_reads_a_prefix_hit_from_the_records_of_another_request(exact_start):
+    donor = make_request(3 * PAGE, (4, 2), 64, torch.float16)
+    cache = cache_for(donor, KVARN)
+    prefill(attention, donor, [len(donor.q)], cache, KVARN)
+    hit = make_request(exact_start + 2 * PAGE + 3, (4, 2), 64, torch.float16, row=2, first_page=10, seed=1)
+    hit.exact_start = exact_start
+    hit.pages[: exact_start // PAGE] = donor.pages[: exact_start // PAGE]
+    hit.k[:exact_start], hit.v[:exact_start] = donor.k[:exact_start], donor.v[:exact_start]
+    # the ring of row 2 is poison: nothing of the prefix may be read exactly
+    out = prefill(attention, hit, [70, 2 * PAGE + 3 - 70], cache, KVARN)
+    assert relative_rms(out, oracle(hit, KVARN, exact_start)) < BOUND[torch.float16]
+
+
+def test_extend_attends_the_first_rows_of_more_pages_than_one_block():
+    request = make_request(34 * PAGE + 7, (1, 1), 64, torch.float16)
+    cache = cache_for(request, CANONICAL, pages=40)
+    torch_chunk = 34 * PAGE - 2
+    prefill(torch_form.extend_attention, request, [torch_chunk], cache, CANONICAL)
+    out = run_extend(attention, [request], [(torch_chunk, len(request.q))], cache, CANONICAL)[0]
+    assert relative_rms(out, oracle(request, CANONICAL, torch_chunk)) < BOUND[torch.float16]
+
+
+def test_extend_keeps_the_poison_of_one_request_from_the_others():
+    request = make_request(200, (2, 1), 64, torch.float16, row=1, first_page=1)
+    poisoned = make_request(150, (2, 1), 64, torch.float16, row=2, first_page=4, seed=3)
+    alone = prefill(attention, request, [200], cache_for(request, KVARN), KVARN)
+    poisoned.k[3], poisoned.v[5], poisoned.q[9] = float("nan"), float("inf"), float("nan")
+    out = run_extend(attention, [poisoned, request], [(0, 150), (0, 200)], cache_for(request, KVARN), KVARN)
+    assert torch.equal(out[1], alone)
+
+
+def test_extend_stays_finite_for_keys_and_queries_of_any_magnitude():
+    request = make_request(260, (2, 1), 64, torch.bfloat16)
+    request.q.mul_(2.0**30)
+    request.k.mul_(2.0**-34)
+    request.v.mul_(2.0**20)
+    out = prefill(attention, request, [260], cache_for(request, CANONICAL), CANONICAL)
+    assert relative_rms(out, oracle(request, CANONICAL)) < BOUND[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_dim"), [((32, 8), 128), ((8, 2), 256), ((9, 3), 64)])
+def test_extend_gives_the_same_bits_for_chunks_of_a_long_prompt(dtype, heads, head_dim):
+    assert DEVICE.type == "cuda"
+    request = make_request(4099, heads, head_dim, dtype)
+    whole = prefill(attention, request, [4099], cache_for(request, KVARN, pages=40), KVARN)
+    assert relative_rms(whole, oracle(request, KVARN)) < BOUND[dtype]
+    for size in (100, 127, 1000):
+        out = prefill(attention, request, chunks_of(size, 4099), cache_for(request, KVARN, pages=40), KVARN)
+        assert torch.equal(out, whole)
