@@ -9,6 +9,8 @@ from typing import Any
 
 _GROUP = "sglang.srt.platforms"
 _NAME = "kvarn_cpu"
+MAX_RUNNING_REQUESTS = 16
+MAX_TOTAL_TOKENS = 32_768
 _CLASS = "sglang_kvarn.cpu_device.KVarNCpuPlatform"
 
 
@@ -30,13 +32,18 @@ def activate() -> str | None:
 
 
 def prepare_environment() -> None:
-    """Run SGLang's own Triton kernels (page allocation) in Triton's interpreter, also in child processes.
+    """Set what the processes that SGLang starts from here need; does nothing where another platform is active.
 
-    Triton reads the variable when a kernel is declared, so it is set before SGLang's modules are imported;
-    the parent process, where some are already, runs none of them.
+    Both are read once, when a module is imported: in this process it may be too late for either, but SGLang's
+    parent process computes nothing, and what the user has set stays.
     """
-    if is_active():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if not is_active():
+        return
+    # SGLang 0.5.16 allocates pages with Triton kernels, which run in Triton's interpreter here
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    # threads that spin for each other stall where another process wants the core: one decode step of one layer
+    # of SmolLM2-135M took 90 ms instead of 0.9 on 2 cores with one other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def apply_defaults(server_args: Any) -> None:
@@ -47,6 +54,11 @@ def apply_defaults(server_args: Any) -> None:
     server_args.disable_cuda_graph = True
     if server_args.attention_backend is None:
         server_args.attention_backend = "torch_native"
+    if server_args.max_running_requests is None:
+        server_args.max_running_requests = MAX_RUNNING_REQUESTS
+    # a pool in main memory is written when it is made, so most of the memory is no sensible default
+    if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
+        server_args.max_total_tokens = MAX_TOTAL_TOKENS
 
 
 def _has_accelerator() -> bool:

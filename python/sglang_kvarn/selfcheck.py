@@ -9,9 +9,9 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import torch
-
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS, KVarNConfig, preset_names
 from kvarn_kernels.ops import attention_form
+
 from sglang_kvarn import compat, cpu_platform, hooks
 
 
