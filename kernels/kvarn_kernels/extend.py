@@ -2,9 +2,8 @@
 """Extend (prefill) attention: the new tokens of each request over records, first rows, ring and chunk.
 
 A program attends BLOCK_Q tokens of one request and KV head, aligned to pages, so that its rows share what
-they
-read: the records of the older pages, then the exact first rows of those pages, then the exact keys, each in
-blocks at fixed positions and in the order of positions. A masked block leaves the state of a row unchanged
+they read: the records of the older pages, then the exact first rows of those pages, then the exact keys, each
+in blocks at fixed positions and in the order of positions. A masked block leaves the state of a row unchanged
 bit for bit. So the output of a position has the same bits whatever the chunk, the page ids and the other
 requests.
 """
@@ -55,7 +54,7 @@ def _unpack(
 def _load_keys(
     record, first_row, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, R: tl.constexpr
 ):
-    """Return k_channel_scale * code + k_channel_zero of 4 R tokens: float16 [4 R, D], at most 2."""
+    """Return k_channel_scale * code + k_channel_zero of 4 R tokens: float16 [4 R, D], at most 2^9."""
     TB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
     CB: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
     x = _unpack(record.to(tl.pointer_type(tl.int32)), first_row, D, K_BITS, TB, CB, R)
@@ -70,7 +69,7 @@ def _load_keys(
 def _load_values(
     record, first_row, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, R: tl.constexpr
 ):
-    """Return v_token_scale * code + v_token_zero of 4 R tokens: float16 [4 R, D], at most 2."""
+    """Return v_token_scale * code + v_token_zero of 4 R tokens: float16 [4 R, D], at most 2^9."""
     TB: tl.constexpr = tile.v_token_blocks(V_BITS)
     CB: tl.constexpr = tile.v_channel_blocks(V_BITS)
     values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))

@@ -2,6 +2,7 @@
 """The extend kernel: against the float64 oracle, and bit for bit across chunks, pages and company."""
 
 import dataclasses
+from functools import lru_cache
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from kvarn_kernels.extend import extend
 
 KVARN = KVarNConfig.from_preset("kvarn")
 CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
-PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
 # fp16 operands (2^-12 on average) of codes, queries, weights; bf16 weights, which the interpreter truncates
 BOUND = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -54,23 +54,35 @@ def chunks_of(size: int, tokens: int) -> list[int]:
     return [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
 
 
-@pytest.mark.parametrize("tokens", [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 401])
-@pytest.mark.parametrize("config", [KVARN, CANONICAL], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        *((KVARN, n) for n in (1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 401)),
+        (CANONICAL, PAGE + 1),
+        (CANONICAL, 401),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_extend_matches_the_oracle_at_every_length(tokens, config):
-    request = make_request(tokens, (4, 2), 64, torch.float16)
+    request = make_request(tokens, (2, 2), 64, torch.float16)
     out = prefill(attention, request, [tokens], cache_for(request, config), config)
     assert relative_rms(out, oracle(request, config)) < BOUND[torch.float16]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "dtype"),
+    ("preset", "heads", "head_dim", "dtype"),
     [
-        ((2, 2), 64, torch.float32),
-        ((2, 2), 128, torch.bfloat16),
-        ((4, 1), 256, torch.float16),
-        ((6, 1), 128, torch.float16),
-        ((7, 1), 64, torch.bfloat16),
+        ("kvarn", (2, 2), 64, torch.float32),
+        ("kvarn", (4, 1), 128, torch.bfloat16),
+        ("kvarn", (2, 1), 256, torch.float16),
+        ("kvarn_canonical", (6, 1), 128, torch.float16),
+        ("kvarn_canonical", (7, 1), 64, torch.bfloat16),
+        ("kvarn_k4v4_g128_canonical", (1, 1), 64, torch.float16),
+        ("kvarn_k4v4_g128_canonical", (1, 1), 128, torch.float16),
+        ("kvarn_k4v4_g128_canonical", (1, 1), 256, torch.float16),
+        ("kvarn_k2v2_g128_canonical", (1, 1), 64, torch.float16),
+        ("kvarn_k2v2_g128_canonical", (1, 1), 128, torch.float16),
+        ("kvarn_k2v2_g128_canonical", (1, 1), 256, torch.float16),
     ],
 )
 def test_extend_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype):
@@ -80,26 +92,37 @@ def test_extend_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype)
     assert relative_rms(out, oracle(request, config)) < BOUND[dtype]
 
 
-@pytest.mark.parametrize("config", [KVARN, CANONICAL], ids=lambda c: c.name)
-@pytest.mark.parametrize("size", [1, 100, 127, 128, 129, 256])
+CHUNKED = make_request(2 * PAGE + 131, (2, 1), 64, torch.float16)
+
+
+@lru_cache
+def whole(config: KVarNConfig) -> torch.Tensor:
+    """Return the output of CHUNKED fed in one chunk."""
+    return prefill(attention, CHUNKED, [len(CHUNKED.q)], cache_for(CHUNKED, config), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [*((KVARN, size) for size in (100, 127, 128, 129, 256)), (CANONICAL, 100), (CANONICAL, 129)],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_extend_gives_the_same_bits_for_every_chunking(config, size):
-    tokens = 401 if size > 1 else 2 * PAGE + 5
-    request = make_request(tokens, (2, 1), 64, torch.float16)
-    whole = prefill(attention, request, [tokens], cache_for(request, config), config)
-    if size == 1:
-        # single tokens around the page boundary only: each is a step of its own
-        chunks = [2 * PAGE - 4, *[1] * 9]
-    else:
-        chunks = chunks_of(size, tokens)
-    out = prefill(attention, request, chunks, cache_for(request, config), config)
-    assert torch.equal(out, whole)
+    chunks = chunks_of(size, len(CHUNKED.q))
+    assert torch.equal(prefill(attention, CHUNKED, chunks, cache_for(CHUNKED, config), config), whole(config))
+
+
+@pytest.mark.parametrize("config", [KVARN, CANONICAL], ids=lambda c: c.name)
+def test_extend_gives_the_same_bits_for_single_tokens_at_a_page_boundary(config):
+    chunks = [2 * PAGE - 2, 1, 1, 1, 1]
+    out = prefill(attention, CHUNKED, chunks, cache_for(CHUNKED, config), config)
+    assert torch.equal(out, whole(config)[: sum(chunks)])
 
 
 def test_extend_gives_the_same_bits_on_other_pages_and_in_company():
-    request = make_request(300, (4, 2), 64, torch.float16, row=1, first_page=1)
+    request = make_request(300, (2, 1), 64, torch.float16, row=1, first_page=1)
     alone = prefill(attention, request, [300], cache_for(request, KVARN), KVARN)
     moved = dataclasses.replace(request, row=3, pages=[20, 4, 11])
-    other = make_request(170, (4, 2), 64, torch.float16, row=2, first_page=6, seed=2)
+    other = make_request(170, (2, 1), 64, torch.float16, row=2, first_page=6, seed=2)
     cache = cache_for(request, KVARN)
     prefill(attention, other, [40], cache, KVARN)
     out = run_extend(attention, [other, moved], [(40, 170), (0, 300)], cache, KVARN)[1]
@@ -107,10 +130,10 @@ def test_extend_gives_the_same_bits_on_other_pages_and_in_company():
 
 
 def test_extend_of_a_canonical_preset_gives_the_same_bits_for_a_hit_and_a_miss():
-    donor = make_request(2 * PAGE + 50, (4, 2), 64, torch.float16)
+    donor = make_request(2 * PAGE + 50, (2, 1), 64, torch.float16)
     cache = cache_for(donor, CANONICAL)
     prefill(attention, donor, [len(donor.q)], cache, CANONICAL)
-    hit = make_request(3 * PAGE + 3, (4, 2), 64, torch.float16, row=2, first_page=10, seed=1)
+    hit = make_request(3 * PAGE + 3, (2, 1), 64, torch.float16, row=2, first_page=10, seed=1)
     hit.k[: 2 * PAGE], hit.v[: 2 * PAGE] = donor.k[: 2 * PAGE], donor.v[: 2 * PAGE]
     miss = prefill(attention, hit, [len(hit.q)], cache_for(hit, CANONICAL), CANONICAL)
     hit.exact_start = 2 * PAGE
@@ -121,10 +144,10 @@ def test_extend_of_a_canonical_preset_gives_the_same_bits_for_a_hit_and_a_miss()
 
 @pytest.mark.parametrize("exact_start", [PAGE, 3 * PAGE])
 def test_extend_reads_a_prefix_hit_from_the_records_of_another_request(exact_start):
-    donor = make_request(3 * PAGE, (4, 2), 64, torch.float16)
+    donor = make_request(3 * PAGE, (2, 1), 64, torch.float16)
     cache = cache_for(donor, KVARN)
     prefill(attention, donor, [len(donor.q)], cache, KVARN)
-    hit = make_request(exact_start + 2 * PAGE + 3, (4, 2), 64, torch.float16, row=2, first_page=10, seed=1)
+    hit = make_request(exact_start + 2 * PAGE + 3, (2, 1), 64, torch.float16, row=2, first_page=10, seed=1)
     hit.exact_start = exact_start
     hit.pages[: exact_start // PAGE] = donor.pages[: exact_start // PAGE]
     hit.k[:exact_start], hit.v[:exact_start] = donor.k[:exact_start], donor.v[:exact_start]
