@@ -74,8 +74,8 @@ HOOKS = (
     Hook("mem_cache.memory_pool.ReqToTokenPool.alloc", "around", ("self", "reqs"), tail.record_exact_starts),
 )
 
-# the functions as SGLang ships them, filled by `register_all`; once hooked, a path resolves to another one
-_originals: dict[str, Any] = {}
+# what `register_all` handed to SGLang in this process; the proof that it was applied is `is_applied`
+_registered: list[Hook] = []
 
 
 def signature_problems() -> list[str]:
@@ -99,7 +99,7 @@ def register_all() -> None:
     Raises:
         RuntimeError: nothing was registered; the message names what does not fit.
     """
-    if _originals:
+    if _registered:
         return
     compat.check_version()
     problems = signature_problems()
@@ -111,17 +111,26 @@ def register_all() -> None:
     compat.add_attention_backend_choices([settings.ATTENTION_BACKEND])
     compat.register_attention_backend(settings.ATTENTION_BACKEND)(_create_backend)
     for hook in HOOKS:
-        _originals[hook.path] = compat.resolve(hook.path)
         compat.HookRegistry.register(hook.path, hook.function, compat.HookType(hook.kind))
+        _registered.append(hook)
+
+
+def is_applied(hook: Hook) -> bool:
+    """Whether calling the target in this process calls the hook: some wrapper around the target holds it.
+
+    Other plugins may wrap the same function, so it is not enough that the target was replaced.
+    """
+    function = compat.resolve(hook.path)
+    while function is not None:
+        if any(cell.cell_contents is hook.function for cell in getattr(function, "__closure__", None) or ()):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def missing_hooks() -> list[str]:
-    """Return the paths whose function is still SGLang's own in this process."""
-    return [
-        hook.path
-        for hook in HOOKS
-        if hook.path not in _originals or compat.resolve(hook.path) is _originals[hook.path]
-    ]
+    """Return the paths of the hooks that are not in place in this process."""
+    return [hook.path for hook in HOOKS if not is_applied(hook)]
 
 
 def verify_hooks() -> None:

@@ -155,10 +155,13 @@ def check_model(model_config: Any) -> None:
     Raises:
         ValueError: the property of the model that is not served.
     """
+    text = model_config.hf_text_config
+    layer_types = getattr(text, "layer_types", None) or ()
     properties = (
         (model_config.attention_arch.name != "MHA", "latent attention (MLA)"),
         (compat.mambaish_config(model_config) is not None, "linear attention or state-space layers"),
-        (model_config.is_hybrid_swa, "sliding-window layers"),
+        (model_config.is_hybrid_swa or "sliding_attention" in layer_types, "sliding-window layers"),
+        (getattr(text, "attn_logit_softcapping", None) is not None, "a logit cap"),
         (getattr(model_config, "attention_chunk_size", None) is not None, "chunked attention"),
         (model_config.is_encoder_decoder, "cross attention"),
         (bool(model_config.has_attention_sinks), "attention sinks"),

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang with the plugin loaded, as every process of a server has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from sglang_kvarn import compat, cpu_platform
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plugins() -> None:
+    """Load SGLang's plugins once in this process."""
+    cpu_platform.prepare_environment()
+    compat.load_plugins()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """Return a function that makes a model folder with a configuration and no weights."""
+
+    def make(**changes) -> str:
+        folder: Path = tmp_path_factory.mktemp("model")
+        (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+        return str(folder)
+
+    return make

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capacity adds up: what the hooks charge is what the pool allocates."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kvarn_kernels.config import KVarNConfig, preset_names
+from sglang_kvarn import budget, compat, hooks
+
+QWEN3_8B = budget.ModelShape(layers=36, kv_heads=8, qo_heads=32, head_dim=128, itemsize=2)
+GIB = 1 << 30
+
+
+def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **changes):
+    """Return what the hooks read of SGLang's KVCacheConfigurator, for 2 layers of 4 query and 2 KV heads."""
+    args = SimpleNamespace(
+        kv_cache_dtype=preset,
+        max_running_requests=requested,
+        cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(backend="disabled", max_bs=None)),
+    )
+    args.override = lambda source, **fields: vars(args).update(fields)
+    model = SimpleNamespace(
+        get_num_kv_heads=lambda size: max(1, 2 // size), num_attention_heads=4, head_dim=64, context_len=4096
+    )
+    return SimpleNamespace(
+        is_draft_worker=False,
+        server_args=args,
+        model_config=model,
+        model_dtype=torch.float16,
+        device="cpu",
+        layer_info=SimpleNamespace(num_effective_layers=2),
+        **changes,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1), raising=False)
+
+
+def test_model_shape_gives_the_documented_bytes():
+    config = KVarNConfig.from_preset("kvarn")
+    assert QWEN3_8B.token_bytes(config) == 32_256
+    assert QWEN3_8B.full_token_bytes(2) == 147_456
+    assert QWEN3_8B.row_bytes(config) == 37_748_736
+    assert QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn_canonical")) * 2 == 37_748_736
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_model_shape_counts_the_heads_of_one_rank(monkeypatch, tp_size):
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=tp_size), raising=False)
+    shape = budget.model_shape(configurator("kvarn"))
+    assert (shape.kv_heads, shape.qo_heads) == (max(1, 2 // tp_size), 4 // tp_size)
+
+
+def test_choose_rows_takes_five_percent_but_at_least_eight():
+    row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
+    rows, reason = budget.choose_rows(55 * GIB, row, None)
+    assert (rows + 1) * row <= 0.05 * 55 * GIB < (rows + 2) * row
+    assert "5%" in reason
+    assert budget.choose_rows(4 * GIB, row, None)[0] == budget.MIN_ROWS
+    assert budget.choose_rows(10**6 * GIB, row, None)[0] == budget.MAX_ROWS
+
+
+def test_choose_rows_takes_what_the_user_asks_for_or_says_why_not():
+    row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
+    assert budget.choose_rows(55 * GIB, row, 256) == (256, "--max-running-requests")
+    with pytest.raises(ValueError, match="2048 requests take 73,764 MiB: lower --max-running-requests"):
+        budget.choose_rows(55 * GIB, row, 2048)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_cell_size_is_the_record_bytes_and_stock_for_other_caches(preset):
+    def original(self, kvc, num_layers):
+        return -1
+
+    kvc = configurator(preset)
+    expected = 2 * 2 * KVarNConfig.from_preset(preset).bytes_per_token(64)
+    assert budget.cell_size(original, None, kvc, 2) == expected
+    kvc.server_args.kv_cache_dtype = "auto"
+    assert budget.cell_size(original, None, kvc, 2) == -1
+    kvc.server_args.kv_cache_dtype, kvc.is_draft_worker = preset, True
+    assert budget.cell_size(original, None, kvc, 2) == -1
+
+
+def test_charge_fixed_bytes_fixes_the_rows_when_the_user_does_not():
+    kvc = configurator("kvarn", requested=None)
+    left = budget.charge_fixed_bytes(GIB, kvc, 0)
+    rows = kvc.server_args.max_running_requests
+    assert GIB - left == (rows + 1) * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
+    assert 0.04 * GIB < GIB - left <= 0.05 * GIB
+    assert budget.cap_rows(4096, kvc, 10**6) == rows
+    assert budget.cap_rows(3, kvc, 6) == 3
+
+
+def test_charge_fixed_bytes_charges_the_workspace_of_the_kernels(monkeypatch):
+    from kvarn_kernels.decode import make_workspace
+
+    monkeypatch.setenv("KVARN_CPU_FORM", "triton")
+    kvc = configurator("kvarn", requested=4)
+    left = budget.charge_fixed_bytes(GIB, kvc, 0)
+    ring = 5 * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
+    made = make_workspace(5, 4, 2, 64, 33, KVarNConfig.from_preset("kvarn"), torch.device("cpu"))
+    tensors = (made.rotated_q, made.partial_out, made.partial_lse)
+    assert GIB - left - ring == sum(t.nbytes for t in tensors) > 0
+
+
+@pytest.mark.parametrize("graph_rows", [None, 3, 64])
+def test_decode_batch_size_covers_rows_and_padded_graphs(graph_rows):
+    graph = SimpleNamespace(backend="full", max_bs=graph_rows)
+    args = SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=graph))
+    assert budget.decode_batch_size(args, 8) == max(9, graph_rows or 0)
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128_canonical"])
+def test_pool_allocates_what_was_charged(preset):
+    from sglang_kvarn.pool import KVarNTokenToKVPool
+
+    hooks.verify_hooks()
+    kvc = configurator(preset, requested=4)
+    config, shape = KVarNConfig.from_preset(preset), budget.model_shape(kvc)
+    available = 16 << 20
+    left = budget.charge_fixed_bytes(available, kvc, 0)
+    tokens = left // budget.cell_size(lambda *_: 0, None, kvc, 2) // 128 * 128
+    pool = KVarNTokenToKVPool(
+        tokens,
+        page_size=128,
+        dtype=torch.uint8,
+        head_num=2,
+        head_dim=64,
+        layer_num=2,
+        device="cpu",
+        enable_memory_saver=False,
+        config=config,
+        rows=5,
+        model_dtype=torch.float16,
+    )
+    page = shape.token_bytes(config) * 128
+    assert pool.get_kv_size_bytes() == (tokens // 128 + 1) * page + 5 * shape.row_bytes(config)
+    # one page beyond the budget is SGLang's padding page, in every pool; less than one page is left over
+    assert available - page < pool.get_kv_size_bytes() - page <= available
+    cache = pool.layer_cache(1)
+    assert cache.records.data_ptr() == pool.records[1].data_ptr()
+    assert cache.ring_k.shape == (5, config.ring_len, 2, 64) and cache.ring_k.dtype == torch.float16

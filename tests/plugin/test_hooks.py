@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract with the installed SGLang: every hook fits, is in place, and its absence is loud."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import pytest
+from sglang_kvarn import compat, hooks
+
+ALLOC = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.alloc"
+
+
+def test_hooks_fit_the_installed_sglang():
+    compat.check_version()
+    assert hooks.signature_problems() == []
+
+
+def unwrapped(path):
+    """Return SGLang's own function behind all wrappers."""
+    return inspect.unwrap(compat.resolve(path))
+
+
+@pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda h: h.target)
+def test_hooks_are_applied_once(hook):
+    registered = [function for _, function, _ in compat.HookRegistry._hooks[hook.path]]
+    assert registered.count(hook.function) == 1
+    assert hooks.is_applied(hook)
+
+
+def test_verify_hooks_names_a_hook_that_is_not_in_place(monkeypatch):
+    owner = compat.resolve(ALLOC.rpartition(".")[0])
+    hooks.verify_hooks()
+    monkeypatch.setattr(owner, "alloc", unwrapped(ALLOC))
+    with pytest.raises(RuntimeError, match=rf"missing: {ALLOC}\."):
+        hooks.verify_hooks()
+
+
+def test_verify_hooks_is_not_satisfied_by_the_wrapper_of_another_plugin(monkeypatch):
+    owner, own = compat.resolve(ALLOC.rpartition(".")[0]), unwrapped(ALLOC)
+
+    @functools.wraps(own)
+    def foreign(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "alloc", foreign)
+    with pytest.raises(RuntimeError, match="missing"):
+        hooks.verify_hooks()
+
+
+def test_pool_and_backend_refuse_to_exist_without_a_hook(monkeypatch):
+    from sglang_kvarn.backend import KVarNAttentionBackend
+    from sglang_kvarn.pool import KVarNTokenToKVPool
+
+    monkeypatch.setattr(compat.resolve(ALLOC.rpartition(".")[0]), "alloc", unwrapped(ALLOC))
+    with pytest.raises(RuntimeError, match="not in place in this process"):
+        KVarNTokenToKVPool(config=None, rows=1, model_dtype=None)
+    with pytest.raises(RuntimeError, match="not in place in this process"):
+        KVarNAttentionBackend(model_runner=None)
+
+
+def test_register_all_refuses_an_untested_sglang(monkeypatch):
+    monkeypatch.setattr(hooks, "_registered", [])
+    monkeypatch.setattr(compat, "version", lambda: "0.4.9")
+    with pytest.raises(RuntimeError, match=r"tested with SGLang 0\.5\.16 and found 0\.4\.9: pip install"):
+        hooks.register_all()
+    assert hooks._registered == []
+
+
+def test_register_all_registers_nothing_when_a_signature_does_not_fit(monkeypatch):
+    moved = hooks.Hook("server_args.ServerArgs.gone", "after", ("self",), print)
+    renamed = hooks.Hook("server_args.ServerArgs.check_server_args", "after", ("args",), print)
+    monkeypatch.setattr(hooks, "_registered", [])
+    monkeypatch.setattr(hooks, "HOOKS", (*hooks.HOOKS, moved, renamed))
+    registered = []
+    monkeypatch.setattr(compat.HookRegistry, "register", lambda *args: registered.append(args))
+    with pytest.raises(RuntimeError, match=r"gone is missing.*check_server_args has no parameter args"):
+        hooks.register_all()
+    assert registered == [] and hooks._registered == []
+
+
+def test_register_all_twice_changes_nothing():
+    before = list(hooks._registered)
+    hooks.register_all()
+    assert hooks._registered == before and len(before) == len(hooks.HOOKS)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Page tables and lengths that the kernels get, against a plain computation from SGLang's slots."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_kvarn.metadata import DecodeBuffers, extend_batch
+
+ROWS, CONTEXT = 6, 1028
+
+
+@pytest.fixture
+def slots():
+    """req_to_token of 6 rows: position p of row r lies in page 10 r + p // 128 at p % 128."""
+    positions = torch.arange(CONTEXT)
+    rows = torch.arange(ROWS)[:, None]
+    return ((10 * rows + positions // 128) * 128 + positions % 128).int()
+
+
+def decode_step(rows: list[int], seq_lens: list[int], slots: torch.Tensor) -> SimpleNamespace:
+    """Return a ForwardBatch of a decode step."""
+    last = [int(slots[r, n - 1]) for r, n in zip(rows, seq_lens, strict=True)]
+    return SimpleNamespace(
+        batch_size=len(rows),
+        req_pool_indices=torch.tensor(rows),
+        seq_lens=torch.tensor(seq_lens),
+        out_cache_loc=torch.tensor(last),
+    )
+
+
+def test_fill_describes_a_decode_step(slots):
+    starts = torch.tensor([0, 128, 256, 0, 384, 0], dtype=torch.int32)
+    rows, seq_lens = [4, 1, 2], [385, 1, 256]
+    batch = DecodeBuffers(ROWS, slots).fill(decode_step(rows, seq_lens, slots), starts)
+    assert batch.rows.tolist() == rows and batch.seq_lens.tolist() == seq_lens
+    assert batch.store_pages.tolist() == [43, 10, 21]
+    assert batch.exact_starts.tolist() == [384, 128, 256]
+    for table, row, length in zip(batch.page_table, rows, seq_lens, strict=True):
+        pages = -(-length // 128)
+        assert table[:pages].tolist() == [10 * row + p for p in range(pages)]
+    types = [t.dtype for t in (batch.seq_lens, batch.page_table, batch.store_pages, batch.exact_starts)]
+    assert types == [torch.int32] * 4 and batch.rows.dtype == torch.int64
+
+
+def test_fill_writes_the_same_memory_every_step(slots):
+    buffers, starts = DecodeBuffers(ROWS, slots), torch.zeros(ROWS, dtype=torch.int32)
+    first = buffers.fill(decode_step([1, 2], [130, 5], slots), starts)
+    second = buffers.fill(decode_step([5, 3], [7, 900], slots), starts)
+    for name in ("rows", "seq_lens", "store_pages", "page_table", "exact_starts"):
+        assert getattr(first, name).data_ptr() == getattr(second, name).data_ptr()
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert first.rows.tolist() == [5, 3]
+
+
+def test_fill_takes_padded_graph_rows(slots):
+    view = decode_step([3, 0, 0], [10, 1, 1], slots)
+    view.out_cache_loc = torch.tensor([30 * 128 + 9, 0, 0])
+    batch = DecodeBuffers(ROWS, slots).fill(view, torch.zeros(ROWS, dtype=torch.int32))
+    assert batch.store_pages.tolist() == [30, 0, 0]
+    assert batch.page_table[1:, 0].tolist() == [0, 0]
+
+
+def test_extend_batch_describes_mixed_lengths(slots):
+    starts = torch.tensor([0, 0, 128, 0, 0, 0], dtype=torch.int32)
+    prefix, new, rows = [0, 300, 128], [200, 1, 257], [1, 5, 2]
+    step = SimpleNamespace(
+        batch_size=3,
+        req_pool_indices=torch.tensor(rows),
+        extend_prefix_lens=torch.tensor(prefix, dtype=torch.int32),
+        extend_seq_lens=torch.tensor(new, dtype=torch.int32),
+        extend_prefix_lens_cpu=prefix,
+        extend_seq_lens_cpu=new,
+    )
+    batch = extend_batch(step, slots, starts)
+    assert batch.seq_lens.tolist() == batch.seq_lens_host == [200, 301, 385]
+    assert batch.prefix_lens.tolist() == batch.prefix_lens_host == prefix
+    assert batch.qo_indptr.tolist() == [0, 200, 201, 458]
+    assert batch.exact_starts.tolist() == [0, 0, 128]
+    assert batch.page_table.tolist() == [[10, 11, 12, 13], [50, 51, 52, 53], [20, 21, 22, 23]]
+    assert {t.dtype for t in (batch.seq_lens, batch.qo_indptr, batch.page_table)} == {torch.int32}

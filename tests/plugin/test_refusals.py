@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each refusal is one sentence before any process is spawned, and a plain configuration is not refused."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_kvarn import compat, refusals
+
+# argument, refused value, a word of the sentence
+CASES = [
+    ("attention_backend", "torch_native", "--attention-backend"),
+    ("prefill_attention_backend", "fa3", "--prefill-attention-backend"),
+    ("decode_attention_backend", "fa3", "--decode-attention-backend"),
+    ("page_size", 64, "--page-size"),
+    ("device", "xpu", "device"),
+    ("speculative_algorithm", "EAGLE", "--speculative-algorithm"),
+    ("disaggregation_mode", "prefill", "--disaggregation-mode"),
+    ("encoder_only", True, "--encoder-only"),
+    ("enable_hierarchical_cache", True, "--enable-hierarchical-cache"),
+    ("enable_hisparse", True, "--enable-hisparse"),
+    ("enable_lmcache", True, "--enable-lmcache"),
+    ("enable_flexkv", True, "--enable-flexkv"),
+    ("radix_cache_backend", "other", "--radix-cache-backend"),
+    ("enable_deterministic_inference", True, "--enable-deterministic-inference"),
+    ("rl_on_policy_target", "fsdp", "--rl-on-policy-target"),
+    ("enable_torch_compile", True, "--enable-torch-compile"),
+    ("enable_memory_saver", True, "--enable-memory-saver"),
+    ("dcp_size", 2, "--dcp-size"),
+    ("attn_cp_size", 2, "--attn-cp-size"),
+    ("enable_prefill_cp", True, "--enable-prefill-cp"),
+    ("enable_dp_attention", True, "--enable-dp-attention"),
+    ("pp_size", 2, "--pp-size"),
+    ("enable_two_batch_overlap", True, "--enable-two-batch-overlap"),
+    ("enable_single_batch_overlap", True, "--enable-single-batch-overlap"),
+    ("enable_pdmux", True, "--enable-pdmux"),
+    ("dllm_algorithm", "LowConfidence", "--dllm-algorithm"),
+    ("enable_streaming_session", True, "--enable-streaming-session"),
+    ("enable_session_radix_cache", True, "--enable-session-radix-cache"),
+    ("enable_mis", True, "--enable-mis"),
+    ("enable_page_major_kv_layout", True, "--enable-page-major-kv-layout"),
+    ("enable_unified_memory", True, "--enable-unified-memory"),
+    ("prefill_only_disable_kv_cache", True, "--prefill-only-disable-kv-cache"),
+    ("kv_canary", "raise", "--kv-canary"),
+    ("use_ray", True, "--use-ray"),
+]
+GRAPHS = [
+    ("prefill", "full"),
+    ("prefill", "tc_piecewise"),
+    ("decode", "breakable"),
+    ("decode", "tc_piecewise"),
+]
+VARIABLES = ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE"]
+
+
+@pytest.fixture(scope="module")
+def served(model_dir):
+    """Arguments that are served."""
+    args = compat.resolve("sglang.srt.server_args.ServerArgs")(model_path=model_dir(), kv_cache_dtype="kvarn")
+    args.check_server_args()
+    return args
+
+
+def refused(args) -> str:
+    with pytest.raises(ValueError) as error:
+        refusals.check_arguments(args)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value", "word"), CASES, ids=[case[0] for case in CASES])
+def test_check_arguments_names_the_flag_the_reason_and_the_way_out(served, name, value, word):
+    args = copy.copy(served)
+    object.__setattr__(args, name, value)
+    message = refused(args)
+    assert word in message and "cannot be combined with --kv-cache-dtype kvarn: " in message
+    assert "; drop " in message and "\n" not in message and "TODO" not in message
+
+
+@pytest.mark.parametrize(("phase", "backend"), GRAPHS)
+def test_check_arguments_refuses_other_cuda_graphs(served, phase, backend):
+    args = copy.deepcopy(served)
+    getattr(args.cuda_graph_config, phase).backend = backend
+    assert f"--cuda-graph-backend-{phase}" in refused(args)
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_check_arguments_refuses_variables(served, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert variable in refused(served)
+
+
+def test_check_arguments_refuses_rocm(served, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "NVIDIA" in refused(served)
+
+
+def test_every_refusal_of_the_table_has_a_case():
+    cases = len(CASES) - 1 + len(VARIABLES) + 2  # prefill and decode backend are one refusal; two for graphs
+    assert len(refusals.ARGUMENTS) == cases
+
+
+@pytest.mark.parametrize(
+    ("chosen", "word"),
+    [
+        ({"page_size": 64}, "--page-size"),
+        ({"attention_backend": "torch_native"}, "--attention-backend"),
+        ({"decode_attention_backend": "torch_native"}, "--decode-attention-backend"),
+        ({"enable_memory_saver": True}, "--enable-memory-saver"),
+        ({"pp_size": 2, "disable_overlap_schedule": True}, "--pp-size"),
+    ],
+    ids=str,
+)
+def test_server_args_are_refused_in_the_parent(model_dir, chosen, word):
+    args = compat.resolve("sglang.srt.server_args.ServerArgs")(
+        model_path=model_dir(), kv_cache_dtype="kvarn", **chosen
+    )
+    with pytest.raises(ValueError, match=word):
+        args.check_server_args()
+
+
+def test_backend_without_cache_is_refused(model_dir):
+    args = compat.resolve("sglang.srt.server_args.ServerArgs")(
+        model_path=model_dir(), attention_backend="kvarn"
+    )
+    with pytest.raises(ValueError, match="add --kv-cache-dtype kvarn or drop --attention-backend"):
+        args.check_server_args()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"head_dim": 96}, "head_dim 96"),
+        ({"v_head_dim": 128}, "values of 128 and keys of 64"),
+        ({"attention_chunk_size": 1024}, "chunked attention"),
+        (
+            {
+                "architectures": ["Gemma2ForCausalLM"],
+                "model_type": "gemma2",
+                "sliding_window": 512,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "sliding-window",
+        ),
+        (
+            {
+                "architectures": ["DeepseekV2ForCausalLM"],
+                "model_type": "deepseek_v2",
+                "kv_lora_rank": 64,
+                "qk_rope_head_dim": 32,
+                "qk_nope_head_dim": 32,
+                "v_head_dim": 64,
+                "q_lora_rank": None,
+            },
+            "latent attention",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_models_are_refused_in_the_parent(model_dir, changes, word):
+    args = compat.resolve("sglang.srt.server_args.ServerArgs")(
+        model_path=model_dir(**changes), kv_cache_dtype="kvarn"
+    )
+    with pytest.raises(ValueError, match=word):
+        args.check_server_args()
+
+
+class Layers(torch.nn.Module):
+    """A model with one attention layer."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        defaults = {"num_heads": 4, "head_dim": 64, "scaling": 0.125, "num_kv_heads": 2, "layer_id": 0}
+        self.attn = compat.RadixAttention(**(defaults | kwargs))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"logit_cap": 50.0}, "logit cap of 50"),
+        ({"sliding_window_size": 512}, "sliding window of 512 tokens"),
+        ({"is_cross_attention": True}, "cross attention"),
+        ({"attn_type": compat.AttentionType.ENCODER_ONLY}, "encoder_only"),
+        ({"head_dim": 80}, "head_dim 80"),
+        ({"v_head_dim": 128}, "different width"),
+    ],
+    ids=str,
+)
+def test_check_layers_names_the_property(kwargs, word):
+    refusals.check_layers(Layers())
+    with pytest.raises(ValueError, match=f"Layers has .*{word}"):
+        refusals.check_layers(Layers(**kwargs))
+
+
+def test_check_call_refuses_shared_caches_and_sinks():
+    k = torch.zeros(1)
+    refusals.check_call(k, True, {"sinks": None})
+    with pytest.raises(ValueError, match="share"):
+        refusals.check_call(k, False, {})
+    with pytest.raises(ValueError, match="share"):
+        refusals.check_call(None, True, {})
+    with pytest.raises(ValueError, match="got sinks"):
+        refusals.check_call(k, True, {"sinks": k})
+
+
+def test_check_device_asks_for_16_bit_on_a_gpu(monkeypatch):
+    refusals.check_device("cpu", torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    refusals.check_device("cuda", torch.bfloat16)
+    with pytest.raises(ValueError, match="--dtype bfloat16"):
+        refusals.check_device("cuda", torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(ValueError, match=r"8\.0 or later, got Tesla T4"):
+        refusals.check_device("cuda", torch.float16)
+
+
+def test_pool_refuses_foreign_readers_and_writers():
+    from sglang_kvarn.pool import KVarNTokenToKVPool
+
+    pool = SimpleNamespace()
+    for name in ("set_kv_buffer", "get_key_buffer", "get_value_buffer", "get_kv_buffer"):
+        arguments = (0,) if name != "set_kv_buffer" else ()
+        with pytest.raises(ValueError, match="expected the kvarn attention backend"):
+            getattr(KVarNTokenToKVPool, name)(pool, *arguments)
