@@ -18,7 +18,6 @@ from kvarn_kernels import tile
 from kvarn_kernels.attend import LOG2_E, SHIFT
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.merge import unrotate
 from kvarn_kernels.reference import first_row_dtype
 from kvarn_kernels.rotate import hadamard_signs
 from kvarn_kernels.tile_io import dot
@@ -205,7 +204,7 @@ def _extend_kernel(
 
     f = tl.arange(0, FIRST_BLOCK)
     FIRST: tl.constexpr = tile.scales_offset(D, K_BITS, V_BITS) // 2 + tile.k_first_index(D)
-    for begin in tl.range(0, exact_page, FIRST_BLOCK):
+    for begin in tl.range(0, exact_page, FIRST_BLOCK, num_stages=1):
         exists = begin + f < exact_page
         page_ids = tl.load(pages_ptr + begin + f, mask=exists, other=0).to(tl.int64)
         k_ptrs = firsts_ptr + (page_ids * HK + head) * (RECORD // 2) + FIRST
@@ -215,7 +214,7 @@ def _extend_kernel(
 
     ring = tl.load(rows_ptr + b) * RING_LEN
     end = tl.minimum(start + BLOCK_Q, seq_len)
-    for begin in tl.range(exact_page * G, end, BLOCK_KV):
+    for begin in tl.range(exact_page * G, end, BLOCK_KV, num_stages=STAGES):
         j = begin + y
         in_ring = j < prefix_len
         ring_offsets = ((ring + j % RING_LEN) * HK + head) * D
@@ -226,13 +225,20 @@ def _extend_kernel(
         m, l, acc = _attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, acc, D, DTYPE)
 
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    out = unrotate(acc, signs_ptr, D)
-    tl.store(out_ptr + qo[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+    # two bfloat16 terms hold 17 bits of the sum; the signs multiply them exactly
+    high = acc.to(tl.bfloat16)
+    low = (acc - high.to(tl.float32)).to(tl.bfloat16)
+    c = tl.arange(0, 64)
+    for begin in tl.static_range(0, D, 64):
+        signs = tl.load(signs_ptr + d[:, None] * D + (begin + c)[None, :])  # [D, 64]
+        out = dot(low, signs, dot(high, signs, tl.zeros([M, 64], tl.float32))) * (1.0 / D**0.5)
+        out_ptrs = out_ptr + qo[:, None] + (begin + c)[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 def block_sizes(group: int, head_dim: int) -> tuple[int, int, int]:
     """Return (query tokens of a tile, keys of a block, warps); they depend on the model only."""
-    rows, keys, warps = {64: (128, 128, 8), 128: (128, 64, 8), 256: (64, 32, 4)}[head_dim]
+    rows, keys, warps = {64: (128, 128, 8), 128: (128, 64, 8), 256: (64, 64, 8)}[head_dim]
     return max(1, rows // triton.next_power_of_2(group)), keys, warps
 
 

@@ -17,7 +17,7 @@ from builders import (
     relative_rms,
     run_extend,
 )
-from kvarn_kernels import torch_form
+from kvarn_kernels import ops, torch_form
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.extend import extend
 
@@ -194,3 +194,19 @@ def test_extend_gives_the_same_bits_for_chunks_of_a_long_prompt(dtype, heads, he
     for size in (100, 127, 1000):
         out = prefill(attention, request, chunks_of(size, 4099), cache_for(request, KVARN, pages=40), KVARN)
         assert torch.equal(out, whole)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_extend_attention_stores_the_same_bytes_as_the_torch_form(head_dim, monkeypatch):
+    request = make_request(2 * PAGE + 40, (2, 1), head_dim, torch.float16)
+    forms = {}
+    for form in ("torch", "triton"):
+        monkeypatch.setenv(ops.INTERPRET_ENV, form)
+        cache = cache_for(request, KVARN)
+        out = prefill(ops.extend_attention, request, [100, PAGE, 68], cache, KVARN)
+        forms[form] = (out, cache)
+    (out, cache), (expected, expected_cache) = forms["triton"], forms["torch"]
+    assert relative_rms(out, expected) < BOUND[torch.float16]
+    assert torch.equal(cache.records, expected_cache.records)
+    for ring, other in ((cache.ring_k, expected_cache.ring_k), (cache.ring_v, expected_cache.ring_v)):
+        assert torch.equal(ring.view(torch.int16), other.view(torch.int16))
