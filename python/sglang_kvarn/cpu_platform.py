@@ -32,7 +32,7 @@ def activate() -> str | None:
 
 
 def prepare_environment() -> None:
-    """Set what the processes that SGLang starts from here need; does nothing where another platform is active.
+    """Set what the processes that SGLang starts need; does nothing where another platform is active.
 
     Both are read once, when a module is imported: in this process it may be too late for either, but SGLang's
     parent process computes nothing, and what the user has set stays.
@@ -41,8 +41,8 @@ def prepare_environment() -> None:
         return
     # SGLang 0.5.16 allocates pages with Triton kernels, which run in Triton's interpreter here
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # threads that spin for each other stall where another process wants the core: one decode step of one layer
-    # of SmolLM2-135M took 90 ms instead of 0.9 on 2 cores with one other busy process
+    # threads that spin for each other stall where another process wants the core: one decode step of one
+    # layer of SmolLM2-135M took 90 ms instead of 0.9 on 2 cores with one other busy process
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real engines on the CPU: spawned scheduler, overlap loop, radix tree, paged allocator, chunking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import tiny_model
+from sglang_kvarn import compat, cpu_platform
+
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "kv_cache_dtype": "kvarn_canonical",
+    "max_total_tokens": 4096,
+    "max_running_requests": 4,
+    "chunked_prefill_size": 256,
+    "random_seed": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """Return the folder of the tiny model."""
+    return tiny_model.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def start_engine(model):
+    """Return a context manager that runs an engine as a user would start it, on the CPU."""
+    cpu_platform.prepare_environment()
+    if not cpu_platform.is_active():
+        pytest.skip("these tests are for a machine without a GPU")
+
+    @contextmanager
+    def start(**options) -> Iterator:
+        engine = compat.resolve("sglang.Engine")(**({"model_path": model} | OPTIONS | options))
+        try:
+            yield engine
+        finally:
+            engine.shutdown()
+
+    return start
