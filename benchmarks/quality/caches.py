@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The caches that bench_quality compares. Each attends a whole sequence as if it had been fed token by
+token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from kvarn_kernels import reference
+from kvarn_kernels.cache import ExtendBatch, LayerCache
+from kvarn_kernels.config import KVarNConfig, preset_names
+from kvarn_kernels.ops import extend_attention
+
+from quality import published
+
+PAGE = 128
+# attends q [T, Hq, D] to k, v [T, Hk, D] (after RoPE, model dtype), causally: float32 [T, Hq, D]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One row of the comparison.
+
+    Attributes:
+        name: as in the table.
+        bytes_per_token: per token and KV head at a head_dim; what a long context costs, rings and exact first
+            pages not counted.
+        attend: the attention of a model that has this cache.
+    """
+
+    name: str
+    bytes_per_token: Callable[[int], float]
+    attend: Attend
+
+
+def attend_pages(
+    q: torch.Tensor,
+    exact: tuple[torch.Tensor, torch.Tensor],
+    cached: tuple[torch.Tensor, torch.Tensor],
+    is_exact: Callable[[int, torch.Tensor], torch.Tensor],
+    sm_scale: float,
+) -> torch.Tensor:
+    """Attend page by page, reading each key page exactly or from the cache.
+
+    Args:
+        q: [T, Hq, D]. exact, cached: (k, v), each [T, Hk, D], in the frame of q.
+        is_exact: for a query page and the key pages int64 [n] up to it, which of them are read exactly, bool
+            [n].
+    """
+    tokens, qo_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    (exact_k, exact_v), (cached_k, cached_v) = (
+        tuple(x.float().transpose(0, 1) for x in pair) for pair in (exact, cached)
+    )
+    kv_heads = exact_k.shape[0]
+    positions = torch.arange(tokens, device=q.device)
+    for start in range(0, tokens, PAGE):
+        end = min(start + PAGE, tokens)
+        pages = positions[:end] // PAGE
+        choose = is_exact(start // PAGE, pages)[:, None]
+        k = torch.where(choose, exact_k[:, :end], cached_k[:, :end])
+        v = torch.where(choose, exact_v[:, :end], cached_v[:, :end])
+        # [Hk, group, n, D]
+        own = q[start:end].float().transpose(0, 1).unflatten(0, (kv_heads, qo_heads // kv_heads))
+        scores = (own @ k.unsqueeze(1).transpose(-1, -2)) * sm_scale
+        scores.masked_fill_(positions[:end] > positions[start:end, None], float("-inf"))
+        out[start:end] = (scores.softmax(-1) @ v.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
+    return out
+
+
+def _all_pages(page: int, keys: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(keys, dtype=torch.bool)
+
+
+def _no_pages(page: int, keys: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(keys, dtype=torch.bool)
+
+
+def unquantised() -> Cache:
+    """Return the cache that the others are compared with: k and v in the model's 16-bit dtype."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+        return attend_pages(q, (k, v), (k, v), _all_pages, sm_scale)
+
+    return Cache("16-bit", lambda head_dim: 4 * head_dim, attend)
+
+
+def fp8() -> Cache:
+    """Return SGLang's fp8 cache: e4m3, scale 1.0, every token of the cache, also those of the query's own
+    page."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+        cached = tuple(x.to(torch.float8_e4m3fn).to(x.dtype) for x in (k, v))
+        return attend_pages(q, (k, v), cached, _no_pages, sm_scale)
+
+    return Cache("fp8_e4m3", lambda head_dim: 2 * head_dim, attend)
+
+
+def kvarn(name: str) -> Cache:
+    """Return a preset, run as it is served: `ops.extend_attention`, the kernels on a GPU and torch on a
+    CPU."""
+    config = KVarNConfig.from_preset(name)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+        tokens, kv_heads, head_dim = k.shape
+        pages = -(-tokens // PAGE)
+        ring = [k.new_zeros(2, config.ring_len, kv_heads, head_dim) for _ in range(2)]
+        size = (pages + 1, kv_heads, config.record_bytes(head_dim))
+        records = torch.zeros(size, dtype=torch.uint8, device=k.device)
+
+        def numbers(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=k.device)
+
+        batch = ExtendBatch(
+            rows=numbers(1, dtype=torch.int64),
+            prefix_lens=numbers(0),
+            seq_lens=numbers(tokens),
+            qo_indptr=numbers(0, tokens),
+            page_table=numbers(*range(1, pages + 1))[None],
+            exact_starts=numbers(0),
+            prefix_lens_host=[0],
+            seq_lens_host=[tokens],
+        )
+        out = torch.empty_like(q)
+        extend_attention(q, k, v, out, LayerCache(records, *ring), batch, config, sm_scale)
+        return out.float()
+
+    return Cache(config.name, config.bytes_per_token, attend)
+
+
+def _tiles(x: torch.Tensor) -> torch.Tensor:
+    """Return the whole pages of x [T, Hk, D] as tiles [P, Hk, G, D], float32."""
+    full = len(x) // PAGE * PAGE
+    return x[:full].float().unflatten(0, (-1, PAGE)).transpose(1, 2)
+
+
+def _replace_pages(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+    """Return x [T, Hk, D] as float32 with its whole pages replaced by tiles [P, Hk, G, D]."""
+    pages = tiles.transpose(1, 2).flatten(0, 1)
+    return torch.cat([pages, x[len(pages) :].float()])
+
+
+def published_kvarn(k_bits: int, v_bits: int, prompt: int) -> Cache:
+    """Return the published method as its authors serve it.
+
+    8 clamped iterations and min / max codes; the first page and the query's own page exact; the prompt
+    attended exactly.
+
+    Args:
+        prompt: tokens of the prompt, a multiple of the page; the tokens after it count as generated.
+    """
+    prompt_pages = prompt // PAGE
+
+    def is_exact(page: int, keys: torch.Tensor) -> torch.Tensor:
+        return (keys == 0) | (keys == page) | (page < prompt_pages)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+        q, k, v = (reference.rotate(x).half() for x in (q, k, v))
+        k_tiles = published.round_trip(_tiles(k).transpose(-1, -2), k_bits).transpose(-1, -2)
+        v_tiles = published.round_trip(_tiles(v), v_bits)
+        cached = (_replace_pages(k, k_tiles), _replace_pages(v, v_tiles))
+        return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale))
+
+    def bytes_per_token(head_dim: int) -> float:
+        return head_dim * (k_bits + v_bits) / 8 + 6 * head_dim / PAGE + 6
+
+    return Cache(f"published_k{k_bits}v{v_bits}", bytes_per_token, attend)
+
+
+def min_max(name: str) -> Cache:
+    """Return a preset with plain min / max codes instead of the clipped, unbiased ones, all else equal."""
+    config = KVarNConfig.from_preset(name)
+
+    def is_exact(page: int, keys: torch.Tensor) -> torch.Tensor:
+        return keys >= page - config.window_pages
+
+    def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+        return published.quantise(tiles, bits, 1.0, reference.cross_scale(tiles))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+        q, k, v = (reference.rotate(x).to(x.dtype) for x in (q, k, v))
+        k_tiles, v_tiles = _tiles(k), _tiles(v)
+        # the first token of a page is exact and left out of the statistics
+        k_tiles[..., 1:, :] = read(k_tiles[..., 1:, :].transpose(-1, -2), config.k_bits).transpose(-1, -2)
+        v_tiles[..., 1:, :] = read(v_tiles[..., 1:, :], config.v_bits)
+        cached = (_replace_pages(k, k_tiles), _replace_pages(v, v_tiles))
+        return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale))
+
+    return Cache(f"min_max_{config.name.removeprefix('kvarn_')}", config.bytes_per_token, attend)
+
+
+def all_caches(prompt: int) -> dict[str, Cache]:
+    """Return every row by name; an alias of a preset is accepted, but is not a row of its own.
+
+    Args:
+        prompt: see `published_kvarn`.
+    """
+    presets = dict.fromkeys(KVarNConfig.from_preset(name).name for name in preset_names())
+    rows = [
+        *(kvarn(name) for name in presets),
+        fp8(),
+        *(published_kvarn(*bits, prompt) for bits in ((4, 2), (4, 4), (2, 2))),
+        min_max("kvarn_k2v2_g128"),
+    ]
+    return {row.name: row for row in rows}
