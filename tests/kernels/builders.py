@@ -172,9 +172,9 @@ def oracle(request: Request, config: KVarNConfig, start: int = 0, end: int | Non
     """Return reference.attention of positions start .. end - 1, float32 [end - start, Hq, D]."""
     end = len(request.q) if end is None else end
     return reference.attention(
-        request.q[start:end].cpu(),
-        request.k[:end].cpu(),
-        request.v[:end].cpu(),
+        request.q[start:end],
+        request.k[:end],
+        request.v[:end],
         config,
         exact_start=request.exact_start,
     )
