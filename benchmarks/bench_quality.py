@@ -241,7 +241,8 @@ def main() -> None:
     if options.plot:
         plot(results, title, options.plot)
     if options.json:
-        facts = {"torch": torch.__version__, "device": str(device), "machine": platform.machine()}
+        name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+        facts = {"torch": torch.__version__, "device": name, "dtype": options.dtype, "model": folder}
         sources = {piece.name: piece.source for piece in pieces}
         seconds = {"seconds_16bit": round(exact_seconds, 2)}
         print(json.dumps({"title": title, **facts, **seconds, "texts": sources, "rows": results}))

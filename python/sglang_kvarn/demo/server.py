@@ -95,14 +95,15 @@ class Server:
                 status.update(f"start the server ({waited:.0f} s)")
                 if self.process.poll() is not None:
                     raise RuntimeError(
-                        f"the server ended with code {self.process.returncode}: {self._where()}"
+                        f"the server ended with code {self.process.returncode}: {self.where()}"
                     )
                 if waited > START_LIMIT:
-                    raise RuntimeError(f"the server did not answer within {START_LIMIT} s: {self._where()}")
+                    raise RuntimeError(f"the server did not answer within {START_LIMIT} s: {self.where()}")
                 time.sleep(0.5)
         self.start_seconds = time.monotonic() - started
 
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Return what was started and the end of its log, for an error message."""
         return f"`{' '.join(self.command)}`, end of {self.log}:\n{self.log_tail()}"
 
     def stop(self) -> None:
