@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import triton
-
 from kvarn_kernels import ops, reference
 from kvarn_kernels.cache import DecodeBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig, preset_names
@@ -375,6 +374,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--baselines", nargs="*", default=all_baselines, choices=all_baselines)
     parser.add_argument("--replays", type=int, default=20, help="timed graph replays, default %(default)s")
     parser.add_argument("--no-check", dest="check", action="store_false", help="time without checking first")
+    parser.add_argument(
+        "--page-full",
+        action="store_true",
+        help="the new token fills a page of every request, so that the step encodes it; "
+        "without it the context ends in the middle of a page",
+    )
     parser.add_argument("--csv", type=Path, help="append rows to this file")
     return parser.parse_args()
 
@@ -389,7 +394,7 @@ def main() -> None:
     rows = []
     for text in args.shapes:
         batch, context = (int(n) for n in text.split("x"))
-        shape = Shape(batch, context, qo_heads, kv_heads, args.head_dim)
+        shape = Shape(batch, context if args.page_full else context - PAGE // 2, qo_heads, kv_heads, args.head_dim)
         problem = Problem.make(shape)
         bar = None
         for name, make in providers(args).items():
@@ -403,7 +408,7 @@ def main() -> None:
                 continue
             bar = row["median_us"] if name == "flashinfer_bf16" else bar
             row |= common | {
-                "batch": batch, "context": context, "qo_heads": qo_heads, "kv_heads": kv_heads,
+                "batch": batch, "context": shape.context, "qo_heads": qo_heads, "kv_heads": kv_heads,
                 "head_dim": args.head_dim, "dtype": "bfloat16", "copy_share": row["gb_per_s"] * 1e9 / bandwidth,
                 "ratio_to_flashinfer_bf16": bar / row["median_us"] if bar else "",
             }  # fmt: skip

@@ -5,8 +5,8 @@ The state of M query rows is (m, l, acc): the base-2 maximum of the scaled score
 the weighted values times 2^SHIFT, as a tuple of channel blocks [M, D / CB]. A block whose keys are all masked leaves
 the state of a row unchanged bit for bit.
 
-The query comes as a tuple of channel blocks too, float32, each row divided by a power of two so that its elements
-are at most 1; `row_scale` holds that power times sm_scale * log2(e).
+The query is float32, each row divided by a power of two so that its elements are at most 1; `row_scale` holds that
+power times sm_scale * log2(e).
 """
 
 from __future__ import annotations
@@ -45,63 +45,75 @@ def zero_blocks(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def load_query(q_ptrs, mask, sm_scale_log2, D: tl.constexpr, BLOCKS: tl.constexpr):
-    """Load rows of a rotated float32 query as normalised channel blocks.
-
-    Args:
-        q_ptrs: pointers [M] to channel 0 of each row; mask: bool [M].
-
-    Returns:
-        (tuple of BLOCKS tensors [M, D / BLOCKS], row_scale [M]).
-    """
-    W: tl.constexpr = D // BLOCKS
-    w = tl.arange(0, W)
-    raw = ()
-    largest = tl.zeros([q_ptrs.shape[0]], tl.float32)
-    for j in tl.static_range(BLOCKS):
-        x = tl.load(q_ptrs[:, None] + (j * W + w)[None, :], mask=mask[:, None], other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-        raw = raw + (x,)
-    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+def normalise_query(x, sm_scale_log2):
+    """Return (query [M, D], row_scale [M]) for rows x [M, D] of a rotated float32 query."""
+    exponent = ((tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     up = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
-    q = ()
-    for j in tl.static_range(BLOCKS):
-        q = q + (raw[j] * down[:, None],)
-    return q, up * sm_scale_log2
+    return x * down[:, None], up * sm_scale_log2
 
 
 @triton.jit
-def attend_exact(
-    q, row_scale, k_ptr, v_ptr, offsets, mask, m, l, acc, D: tl.constexpr, K_BLOCKS: tl.constexpr, V_BLOCKS: tl.constexpr
-):
-    """Fold N exact keys and values into the state.
+def load_query_blocks(q_ptrs, mask, row_scale, sm_scale_log2, D: tl.constexpr, BLOCKS: tl.constexpr):
+    """Load the normalised query once more as a tuple of BLOCKS tensors [M, D / BLOCKS].
+
+    Element c of block j is channel BLOCKS * c + j, the order of the key words.
 
     Args:
-        k_ptr, v_ptr: rotated keys / values in any float dtype; offsets: int64 [N], element of channel 0 of each key.
-        mask: bool [M, N] or [1, N], which keys a row sees; masked keys that no row sees are not loaded.
+        q_ptrs: pointers [M] to channel 0 of each row; mask: bool [M]; row_scale: from `normalise_query`.
     """
-    KW: tl.constexpr = D // K_BLOCKS
-    VW: tl.constexpr = D // V_BLOCKS
-    dtype = k_ptr.dtype.element_ty
-    kw, vw = tl.arange(0, KW), tl.arange(0, VW)
-    seen = tl.max(mask.to(tl.int32), 0) > 0  # [N]
-    s = tl.zeros([row_scale.shape[0], offsets.shape[0]], tl.float32)
-    for j in tl.static_range(K_BLOCKS):
-        k = tl.load(k_ptr + offsets[None, :] + (j * KW + kw)[:, None], mask=seen[None, :], other=0.0)  # [KW, N]
-        s = dot(cast(q[j], dtype), k, s)
-    s = tl.where(mask, s * row_scale[:, None], float("-inf"))
+    W: tl.constexpr = D // BLOCKS
+    w = tl.arange(0, W)
+    down = sm_scale_log2 / row_scale  # a power of two
+    blocks = ()
+    for j in tl.static_range(BLOCKS):
+        x = tl.load(q_ptrs[:, None] + (BLOCKS * w + j)[None, :], mask=mask[:, None], other=0.0)
+        blocks = blocks + (x * down[:, None],)
+    return blocks
+
+
+@triton.jit
+def weigh(s, m, l):
+    """Fold scores [M, N] (base 2, -inf where masked) into the state; return weights, correction of acc, m, l."""
     m_new = tl.maximum(m, tl.max(s, 1))
     # a row that has seen no key yet keeps m = -inf; 0 stands in so that no difference of infinities arises
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2(m - m_safe)
     p = tl.exp2(s - (m_safe - SHIFT)[:, None])
+    return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def exact_scores(q, k):
+    """Return q k^T for q float32 [M, D] and exact keys [N, D] of a 16-bit dtype, float32 [M, N]."""
+    high = cast(q, k.dtype)
+    s = dot(high, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
+    if k.dtype == tl.bfloat16:
+        # 8 bits of the rotated query are fewer than the model's own query had
+        s = dot(cast(q - high.to(tl.float32), tl.bfloat16), tl.trans(k), s)
+    return s
+
+
+@triton.jit
+def attend_exact(q, row_scale, k_ptrs, v_ptrs, mask, m, l, acc, D: tl.constexpr, V_BLOCKS: tl.constexpr):
+    """Fold N exact keys and values into the state.
+
+    Args:
+        q: float32 [M, D], normalised; row_scale: [M].
+        k_ptrs, v_ptrs: pointers [N] to channel 0 of rotated keys and values, any float dtype.
+        mask: bool [N], keys that exist; the others are not loaded.
+    """
+    VW: tl.constexpr = D // V_BLOCKS
+    d, vw = tl.arange(0, D), tl.arange(0, VW)
+    k = tl.load(k_ptrs[:, None] + d[None, :], mask=mask[:, None], other=0.0)  # [N, D]
+    s = tl.where(mask[None, :], exact_scores(q, k) * row_scale[:, None], float("-inf"))
+    p, alpha, m, l = weigh(s, m, l)
     out = ()
     for j in tl.static_range(V_BLOCKS):
-        v = tl.load(v_ptr + offsets[:, None] + (j * VW + vw)[None, :], mask=seen[:, None], other=0.0)  # [N, VW]
-        out = out + (dot(cast(p, dtype), v, acc[j] * alpha[:, None]),)
-    return m_new, l * alpha + tl.sum(p, 1), out
+        v = tl.load(v_ptrs[:, None] + (j * VW + vw)[None, :], mask=mask[:, None], other=0.0)  # [N, VW]
+        out = out + (dot(cast(p, v.dtype), v, acc[j] * alpha[:, None]),)
+    return m, l, out
 
 
 @triton.jit
@@ -121,6 +133,7 @@ def attend_record(
     with c = 2^b (x - 1) for the unpacked operand x = 1 + c / 2^b.
 
     Args:
+        q: from `load_query_blocks`; row_scale: [M].
         record: pointer to the uint8 record; row_mask: bool [M], rows that see it.
     """
     M: tl.constexpr = row_scale.shape[0]
@@ -131,7 +144,7 @@ def attend_record(
     VW: tl.constexpr = D // VCB
     K_FIELDS: tl.constexpr = 32 // K_BITS
     V_FIELDS: tl.constexpr = 32 // V_BITS
-    SUBS: tl.constexpr = 4 // KTB  # blocks of 32 word rows
+    SUBS: tl.constexpr = 4 // KTB  # word rows of 4 tokens
     words_ptr = record.to(tl.pointer_type(tl.int32))
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
     kw, vw, t = tl.arange(0, KW), tl.arange(0, VW), tl.arange(0, 32)
@@ -139,8 +152,9 @@ def attend_record(
     folded = ()
     zero = tl.zeros([M, KW], tl.float32)
     for j in tl.static_range(KCB):
-        a = tl.load(halves + tile.k_channel_scale_index(D) + j * KW + kw).to(tl.float32) * (1 << K_BITS)
-        z = tl.load(halves + tile.k_channel_zero_index(D) + j * KW + kw).to(tl.float32)
+        channel = KCB * kw + j
+        a = tl.load(halves + tile.k_channel_scale_index(D) + channel).to(tl.float32) * (1 << K_BITS)
+        z = tl.load(halves + tile.k_channel_zero_index(D) + channel).to(tl.float32)
         operand = (q[j] * a[None, :]).to(tl.float16)
         # the rounded operand also cancels the 1 of 1 + c / 2^b, so that its rounding costs nothing there
         zero += q[j] * z[None, :] - operand.to(tl.float32)
@@ -148,15 +162,16 @@ def attend_record(
     zero = tl.sum(zero, 1)
     s = zero_blocks(4, M, 32)
     for sub in tl.static_range(SUBS):
-        words = tl.load(words_ptr + (sub * 32 + t)[None, :] * KW + kw[:, None])  # [KW, 32]
+        # block n of the scores holds the tokens 4 t + n
+        words = tl.load(words_ptr + (SUBS * t + sub)[None, :] * KW + kw[:, None])  # [KW, 32]
         for n in tl.static_range(K_FIELDS // 2):
             low, high = unpack_pair(words, n, K_BITS)
-            s = _add_scores(s, folded, low, n // KCB * SUBS + sub, n % KCB)
-            s = _add_scores(s, folded, high, (n + K_FIELDS // 2) // KCB * SUBS + sub, (n + K_FIELDS // 2) % KCB)
+            s = _add_scores(s, folded, low, KTB * sub + n // (KCB // 2), 2 * (n % (KCB // 2)))
+            s = _add_scores(s, folded, high, KTB * sub + n // (KCB // 2), 2 * (n % (KCB // 2)) + 1)
     scaled = ()
     largest = tl.full([M], float("-inf"), tl.float32)
     for n in tl.static_range(4):
-        token_scale = tl.load(halves + tile.k_token_scale_index(D) + n * 32 + t).to(tl.float32)
+        token_scale = tl.load(halves + tile.k_token_scale_index(D) + 4 * t + n).to(tl.float32)
         x = (s[n] + zero[:, None]) * token_scale[None, :]
         x = tl.where(row_mask[:, None], x, float("-inf"))
         if n == 0:
@@ -172,20 +187,20 @@ def attend_record(
     zero = tl.zeros([M, 32], tl.float32)
     for n in tl.static_range(4):
         p = tl.exp2(scaled[n] * row_scale[:, None] - (m_safe - SHIFT)[:, None])
-        a = tl.load(halves + tile.v_token_scale_index(D) + n * 32 + t).to(tl.float32) * (1 << V_BITS)
-        z = tl.load(halves + tile.v_token_zero_index(D) + n * 32 + t).to(tl.float32)
+        a = tl.load(halves + tile.v_token_scale_index(D) + 4 * t + n).to(tl.float32) * (1 << V_BITS)
+        z = tl.load(halves + tile.v_token_zero_index(D) + 4 * t + n).to(tl.float32)
         operand = (p * a[None, :]).to(tl.float16)
         total += p
         zero += p * z[None, :] - operand.to(tl.float32)
         weights = weights + (operand,)
     zero = tl.sum(zero, 1)
     values = words_ptr + tile.v_codes_offset(D, K_BITS) // 4
-    words = tl.load(values + t[:, None] * VW + vw[None, :])  # [32, VW]
+    words = tl.load(values + tile.v_word_index(t[:, None], vw[None, :], VW))  # [32, VW]
     partial = zero_blocks(VCB, M, VW)
     for n in tl.static_range(V_FIELDS // 2):
         low, high = unpack_pair(words, n, V_BITS)
-        block = dot(weights[n // VCB], low, partial[n % VCB])
-        block = dot(weights[n // VCB + 2], high, block)
+        block = dot(weights[2 * (n // VCB)], low, partial[n % VCB])
+        block = dot(weights[2 * (n // VCB) + 1], high, block)
         partial = replace(partial, n % VCB, block)
     out = ()
     for j in tl.static_range(VCB):

@@ -7,8 +7,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn_kernels import tile
-from kvarn_kernels.attend import LOG2_E, SHIFT, attend_exact, attend_record, load_query, zero_blocks
+from kvarn_kernels import decode_sm90, tile
+from kvarn_kernels.attend import (
+    LOG2_E,
+    SHIFT,
+    attend_exact,
+    attend_record,
+    load_query_blocks,
+    normalise_query,
+    zero_blocks,
+)
 from kvarn_kernels.cache import DecodeBatch, DecodeWorkspace, LayerCache
 from kvarn_kernels.config import KVarNConfig
 
@@ -94,7 +102,10 @@ def _decode_kernel(
     rm = tl.arange(0, M)
     row_mask = rm < GROUP
     qo = (b * HK + head) * GROUP + rm
-    q, row_scale = load_query(rotated_q_ptr + qo * D, row_mask, sm_scale_log2, D, K_BLOCKS)
+    d = tl.arange(0, D)
+    q_ptrs = rotated_q_ptr + qo * D
+    q = tl.load(q_ptrs[:, None] + d[None, :], mask=row_mask[:, None], other=0.0)
+    q, row_scale = normalise_query(q, sm_scale_log2)
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc = zero_blocks(V_BLOCKS, M, VW)
@@ -104,10 +115,8 @@ def _decode_kernel(
         for start in tl.range(exact_page * G, position + 1, EXACT_BLOCK):
             j = start + n
             offsets = ((row * RING_LEN + j % RING_LEN) * HK + head) * D
-            mask = (j <= position)[None, :]
-            m, l, acc = attend_exact(
-                q, row_scale, ring_k_ptr, ring_v_ptr, offsets, mask, m, l, acc, D, K_BLOCKS, V_BLOCKS
-            )
+            k_ptrs, v_ptrs = ring_k_ptr + offsets, ring_v_ptr + offsets
+            m, l, acc = attend_exact(q, row_scale, k_ptrs, v_ptrs, j <= position, m, l, acc, D, V_BLOCKS)
     else:
         if SPLIT_PAGES > 0:
             per_split = SPLIT_PAGES
@@ -120,15 +129,14 @@ def _decode_kernel(
         FIRST: tl.constexpr = tile.scales_offset(D, K_BITS, V_BITS) // 2 + tile.k_first_index(D)
         for start in tl.range(begin, end, FIRST_BLOCK):
             ids = tl.load(pages_ptr + start + f, mask=start + f < end, other=0).to(tl.int64)
-            offsets = (ids * HK + head) * (RECORD // 2) + FIRST
-            mask = (start + f < end)[None, :]
-            m, l, acc = attend_exact(
-                q, row_scale, first_ptr, first_ptr + D, offsets, mask, m, l, acc, D, K_BLOCKS, V_BLOCKS
-            )
+            k_ptrs = first_ptr + (ids * HK + head) * (RECORD // 2) + FIRST
+            exists = start + f < end
+            m, l, acc = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, exists, m, l, acc, D, V_BLOCKS)
+        blocks = load_query_blocks(q_ptrs, row_mask, row_scale, sm_scale_log2, D, K_BLOCKS)
         for p in tl.range(begin, end, num_stages=STAGES):
             page_id = tl.load(pages_ptr + p).to(tl.int64)
             record = records_ptr + (page_id * HK + head) * RECORD
-            m, l, acc = attend_record(q, row_scale, record, row_mask, m, l, acc, D, K_BITS, V_BITS)
+            m, l, acc = attend_record(blocks, row_scale, record, row_mask, m, l, acc, D, K_BITS, V_BITS)
     empty = l == 0.0
     inverse = 1.0 / tl.where(empty, 1.0, l)
     out_row = out_ptr + (qo * S + split) * D
@@ -151,11 +159,17 @@ def decode(
 
     Reads batch.workspace.rotated_q, the records of the older pages and the ring of the request's row. The record part
     of a request is shared by splits 0 .. S - 2, the last split is its ring. Split sizes depend on the request's own
-    length (and, unless canonical, on the batch size through S), so that a CUDA graph serves any lengths.
+    length (and, unless canonical, on the batch size through S), so that a CUDA graph serves any lengths. Hopper and
+    newer GPUs run decode_sm90.cu, others the Triton kernel above.
     """
     workspace = batch.workspace
     assert workspace is not None, "the Triton form needs a DecodeWorkspace"
     batch_size, head_dim = batch.rows.shape[0], cache.ring_k.shape[3]
+    split_pages = CANONICAL_SPLIT_PAGES if config.is_canonical else 0
+    if decode_sm90.is_supported(cache.records.device) and cache.ring_k.dtype != torch.float32:
+        scale = sm_scale * LOG2_E
+        decode_sm90.decode(cache, batch, config, num_qo_heads, num_kv_heads, scale, split_pages)
+        return
     splits = workspace.num_splits[batch_size - 1]
     first_dtype = torch.bfloat16 if cache.ring_k.dtype == torch.bfloat16 else torch.float16
     _decode_kernel[(splits, num_kv_heads, batch_size)](
@@ -181,7 +195,7 @@ def decode(
         K_BITS=config.k_bits,
         V_BITS=config.v_bits,
         WINDOW=config.window_pages,
-        SPLIT_PAGES=CANONICAL_SPLIT_PAGES if config.is_canonical else 0,
+        SPLIT_PAGES=split_pages,
         FIRST_BLOCK=FIRST_BLOCK,
         EXACT_BLOCK=EXACT_BLOCK,
         STAGES=2,

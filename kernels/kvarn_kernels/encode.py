@@ -125,13 +125,25 @@ def quantise_side(t, valid, ROW_COUNT: tl.constexpr, COL_COUNT: tl.constexpr, BI
 
 
 @triton.jit
-def pack_words(codes, BITS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, TB: tl.constexpr, CB: tl.constexpr):
-    """Pack codes int32 [G, D] into words int32 [G / TB, D / CB]; field order in `kvarn_kernels.tile`."""
-    fields = tl.reshape(codes, [TB, TOKENS // TB, CB, D // CB])
+def _pack_keys(codes, BITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+    """Pack key codes int32 [G, D] into words int32 [G / TB, D / CB]."""
+    TB: tl.constexpr = tile.k_token_blocks(D, BITS)
+    CB: tl.constexpr = tile.k_channel_blocks(D, BITS)
+    fields = tl.reshape(codes, [G // TB, TB, D // CB, CB])
     i, j = tl.arange(0, TB), tl.arange(0, CB)
-    shifts = BITS * (i[:, None] * CB + j[None, :])  # [TB, CB]
+    shifts = BITS * tile.k_field(i[:, None], (j // 2)[None, :], (j % 2)[None, :], D, BITS)  # [TB, CB]
     # fields do not overlap, so the sum is the bitwise or (and wraps like it in the sign bit)
-    return tl.sum(tl.sum(fields << shifts[:, None, :, None], 2), 0)
+    return tl.sum(tl.sum(fields << shifts[None, :, None, :], 3), 1)
+
+
+@triton.jit
+def _pack_values(codes, BITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+    """Pack value codes int32 [G, D] into words int32 [G / 4, D / CB]."""
+    CB: tl.constexpr = tile.v_channel_blocks(BITS)
+    fields = tl.reshape(codes, [G // 4, 4, CB, D // CB])
+    t, j = tl.arange(0, 4), tl.arange(0, CB)
+    shifts = BITS * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], BITS)  # [4, CB]
+    return tl.sum(tl.sum(fields << shifts[None, :, :, None], 2), 1)
 
 
 @triton.jit
@@ -170,7 +182,7 @@ def _encode_keys(
     )  # [D, G]
     valid = (g > 0)[None, :] & (d >= 0)[:, None]
     codes, scale, zero, cross = quantise_side(tl.where(valid, _sanitise(x), 0.0), valid, G - 1, D, K_BITS)
-    words = pack_words(tl.trans(codes), K_BITS, G, D, TB, CB)
+    words = _pack_keys(tl.trans(codes), K_BITS, G, D)
     r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
     HEADER: tl.constexpr = tile.header(x.dtype == tl.bfloat16)
     words = words | tl.where((r[:, None] == 0) & (c[None, :] == 0), HEADER, 0)
@@ -186,8 +198,7 @@ def _encode_values(
     record, ring_ptr, chunk_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK: tl.constexpr,
     D: tl.constexpr, G: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
 ):  # fmt: skip
-    TB: tl.constexpr = tile.v_token_blocks(V_BITS)
-    CB: tl.constexpr = tile.v_channel_blocks(V_BITS)
+    WIDTH: tl.constexpr = D // tile.v_channel_blocks(V_BITS)
     g, d = tl.arange(0, G), tl.arange(0, D)
     x = _load_rows(
         ring_ptr,
@@ -199,10 +210,10 @@ def _encode_values(
     )  # [G, D]
     valid = (g > 0)[:, None] & (d >= 0)[None, :]
     codes, scale, zero, cross = quantise_side(tl.where(valid, _sanitise(x), 0.0), valid, D, G - 1, V_BITS)
-    words = pack_words(codes, V_BITS, G, D, TB, CB)
-    r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
+    words = _pack_values(codes, V_BITS, G, D)
+    r, c = tl.arange(0, G // 4), tl.arange(0, WIDTH)
     values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
-    tl.store(values + r[:, None] * (D // CB) + c[None, :], words)
+    tl.store(values + tile.v_word_index(r[:, None], c[None, :], WIDTH), words)
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
     tl.store(halves + tile.v_token_scale_index(D) + g[:, None], scale)
     tl.store(halves + tile.v_token_zero_index(D) + g[:, None], zero)

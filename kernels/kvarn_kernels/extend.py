@@ -15,109 +15,59 @@ import triton
 import triton.language as tl
 
 from kvarn_kernels import tile
-from kvarn_kernels.attend import LOG2_E, SHIFT
+from kvarn_kernels.attend import LOG2_E, exact_scores, normalise_query, weigh
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.reference import first_row_dtype
 from kvarn_kernels.rotate import hadamard_signs
-from kvarn_kernels.tile_io import dot
+from kvarn_kernels.tile_io import cast, dot, load_key_codes, load_value_codes
 
 # first rows of records that are attended together
 FIRST_BLOCK = 32
 
 
 @triton.jit
-def _unpack(
-    words_ptr,
-    first_row,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    TB: tl.constexpr,
-    CB: tl.constexpr,
-    R: tl.constexpr,
-):
-    """Load the codes of 4 R tokens as float32 [TB, 4 R / TB, CB, D / CB], each 1 + code / 2^BITS.
-
-    Flattened to [4 R, D], row y is token 32 * (y // R) + first_row + y % R. No conversion from integers:
-    the code is written into the mantissa of 1.0.
-    """
-    n, w = tl.arange(0, 4 * R // TB), tl.arange(0, D // CB)
-    word_row = n // R * 32 + first_row + n % R
-    words = tl.load(words_ptr + word_row[:, None] * (D // CB) + w[None, :])  # [4 R / TB, D / CB]
-    shifts = BITS * (tl.arange(0, TB)[:, None] * CB + tl.arange(0, CB)[None, :])  # [TB, CB]
-    fields = (words[None, :, None, :] >> shifts[:, None, :, None]) & ((1 << BITS) - 1)
-    return ((fields << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _load_keys(
-    record, first_row, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, R: tl.constexpr
+    record, first, TOKENS: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
 ):
-    """Return k_channel_scale * code + k_channel_zero of 4 R tokens: float16 [4 R, D], at most 2^9."""
-    TB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
-    CB: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
-    x = _unpack(record.to(tl.pointer_type(tl.int32)), first_row, D, K_BITS, TB, CB, R)
+    """Return k_channel_scale * code + k_channel_zero of TOKENS tokens: float16 [TOKENS, D], at most 2^9."""
+    x = load_key_codes(record.to(tl.pointer_type(tl.int32)), first, TOKENS, D, K_BITS)
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
-    channel = tl.arange(0, CB)[:, None] * (D // CB) + tl.arange(0, D // CB)[None, :]  # [CB, D / CB]
-    scale = tl.load(halves + tile.k_channel_scale_index(D) + channel).to(tl.float32) * (1 << K_BITS)
-    zero = tl.load(halves + tile.k_channel_zero_index(D) + channel).to(tl.float32) - scale
-    return tl.reshape((x * scale[None, None, :, :] + zero[None, None, :, :]).to(tl.float16), [4 * R, D])
+    d = tl.arange(0, D)
+    scale = tl.load(halves + tile.k_channel_scale_index(D) + d).to(tl.float32) * (1 << K_BITS)
+    zero = tl.load(halves + tile.k_channel_zero_index(D) + d).to(tl.float32) - scale
+    return (x * scale[None, :] + zero[None, :]).to(tl.float16)
 
 
 @triton.jit
 def _load_values(
-    record, first_row, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, R: tl.constexpr
+    record, first, TOKENS: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
 ):
-    """Return v_token_scale * code + v_token_zero of 4 R tokens: float16 [4 R, D], at most 2^9."""
-    TB: tl.constexpr = tile.v_token_blocks(V_BITS)
-    CB: tl.constexpr = tile.v_channel_blocks(V_BITS)
+    """Return v_token_scale * code + v_token_zero of TOKENS tokens: float16 [TOKENS, D], at most 2^9."""
     values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
-    x = _unpack(values, first_row, D, V_BITS, TB, CB, R)
+    x = load_value_codes(values, first, TOKENS, D, V_BITS)
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
-    n = tl.arange(0, 4 * R // TB)
-    # [TB, 4 R / TB]
-    token = (
-        tl.arange(0, TB)[:, None] * (128 // TB) + (n // R * 32 + first_row + n % R)[None, :]
-    )  # [TB, 4 R / TB]
+    token = first + tl.arange(0, TOKENS)
     scale = tl.load(halves + tile.v_token_scale_index(D) + token).to(tl.float32) * (1 << V_BITS)
     zero = tl.load(halves + tile.v_token_zero_index(D) + token).to(tl.float32) - scale
-    return tl.reshape((x * scale[:, :, None, None] + zero[:, :, None, None]).to(tl.float16), [4 * R, D])
+    return (x * scale[:, None] + zero[:, None]).to(tl.float16)
 
 
 @triton.jit
-def _weigh(s, m, l):
-    """Fold scores [M, N] (base 2, -inf where masked) into the state; return weights, correction, m, l."""
-    m_next = tl.maximum(m, tl.max(s, 1))
-    # a row that has seen no key keeps m = -inf; 0 stands in, so that no difference of infinities arises
-    m_safe = tl.where(m_next == float("-inf"), 0.0, m_next)
-    alpha = tl.exp2(m - m_safe)
-    p = tl.exp2(s - (m_safe - SHIFT)[:, None])
-    return p, alpha, m_next, l * alpha + tl.sum(p, 1)
-
-
-@triton.jit
-def _attend_exact(
-    q, row_scale, k_ptrs, v_ptrs, loaded, seen, m, l, acc, D: tl.constexpr, DTYPE: tl.constexpr
-):
+def _attend_exact(q, row_scale, k_ptrs, v_ptrs, loaded, seen, m, l, acc, D: tl.constexpr):
     """Fold N exact keys into the state.
 
     Args:
         q: float32 [M, D], normalised; row_scale: factor of its scores [M].
         k_ptrs, v_ptrs: pointers [N] to channel 0 of each key and value.
         loaded: bool [N], keys that exist; seen: bool [M, N] or [1, N], keys that a row sees.
-        DTYPE: dtype of the operands, the model's.
     """
     d = tl.arange(0, D)
-    k = tl.load(k_ptrs[:, None] + d[None, :], mask=loaded[:, None], other=0.0).to(DTYPE)  # [N, D]
-    v = tl.load(v_ptrs[:, None] + d[None, :], mask=loaded[:, None], other=0.0).to(DTYPE)
-    high = q.to(DTYPE)
-    s = dot(high, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
-    if tl.bfloat16 == DTYPE:
-        # 8 bits of the rotated query are fewer than the model's own query had
-        s = dot((q - high.to(tl.float32)).to(DTYPE), tl.trans(k), s)
-    s = tl.where(seen & loaded[None, :], s * row_scale[:, None], float("-inf"))
-    p, alpha, m, l = _weigh(s, m, l)
-    return m, l, dot(p.to(DTYPE), v, acc * alpha[:, None])
+    k = tl.load(k_ptrs[:, None] + d[None, :], mask=loaded[:, None], other=0.0)  # [N, D]
+    v = tl.load(v_ptrs[:, None] + d[None, :], mask=loaded[:, None], other=0.0)
+    s = tl.where(seen & loaded[None, :], exact_scores(q, k) * row_scale[:, None], float("-inf"))
+    p, alpha, m, l = weigh(s, m, l)
+    return m, l, dot(cast(p, v.dtype), v, acc * alpha[:, None])
 
 
 @triton.jit
@@ -161,7 +111,6 @@ def _extend_kernel(
         return
     RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
     RING_LEN: tl.constexpr = (WINDOW + 1) * G
-    DTYPE: tl.constexpr = ring_k_ptr.dtype.element_ty
     M: tl.constexpr = BLOCK_Q * GROUP_ROWS
     page = start // G
     # first page that is read exactly; every page before it is read from its record
@@ -172,32 +121,26 @@ def _extend_kernel(
     valid = (position >= prefix_len) & (position < seq_len) & (group_head < GROUP)
     qo = (((first_token + position) * HK + head) * GROUP + group_head) * D
     q = tl.load(q_ptr + qo[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # [M, D]
-    # a power of two per row brings the query to at most 1, so that fp16 operands cannot overflow
-    exponent = ((tl.max(tl.abs(q), 1).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
-    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
-    q = q * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-    row_scale = ((127 + exponent) << 23).to(tl.float32, bitcast=True) * sm_scale_log2
-
+    q, row_scale = normalise_query(q, sm_scale_log2)
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     pages_ptr = page_table_ptr + b * stride_page_table
-    R: tl.constexpr = BLOCK_KV // 4
+    STEPS: tl.constexpr = G // BLOCK_KV
     y = tl.arange(0, BLOCK_KV)
     half_q = q.to(tl.float16)
-    for step in tl.range(0, exact_page * (32 // R), num_stages=STAGES):
-        page_id = tl.load(pages_ptr + step // (32 // R)).to(tl.int64)
+    for step in tl.range(0, exact_page * STEPS, num_stages=STAGES):
+        page_id = tl.load(pages_ptr + step // STEPS).to(tl.int64)
         record = records_ptr + (page_id * HK + head) * RECORD
         halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
-        first_row = step % (32 // R) * R
-        token = y // R * 32 + first_row + y % R
-        k = _load_keys(record, first_row, D, K_BITS, V_BITS, R)
+        first = step % STEPS * BLOCK_KV
+        k = _load_keys(record, first, BLOCK_KV, D, K_BITS, V_BITS)
         s = dot(half_q, tl.trans(k), tl.zeros([M, BLOCK_KV], tl.float32))
-        token_scale = tl.load(halves + tile.k_token_scale_index(D) + token).to(tl.float32)
+        token_scale = tl.load(halves + tile.k_token_scale_index(D) + first + y).to(tl.float32)
         # token 0 is attended exactly, with the other first rows
-        s = tl.where((token > 0)[None, :], s * token_scale[None, :] * row_scale[:, None], float("-inf"))
-        p, alpha, m, l = _weigh(s, m, l)
-        v = _load_values(record, first_row, D, K_BITS, V_BITS, R)
+        s = tl.where((first + y > 0)[None, :], s * token_scale[None, :] * row_scale[:, None], float("-inf"))
+        p, alpha, m, l = weigh(s, m, l)
+        v = _load_values(record, first, BLOCK_KV, D, K_BITS, V_BITS)
         channel_scale = tl.load(halves + tile.v_channel_scale_index(D) + d).to(tl.float32)
         partial = dot(p.to(tl.float16), v, tl.zeros([M, D], tl.float32))
         acc = acc * alpha[:, None] + partial * channel_scale[None, :]
@@ -209,7 +152,7 @@ def _extend_kernel(
         page_ids = tl.load(pages_ptr + begin + f, mask=exists, other=0).to(tl.int64)
         k_ptrs = firsts_ptr + (page_ids * HK + head) * (RECORD // 2) + FIRST
         m, l, acc = _attend_exact(
-            q, row_scale, k_ptrs, k_ptrs + D, exists, exists[None, :], m, l, acc, D, DTYPE
+            q, row_scale, k_ptrs, k_ptrs + D, exists, exists[None, :], m, l, acc, D
         )
 
     ring = tl.load(rows_ptr + b) * RING_LEN
@@ -222,18 +165,18 @@ def _extend_kernel(
         k_ptrs = tl.where(in_ring, ring_k_ptr + ring_offsets, chunk_k_ptr + chunk_offsets)
         v_ptrs = tl.where(in_ring, ring_v_ptr + ring_offsets, chunk_v_ptr + chunk_offsets)
         seen = j[None, :] <= position[:, None]
-        m, l, acc = _attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, acc, D, DTYPE)
+        m, l, acc = _attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, acc, D)
 
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     # two bfloat16 terms hold 17 bits of the sum; the signs multiply them exactly
-    high = acc.to(tl.bfloat16)
-    low = (acc - high.to(tl.float32)).to(tl.bfloat16)
+    high = cast(acc, tl.bfloat16)
+    low = cast(acc - high.to(tl.float32), tl.bfloat16)
     c = tl.arange(0, 64)
     for begin in tl.static_range(0, D, 64):
         signs = tl.load(signs_ptr + d[:, None] * D + (begin + c)[None, :])  # [D, 64]
         out = dot(low, signs, dot(high, signs, tl.zeros([M, 64], tl.float32))) * (1.0 / D**0.5)
         out_ptrs = out_ptr + qo[:, None] + (begin + c)[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+        tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 def block_sizes(group: int, head_dim: int) -> tuple[int, int, int]:

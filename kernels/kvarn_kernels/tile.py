@@ -5,8 +5,8 @@ A record holds one page of one KV head: G = 128 tokens, D channels, keys and val
 in this order, little endian, every section a multiple of 16 bytes:
 
     section           type     shape                    contents
-    k_codes           int32    [G / TBk, D / CBk]       key codes, kb bits
-    v_codes           int32    [G / TBv, D / CBv]       value codes, vb bits
+    k_codes           int32    [G / TB, D / CB]         key codes, kb bits
+    v_codes           int32    [G / 16, D / CB / 4, 4, 4]   value codes, vb bits
     k_channel_scale   fp16     [D]
     k_channel_zero    fp16     [D]
     v_channel_scale   fp16     [D]
@@ -19,31 +19,37 @@ in this order, little endian, every section a multiple of 16 bytes:
     K[t, d] = (k_channel_scale[d] * c + k_channel_zero[d]) * k_token_scale[t]
     V[t, d] = (v_token_scale[t] * c + v_token_zero[t]) * v_channel_scale[d]
 
-A word of b-bit codes has 32 / b = TB * CB fields. Field n = i * CB + j, at bit b * n, of word (r, c) is the code of
-token r + (G / TB) * i and channel c + (D / CB) * j. So one shift and mask of a block of words is a block of codes
-with whole rows and columns, without moving data between threads, and (word >> s) & mask gives two fields at once
-in the two 16-bit halves: the operands of a matrix instruction.
+A word of b-bit codes holds a patch of TB tokens x CB channels in F = 32 / b fields, field n at bit b * n. The fields
+of the low half and of the high half are neighbours h = 0, 1 along the dimension that a matrix instruction sums over
+(channels for keys, tokens for values), so (word >> s) & mask is a pair of operands in one register:
 
-The codes of token 0 are zero, except that byte 0 of the record (the lowest bits of key word (0, 0), which belong to
-token 0 in every layout) is the header: `HEADER` | dtype of the first rows. A page that was never encoded has no
+    keys     word (r, c), field h F/2 + i CB/2 + j:  token TB r + i,     channel CB c + 2 j + h
+    values   word (r, c), field h F/2 + i CB + j:    token 4 r + 2 i + h,  channel c + (D / CB) j
+
+Key words are stored row by row. Value words are stored in blocks of 4 x 4 (the 4 words of a row are 16 bytes), so
+that the 32 lanes of a warp, lane 4 g + q on row q and words 4 g .. 4 g + 3, read 512 consecutive bytes.
+
+The codes of token 0 are zero, except that the lowest 4 bits of the record (of key word (0, 0), which belong to
+token 0 in every layout) are the header: `HEADER` | dtype of the first rows. A page that was never encoded has no
 header, which tests rely on. Readers take token 0 from k_first and v_first and ignore its codes.
 
-Example, D = 128, k4v2: k_codes [128, 16] at 0, v_codes [32, 32] at 8,192, k_channel_scale at 12,288, k_first at
+Example, D = 128, k4v2: k_codes [128, 16] at 0, v_codes [8, 8, 4, 4] at 8,192, k_channel_scale at 12,288, k_first at
 13,824, size 14,336 = 112 bytes per token.
 """
 
 from __future__ import annotations
 
 import triton
+import triton.language as tl  # noqa: F401  (the interpreter looks for it beside a jit function)
 
 TILE_SIZE = 128
-HEADER = 0x20
+HEADER = 0x2
 HEADER_BF16 = 0x01
 
 
 @triton.constexpr_function
 def header(is_bf16):
-    """Return byte 0 of a record: that it is encoded, and whether its first rows are bfloat16 (else float16)."""
+    """Return the lowest 4 bits of a record: that it is encoded, and whether its first rows are bfloat16 (else float16)."""
     return HEADER | (HEADER_BF16 if is_bf16 else 0)
 
 
@@ -69,6 +75,24 @@ def v_token_blocks(bits):
 def v_channel_blocks(bits):
     """Return CB of the value codes."""
     return 8 // bits
+
+
+@triton.jit
+def k_field(i, j, h, D, BITS):
+    """Return the field of key codes at token i of a patch and channel 2 j + h of it."""
+    return h * (16 // BITS) + i * (k_channel_blocks(D, BITS) // 2) + j
+
+
+@triton.jit
+def v_field(i, j, h, BITS):
+    """Return the field of value codes at token 2 i + h of a patch and channel block j."""
+    return h * (16 // BITS) + i * v_channel_blocks(BITS) + j
+
+
+@triton.jit
+def v_word_index(r, c, WIDTH):
+    """Return where the value word (r, c) of a matrix of WIDTH words a row is stored."""
+    return (r // 4) * (4 * WIDTH) + (c // 4) * 16 + (r % 4) * 4 + c % 4
 
 
 @triton.constexpr_function

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvarn_kernels import tile
+
 
 @triton.constexpr_function
 def is_interpreted():
@@ -60,6 +62,12 @@ def _unpack_pair_ptx(amount, mask):
 
 
 @triton.jit
+def _to_float(fields, BITS: tl.constexpr):
+    # the code goes to the top of the mantissa of 1.0: no conversion from integers
+    return (((fields & ((1 << BITS) - 1)) << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def unpack_pair(words, FIELD: tl.constexpr, BITS: tl.constexpr):
     """Return the fields FIELD and FIELD + 16 / BITS of every word as float16 values 1 + code / 2^BITS.
 
@@ -84,3 +92,30 @@ def unpack_pair(words, FIELD: tl.constexpr, BITS: tl.constexpr):
         low = ((_shift(words, AMOUNT) & MASK) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
         high = ((_shift(words, AMOUNT - 16) & MASK) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
     return low, high
+
+
+@triton.jit
+def load_key_codes(words_ptr, first_token, TOKENS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+    """Load the key codes of TOKENS consecutive tokens as float32 [TOKENS, D], each 1 + code / 2^BITS.
+
+    Args:
+        words_ptr: int32 pointer to the key words; first_token: a multiple of 4.
+    """
+    TB: tl.constexpr = tile.k_token_blocks(D, BITS)
+    CB: tl.constexpr = tile.k_channel_blocks(D, BITS)
+    r, c = tl.arange(0, TOKENS // TB) + first_token // TB, tl.arange(0, D // CB)
+    words = tl.load(words_ptr + r[:, None] * (D // CB) + c[None, :])
+    i, j = tl.arange(0, TB), tl.arange(0, CB)
+    shifts = BITS * tile.k_field(i[:, None], (j // 2)[None, :], (j % 2)[None, :], D, BITS)  # [TB, CB]
+    return tl.reshape(_to_float(words[:, None, :, None] >> shifts[None, :, None, :], BITS), [TOKENS, D])
+
+
+@triton.jit
+def load_value_codes(words_ptr, first_token, TOKENS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
+    """Load the value codes of TOKENS consecutive tokens; as `load_key_codes`."""
+    CB: tl.constexpr = tile.v_channel_blocks(BITS)
+    r, c = tl.arange(0, TOKENS // 4) + first_token // 4, tl.arange(0, D // CB)
+    words = tl.load(words_ptr + tile.v_word_index(r[:, None], c[None, :], D // CB))
+    t, j = tl.arange(0, 4), tl.arange(0, CB)
+    shifts = BITS * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], BITS)  # [4, CB]
+    return tl.reshape(_to_float(words[:, None, None, :] >> shifts[None, :, :, None], BITS), [TOKENS, D])

@@ -3,27 +3,44 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-TILE_SIZE = 128
+from kvarn_kernels import tile
+
+TILE_SIZE = tile.TILE_SIZE
 
 
-def pack_codes(codes: torch.Tensor, bits: int, token_blocks: int, channel_blocks: int) -> torch.Tensor:
-    """Pack codes [..., G, D] (int32, 0 .. 2^bits - 1) into uint8 [..., G * D * bits / 8]."""
-    *lead, tokens, channels = codes.shape
-    fields = codes.reshape(*lead, token_blocks, tokens // token_blocks, channel_blocks, channels // channel_blocks)
-    fields = fields.movedim(-2, -3).reshape(*lead, -1, tokens // token_blocks, channels // channel_blocks).long()
-    shifts = bits * torch.arange(fields.shape[-3], device=codes.device)
-    words = (fields << shifts[:, None, None]).sum(-3)
+@lru_cache(maxsize=16)
+def code_places(side: str, bits: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (word index, bit) of every code of a side ("k" or "v"), int64 and int32 [G, D]."""
+    token, channel = torch.arange(TILE_SIZE)[:, None], torch.arange(head_dim)[None, :]
+    if side == "k":
+        tokens, channels = tile.k_token_blocks(head_dim, bits), tile.k_channel_blocks(head_dim, bits)
+        inner = channel % channels
+        field = tile.k_field.fn(token % tokens, inner // 2, inner % 2, head_dim, bits)
+        word = token // tokens * (head_dim // channels) + channel // channels
+    else:
+        width = head_dim // tile.v_channel_blocks(bits)
+        field = tile.v_field.fn(token % 4 // 2, channel // width, token % 2, bits)
+        word = tile.v_word_index.fn(token // 4, channel % width, width)
+    return word, (field * bits).int()
+
+
+def pack_codes(codes: torch.Tensor, side: str, bits: int) -> torch.Tensor:
+    """Pack codes [..., G, D] (int32, 0 .. 2^bits - 1) of a side into uint8 [..., G * D * bits / 8]."""
+    *lead, tokens, head_dim = codes.shape
+    word, bit = (x.to(codes.device) for x in code_places(side, bits, head_dim))
+    words = torch.zeros(*lead, tokens * head_dim * bits // 32, dtype=torch.int64, device=codes.device)
+    # fields do not overlap, so the sum is the bitwise or
+    words.index_add_(-1, word.flatten(), (codes.long() << bit).flatten(-2))
     signed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return signed.flatten(-2).contiguous().view(torch.uint8)
+    return signed.contiguous().view(torch.uint8)
 
 
-def unpack_codes(packed: torch.Tensor, bits: int, token_blocks: int, channel_blocks: int, head_dim: int) -> torch.Tensor:
-    """Unpack uint8 [..., G * D * bits / 8] into codes int32 [..., G, D]."""
+def unpack_codes(packed: torch.Tensor, side: str, bits: int, head_dim: int) -> torch.Tensor:
+    """Unpack uint8 [..., G * D * bits / 8] of a side into codes int32 [..., G, D]."""
+    word, bit = (x.to(packed.device) for x in code_places(side, bits, head_dim))
     words = packed.contiguous().view(torch.int32)
-    words = words.unflatten(-1, (TILE_SIZE // token_blocks, head_dim // channel_blocks))
-    shifts = bits * torch.arange(32 // bits, device=packed.device, dtype=torch.int32)
-    fields = (words.unsqueeze(-3) >> shifts[:, None, None]) & (2**bits - 1)
-    fields = fields.unflatten(-3, (token_blocks, channel_blocks)).movedim(-3, -2)
-    return fields.flatten(-2).flatten(-3, -2)
+    return (words.index_select(-1, word.flatten()).unflatten(-1, word.shape) >> bit) & (2**bits - 1)

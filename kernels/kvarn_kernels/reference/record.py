@@ -43,20 +43,10 @@ def encode_tile(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.
     config.record_bytes(head_dim)
     keys = quantise_side(sanitise(k[..., 1:, :]).transpose(-1, -2), config.k_bits)
     values = quantise_side(sanitise(v[..., 1:, :]), config.v_bits)
-    k_codes = pack_codes(
-        _prepend_zero(keys.codes.transpose(-1, -2), -2),
-        config.k_bits,
-        tile.k_token_blocks(head_dim, config.k_bits),
-        tile.k_channel_blocks(head_dim, config.k_bits),
-    )
+    k_codes = pack_codes(_prepend_zero(keys.codes.transpose(-1, -2), -2), "k", config.k_bits)
     first_dtype = first_row_dtype(k.dtype)
     k_codes[..., 0] |= tile.header(first_dtype == torch.bfloat16)
-    v_codes = pack_codes(
-        _prepend_zero(values.codes, -2),
-        config.v_bits,
-        tile.v_token_blocks(config.v_bits),
-        tile.v_channel_blocks(config.v_bits),
-    )
+    v_codes = pack_codes(_prepend_zero(values.codes, -2), "v", config.v_bits)
     halves = [
         keys.scale,
         keys.zero,
@@ -79,25 +69,13 @@ def _split(record: torch.Tensor, config: KVarNConfig, head_dim: int) -> tuple[Qu
         return halves[..., start : start + length]
 
     keys = QuantisedSide(
-        codes=unpack_codes(
-            record[..., :values_at],
-            config.k_bits,
-            tile.k_token_blocks(head_dim, config.k_bits),
-            tile.k_channel_blocks(head_dim, config.k_bits),
-            head_dim,
-        ),
+        codes=unpack_codes(record[..., :values_at], "k", config.k_bits, head_dim),
         scale=section(tile.k_channel_scale_index(head_dim), head_dim),
         zero=section(tile.k_channel_zero_index(head_dim), head_dim),
         cross=section(tile.k_token_scale_index(head_dim), TILE_SIZE),
     )
     values = QuantisedSide(
-        codes=unpack_codes(
-            record[..., values_at:halves_at],
-            config.v_bits,
-            tile.v_token_blocks(config.v_bits),
-            tile.v_channel_blocks(config.v_bits),
-            head_dim,
-        ),
+        codes=unpack_codes(record[..., values_at:halves_at], "v", config.v_bits, head_dim),
         scale=section(tile.v_token_scale_index(head_dim), TILE_SIZE),
         zero=section(tile.v_token_zero_index(head_dim), TILE_SIZE),
         cross=section(tile.v_channel_scale_index(head_dim), head_dim),

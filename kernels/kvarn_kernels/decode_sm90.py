@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host side of decode_sm90.cu: compile it for a format, launch it."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvarn_kernels import tile
+from kvarn_kernels.cache import DecodeBatch, LayerCache
+from kvarn_kernels.config import KVarNConfig
+
+logger = logging.getLogger(__name__)
+
+THREADS = 128
+# records in flight per block: 2 hide the latency of memory (26 KB per multiprocessor), 1 is being read
+STAGES = 3
+# resident blocks per multiprocessor by head_dim, the most that keep every value in registers
+MIN_BLOCKS = {64: 4, 128: 4, 256: 2}
+
+
+@lru_cache(maxsize=8)
+def is_supported(device: torch.device) -> bool:
+    """Return whether decode_sm90.cu can serve a device: CUDA, capability 9.0 or newer, NVRTC reachable."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    if hasattr(torch.cuda, "_compile_kernel"):
+        return True
+    logger.warning("this torch has no torch.cuda._compile_kernel: decode uses the portable Triton kernel")
+    return False
+
+
+def constants(
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_pages: int
+) -> dict[str, int]:
+    """Return the constants of decode_sm90.cu for a format; every offset comes from `tile`."""
+    k_bits, v_bits = config.k_bits, config.v_bits
+    return {
+        "D": head_dim,
+        "K_BITS": k_bits,
+        "V_BITS": v_bits,
+        "HK": num_kv_heads,
+        "GROUP": group,
+        "WINDOW": config.window_pages,
+        "BF16": int(is_bf16),
+        "SPLIT_PAGES": split_pages,
+        "STAGES": STAGES,
+        "MIN_BLOCKS": MIN_BLOCKS[head_dim],
+        "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
+        "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),
+        "RECORD": tile.record_bytes(head_dim, k_bits, v_bits),
+        "V_CODES_OFFSET": tile.v_codes_offset(head_dim, k_bits),
+        "SCALES_OFFSET": tile.scales_offset(head_dim, k_bits, v_bits),
+        "K_CHANNEL_SCALE": tile.k_channel_scale_index(head_dim),
+        "K_CHANNEL_ZERO": tile.k_channel_zero_index(head_dim),
+        "V_CHANNEL_SCALE": tile.v_channel_scale_index(head_dim),
+        "K_TOKEN_SCALE": tile.k_token_scale_index(head_dim),
+        "V_TOKEN_SCALE": tile.v_token_scale_index(head_dim),
+        "V_TOKEN_ZERO": tile.v_token_zero_index(head_dim),
+        "K_FIRST": tile.k_first_index(head_dim),
+    }
+
+
+def source(defines: dict[str, int]) -> str:
+    """Return the CUDA source with its constants in front."""
+    lines = [f"#define {name} {value}" for name, value in defines.items()]
+    return "\n".join([*lines, Path(__file__).with_suffix(".cu").read_text()])
+
+
+def shared_bytes(defines: dict[str, int]) -> int:
+    """Return the dynamic shared memory of a block: the records in flight, at the end the sums of 4 warps x 8 heads."""
+    return max(STAGES * defines["RECORD"], 4 * 8 * defines["D"] * 4)
+
+
+@lru_cache(maxsize=32)
+def _compiled(
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_pages: int, device: int
+) -> tuple[Any, int]:
+    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, split_pages)
+    capability = "".join(str(n) for n in torch.cuda.get_device_capability(device))
+    kernel = torch.cuda._compile_kernel(source(defines), "kvarn_decode", compute_capability=capability)
+    size = shared_bytes(defines)
+    kernel.set_shared_memory_config(size)
+    return kernel, size
+
+
+def decode(
+    cache: LayerCache,
+    batch: DecodeBatch,
+    config: KVarNConfig,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    sm_scale_log2: float,
+    split_pages: int,
+) -> None:
+    """Run the contract of `decode.decode`; the first call for a format compiles (about a second).
+
+    Args:
+        sm_scale_log2: factor of the scores times log2(e).
+        split_pages: pages of a split, 0 for an even share of the request.
+    """
+    workspace = batch.workspace
+    assert workspace is not None
+    batch_size, head_dim, group = batch.rows.shape[0], cache.ring_k.shape[3], num_qo_heads // num_kv_heads
+    is_bf16 = cache.ring_k.dtype == torch.bfloat16
+    kernel, shared = _compiled(
+        config, head_dim, num_kv_heads, group, is_bf16, split_pages, cache.ring_k.device.index or 0
+    )
+    splits = workspace.num_splits[batch_size - 1]
+    kernel(
+        (splits, num_kv_heads * -(-group // 8), batch_size),
+        (THREADS, 1, 1),
+        [
+            workspace.rotated_q,
+            cache.records,
+            cache.ring_k,
+            cache.ring_v,
+            batch.page_table,
+            batch.rows,
+            batch.seq_lens,
+            batch.exact_starts,
+            workspace.partial_out,
+            workspace.partial_lse,
+            batch.page_table.stride(0),
+            # the launcher passes a Python float as a double
+            struct.unpack("<i", struct.pack("<f", sm_scale_log2))[0],
+            splits,
+        ],
+        shared_mem=shared,
+    )
