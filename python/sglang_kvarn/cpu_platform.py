@@ -34,8 +34,8 @@ def activate() -> str | None:
 def prepare_environment() -> None:
     """Set what the processes that SGLang starts need; does nothing where another platform is active.
 
-    Both are read once, when a module is imported: in this process it may be too late for either, but SGLang's
-    parent process computes nothing, and what the user has set stays.
+    These are read when a module is imported, which may have happened in this process; but SGLang's parent
+    process computes nothing. What the user has set stays.
     """
     if not is_active():
         return
@@ -44,6 +44,8 @@ def prepare_environment() -> None:
     # threads that spin for each other stall where another process wants the core: one decode step of one
     # layer of SmolLM2-135M took 90 ms instead of 0.9 on 2 cores with one other busy process
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # PyTorch brings NCCL along; where SGLang cannot load it, tensor parallelism runs on gloo
+    os.environ.setdefault("SGLANG_NCCL_SO_PATH", "no-nccl-without-a-gpu")
 
 
 def apply_defaults(server_args: Any) -> None:
@@ -52,6 +54,7 @@ def apply_defaults(server_args: Any) -> None:
         return
     server_args.device = "cpu"
     server_args.disable_cuda_graph = True
+    server_args.disable_custom_all_reduce = True
     if server_args.attention_backend is None:
         server_args.attention_backend = "torch_native"
     if server_args.max_running_requests is None:

@@ -63,8 +63,14 @@ def expected(
 
     def attend(module, query, key, value, mask, scaling, **kwargs):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = reference.attention(q, k, v, config, exact_start=cached, sm_scale=scaling)
-        return out.to(query.dtype)[None], None
+        # the cached tokens were computed by a request that found nothing in the cache
+        parts = [(q[cached:], k, v, cached), (q[:cached], k[:cached], v[:cached], 0)]
+        outs = [
+            reference.attention(*qkv, config, exact_start=start, sm_scale=scaling)
+            for *qkv, start in parts
+            if len(qkv[0])
+        ]
+        return torch.cat(outs[::-1]).to(query.dtype)[None], None
 
     # threads of this process and of the engine would wait for each other
     torch.set_num_threads(1)
