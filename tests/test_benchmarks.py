@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks that run on a CPU: their checks pass, and what they compare with is the published method."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import bench_capacity
+import bench_quality
+from quality import caches, published, scores, texts
+
+
+@pytest.fixture
+def tile() -> torch.Tensor:
+    """Return a tile [64, 128] whose rows and columns differ in magnitude, stds between 3 and 300."""
+    torch.manual_seed(0)
+    return 30 * torch.randn(64, 128) * torch.rand(64, 1).exp2() * (4 * torch.rand(1, 128)).exp()
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def test_capacity_of_qwen3_8b_is_that_of_its_bytes():
+    bench_capacity.check_record_sizes()
+    rows = {
+        (row["cache"], row["requests"]): row for row in bench_capacity.measure("Qwen3-8B", 40.0, [64], 32768)
+    }
+    bf16, kvarn = rows["bf16", ""], rows["kvarn_k4v2_g128", 64]
+    assert bf16["bytes_per_token"] == 36 * 8 * 512 and kvarn["bytes_per_token"] == 36 * 8 * 112
+    assert bf16["pool_tokens"] == 40 * 2**30 // 147_456
+    # 65 rows of 256 exact tokens
+    assert kvarn["ring_mib"] * 2**20 == 65 * 256 * 147_456
+    spent = kvarn["pool_tokens"] * 32_256 + (kvarn["ring_mib"] + kvarn["workspace_mib"]) * 2**20
+    assert 0 <= 40 * 2**30 - spent < 128 * 32_256 + 2**20
+
+
+def test_quality_check_passes_for_every_cache():
+    bench_quality.check(list(caches.all_caches(0).values()), torch.device("cpu"))
+
+
+def test_quality_check_refuses_a_wrong_attention():
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+        return caches.kvarn("kvarn").attend(q, k, v, sm_scale * 1.01)
+
+    wrong = caches.Cache("kvarn_k4v2_g128", lambda head_dim: 59, attend)
+    with pytest.raises(SystemExit, match="to agree with the oracle"):
+        bench_quality.check([wrong], torch.device("cpu"))
+
+
+def test_published_scales_balance_rows_and_columns(tile):
+    row, column = published.variance_normalise(tile)
+    balanced = tile / row / column
+    for dim in (0, 1):
+        spread, before = (x.std(dim).max() / x.std(dim).min() for x in (balanced, tile))
+        assert spread < 1.1 < before
+
+
+def test_published_scales_do_nothing_on_a_small_tile(tile):
+    # the lower clamp of the logarithm is reached everywhere, so that all scales are equal
+    small = 1e-4 * tile
+    plain = published.quantise(small, 4, 1.0, torch.ones(1, 128))
+    assert relative_error(published.round_trip(small, 4), small) == pytest.approx(
+        relative_error(plain, small), rel=0.01
+    )
+    assert relative_error(published.round_trip(tile, 4), tile) < 0.8 * relative_error(plain, small)
+
+
+def test_published_cache_reads_the_prompt_exactly_and_pages_after_it_from_codes():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(600, heads, 64).half() for heads in (3, 1, 1))
+    expected = caches.unquantised().attend(q, k, v, 0.125)
+    got = caches.published_kvarn(4, 2, prompt=256).attend(q, k, v, 0.125)
+    assert relative_error(got[:256], expected[:256]) < 1e-3
+    assert relative_error(got[256:], expected[256:]) > 0.02
+
+
+def test_fp8_cache_reads_every_token_rounded():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 64).half() for heads in (3, 1, 1))
+    got = caches.fp8().attend(q, k, v, 0.125)
+    assert torch.equal(got[0], v[0].to(torch.float8_e4m3fn).float().expand(3, 64))
+
+
+def test_scores_of_equal_predictions_are_zero_and_of_a_swap_are_not():
+    torch.manual_seed(0)
+    exact, tokens = torch.randn(8, 50), torch.randint(50, (8,))
+    swapped = exact.clone()
+    swapped[3, [exact[3].argmax(), exact[3].argmin()]] = exact[3, [exact[3].argmin(), exact[3].argmax()]]
+    same, other = scores.Scores(), scores.Scores()
+    same.add(exact, exact, tokens)
+    other.add(exact, swapped, tokens)
+    assert same.summary(0, 8)["kl_mean"] == 0 and same.summary(0, 8)["flips"] == 0
+    assert other.summary(0, 8)["flips"] == pytest.approx(1 / 8)
+    assert other.summary(3, 4)["kl_mean"] > 0 and other.summary(4, 8)["kl_mean"] == 0
+
+
+def test_text_is_chosen_by_the_seed(tmp_path):
+    def tokenizer(text, add_special_tokens):
+        return SimpleNamespace(input_ids=[ord(character) for character in text])
+
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {n}\n" for n in range(400)))
+    pieces = [texts.load(str(path), 64, seed, tokenizer) for seed in (0, 0, 1)]
+    assert pieces[0] == pieces[1] != pieces[2]
+    assert len(pieces[0].tokens) == 64 and bytes(pieces[0].tokens[:5]) == b"line "
+    with pytest.raises(ValueError, match="lower --context"):
+        texts.load(str(path), 10_000, 0, tokenizer)
