@@ -143,9 +143,11 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
         names = set(archive.namelist())
         info = f"sglang_kvarn-{PROJECT['version']}.dist-info"
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
-    sources = {str(p.relative_to(KERNELS.parent)) for p in KERNELS.rglob("*.py")}
-    sources |= {str(p.relative_to(PLUGIN.parent)) for p in PLUGIN.rglob("*.py")}
-    assert sources <= names
+    packages = [
+        (root.parent, file) for root in (KERNELS, PLUGIN) for file in root.rglob("*") if file.is_file()
+    ]
+    files = {str(file.relative_to(parent)) for parent, file in packages if file.suffix != ".pyc"}
+    assert files <= names
     assert {name.split("/")[0] for name in names} == {"kvarn_kernels", "sglang_kvarn", info}
     assert f"{info}/licenses/LICENSE" in names
     assert "[sglang.srt.plugins]\nkvarn = sglang_kvarn:register" in entry_points
