@@ -43,4 +43,17 @@ def unpack_codes(packed: torch.Tensor, side: str, bits: int, head_dim: int) -> t
     """Unpack uint8 [..., G * D * bits / 8] of a side into codes int32 [..., G, D]."""
     word, bit = (x.to(packed.device) for x in code_places(side, bits, head_dim))
     words = packed.contiguous().view(torch.int32)
-    return (words.index_select(-1, word.flatten()).unflatten(-1, word.shape) >> bit) & (2**bits - 1)
+    # every word is shifted by all its fields at once, in an order that needs no copy of the codes afterwards
+    if side == "k":
+        tokens, channels = tile.k_token_blocks(head_dim, bits), tile.k_channel_blocks(head_dim, bits)
+        # [G / TB, TB, D / CB, CB]
+        words = words.unflatten(-1, (TILE_SIZE // tokens, 1, head_dim // channels, 1))
+        shifts = bit[:tokens, None, :channels]
+    else:
+        width = head_dim // tile.v_channel_blocks(bits)
+        # [G / 4, 4, CB, D / CB]
+        words = words.index_select(-1, word[::4, :width].flatten()).unflatten(
+            -1, (TILE_SIZE // 4, 1, 1, width)
+        )
+        shifts = bit[:4, ::width, None]
+    return (words >> shifts).bitwise_and_(2**bits - 1).flatten(-2).flatten(-3, -2)
