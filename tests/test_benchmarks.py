@@ -107,9 +107,9 @@ def test_text_is_chosen_by_the_seed(tmp_path):
         return SimpleNamespace(input_ids=[ord(character) for character in text])
 
     path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {n}\n" for n in range(400)))
+    path.write_text("".join(f"line {n}\n" for n in range(4000)))
     pieces = [texts.load(str(path), 64, seed, tokenizer) for seed in (0, 0, 1)]
     assert pieces[0] == pieces[1] != pieces[2]
     assert len(pieces[0].tokens) == 64 and bytes(pieces[0].tokens[:5]) == b"line "
     with pytest.raises(ValueError, match="lower --context"):
-        texts.load(str(path), 10_000, 0, tokenizer)
+        texts.load(str(path), 100_000, 0, tokenizer)

@@ -60,7 +60,7 @@ def load(name: str, length: int, seed: int, tokenizer: Any) -> Text:
     path, content = _content(name)
     # a token of these texts has two characters or more, so this many always hold enough tokens
     latest = max(0, len(content) - 12 * length)
-    offset = random.Random(f"{seed} {name}").randrange(latest + 1)
+    offset = random.Random(f"{seed} {Path(name).name}").randrange(latest + 1)
     start = content.rfind("\n", 0, offset) + 1
     tokens = tokenizer(content[start : start + 16 * length], add_special_tokens=False).input_ids[:length]
     if len(tokens) < length:
