@@ -11,6 +11,7 @@ _GROUP = "sglang.srt.platforms"
 _NAME = "kvarn_cpu"
 MAX_RUNNING_REQUESTS = 16
 MAX_TOTAL_TOKENS = 32_768
+_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 _CLASS = "sglang_kvarn.cpu_device.KVarNCpuPlatform"
 
 
@@ -48,11 +49,20 @@ def prepare_environment() -> None:
     os.environ.setdefault("SGLANG_NCCL_SO_PATH", "no-nccl-without-a-gpu")
 
 
+def split_cores(cores: list[int], ranks: int) -> str:
+    """Share cores among tensor-parallel ranks as SGLang writes it: [0, 1, 2, 3] among 2 is "0,1|2,3"."""
+    size = max(1, len(cores) // ranks)
+    starts = [rank * size % len(cores) for rank in range(ranks)]
+    return "|".join(",".join(map(str, cores[start : start + size])) for start in starts)
+
+
 def apply_defaults(server_args: Any) -> None:
     """Fill what the user left open and a CPU needs; does nothing where another platform is active."""
     if server_args.device not in (None, "cpu") or not is_active():
         return
     server_args.device = "cpu"
+    if server_args.tp_size > 1 and not os.environ.get(_BIND):
+        os.environ[_BIND] = split_cores(sorted(os.sched_getaffinity(0)), server_args.tp_size)
     server_args.disable_cuda_graph = True
     server_args.disable_custom_all_reduce = True
     if server_args.attention_backend is None:

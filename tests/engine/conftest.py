@@ -18,6 +18,7 @@ OPTIONS = {
     "max_running_requests": 4,
     "chunked_prefill_size": 256,
     "random_seed": 0,
+    "custom_sigquit_handler": tiny_model.fail,
 }
 
 

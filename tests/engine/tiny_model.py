@@ -84,6 +84,11 @@ def expected(
     return tokens[len(token_ids) :]
 
 
+def fail(signum: int, frame: Any) -> None:
+    """Fail the test when a process of the engine dies; SGLang's own handler would kill pytest."""
+    raise RuntimeError("a process of the engine died, see its log")
+
+
 def flush(engine: Any) -> None:
     """Empty the prefix cache; SGLang refuses while a request is in flight, its last step included."""
     for _ in range(100):

@@ -51,9 +51,22 @@ def test_activate_stays_out_of_the_way(monkeypatch, case):
     assert "TRITON_INTERPRET" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("cores", "ranks", "text"),
+    [
+        ([0, 1, 2, 3], 2, "0,1|2,3"),
+        ([0, 1], 2, "0|1"),
+        ([4, 6, 7], 2, "4|6"),
+        ([0, 1], 4, "0|1|0|1"),
+    ],
+)
+def test_split_cores_gives_every_rank_some(cores, ranks, text):
+    assert cpu_platform.split_cores(cores, ranks) == text
+
+
 def arguments(**changes) -> SimpleNamespace:
     names = ("device", "attention_backend", "max_running_requests", "max_total_tokens", "mem_fraction_static")
-    return SimpleNamespace(**(dict.fromkeys(names) | {"disable_cuda_graph": False} | changes))
+    return SimpleNamespace(**(dict.fromkeys(names) | {"disable_cuda_graph": False, "tp_size": 1} | changes))
 
 
 def test_apply_defaults_bounds_the_pool_unless_the_user_does():
