@@ -42,7 +42,9 @@ def _end_on_signal(number: int, frame: object) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo and return its exit status."""
     options = parse_arguments(arguments)
-    # like Ctrl-C, these signals must leave through the code that ends the server
+    # a shell starts background jobs with Ctrl-C ignored; the other signals must leave the same way as Ctrl-C,
+    # through the code that ends the server
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end_on_signal)
     started = monotonic()
