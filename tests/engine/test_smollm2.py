@@ -7,9 +7,9 @@ import pytest
 from sglang_kvarn import smollm2
 
 PROMPTS = (
-    "The three primary colours are red, yellow and blue. The three secondary colours are",
-    "Question: What is the capital of France?\nAnswer:",
-    "Once upon a time, there was a little girl who lived with her grandmother in a small house near the "
+    "\n\nThe water cycle has four stages: evaporation,",
+    "\n\nQuestion: What does a library lend today?\nAnswer: Today a library lends",
+    "\n\nOnce upon a time, there was a little girl who lived with her grandmother in a small house near the "
     "forest. Every morning she walked to the village to buy bread, and every evening she",
 )
 # more than three pages before each question, so that two and more are read from records
