@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention over records, first rows and ring for sm_90 and newer; the same contract as decode.py.
 //
-// One block per (split, KV head, request). Whole records arrive by bulk copy in a ring of STAGES buffers. Each warp
-// owns 32 of the 128 tokens of a tile and keeps its own softmax state, so warps meet only at the end of a split; the
-// last warp that leaves a buffer orders the next record into it. The layout of `tile.py` makes every shared-memory
+// One block per (split, KV head, request). Whole records arrive by bulk copy in a ring of STAGES buffers. TILE_WARPS
+// warps share a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a split;
+// the last warp that leaves a buffer orders the next record into it. The layout of `tile.py` makes every shared-memory
 // load a 16-byte read of one matrix-instruction fragment:
 //
 //     scores^T [tokens, heads]   = codes [tokens, channels] x folded query [channels, heads]
@@ -21,6 +21,8 @@ typedef unsigned char u8;
 
 constexpr int G = 128;
 constexpr int WARPS = 4;
+constexpr int TEAMS = WARPS / TILE_WARPS; // warps of a team share a tile
+constexpr int BLOCKS = 8 / TILE_WARPS;    // blocks of 16 tokens that a warp has of a tile
 constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_BITS / K_CB;
 constexpr int K_ROW_WORDS = D / K_CB;     // words of a row of key words
 constexpr int K_LANE_WORDS = K_ROW_WORDS / 4;
@@ -121,6 +123,13 @@ __device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// d = a b + c, c kept
+__device__ __forceinline__ void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
+                                         const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
 __device__ __forceinline__ void mma_exact(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -131,18 +140,26 @@ __device__ __forceinline__ void mma_exact(float (&c)[4], u32 a0, u32 a1, u32 a2,
 #endif
 }
 
+// The exponents that turn a masked field into offset + code. `zero` is 0, but the compiler cannot know it and keeps
+// them in registers: mask-or is then one instruction (with two constants it would be two).
+struct Exponents {
+  u32 x256, x64, x16, x4;
+  __device__ explicit Exponents(u32 zero)
+      : x256(0x5C005C00u | zero), x64(0x54005400u | zero), x16(0x4C004C00u | zero), x4(0x44004400u | zero) {}
+};
+
 // field n of both halves of a word as the fp16 pair offset + code; offset<BITS>(n) is a power of two
 template <int BITS>
-__device__ __forceinline__ u32 unpack(u32 w, int n) {
+__device__ __forceinline__ u32 unpack(u32 w, int n, const Exponents& e) {
   if (BITS == 4) {
     u32 x = n % 4 < 2 ? w << 2 : w >> 6;
-    return n % 2 == 0 ? (x & 0x003C003Cu) | 0x5C005C00u : (x & 0x03C003C0u) | 0x4C004C00u;
+    return n % 2 == 0 ? (x & 0x003C003Cu) | e.x256 : (x & 0x03C003C0u) | e.x16;
   }
   u32 x = n < 3 ? w << 4 : n == 3 ? w : n < 7 ? w >> 4 : w >> 8;
   int position = n % 4;
-  if (position == 0) return (x & 0x00300030u) | 0x54005400u;
-  if (position == 2) return (x & 0x03000300u) | 0x44004400u;
-  return (x & 0x00C000C0u) | 0x4C004C00u;
+  if (position == 0) return (x & 0x00300030u) | e.x64;
+  if (position == 2) return (x & 0x03000300u) | e.x4;
+  return (x & 0x00C000C0u) | e.x16;
 }
 template <int BITS>
 __device__ constexpr float offset(int n) {
@@ -188,7 +205,7 @@ __device__ __forceinline__ float weight(float score, float scale, float m) {
 }
 
 __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (&query)[PAIRS], float scale0,
-                                              float scale1, int warp, int g, int q) {
+                                              float scale1, const Exponents& e, int warp, int g, int q) {
   u32 halves = record + SCALES_OFFSET;
   u32 folded[PAIRS];
   float zero[4] = {0.f, 0.f, 0.f, 0.f};  // the same for all tokens, so for both rows of the fragment
@@ -206,16 +223,14 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
       mma_half(zero, o0, o0, o1, o1, folded[n + k], folded[n + k + 1]);
     }
   }
-  float s[2][4];
+  float s[BLOCKS][4];
 #pragma unroll
-  for (int t = 0; t < 2; t++) {
+  for (int t = 0; t < BLOCKS; t++) {
     // rows g and g + 8 of a fragment are tokens 4 r + (g & 1) and + 2, so that value words hold their neighbours
-    int token = 32 * warp + 16 * t + 4 * (g >> 1) + (g & 1);
+    int token = 16 * (BLOCKS * warp + t) + 4 * (g >> 1) + (g & 1);
     u32 row0 = record + 4 * (token / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
     u32 row1 = record + 4 * ((token + 2) / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
     int shift0 = K_BITS * K_PAIRS * (token % K_TB), shift1 = K_BITS * K_PAIRS * ((token + 2) % K_TB);
-#pragma unroll
-    for (int n = 0; n < 4; n++) s[t][n] = zero[n];
 #pragma unroll
     for (int u = 0; u < K_LANE_WORDS; u += 4) {
       uint4 x = lds128(row0 + 4 * u), y = lds128(row1 + 4 * u);
@@ -226,8 +241,8 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
 #pragma unroll
         for (int n = 0; n < K_PAIRS; n += 2) {
           int pair = K_PAIRS * (u + k) + n;
-          mma_half(s[t], unpack<K_BITS>(w0, n), unpack<K_BITS>(w1, n), unpack<K_BITS>(w0, n + 1),
-                   unpack<K_BITS>(w1, n + 1), folded[pair], folded[pair + 1]);
+          mma_half(s[t], unpack<K_BITS>(w0, n, e), unpack<K_BITS>(w1, n, e), unpack<K_BITS>(w0, n + 1, e),
+                   unpack<K_BITS>(w1, n + 1, e), folded[pair], folded[pair + 1], pair == 0 ? zero : s[t]);
         }
       }
     }
@@ -236,12 +251,20 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
     // token 0 is attended exactly, with the other first tokens
     if (token == 0) s[t][0] = s[t][1] = MINUS_INF;
   }
-  raise(st, fmaxf(fmaxf(s[0][0], s[0][2]), fmaxf(s[1][0], s[1][2])) * scale0,
-        fmaxf(fmaxf(s[0][1], s[0][3]), fmaxf(s[1][1], s[1][3])) * scale1);
-  u32 weights[2][2], zeros[2][2];
+  float largest0 = MINUS_INF, largest1 = MINUS_INF;
 #pragma unroll
-  for (int t = 0; t < 2; t++) {
-    int token = 32 * warp + 16 * t + 4 * (g >> 1) + (g & 1);
+  for (int t = 0; t < BLOCKS; t++) {
+    largest0 = fmaxf(largest0, fmaxf(s[t][0], s[t][2]));
+    largest1 = fmaxf(largest1, fmaxf(s[t][1], s[t][3]));
+  }
+  raise(st, largest0 * scale0, largest1 * scale1);
+  const u32 ONE = 0x3C003C00u;
+  float base[4] = {0.f, 0.f, 0.f, 0.f}, sum[4] = {0.f, 0.f, 0.f, 0.f};
+  u32 weights[BLOCKS][2];
+#pragma unroll
+  for (int t = 0; t < BLOCKS; t++) {
+    u32 zeros[2];
+    int token = 16 * (BLOCKS * warp + t) + 4 * (g >> 1) + (g & 1);
     u32 a = halves + 2 * (V_TOKEN_SCALE + token), z = halves + 2 * (V_TOKEN_ZERO + token);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -250,24 +273,19 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
       st.l[1] += p1;
       float scale = lds_half(a + 4 * r), shift = lds_half(z + 4 * r);
       weights[t][r] = transpose(pack_half(p0 * scale, p1 * scale));
-      zeros[t][r] = transpose(pack_half(p0 * shift, p1 * shift));
+      zeros[r] = transpose(pack_half(p0 * shift, p1 * shift));
     }
-  }
-  const u32 ONE = 0x3C003C00u;
-  float base[4] = {0.f, 0.f, 0.f, 0.f}, sum[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-  for (int t = 0; t < 2; t++) {
-    mma_half(base, ONE, ONE, ONE, ONE, zeros[t][0], zeros[t][1]);
+    mma_half(base, ONE, ONE, ONE, ONE, zeros[0], zeros[1]);
     mma_half(sum, ONE, ONE, ONE, ONE, weights[t][0], weights[t][1]);
   }
-  // value words: rows 8 warp + 4 t + q, blocks of 4 x 4 words
-  u32 values = record + V_CODES_OFFSET + 4 * (2 * warp * 4 * V_WIDTH) + 16 * q;
+  // value words: rows 4 (BLOCKS warp + t) + q, blocks of 4 x 4 words
+  u32 values = record + V_CODES_OFFSET + 16 * BLOCKS * warp * V_WIDTH + 16 * q;
 #pragma unroll
   for (int load = 0; load < V_LOADS; load++) {
-    u32 w[2][V_VECTOR];
+    u32 w[BLOCKS][V_VECTOR];
 #pragma unroll
-    for (int t = 0; t < 2; t++) {
-      u32 at = values + 4 * (t * 4 * V_WIDTH) + (V_VECTOR == 4 ? 64 * (g + 8 * load) : 64 * (g / 2) + 8 * (g % 2));
+    for (int t = 0; t < BLOCKS; t++) {
+      u32 at = values + 16 * t * V_WIDTH + (V_VECTOR == 4 ? 64 * (g + 8 * load) : 64 * (g / 2) + 8 * (g % 2));
       if (V_VECTOR == 4) {
         uint4 x = lds128(at);
         w[t][0] = x.x; w[t][1] = x.y; w[t][V_VECTOR - 2] = x.z; w[t][V_VECTOR - 1] = x.w;
@@ -286,16 +304,17 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
       } else {
         scales[0] = lds32(channel);
       }
+      float first[4];
+#pragma unroll
+      for (int n = 0; n < 4; n++) first[n] = fmaf(-offset<V_BITS>(j), sum[n], base[n]);
 #pragma unroll
       for (int k = 0; k < V_VECTOR / 2; k++) {
-        float o[4] = {fmaf(-offset<V_BITS>(j), sum[0], base[0]), fmaf(-offset<V_BITS>(j), sum[1], base[1]), 0.f, 0.f};
-        o[2] = o[0];
-        o[3] = o[1];
+        float o[4];
 #pragma unroll
-        for (int t = 0; t < 2; t++)
-          mma_half(o, unpack<V_BITS>(w[t][2 * k], j), unpack<V_BITS>(w[t][2 * k + 1], j),
-                   unpack<V_BITS>(w[t][2 * k], V_CB + j), unpack<V_BITS>(w[t][2 * k + 1], V_CB + j),
-                   weights[t][0], weights[t][1]);
+        for (int t = 0; t < BLOCKS; t++)
+          mma_half(o, unpack<V_BITS>(w[t][2 * k], j, e), unpack<V_BITS>(w[t][2 * k + 1], j, e),
+                   unpack<V_BITS>(w[t][2 * k], V_CB + j, e), unpack<V_BITS>(w[t][2 * k + 1], V_CB + j, e),
+                   weights[t][0], weights[t][1], t == 0 ? first : o);
         float c0 = low_half(scales[k]), c1 = high_half(scales[k]);
         float(&acc)[4] = st.acc[(load * (V_VECTOR / 2) + k) * V_CB + j];
         acc[0] = fmaf(o[0], c0, acc[0]);
@@ -474,19 +493,21 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       float2 f = has_head ? *(const float2*)(query_row + D / 4 * q + 2 * n) : make_float2(0.f, 0.f);
       query[n] = pack_half(f.x * down, f.y * down);
     }
-    int stage = 0;
+    const Exponents e((u32)splits >> 31);
+    int stage = warp / TILE_WARPS % STAGES;
     u32 parity = 0;
-    for (int p = begin; p < end; p++) {
+    for (int p = begin + warp / TILE_WARPS; p < end; p += TEAMS) {
       mbarrier_wait(&bars.full[stage], parity);
-      attend_record(st, shared_address(shared + stage * RECORD), query, scale0, scale1, warp, g, q);
+      attend_record(st, shared_address(shared + stage * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
       __syncwarp();
       if (lane == 0) {
         __threadfence_block();
-        // the last of the warps to leave the buffer orders the next record into it
-        if (atomicAdd(&bars.left[stage], 1) % WARPS == WARPS - 1 && p + STAGES < end)
+        // the last of the team to leave the buffer orders the next record into it
+        if (atomicAdd(&bars.left[stage], 1) % TILE_WARPS == TILE_WARPS - 1 && p + STAGES < end)
           load_record(shared + stage * RECORD, record_of(p + STAGES), &bars.full[stage]);
       }
-      if (++stage == STAGES) { stage = 0; parity ^= 1; }
+      stage += TEAMS;
+      if (stage >= STAGES) { stage -= STAGES; parity ^= 1; }
     }
   }
 

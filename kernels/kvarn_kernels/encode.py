@@ -15,6 +15,8 @@ from kvarn_kernels.reference.quantiser import LARGEST_INPUT, SHRINK_STEP, SHRINK
 _LARGEST_INPUT = tl.constexpr(LARGEST_INPUT)
 _SHRINK_STEP = tl.constexpr(SHRINK_STEP)
 _SHRINK_STEPS = tl.constexpr(SHRINK_STEPS)
+# programs of the decode form, about one per multiprocessor: most steps of most requests fill no page
+RING_PROGRAMS = 128
 
 
 @triton.jit
@@ -221,58 +223,31 @@ def _encode_values(
 
 
 @triton.jit
-def _encode_kernel(
-    records_ptr,  # [P, Hk, RECORD] uint8, written
-    ring_k_ptr,  # [R, RING_LEN, Hk, D]
-    ring_v_ptr,
-    chunk_k_ptr,  # [T, Hk, D] rotated new tokens, if CHUNK
-    chunk_v_ptr,
-    rows_ptr,  # [B] int64
-    prefix_lens_ptr,  # [B] int32, if CHUNK
-    seq_lens_ptr,  # [B] int32
-    qo_indptr_ptr,  # [B + 1] int32, if CHUNK
-    pages_ptr,  # [B, P_max] int32 page table if CHUNK, else [B] store pages
-    stride_pages,
-    HK: tl.constexpr,
-    D: tl.constexpr,
-    G: tl.constexpr,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    RING_LEN: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    b, head = tl.program_id(0), tl.program_id(2) // 2
-    seq_len = tl.load(seq_lens_ptr + b)
-    if CHUNK:
-        prefix_len = tl.load(prefix_lens_ptr + b)
-        page = prefix_len // G + tl.program_id(1)
-        if (page + 1) * G > seq_len:
-            return
-        page_id = tl.load(pages_ptr + b.to(tl.int64) * stride_pages + page).to(tl.int64)
-    else:
-        if seq_len % G != 0:
-            return
-        prefix_len = seq_len
-        page = seq_len // G - 1
-        page_id = tl.load(pages_ptr + b).to(tl.int64)
-    row = tl.load(rows_ptr + b)
+def _encode_page(
+    records_ptr, ring_k_ptr, ring_v_ptr, chunk_k_ptr, chunk_v_ptr, page_id, row, page, prefix_len, chunk_start, side,
+    HK: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    RING_LEN: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Encode keys (side 2 h) or values (side 2 h + 1) of KV head h of one page.
+
+    Args:
+        page_id: int64, page to write; row: int64, request row; page: page number in the request.
+        prefix_len: tokens that are in the ring; chunk_start: int64, index of token prefix_len in the chunk.
+    """
+    head = side // 2
     g, d = tl.arange(0, G), tl.arange(0, D)
     position = page * G + g
     in_ring = position < prefix_len
     ring_offsets = ((row * RING_LEN + position % RING_LEN) * HK + head) * D
-    chunk_offsets = ring_offsets
-    if CHUNK:
-        chunk_offsets = ((tl.load(qo_indptr_ptr + b).to(tl.int64) + position - prefix_len) * HK + head) * D
-    # offsets of token 0, taken as a block of one so that it is loaded like the others
+    chunk_offsets = ((chunk_start + position - prefix_len) * HK + head) * D
+    # token 0 as a block of one, so that it is loaded like the others
     first = tl.arange(0, 1) + page * G
     first_in_ring = (first < prefix_len)[:, None] & (d >= 0)[None, :]
     first_ring = ((row * RING_LEN + first % RING_LEN) * HK + head)[:, None] * D + d[None, :]
-    first_chunk = first_ring
-    if CHUNK:
-        first_chunk = ((tl.load(qo_indptr_ptr + b).to(tl.int64) + first - prefix_len) * HK + head)[:, None] * D + d[None, :]
+    first_chunk = ((chunk_start + first - prefix_len) * HK + head)[:, None] * D + d[None, :]
     record = records_ptr + (page_id * HK + head) * tile.record_bytes(D, K_BITS, V_BITS)
     firsts = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.int16))
-    if tl.program_id(2) % 2 == 0:
+    if side % 2 == 0:
         _encode_keys(
             record, ring_k_ptr, chunk_k_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK, D, G, K_BITS, V_BITS
         )
@@ -286,32 +261,85 @@ def _encode_kernel(
         _store_first(x, firsts + tile.v_first_index(D) + d[None, :])
 
 
-def _launch(grid, cache: LayerCache, config: KVarNConfig, pages, stride_pages, rows, seq_lens, chunk) -> None:
+@triton.jit
+def _encode_ring_kernel(
+    records_ptr,  # [P, Hk, RECORD] uint8, written
+    ring_k_ptr,  # [R, RING_LEN, Hk, D]
+    ring_v_ptr,
+    rows_ptr,  # [B] int64
+    seq_lens_ptr,  # [B] int32
+    store_pages_ptr,  # [B] int32
+    batch_size,
+    SLICES: tl.constexpr,
+    BLOCK: tl.constexpr,  # SLICES * BLOCK >= batch_size
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    RING_LEN: tl.constexpr,
+):
+    # in 127 of 128 steps of a request there is nothing to do: one load tells for a slice of the batch
+    b = tl.program_id(0) + SLICES * tl.arange(0, BLOCK)
+    seq_lens = tl.load(seq_lens_ptr + b, mask=b < batch_size, other=1)
+    if tl.max((seq_lens % G == 0).to(tl.int32), 0) > 0:
+        for request in range(tl.program_id(0), batch_size, SLICES):
+            seq_len = tl.load(seq_lens_ptr + request)
+            if seq_len % G == 0:
+                page_id = tl.load(store_pages_ptr + request).to(tl.int64)
+                row = tl.load(rows_ptr + request)
+                _encode_page(
+                    records_ptr, ring_k_ptr, ring_v_ptr, ring_k_ptr, ring_v_ptr, page_id, row, seq_len // G - 1,
+                    seq_len, row, tl.program_id(1), HK, D, G, K_BITS, V_BITS, RING_LEN, False
+                )  # fmt: skip
+
+
+@triton.jit
+def _encode_chunk_kernel(
+    records_ptr,  # [P, Hk, RECORD] uint8, written
+    ring_k_ptr,  # [R, RING_LEN, Hk, D]
+    ring_v_ptr,
+    chunk_k_ptr,  # [T, Hk, D] rotated new tokens
+    chunk_v_ptr,
+    rows_ptr,  # [B] int64
+    prefix_lens_ptr,  # [B] int32
+    seq_lens_ptr,  # [B] int32
+    qo_indptr_ptr,  # [B + 1] int32
+    page_table_ptr,  # [B, P_max] int32
+    stride_page_table,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    RING_LEN: tl.constexpr,
+):
+    b = tl.program_id(0)
+    prefix_len = tl.load(prefix_lens_ptr + b)
+    page = prefix_len // G + tl.program_id(1)
+    if (page + 1) * G > tl.load(seq_lens_ptr + b):
+        return
+    page_id = tl.load(page_table_ptr + b.to(tl.int64) * stride_page_table + page).to(tl.int64)
+    chunk_start = tl.load(qo_indptr_ptr + b).to(tl.int64)
+    _encode_page(
+        records_ptr, ring_k_ptr, ring_v_ptr, chunk_k_ptr, chunk_v_ptr, page_id, tl.load(rows_ptr + b), page,
+        prefix_len, chunk_start, tl.program_id(2), HK, D, G, K_BITS, V_BITS, RING_LEN, True
+    )  # fmt: skip
+
+
+def _constants(cache: LayerCache, config: KVarNConfig) -> dict[str, int | bool]:
     kv_heads, head_dim = cache.ring_k.shape[2:]
-    k, v, prefix_lens, qo_indptr = chunk or (None, None, None, None)
-    _encode_kernel[grid](
-        cache.records,
-        cache.ring_k,
-        cache.ring_v,
-        k,
-        v,
-        rows,
-        prefix_lens,
-        seq_lens,
-        qo_indptr,
-        pages,
-        stride_pages,
-        HK=kv_heads,
-        D=head_dim,
-        G=config.tile_size,
-        K_BITS=config.k_bits,
-        V_BITS=config.v_bits,
-        RING_LEN=config.ring_len,
-        CHUNK=chunk is not None,
-        num_warps=8,
+    return {
+        "HK": kv_heads,
+        "D": head_dim,
+        "G": config.tile_size,
+        "K_BITS": config.k_bits,
+        "V_BITS": config.v_bits,
+        "RING_LEN": config.ring_len,
+        "num_warps": 8,
         # contraction of a * b + c would change the last bit against the oracle
-        enable_fp_fusion=False,
-    )
+        "enable_fp_fusion": False,
+    }
 
 
 def encode_from_ring(
@@ -325,8 +353,20 @@ def encode_from_ring(
         cache: ring read, records written.
         rows: int64 [B]; seq_lens: int32 [B]; store_pages: int32 [B], page id of the last token.
     """
-    kv_heads = cache.ring_k.shape[2]
-    _launch((rows.shape[0], 1, 2 * kv_heads), cache, config, store_pages, 0, rows, seq_lens, None)
+    batch_size, kv_heads = rows.shape[0], cache.ring_k.shape[2]
+    slices = min(batch_size, max(1, RING_PROGRAMS // (2 * kv_heads)))
+    _encode_ring_kernel[(slices, 2 * kv_heads)](
+        cache.records,
+        cache.ring_k,
+        cache.ring_v,
+        rows,
+        seq_lens,
+        store_pages,
+        batch_size,
+        SLICES=slices,
+        BLOCK=triton.next_power_of_2(triton.cdiv(batch_size, slices)),
+        **_constants(cache, config),
+    )
 
 
 def encode_from_chunk(
@@ -349,7 +389,18 @@ def encode_from_chunk(
     """
     if max_full_pages == 0:
         return
-    kv_heads = cache.ring_k.shape[2]
-    grid = (rows.shape[0], max_full_pages, 2 * kv_heads)
-    chunk = (k, v, prefix_lens, qo_indptr)
-    _launch(grid, cache, config, page_table, page_table.stride(0), rows, seq_lens, chunk)
+    grid = (rows.shape[0], max_full_pages, 2 * cache.ring_k.shape[2])
+    _encode_chunk_kernel[grid](
+        cache.records,
+        cache.ring_k,
+        cache.ring_v,
+        k,
+        v,
+        rows,
+        prefix_lens,
+        seq_lens,
+        qo_indptr,
+        page_table,
+        page_table.stride(0),
+        **_constants(cache, config),
+    )

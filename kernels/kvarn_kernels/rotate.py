@@ -32,23 +32,12 @@ def rotate_block(x, signs_ptr, D: tl.constexpr):
 
 
 @triton.jit
-def _rotate_kernel(
-    x_ptr,  # [T, H, D] model dtype
-    out_ptr,  # [*, H, D] output dtype, token index from DEST
-    signs_ptr,  # [D, D] model dtype, +-1
-    rows_ptr,  # [T] int64, request rows, if RING_LEN > 0
-    seq_lens_ptr,  # [T] int32, if RING_LEN > 0
-    num_rows,  # T * H
-    stride_x_token,
-    stride_x_head,
-    stride_out_token,
-    stride_out_head,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    RING_LEN: tl.constexpr,  # 0: token t goes to out[t]; else to its ring slot
-    BLOCK: tl.constexpr,
-):
-    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _rotate_rows(
+    x_ptr, out_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, num_rows,
+    stride_x_token, stride_x_head, stride_out_token, stride_out_head,
+    H: tl.constexpr, D: tl.constexpr, RING_LEN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    r = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
     valid = r < num_rows
     token, head = r // H, r % H
@@ -65,21 +54,75 @@ def _rotate_kernel(
     tl.store(out, cast(rotated, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
-def rotate(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    rows: torch.Tensor | None = None,
-    seq_lens: torch.Tensor | None = None,
-    ring_len: int = 0,
-) -> None:
-    """Write x H to out, or to ring slots of out.
+@triton.jit
+def _rotate_kernel(
+    x_ptr,  # [T, H, D] model dtype
+    out_ptr,  # [T, H, D] output dtype, written
+    signs_ptr,  # [D, D] model dtype, +-1
+    num_rows,  # T * H
+    stride_x_token,
+    stride_x_head,
+    stride_out_token,
+    stride_out_head,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    _rotate_rows(
+        x_ptr, out_ptr, signs_ptr, None, None, tl.program_id(0), num_rows,
+        stride_x_token, stride_x_head, stride_out_token, stride_out_head, H, D, 0, BLOCK
+    )  # fmt: skip
+
+
+@triton.jit
+def _rotate_step_kernel(
+    q_ptr,  # [B, Hq, D] model dtype
+    k_ptr,  # [B, Hk, D]
+    v_ptr,  # [B, Hk, D]
+    rotated_q_ptr,  # [B, Hq, D] float32, written
+    ring_k_ptr,  # [R, RING_LEN, Hk, D] model dtype, written
+    ring_v_ptr,
+    signs_ptr,  # [D, D] model dtype, +-1
+    rows_ptr,  # [B] int64
+    seq_lens_ptr,  # [B] int32
+    batch_size,
+    stride_q_token,
+    stride_q_head,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    RING_LEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    if tl.program_id(1) == 0:
+        _rotate_rows(
+            q_ptr, rotated_q_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, batch_size * HQ,
+            stride_q_token, stride_q_head, HQ * D, D, HQ, D, 0, BLOCK
+        )  # fmt: skip
+    elif block * BLOCK < batch_size * HK:
+        if tl.program_id(1) == 1:
+            _rotate_rows(
+                k_ptr, ring_k_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, batch_size * HK,
+                stride_k_token, stride_k_head, HK * D, D, HK, D, RING_LEN, BLOCK
+            )  # fmt: skip
+        else:
+            _rotate_rows(
+                v_ptr, ring_v_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, batch_size * HK,
+                stride_v_token, stride_v_head, HK * D, D, HK, D, RING_LEN, BLOCK
+            )  # fmt: skip
+
+
+def rotate(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Write x H to out.
 
     Args:
         x: [T, H, D], last dimension contiguous, model dtype.
-        out: [T, H, D] any float dtype, written; with ring_len a ring [R * ring_len, H, D].
-        rows, seq_lens: int64 [T], int32 [T]; with ring_len > 0 token t goes to slot (seq_lens[t] - 1) % ring_len of
-            request row rows[t].
+        out: [T, H, D] any float dtype, written.
     """
     tokens, heads, head_dim = x.shape
     if tokens == 0:
@@ -88,14 +131,57 @@ def rotate(
         x,
         out,
         hadamard_signs(head_dim, x.dtype, x.device),
-        rows,
-        seq_lens,
         tokens * heads,
         x.stride(0),
         x.stride(1),
         out.stride(0),
         out.stride(1),
         H=heads,
+        D=head_dim,
+        BLOCK=BLOCK_ROWS,
+        num_warps=4,
+    )
+
+
+def rotate_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotated_q: torch.Tensor,
+    ring_k: torch.Tensor,
+    ring_v: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """Rotate one token per request in one launch: q to rotated_q, k and v to their ring slots.
+
+    Args:
+        q: [B, Hq, D]; k, v: [B, Hk, D]; last dimension contiguous, model dtype.
+        rotated_q: float32 [at least B, Hq, D], contiguous, written.
+        ring_k, ring_v: [R, ring_len, Hk, D] contiguous; slot (seq_lens[b] - 1) % ring_len of row rows[b] is written.
+        rows: int64 [B]; seq_lens: int32 [B], the new token included.
+    """
+    batch_size, qo_heads, head_dim = q.shape
+    ring_len, kv_heads = ring_k.shape[1:3]
+    _rotate_step_kernel[(triton.cdiv(batch_size * qo_heads, BLOCK_ROWS), 3)](
+        q,
+        k,
+        v,
+        rotated_q,
+        ring_k,
+        ring_v,
+        hadamard_signs(head_dim, q.dtype, q.device),
+        rows,
+        seq_lens,
+        batch_size,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        HQ=qo_heads,
+        HK=kv_heads,
         D=head_dim,
         RING_LEN=ring_len,
         BLOCK=BLOCK_ROWS,

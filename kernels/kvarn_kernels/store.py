@@ -10,7 +10,7 @@ import triton.language as tl
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.encode import encode_from_chunk, encode_from_ring
-from kvarn_kernels.rotate import rotate
+from kvarn_kernels.rotate import rotate, rotate_step
 
 
 def store_decode(
@@ -18,9 +18,7 @@ def store_decode(
 ) -> None:
     """Rotate one new token per request; q goes to the workspace, k and v to the ring, full pages to their records."""
     assert batch.workspace is not None, "the Triton form needs a DecodeWorkspace"
-    rotate(q, batch.workspace.rotated_q)
-    for x, ring in ((k, cache.ring_k), (v, cache.ring_v)):
-        rotate(x, ring.flatten(0, 1), rows=batch.rows, seq_lens=batch.seq_lens, ring_len=config.ring_len)
+    rotate_step(q, k, v, batch.workspace.rotated_q, cache.ring_k, cache.ring_v, batch.rows, batch.seq_lens)
     encode_from_ring(cache, batch.rows, batch.seq_lens, batch.store_pages, config)
 
 

@@ -45,7 +45,8 @@ def decode_step(requests, heads, config, padding=0, cache=None):
     """Prefill all but the last token of each request in the torch form, decode the last one with the kernels."""
     head_dim, dtype = requests[0].q.shape[-1], requests[0].q.dtype
     pages = 1 + max(max(r.pages) for r in requests)
-    cache = cache or make_cache(config, heads[1], head_dim, dtype, pages, rows=len(requests) + 1)
+    rows = 1 + max(r.row for r in requests)
+    cache = cache or make_cache(config, heads[1], head_dim, dtype, pages, rows)
     for request in requests:
         if len(request.q) - 1 > request.exact_start:
             chunks = [len(request.q) - 1 - request.exact_start]

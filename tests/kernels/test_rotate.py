@@ -6,7 +6,7 @@ import torch
 from builders import DEVICE
 
 from kvarn_kernels import reference
-from kvarn_kernels.rotate import rotate
+from kvarn_kernels.rotate import rotate, rotate_step
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -28,15 +28,18 @@ def test_rotate_twice_gives_the_input_back():
     torch.testing.assert_close(twice, x.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_rotate_reads_a_strided_view_and_writes_ring_slots():
+def test_rotate_step_reads_strided_views_and_writes_ring_slots():
     qkv = torch.randn(3, 8, 64).half().to(DEVICE)
-    ring = torch.full((4, 256, 2, 64), float("nan"), dtype=torch.float16, device=DEVICE)
+    q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
+    rotated_q = torch.full((5, 4, 64), float("nan"), device=DEVICE)
+    rings = [torch.full((4, 256, 2, 64), float("nan"), dtype=torch.float16, device=DEVICE) for _ in range(2)]
     rows = torch.tensor([3, 1, 0], device=DEVICE)
     seq_lens = torch.tensor([258, 256, 1], dtype=torch.int32, device=DEVICE)
-    rotate(qkv[:, 2:4], ring.flatten(0, 1), rows=rows, seq_lens=seq_lens, ring_len=256)
-    expected = reference.rotate(qkv[:, 2:4].cpu()).half()
-    for n, (row, slot) in enumerate([(3, 1), (1, 255), (0, 0)]):
-        torch.testing.assert_close(ring[row, slot].cpu(), expected[n], rtol=1e-3, atol=1e-5)
-    assert ring.isnan().sum() == (4 * 256 - 3) * 2 * 64
-
-
+    rotate_step(q, k, v, rotated_q, *rings, rows, seq_lens)
+    torch.testing.assert_close(rotated_q[:3].cpu(), reference.rotate(q.cpu()), rtol=1e-6, atol=1e-5)
+    assert rotated_q[3:].isnan().all()
+    for x, ring in zip((k, v), rings, strict=True):
+        expected = reference.rotate(x.cpu()).half()
+        for n, (row, slot) in enumerate([(3, 1), (1, 255), (0, 0)]):
+            torch.testing.assert_close(ring[row, slot].cpu(), expected[n], rtol=1e-3, atol=1e-5)
+        assert ring.isnan().sum() == (4 * 256 - 3) * 2 * 64
