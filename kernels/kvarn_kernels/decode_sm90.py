@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 THREADS = 128
 # records in flight per block: 2 hide the latency of memory (26 KB per multiprocessor), 1 is being read
 STAGES = 3
+# warps that share a tile: 4 or 2
+TILE_WARPS = 4
 # resident blocks per multiprocessor by head_dim, the most that keep every value in registers
 MIN_BLOCKS = {64: 4, 128: 4, 256: 2}
 
@@ -50,6 +52,7 @@ def constants(
         "BF16": int(is_bf16),
         "SPLIT_PAGES": split_pages,
         "STAGES": STAGES,
+        "TILE_WARPS": TILE_WARPS,
         "MIN_BLOCKS": MIN_BLOCKS[head_dim],
         "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
         "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),

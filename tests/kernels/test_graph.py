@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps inside CUDA graphs and at serving size: nothing is read by the host, nothing is allocated."""
+
+import pytest
+import torch
+from builders import DEVICE, PAGE, RELATIVE_RMS, make_cache, make_request, oracle, prefill, relative_rms
+
+from kvarn_kernels import ops
+from kvarn_kernels.cache import DecodeBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.decode import make_workspace
+
+pytestmark = pytest.mark.gpu
+HEADS, HEAD_DIM = (8, 2), 128
+TOLERANCE = RELATIVE_RMS[torch.bfloat16] + 1e-3
+
+
+def static_batch(size: int, max_pages: int, config: KVarNConfig) -> DecodeBatch:
+    """Return a batch of padded rows: row 0, page 0, one token."""
+    return DecodeBatch(
+        rows=torch.zeros(size, dtype=torch.int64, device=DEVICE),
+        seq_lens=torch.ones(size, dtype=torch.int32, device=DEVICE),
+        page_table=torch.zeros(size, max_pages, dtype=torch.int32, device=DEVICE),
+        store_pages=torch.zeros(size, dtype=torch.int32, device=DEVICE),
+        exact_starts=torch.zeros(size, dtype=torch.int32, device=DEVICE),
+        workspace=make_workspace(size, *HEADS, HEAD_DIM, max_pages, config, DEVICE),
+    )
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
+def test_one_graph_serves_every_length_and_every_padding(preset):
+    config = KVarNConfig.from_preset(preset)
+    requests, first_page = [], 1
+    for n, tokens in enumerate((3 * PAGE + 2, PAGE + 1, 700)):
+        requests.append(make_request(tokens, HEADS, HEAD_DIM, torch.bfloat16, row=n + 1, first_page=first_page, seed=n))
+        first_page += len(requests[-1].pages)
+    cache = make_cache(config, HEADS[1], HEAD_DIM, torch.bfloat16, first_page, rows=4)
+    for ring in (cache.ring_k, cache.ring_v):
+        ring[0] = 0  # the padding row
+    begins = [3 * PAGE - 3, 1, 640]
+    for request, begin in zip(requests, begins, strict=True):
+        prefill(ops.extend_attention, request, [begin], cache, config)
+    size = 5
+    batch = static_batch(size, 8, config)
+    shapes = {"q": HEADS[0], "k": HEADS[1], "v": HEADS[1]}
+    inputs = {name: torch.zeros(size, n, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE) for name, n in shapes.items()}
+    out = torch.zeros_like(inputs["q"])
+
+    def step() -> None:
+        ops.decode_attention(*inputs.values(), out, cache, batch, config, HEAD_DIM**-0.5)
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    assert torch.cuda.memory_allocated() == before
+    expected = [oracle(request, config) for request in requests]
+    for count in range(70):
+        live = [n for n, request in enumerate(requests) if begins[n] + count < len(request.q)]
+        for x in (batch.rows, batch.store_pages, batch.exact_starts, batch.page_table):
+            x.zero_()
+        batch.seq_lens.fill_(1)
+        for slot, n in enumerate(live):
+            request, position = requests[n], begins[n] + count
+            batch.rows[slot], batch.seq_lens[slot] = request.row, position + 1
+            used = request.pages[: position // PAGE + 1]
+            batch.page_table[slot, : len(used)] = torch.tensor(used, dtype=torch.int32)
+            batch.store_pages[slot] = used[-1]
+            for name, x in inputs.items():
+                x[slot] = getattr(request, name)[position]
+        graph.replay()
+        for slot, n in enumerate(live):
+            assert relative_rms(out[slot], expected[n][begins[n] + count]) < TOLERANCE, (count, n)
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
+def test_large_batches_match_the_oracle(preset):
+    config = KVarNConfig.from_preset(preset)
+    heads, tokens, size = (32, 8), 40 * PAGE + 77, 48
+    request = make_request(tokens, heads, HEAD_DIM, torch.bfloat16, row=1)
+    cache = make_cache(config, heads[1], HEAD_DIM, torch.bfloat16, 1 + max(request.pages), rows=size + 1)
+    prefill(ops.extend_attention, request, [tokens - 1], cache, config)
+    for ring in (cache.ring_k, cache.ring_v):
+        ring[2:] = ring[1]
+    batch = DecodeBatch(
+        rows=torch.arange(1, size + 1, device=DEVICE),
+        seq_lens=torch.full((size,), tokens, dtype=torch.int32, device=DEVICE),
+        page_table=torch.tensor([request.pages] * size, dtype=torch.int32, device=DEVICE),
+        store_pages=torch.full((size,), request.pages[-1], dtype=torch.int32, device=DEVICE),
+        exact_starts=torch.zeros(size, dtype=torch.int32, device=DEVICE),
+        workspace=make_workspace(size, *heads, HEAD_DIM, len(request.pages), config, DEVICE),
+    )
+    q, k, v = (getattr(request, n)[-1:].expand(size, -1, -1).contiguous() for n in "qkv")
+    out = torch.full_like(q, float("nan"))
+    ops.decode_attention(q, k, v, out, cache, batch, config, HEAD_DIM**-0.5)
+    assert all(torch.equal(out[n], out[0]) for n in range(size))
+    assert relative_rms(out[0], oracle(request, config, tokens - 1)[0]) < TOLERANCE
