@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's pools with the plugin in place, in this process; kernels interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sglang() -> None:
+    """Load the plugin's hooks and the few server arguments that SGLang's pools read."""
+    from sglang_kvarn import compat, cpu_platform
+
+    # thousands of small tensors: more threads only wait for each other
+    torch.set_num_threads(1)
+    cpu_platform.prepare_environment()
+    compat.load_plugins()
+    arguments = SimpleNamespace(page_size=128, speculative_algorithm=None, strip_thinking_cache=False)
+    compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(arguments)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random lives of requests in SGLang's pools: every read is what the request's own history says.
+
+A failure prints the seed and a short script of the actions that lead to it. KVARN_FUZZ_SEED repeats a run,
+KVARN_FUZZ_STEPS makes it longer, KVARN_FUZZ_SHRINK=0 reports the first failure as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from typing import ClassVar
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sglang_kvarn import compat
+from world import (
+    CONTEXT,
+    PAGE,
+    ROWS,
+    PlainDecodeKernel,
+    PlainExtendKernel,
+    World,
+    use_plain_allocation_kernels,
+)
+
+# what requests share: segments of a binary tree, by level and branch; ends on, before and behind pages
+SEGMENTS = ((256, 130), (127, 128), (129, 40))
+TAILS = st.sampled_from((0, 1, 2, 5, 60, 126, 127, 128, 129, 200))
+CHUNKS = st.sampled_from((1, 33, 100, 127, 128, 129, 256, 300, 1000))
+LONGEST = CONTEXT - PAGE
+
+
+def prompt(branches: list[int], tail: int, author: int) -> list[int]:
+    """Return the tokens of a path through the tree and of a tail of its author's own."""
+    tokens: list[int] = []
+    for level, branch in enumerate(branches):
+        generator = random.Random(str(branches[: level + 1]))
+        tokens += [generator.randrange(1000) for _ in range(SEGMENTS[level][branch])]
+    generator = random.Random(author)
+    return tokens + [generator.randrange(1000) for _ in range(tail)] or [7]
+
+
+class Lives(RuleBasedStateMachine):
+    """Take the decisions of a scheduler at random."""
+
+    preset = "kvarn"
+    kernels_every = 0
+    total: ClassVar[dict[str, int]]
+
+    @initialize(poison=st.booleans())
+    def start(self, poison: bool) -> None:
+        self.world = World(self.preset, poison=poison, kernels_every=self.kernels_every)
+        self.total["worlds"] += 1
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.total["steps"] += self.world.steps
+            self.total["forwards"] += self.world.forwards
+            self.total["kernel forwards"] += self.world.kernel_forwards
+
+    def pick(self, index: int):
+        return self.world.running[index % len(self.world.running)]
+
+    @precondition(lambda self: len(self.world.waiting) < 6)
+    @rule(
+        branches=st.lists(st.integers(0, 1), max_size=3),
+        tail=TAILS,
+        author=st.integers(0, 3),
+        salt=st.integers(0, 1),
+        copies=st.integers(1, 2),
+    )
+    def admit(self, branches: list[int], tail: int, author: int, salt: int, copies: int) -> None:
+        for _ in range(copies):
+            self.world.admit(prompt(branches, tail, author), salt)
+
+    @precondition(lambda self: self.world.waiting or self.world.chunked)
+    @rule(chunk=CHUNKS, limit=st.integers(1, ROWS), mixed=st.booleans())
+    def extend(self, chunk: int, limit: int, mixed: bool) -> None:
+        self.world.extend(chunk, limit=limit, mixed=mixed)
+
+    @precondition(lambda self: self.world.running)
+    @rule(steps=st.sampled_from((1, 2, 3, 10, 30, 130)), padding=st.integers(0, 2))
+    def decode(self, steps: int, padding: int) -> None:
+        for _ in range(steps):
+            if any(len(r.history.tokens) >= LONGEST for r in self.world.running):
+                break
+            self.world.decode(padding)
+
+    @precondition(lambda self: self.world.running)
+    @rule(to=st.sampled_from((-1, 0, 1)), padding=st.integers(0, 2))
+    def decode_to_a_page(self, to: int, padding: int) -> None:
+        """Decode until some request is at a page boundary, one before or one behind it."""
+        for _ in range(PAGE):
+            if any(len(r.history.tokens) >= LONGEST for r in self.world.running):
+                break
+            self.world.decode(padding)
+            if any((r.cached - to) % PAGE == 0 for r in self.world.running):
+                break
+
+    @precondition(lambda self: self.world.running)
+    @rule(index=st.integers(0, ROWS - 1))
+    def finish(self, index: int) -> None:
+        self.world.finish(self.pick(index))
+
+    @precondition(lambda self: self.world.running)
+    @rule(index=st.integers(0, ROWS - 1), reuse=st.booleans(), chunk=CHUNKS)
+    def finish_with_a_wasted_step(self, index: int, reuse: bool, chunk: int) -> None:
+        self.world.decode_with_wasted_step(self.pick(index), reuse=reuse, chunk=chunk)
+
+    @precondition(lambda self: self.world.running)
+    @rule(index=st.integers(0, ROWS - 1))
+    def retract(self, index: int) -> None:
+        self.world.retract(self.pick(index))
+
+    @precondition(lambda self: self.world.chunked)
+    @rule()
+    def abort_between_two_chunks(self) -> None:
+        self.world.abort_chunked()
+
+    @rule(pages=st.integers(1, 14))
+    def evict(self, pages: int) -> None:
+        self.world.evict(pages * PAGE)
+
+    @invariant()
+    def every_page_has_one_owner(self) -> None:
+        if hasattr(self, "world"):
+            for request in list(self.world.running):
+                if len(request.history.tokens) >= LONGEST:
+                    self.world.finish(request)
+            self.world.check_accounts()
+
+
+OPTIONS = settings(
+    max_examples=20,
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    print_blob=False,
+    phases=(Phase.generate, Phase.shrink)
+    if os.environ.get("KVARN_FUZZ_SHRINK") != "0"
+    else (Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str, int]:
+    """Run lives until so many steps are done; return the counts."""
+    total = dict.fromkeys(("steps", "forwards", "kernel forwards", "worlds"), 0)
+    machine = type("Lives", (Lives,), {"preset": preset, "total": total, "kernels_every": kernels_every})
+    while total["steps"] < steps:
+        print(f"KVARN_FUZZ_SEED={seed} {preset}", flush=True)
+        run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=OPTIONS)
+        seed += 1
+    return total
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
+def test_every_read_is_of_the_requests_own_history(preset, monkeypatch, record_property):
+    use_plain_allocation_kernels(monkeypatch)
+    seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
+    steps = int(os.environ.get("KVARN_FUZZ_STEPS", 10_000))
+    started = time.monotonic()
+    total = fuzz(preset, steps, seed, kernels_every=400)
+    total["per second"] = round(total["steps"] / (time.monotonic() - started))
+    print(f"{preset}: {total}")
+    for name, count in total.items():
+        record_property(name, count)
+    assert total["steps"] >= steps
+
+
+def test_plain_allocation_kernels_are_sglangs():
+    """The two stand-ins give the slots of SGLang's kernels."""
+    paged = compat.resolve("sglang.srt.mem_cache.allocator.paged")
+    free = torch.randperm(20) + 1
+    generator = random.Random(0)
+    for _ in range(20):
+        seq_lens = torch.tensor([generator.choice((1, 2, 128, 129, 130, 256, 257)) for _ in range(4)])
+        last = torch.tensor([(21 + n) * PAGE + (int(s) - 2) % PAGE for n, s in enumerate(seq_lens)])
+        expected, got = (torch.full((4,), -7) for _ in range(2))
+        paged.alloc_decode_kernel[(4,)](seq_lens, last, free, expected, 4, PAGE)
+        PlainDecodeKernel()[(4,)](seq_lens, last, free, got, 4, PAGE)
+        assert torch.equal(got, expected)
+        new = torch.tensor([generator.choice((1, 60, 127, 128, 129, 300)) for _ in range(4)])
+        prefix_lens = seq_lens - 1
+        sizes = (prefix_lens, prefix_lens + new, last)
+        expected, got = (torch.full((int(new.sum()),), -7) for _ in range(2))
+        paged.alloc_extend_kernel[(4,)](*sizes, free, expected, 4, PAGE)
+        PlainExtendKernel()[(4,)](*sizes, free, got, 4, PAGE)
+        assert torch.equal(got, expected)
