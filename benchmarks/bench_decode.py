@@ -124,7 +124,7 @@ def kvarn_candidate(problem: Problem, preset: str) -> Candidate:
     count, heads, head_dim = page_table.numel() + 1, shape.kv_heads, shape.head_dim
     record_bytes = config.record_bytes(head_dim)
     rotated = [reference.rotate(x).bfloat16() for x in (problem.k_pages, problem.v_pages)]
-    unique = reference.encode_tile(*(x.transpose(1, 2).cpu() for x in rotated), config).to(DEVICE)
+    unique = reference.encode_tile(*(x.transpose(1, 2) for x in rotated), config)
     layers = shape.layers(shape.batch * shape.pages * heads * record_bytes)
     caches = []
     for _ in range(layers):
@@ -156,8 +156,7 @@ def kvarn_candidate(problem: Problem, preset: str) -> Candidate:
         )
 
     def expected(b: int) -> torch.Tensor:
-        k, v = (x.cpu() for x in problem.keys_values(b))
-        return reference.attention(problem.q[b : b + 1].cpu(), k, v, config)[0].to(DEVICE)
+        return reference.attention(problem.q[b : b + 1], *problem.keys_values(b), config)[0]
 
     ring = min(shape.context, config.ring_len) * 4 * head_dim
     pages = max(0, (shape.context - 1) // PAGE - config.window_pages)
@@ -217,7 +216,7 @@ def flashinfer_fp8(problem: Problem) -> list[Candidate]:
 
 def sglang_triton(problem: Problem) -> list[Candidate]:
     """Return SGLang's own Triton decode kernel on a bf16 cache, 8 or 16 splits."""
-    from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 
     shape = problem.shape
     page_table = problem.physical_pages()

@@ -62,6 +62,11 @@ class DecodeBatch:
     exact_starts: torch.Tensor
     workspace: DecodeWorkspace | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """New tokens, one per request."""
+        return self.rows.shape[0]
+
 
 @dataclass(frozen=True)
 class ExtendBatch:
@@ -83,3 +88,8 @@ class ExtendBatch:
     exact_starts: torch.Tensor
     prefix_lens_host: list[int]
     seq_lens_host: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all requests; q, k, v may have more rows (padding), which are neither read nor written."""
+        return sum(self.seq_lens_host) - sum(self.prefix_lens_host)

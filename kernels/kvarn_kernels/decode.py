@@ -60,7 +60,7 @@ def make_workspace(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _decode_kernel(
     rotated_q_ptr,  # [B, Hq, D] float32
     records_ptr,  # [P, Hk, RECORD] uint8

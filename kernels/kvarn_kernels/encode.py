@@ -261,7 +261,7 @@ def _encode_page(
         _store_first(x, firsts + tile.v_first_index(D) + d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def _encode_ring_kernel(
     records_ptr,  # [P, Hk, RECORD] uint8, written
     ring_k_ptr,  # [R, RING_LEN, Hk, D]
@@ -270,8 +270,8 @@ def _encode_ring_kernel(
     seq_lens_ptr,  # [B] int32
     store_pages_ptr,  # [B] int32
     batch_size,
-    SLICES: tl.constexpr,
-    BLOCK: tl.constexpr,  # SLICES * BLOCK >= batch_size
+    SLICES: tl.constexpr,  # programs that share the requests of a side
+    BLOCK: tl.constexpr,
     HK: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
@@ -279,19 +279,20 @@ def _encode_ring_kernel(
     V_BITS: tl.constexpr,
     RING_LEN: tl.constexpr,
 ):
-    # in 127 of 128 steps of a request there is nothing to do: one load tells for a slice of the batch
-    b = tl.program_id(0) + SLICES * tl.arange(0, BLOCK)
-    seq_lens = tl.load(seq_lens_ptr + b, mask=b < batch_size, other=1)
-    if tl.max((seq_lens % G == 0).to(tl.int32), 0) > 0:
-        for request in range(tl.program_id(0), batch_size, SLICES):
-            seq_len = tl.load(seq_lens_ptr + request)
-            if seq_len % G == 0:
-                page_id = tl.load(store_pages_ptr + request).to(tl.int64)
-                row = tl.load(rows_ptr + request)
-                _encode_page(
-                    records_ptr, ring_k_ptr, ring_v_ptr, ring_k_ptr, ring_v_ptr, page_id, row, seq_len // G - 1,
-                    seq_len, row, tl.program_id(1), HK, D, G, K_BITS, V_BITS, RING_LEN, False
-                )  # fmt: skip
+    for begin in range(tl.program_id(0), batch_size, SLICES * BLOCK):
+        b = begin + SLICES * tl.arange(0, BLOCK)
+        seq_lens = tl.load(seq_lens_ptr + b, mask=b < batch_size, other=1)
+        # in 127 of 128 steps of a request there is nothing to do: one load tells for a whole slice
+        if tl.max((seq_lens % G == 0).to(tl.int32), 0) > 0:
+            for request in range(begin, tl.minimum(begin + SLICES * BLOCK, batch_size), SLICES):
+                seq_len = tl.load(seq_lens_ptr + request)
+                if seq_len % G == 0:
+                    page_id = tl.load(store_pages_ptr + request).to(tl.int64)
+                    row = tl.load(rows_ptr + request)
+                    _encode_page(
+                        records_ptr, ring_k_ptr, ring_v_ptr, ring_k_ptr, ring_v_ptr, page_id, row, seq_len // G - 1,
+                        seq_len, row, tl.program_id(1), HK, D, G, K_BITS, V_BITS, RING_LEN, False
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -354,7 +355,7 @@ def encode_from_ring(
         rows: int64 [B]; seq_lens: int32 [B]; store_pages: int32 [B], page id of the last token.
     """
     batch_size, kv_heads = rows.shape[0], cache.ring_k.shape[2]
-    slices = min(batch_size, max(1, RING_PROGRAMS // (2 * kv_heads)))
+    slices = max(1, RING_PROGRAMS // (2 * kv_heads))
     _encode_ring_kernel[(slices, 2 * kv_heads)](
         cache.records,
         cache.ring_k,
@@ -364,7 +365,7 @@ def encode_from_ring(
         store_pages,
         batch_size,
         SLICES=slices,
-        BLOCK=triton.next_power_of_2(triton.cdiv(batch_size, slices)),
+        BLOCK=64,
         **_constants(cache, config),
     )
 

@@ -28,7 +28,7 @@ def unrotate(x, signs_ptr, D: tl.constexpr):
     return dot(low, signs, dot(high, signs, tl.zeros([x.shape[0], D], tl.float32))) * SCALE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "S"])
 def _merge_kernel(
     partial_out_ptr,  # [N, S, D] float32, N = B * Hq
     partial_lse_ptr,  # [N, S] float32, base 2

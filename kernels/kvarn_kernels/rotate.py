@@ -54,7 +54,7 @@ def _rotate_rows(
     tl.store(out, cast(rotated, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rotate_kernel(
     x_ptr,  # [T, H, D] model dtype
     out_ptr,  # [T, H, D] output dtype, written
@@ -74,7 +74,7 @@ def _rotate_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def _rotate_step_kernel(
     q_ptr,  # [B, Hq, D] model dtype
     k_ptr,  # [B, Hk, D]

@@ -114,6 +114,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         q = q.reshape(-1, layer.tp_q_head_num, head_dim)
         k = k.reshape(-1, layer.tp_k_head_num, head_dim)
         v = v.reshape(-1, layer.tp_v_head_num, head_dim)
-        out = torch.empty_like(q)
+        # a prefill graph pads the tokens; zeros, so that nothing undefined flows on through their rows
+        out = torch.zeros_like(q) if q.shape[0] > batch.num_tokens else torch.empty_like(q)
         attention(q, k, v, out, self.pool.layer_cache(layer.layer_id), batch, self.config, layer.scaling)
         return out.view(-1, layer.tp_q_head_num * head_dim)

@@ -55,7 +55,10 @@ class DecodeBuffers:
         )
         batch.rows.copy_(forward_batch.req_pool_indices[:size])
         batch.seq_lens.copy_(forward_batch.seq_lens[:size])
-        batch.store_pages.copy_(forward_batch.out_cache_loc[:size]).bitwise_right_shift_(PAGE_SHIFT)
+        # a graph replay pads every tensor but this one
+        slots = forward_batch.out_cache_loc[:size]
+        batch.store_pages[len(slots) :].zero_()
+        batch.store_pages[: len(slots)].copy_(slots).bitwise_right_shift_(PAGE_SHIFT)
         torch.index_select(exact_starts, 0, batch.rows, out=batch.exact_starts)
         torch.index_select(self._first_slots, 0, batch.rows, out=batch.page_table)
         batch.page_table.bitwise_right_shift_(PAGE_SHIFT)

@@ -55,12 +55,18 @@ def test_fill_writes_the_same_memory_every_step(slots):
     assert first.rows.tolist() == [5, 3]
 
 
-def test_fill_takes_padded_graph_rows(slots):
-    view = decode_step([3, 0, 0], [10, 1, 1], slots)
-    view.out_cache_loc = torch.tensor([30 * 128 + 9, 0, 0])
-    batch = DecodeBuffers(ROWS, slots).fill(view, torch.zeros(ROWS, dtype=torch.int32))
-    assert batch.store_pages.tolist() == [30, 0, 0]
-    assert batch.page_table[1:, 0].tolist() == [0, 0]
+@pytest.mark.parametrize("padded_slots", [True, False])
+def test_fill_takes_padded_graph_rows(slots, padded_slots):
+    # a replay of SGLang 0.5.16 pads rows and lengths but hands out_cache_loc on as it is
+    buffers, starts = DecodeBuffers(ROWS, slots), torch.full((ROWS,), 0, dtype=torch.int32)
+    slots[0] = 0
+    buffers.fill(decode_step([1, 2, 3, 4], [128, 128, 128, 128], slots), starts)
+    step = decode_step([3, 0, 0, 0], [200, 1, 1, 1], slots)
+    if not padded_slots:
+        step.out_cache_loc = step.out_cache_loc[:1]
+    batch = buffers.fill(step, starts)
+    assert batch.store_pages.tolist() == [31, 0, 0, 0]
+    assert batch.page_table[1:].eq(0).all() and batch.num_tokens == 4
 
 
 def test_extend_batch_describes_mixed_lengths(slots):
