@@ -173,7 +173,7 @@ def test_every_read_is_of_the_requests_own_history(preset, monkeypatch, record_p
     seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
     steps = int(os.environ.get("KVARN_FUZZ_STEPS", 10_000))
     started = time.monotonic()
-    total = fuzz(preset, steps, seed, kernels_every=400)
+    total = fuzz(preset, steps, seed, kernels_every=1500)
     total["per second"] = round(total["steps"] / (time.monotonic() - started))
     print(f"{preset}: {total}")
     for name, count in total.items():

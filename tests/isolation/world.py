@@ -153,8 +153,6 @@ class World:
         self._poisoned: tuple = ()
         self._poison_free_memory()
 
-    # -- memory ----------------------------------------------------------------------------------------------
-
     def _poison_free_memory(self) -> None:
         """Fill every free page and row with NaN, as soon as no prepared step may still write it."""
         if not self.poison:
@@ -194,8 +192,6 @@ class World:
     def holders(self) -> list[Request]:
         """Requests that have a row."""
         return self.running + ([self.chunked] if self.chunked else [])
-
-    # -- life of a request -----------------------------------------------------------------------------------
 
     def admit(self, tokens: list[int], salt: int = 0) -> Request:
         """Queue a request."""
@@ -238,8 +234,6 @@ class World:
         request.req.reset_for_retract()
         self.waiting.insert(0, request)
         self._poison_free_memory()
-
-    # -- decode ----------------------------------------------------------------------------------------------
 
     def make_room(self, pages: int) -> bool:
         """Retract until pages are free or can be evicted; return whether they are."""
@@ -298,8 +292,6 @@ class World:
         self.run(wasted)
         if following:
             self.run(self.describe_extend(*following))
-
-    # -- extend ----------------------------------------------------------------------------------------------
 
     def allocate_extend(self, chunk: int, *, limit: int = 4, mixed: bool = False):
         """Choose up to chunk tokens of new requests (the chunked one first), and allocate rows and pages.
@@ -388,8 +380,6 @@ class World:
         if allocated:
             self.run(self.describe_extend(*allocated))
 
-    # -- forward pass ----------------------------------------------------------------------------------------
-
     def _note(self, step: Step) -> Step:
         step.rows = [r.row for r in step.requests]
         table = self.rows.req_to_token
@@ -466,8 +456,6 @@ class World:
             else:
                 self.running.append(request)
                 self.tree.cache_unfinished_req(request.req)
-
-    # -- the kernels -----------------------------------------------------------------------------------------
 
     def _repeats_in_kernels(self, step: Step) -> bool:
         # some of the steps, by what they are, so that a repeated or shortened run takes the same

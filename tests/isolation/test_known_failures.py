@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Failures that other KVarN caches had in service with prefix sharing, each as a test of its own.
+
+Sources: SGLang pull request 31967 and its regression tests, the trackers of the vLLM ports.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from history import PAGE
+from world import PAGES, ROWS, World, use_plain_allocation_kernels
+
+PRESETS = ["kvarn", "kvarn_canonical"]
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(1000) for _ in range(count)]
+
+
+@pytest.fixture
+def world(request, monkeypatch) -> World:
+    """A world whose free memory is NaN; the preset is the parameter, else the default."""
+    use_plain_allocation_kernels(monkeypatch)
+    return World(getattr(request, "param", "kvarn"))
+
+
+def pages_in(world: World, request) -> list[int]:
+    return (world.rows.req_to_token[request.row, : request.cached : PAGE] // PAGE).tolist()
+
+
+def prefill(world: World, prompt: list[int], salt: int = 0):
+    """Admit a request and run its prompt; return it."""
+    request = world.admit(prompt, salt)
+    for _ in range(10):
+        if request not in world.running:
+            world.extend(1000)
+    return request
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+def test_a_stolen_tail_an_evicted_page_id_does_not_touch_the_exact_rows_of_its_next_owner(world):
+    """The fork mapped page ids to exact slots; a load-back for an old id stole the slot of a live request."""
+    first = prefill(world, tokens(3 * PAGE, 1))
+    pages = set(pages_in(world, first))
+    world.finish(first)
+    live = prefill(world, tokens(PAGE + 40, 2))
+    world.evict(PAGES * PAGE)
+    guests = [prefill(world, tokens(2 * PAGE + 5, seed)) for seed in (3, 4)]
+    assert pages & {page for guest in guests for page in pages_in(world, guest)}, "no page id was recycled"
+    for _ in range(PAGE):
+        # every step checks the output and the ring of all three
+        world.decode()
+    assert live in world.running
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+def test_a_recycled_page_id_is_encoded_again_by_its_next_owner(world):
+    """A page id with a record from its last owner looked complete to the next one."""
+    world.poison = False
+    stale = prefill(world, tokens(6 * PAGE, 1))
+    stale_pages = set(pages_in(world, stale))
+    world.finish(stale)
+    world.evict(PAGES * PAGE)
+    # newest pages are handed out first
+    request = prefill(world, tokens(2 * PAGE - 3, 2))
+    assert set(pages_in(world, request)) <= stale_pages
+    for _ in range(6):
+        world.decode()
+    records = world.cache.records[pages_in(world, request)[:2]]
+    assert torch.equal(records, request.history.records(2))
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+@pytest.mark.parametrize("over", [-2, -1, 0, 1, 2])
+def test_prompt_length_around_a_page_with_a_prefix_hit(world, over):
+    """One prompt length in 128 was corrupt, and only on a prefix-cache hit."""
+    shared = tokens(2 * PAGE, 1)
+    world.finish(prefill(world, shared + tokens(10, 2)))
+    request = prefill(world, shared + tokens(PAGE + over, 3))
+    assert request.exact_start == 2 * PAGE
+    for _ in range(4):
+        world.decode()
+    # the whole prompt again: now the hit ends one page later where the prompt fills it
+    world.finish(request)
+    again = prefill(world, shared + tokens(PAGE + over, 3))
+    assert again.exact_start == (3 if over > 0 else 2) * PAGE
+    for _ in range(PAGE):
+        world.decode()
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+def test_a_retired_tile_is_read_from_its_record_when_a_prefix_hit_brings_it_back(world):
+    """A cached page must never be looked for among the exact rows of the request that hits it."""
+    donor = prefill(world, tokens(2 * PAGE + 30, 1))
+    world.finish(donor)
+    for _ in range(ROWS + 1):
+        # one after the other in every row, each with the ring of a stranger (or NaN) behind it
+        guest = prefill(world, tokens(2 * PAGE + 30, 1)[: 2 * PAGE] + tokens(5, 9))
+        assert guest.exact_start == 2 * PAGE
+        world.decode()
+        world.finish(guest)
+        world.finish(prefill(world, tokens(40, 5)))
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+def test_the_first_page_of_a_finished_chat_turn_serves_the_next_turn(world):
+    """The page kept exact for a first turn was dropped with it, and the second turn read nothing there."""
+    turn = prefill(world, tokens(PAGE - 5, 1))
+    for _ in range(PAGE + 10):
+        world.decode()
+    said = list(turn.history.tokens)
+    world.finish(turn)
+    following = prefill(world, said + tokens(20, 2))
+    assert following.exact_start == len(said) // PAGE * PAGE == 2 * PAGE
+    for _ in range(3):
+        world.decode()
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+def test_padded_rows_hold_nothing_of_an_earlier_batch(world):
+    """After a batch of four, one of one padded to four must store into row 0 and page 0 only."""
+    requests = [prefill(world, tokens(PAGE - 2 - n, n)) for n in range(ROWS)]
+    for _ in range(4):
+        world.decode()
+    for request in requests[1:]:
+        world.finish(request)
+    world.poison = False
+    rings, records = world.cache.ring_k.clone(), world.cache.records.clone()
+    step = world.prepare_decode(padding=2)
+    size = step.batch.rows.shape[0]
+    assert step.batch.rows[1:].tolist() == [0] * (size - 1)
+    assert step.batch.seq_lens[1:].tolist() == [1] * (size - 1)
+    assert step.batch.store_pages[1:].tolist() == [0] * (size - 1)
+    row, position = requests[0].row, requests[0].cached - 1
+    world.run(step)
+    changed = (world.cache.ring_k.nan_to_num() != rings.nan_to_num()).flatten(2).any(-1).nonzero().tolist()
+    assert [0, 0] in changed and [row, position % world.config.ring_len] in changed and len(changed) == 2
+    assert torch.equal(world.cache.records, records)
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+@pytest.mark.parametrize("length", [PAGE - 2, PAGE - 1, PAGE, 2 * PAGE - 1])
+def test_a_freed_row_with_a_wasted_step_is_clean_for_its_next_owner(world, length):
+    """Row and pages have a new owner, and req_to_token is rewritten, before the wasted step runs."""
+    stay = prefill(world, tokens(PAGE + 60, 1))
+    leave = prefill(world, tokens(length, 2))
+    filler = [prefill(world, tokens(20, seed)) for seed in (3, 4)]
+    row = leave.row
+    following = world.admit(tokens(2 * PAGE + 7, 5))
+    world.decode_with_wasted_step(leave, reuse=True, chunk=200)
+    assert following.row == row, "the row was not reused at once"
+    for _ in range(3):
+        world.extend(200)
+        world.decode()
+    # what the wasted step completed is in the tree, and right
+    assert {stay, *filler} <= set(world.running)
+    again = world.admit(leave.history.tokens + tokens(3, 6))
+    for request in filler:
+        world.finish(request)
+    world.extend(1000)
+    assert again.exact_start == (length + 1) // PAGE * PAGE
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+def test_two_requests_that_compute_one_prefix_at_once_go_on_with_one_copy(world):
+    """The later one's pages are freed under it and used by others while it goes on with the tree's."""
+    twins = [world.admit(tokens(2 * PAGE + 50, 1) + tokens(9, seed)) for seed in (2, 3)]
+    world.extend(1000)
+    world.decode()
+    assert pages_in(world, twins[0])[:2] == pages_in(world, twins[1])[:2]
+    prefill(world, tokens(5 * PAGE, 4))
+    for _ in range(PAGE):
+        world.decode()
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+def test_a_retracted_request_reads_the_same_again(world):
+    """Back from retraction, its tokens come from the prefix cache or are computed again in other chunks."""
+    request = prefill(world, tokens(PAGE + 100, 1))
+    for _ in range(50):
+        world.decode()
+    world.retract(request)
+    prefill(world, tokens(70, 2))
+    while request not in world.running:
+        world.extend(97)
+    for _ in range(5):
+        world.decode()

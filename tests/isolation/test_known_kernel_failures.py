@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Failures that the attention kernels of other KVarN caches had in service, each as a test of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History
+from kvarn_kernels import decode as decode_module
+from kvarn_kernels import ops, reference, tile
+from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.decode import make_workspace
+from test_known_failures import PRESETS, tokens
+from world import pages_of, run_kernels
+
+FORMS = ["torch", "triton"]
+
+
+def decode_inputs(config: KVarNConfig, lengths: list[int], max_pages: int = 24):
+    """Return (qkv, cache, batch, histories) of one decode step in which every token but the last is stored.
+
+    Page ids and rows are permuted, unused memory is NaN.
+    """
+    size = len(lengths)
+    histories = [History(tokens(n, seed=n + b), pages_of(config)) for b, n in enumerate(lengths)]
+    total = sum(-(-n // PAGE) for n in lengths) + 1
+    records = torch.full((total, KV_HEADS, config.record_bytes(HEAD_DIM)), 0xFF, dtype=torch.uint8)
+    rings = [torch.full((size + 1, config.ring_len, KV_HEADS, HEAD_DIM), float("nan")) for _ in range(2)]
+    order = (1 + torch.randperm(total - 1)).tolist()
+    rows = (1 + torch.randperm(size)).tolist()
+    table = torch.full((size, max_pages), -1, dtype=torch.int32)
+    for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
+        pages = [order.pop() for _ in range(-(-n // PAGE))]
+        table[b, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        full = (n - 1) // PAGE
+        if full:
+            records[pages[:full]] = history.records(full)
+        positions = torch.arange(max(0, n - config.ring_len), n - 1)
+        rings[0][rows[b], positions % config.ring_len] = history.rotated_k[positions]
+        rings[1][rows[b], positions % config.ring_len] = history.rotated_v[positions]
+    batch = DecodeBatch(
+        rows=torch.tensor(rows),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        page_table=table,
+        store_pages=torch.stack([table[b, (n - 1) // PAGE] for b, n in enumerate(lengths)]),
+        exact_starts=torch.zeros(size, dtype=torch.int32),
+    )
+    qkv = tuple(torch.stack([getattr(h, name)[-1] for h in histories]) for name in "qkv")
+    return qkv, LayerCache(records, *rings), batch, histories
+
+
+def decode_in(form: str, qkv, cache: LayerCache, batch: DecodeBatch, config: KVarNConfig) -> torch.Tensor:
+    out = torch.full_like(qkv[0], float("nan"))
+    if form == "torch":
+        ops.decode_attention(*qkv, out, cache, batch, config, SM_SCALE)
+    else:
+        run_kernels(True, qkv, out, cache, batch, config)
+    return out
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest relative RMS error of any head; NaN if anything is NaN."""
+    return ((out - expected).square().mean(-1).sqrt() / expected.square().mean(-1).sqrt()).max().item()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_row_masked_in_a_whole_split_stays_finite(preset):
+    """Splits beyond a short request hold no key: exp(-inf - -inf) was NaN, and NaN spread in the merge."""
+    config = KVarNConfig.from_preset(preset)
+    lengths = [1, 5, PAGE, PAGE + 1, 18 * PAGE + 3]
+    qkv, cache, batch, histories = decode_inputs(config, lengths)
+    out = decode_in("triton", qkv, cache, batch, config)
+    for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
+        assert error(out[b], history.output(n - 1, n, 0)[0]) < 1e-2, n
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_split_buffer_holds_every_batch_up_to_the_largest(preset):
+    """A small batch has more splits a request than a large one; the buffer was sized for the large one."""
+    config = KVarNConfig.from_preset(preset)
+    for max_batch in (1, 2, 7, 64, 257):
+        workspace = make_workspace(max_batch, 8, 2, 64, 1024, config, torch.device("meta"))
+        most = max(size * 8 * workspace.num_splits[size - 1] for size in range(1, max_batch + 1))
+        assert workspace.partial_lse.shape[0] >= most
+        assert workspace.partial_out.shape == (workspace.partial_lse.shape[0], 64)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_decode_writes_nothing_behind_the_split_buffer(preset, monkeypatch):
+    """The memory behind the buffer keeps its bytes for every batch size."""
+    config = KVarNConfig.from_preset(preset)
+    # as on a GPU with many multiprocessors: a small batch is split finely, a large one less so
+    monkeypatch.setattr(decode_module, "TARGET_PROGRAMS", 12)
+    monkeypatch.setattr(decode_module, "MIN_SPLIT_PAGES", 1)
+    workspace = make_workspace(3, QO_HEADS, KV_HEADS, HEAD_DIM, 24, config, torch.device("cpu"))
+    entries = workspace.partial_lse.shape[0]
+    lse, out = torch.full((entries + 64,), 7.0), torch.full((entries + 64, HEAD_DIM), 7.0)
+    guarded = dataclasses.replace(workspace, partial_lse=lse[:entries], partial_out=out[:entries])
+    monkeypatch.setattr(decode_module, "make_workspace", lambda *_: guarded)
+    for size in (1, 2, 3):
+        qkv, cache, batch, histories = decode_inputs(config, [9 * PAGE + 1, 3 * PAGE, 70][:size])
+        got = decode_in("triton", qkv, cache, batch, config)
+        for b, history in enumerate(histories):
+            n = len(history.tokens)
+            assert error(got[b], history.output(n - 1, n, 0)[0]) < 1e-2, (size, n)
+    assert (lse[entries:] == 7.0).all() and (out[entries:] == 7.0).all()
+
+
+POISON = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "beyond fp16": 1e6}
+
+
+@pytest.mark.parametrize("poison", POISON.values(), ids=POISON)
+@pytest.mark.parametrize(
+    ("preset", "form"), [("kvarn", "torch"), ("kvarn_canonical", "torch"), ("kvarn", "triton")]
+)
+def test_decode_a_poisoned_request_leaves_every_other_bit_alone(preset, poison, form):
+    """The poisoned request is in the same step, in its ring, and in the page that the step encodes."""
+    config = KVarNConfig.from_preset(preset)
+    lengths = [2 * PAGE, PAGE + 7, 3 * PAGE]
+
+    def run(poisoned: bool):
+        torch.manual_seed(1)
+        qkv, cache, batch, _ = decode_inputs(config, lengths)
+        if poisoned:
+            cache.ring_k[batch.rows[0]] = poison
+            cache.ring_v[batch.rows[0], ::3] = poison
+            for x in qkv:
+                x[0, 1, 5] = poison
+        out = decode_in(form, qkv, cache, batch, config)
+        own = torch.cat([batch.page_table[b, : -(-n // PAGE)] for b, n in enumerate(lengths) if b])
+        return out[1:], cache.records[own.long()], cache.ring_k[batch.rows[1:]]
+
+    clean, poisoned = run(False), run(True)
+    assert clean[0].isfinite().all()
+    for one, other in zip(clean, poisoned, strict=True):
+        # the unused part of the rings is NaN
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("poison", POISON.values(), ids=POISON)
+def test_extend_a_poisoned_request_leaves_every_other_bit_alone(poison, form):
+    """Two prompts in one step; the first is poisoned in queries, keys and values."""
+    config = KVarNConfig.from_preset("kvarn")
+    sizes = [200, 150]
+    histories = [History(tokens(n, seed=n), pages_of(config)) for n in sizes]
+
+    def run(poisoned: bool):
+        records = torch.full((5, KV_HEADS, config.record_bytes(HEAD_DIM)), 0xFF, dtype=torch.uint8)
+        rings = [torch.full((3, config.ring_len, KV_HEADS, HEAD_DIM), float("nan")) for _ in range(2)]
+        cache = LayerCache(records, *rings)
+        batch = ExtendBatch(
+            rows=torch.tensor([1, 2]),
+            prefix_lens=torch.zeros(2, dtype=torch.int32),
+            seq_lens=torch.tensor(sizes, dtype=torch.int32),
+            qo_indptr=torch.tensor([0, 200, 350], dtype=torch.int32),
+            page_table=torch.tensor([[4, 2], [1, 3]], dtype=torch.int32),
+            exact_starts=torch.zeros(2, dtype=torch.int32),
+            prefix_lens_host=[0, 0],
+            seq_lens_host=sizes,
+        )
+        qkv = [torch.cat([getattr(h, name) for h in histories]) for name in "qkv"]
+        if poisoned:
+            for x in qkv:
+                x[3, 0, 7] = x[199, 1, 0] = x[150] = poison
+        out = torch.full_like(qkv[0], float("nan"))
+        if form == "torch":
+            ops.extend_attention(*qkv, out, cache, batch, config, SM_SCALE)
+        else:
+            run_kernels(False, tuple(qkv), out, cache, batch, config)
+        return out[200:], records[1], rings[0][2, :150], rings[1][2, :150]
+
+    for clean, other in zip(run(False), run(True), strict=True):
+        assert torch.equal(clean, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_record_carries_the_header_that_an_empty_page_lacks(dtype):
+    """Pages start as zeros; without the header an unwritten page would decode to plausible zeros."""
+    config = KVarNConfig.from_preset("kvarn")
+    k, v = (torch.randn(PAGE, HEAD_DIM).to(dtype) for _ in range(2))
+    record = reference.encode_tile(k, v, config)
+    assert record[0] & 0xF == tile.header(dtype == torch.bfloat16) != 0
+    assert record[0] & tile.HEADER
+    decoded, _ = reference.decode_tile(record, config, HEAD_DIM)
+    assert torch.equal(decoded[0], k[0].float())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_canonical_decode_gives_a_request_the_same_bits_in_any_company(form):
+    """The number of splits followed the batch, so that a neighbour changed the last bits of an answer."""
+    config = KVarNConfig.from_preset("kvarn_canonical")
+    lengths = [20 * PAGE + 3, 5, 3 * PAGE]
+    qkv, cache, batch, _ = decode_inputs(config, lengths)
+    together = decode_in(form, qkv, cache, batch, config)
+    for b in range(len(lengths)):
+        alone = dataclasses.replace(
+            batch,
+            **{
+                name: getattr(batch, name)[b : b + 1]
+                for name in ("rows", "seq_lens", "page_table", "store_pages", "exact_starts")
+            },
+        )
+        one = decode_in(form, tuple(x[b : b + 1] for x in qkv), cache, alone, config)
+        assert torch.equal(one[0], together[b])
