@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many tenants on one small server: does any of them see another, and does every answer stay the same?
+
+    python benchmarks/stress_isolation.py [--requests 500] [--tenants 32] [--model tiny|smollm2|DIR]
+        [--preset kvarn_canonical] [--faults] [--json FILE]
+    python benchmarks/stress_isolation.py --url http://HOST:PORT --alone-url http://HOST:PORT ...
+
+Without --url it starts two servers on the CPU, one after the other: one without a prefix cache that answers
+every prompt alone, and one with a pool so small that it evicts and retracts all the time. Prompts carry
+secrets and share prefixes in a tree; some clients disconnect or abort. Greedy answers must be those of the
+same prompt alone (--preset kvarn_canonical and --dtype float32; elsewhere matrix products round by batch, and
+--allow bounds the differing answers by what a 16-bit cache shows), and none may hold another's secret.
+
+Exit status 1 if an answer differs beyond --allow, a secret leaked, a request hung or a fault was not
+survived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+
+import httpx
+from rich.console import Console
+from sglang_kvarn.demo import server as servers
+from stress import faults
+from stress.load import Answer, Load, answers_alone, run
+from stress.tenants import Prompt, contains, text_prompts, token_prompts
+
+ROOT = Path(__file__).resolve().parents[1]
+CONSOLE = Console(stderr=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="tiny (random weights), smollm2, or a folder")
+    parser.add_argument("--preset", default="kvarn_canonical", help="value of --kv-cache-dtype")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--tenants", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=3, help="prompts of each tenant")
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[8, 24, 40, 64])
+    parser.add_argument("--rows", type=int, default=8, help="--max-running-requests of the server under load")
+    parser.add_argument("--pool", type=int, default=3072, help="--max-total-tokens of it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--allow", type=int, default=0, help="answers that may differ from those alone")
+    parser.add_argument("--faults", action="store_true", help="also run the faults, SIGTERM last")
+    parser.add_argument("--url", help="a running server to load; --rows and --pool are then its own")
+    parser.add_argument("--alone-url", help="a running server for the answers alone; default: --url, first")
+    parser.add_argument("--server-args", default="", help="more flags of the servers that are started")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    return parser.parse_args()
+
+
+def model_folder(name: str, work: Path) -> str:
+    """Return the folder of the model, made on the way."""
+    if name == "tiny":
+        sys.path.insert(0, str(ROOT / "tests" / "engine"))
+        import tiny_model
+
+        return tiny_model.save(work)
+    if name == "smollm2":
+        from sglang_kvarn import smollm2
+
+        return str(smollm2.prepare())
+    return name
+
+
+def server_flags(args: argparse.Namespace, folder: str) -> list[str]:
+    """Return the flags that both servers have."""
+    flags = ["--model-path", folder, "--kv-cache-dtype", args.preset, "--dtype", args.dtype]
+    flags += ["--random-seed", "0", "--skip-server-warmup", "--log-level", "warning"]
+    flags += ["--skip-tokenizer-init"] if args.model == "tiny" else []
+    return flags + args.server_args.split()
+
+
+@contextlib.contextmanager
+def started(flags: list[str]):
+    """Run a server on a free port."""
+    port = servers.choose_port(None)
+    with servers.running(servers.launch_command(flags, port), port, CONSOLE) as server:
+        yield server
+
+
+def judge(prompts: list[Prompt], alone: list[list[int]], answers: list[Answer]) -> dict:
+    """Compare every answer, also the part that a dropped client read, with the answer alone."""
+    secrets = {prompt.tenant: prompt.secret for prompt in prompts}
+    differing, leaks, hung = [], [], []
+    for n, answer in enumerate(answers):
+        ids = answer.output_ids
+        complete = answer.kind != "plain" or len(ids) == answer.new_tokens
+        if answer.error or not complete:
+            hung.append(f"{n}: {answer.error or f'{len(ids)} of {answer.new_tokens} tokens'}")
+        if ids != alone[answer.prompt][: len(ids)]:
+            differing.append(n)
+        mine = prompts[answer.prompt].tenant
+        if answer.output:
+            leaks += [
+                (n, t) for t, secret in secrets.items() if t != mine and contains(answer.output, secret)
+            ]
+    meta = [a.output["meta_info"] for a in answers if a.output]
+    plain = sorted(a.seconds for a in answers if a.kind == "plain" and not a.error)
+    return {
+        "requests": len(answers),
+        "plain": len(plain),
+        "disconnected": sum(a.kind == "disconnect" for a in answers),
+        "aborted": sum(a.kind == "abort" for a in answers),
+        "tokens": sum(len(a.output_ids) for a in answers),
+        "prefix hits": sum(m.get("cached_tokens", 0) > 0 for m in meta),
+        "cached tokens": sum(m.get("cached_tokens", 0) for m in meta),
+        "retractions": sum(m.get("num_retractions", 0) for m in meta),
+        "seconds p50": round(median(plain), 2) if plain else None,
+        "seconds p95": round(quantiles(plain, n=20)[-1], 2) if len(plain) > 1 else None,
+        "differing": len(differing),
+        "differing answers": differing[:20],
+        "leaked secrets": len(leaks),
+        "leaks": leaks[:20],
+        "failed": len(hung),
+        "failures": hung[:20],
+    }
+
+
+def under_load(args: argparse.Namespace, url: str, prompts: list[Prompt], alone: list[list[int]]) -> dict:
+    """Run the load and judge it."""
+    load = Load(prompts, args.requests, tuple(args.new_tokens), seed=args.seed)
+    start = time.monotonic()
+    answers = asyncio.run(run(url, load))
+    seconds = time.monotonic() - start
+    return judge(prompts, alone, answers) | {
+        "seconds": round(seconds, 1),
+        "requests per second": round(len(answers) / seconds, 2),
+    }
+
+
+def run_faults(args: argparse.Namespace, server, prompts: list[Prompt], alone: list[list[int]]) -> list:
+    """Run the faults on the server that the load ran on; the last one ends it."""
+    url = server.url
+    found = [
+        asyncio.run(faults.oversized_prompt(url, prompts, alone, args.pool)),
+        asyncio.run(faults.more_requests_than_rows(url, prompts, alone, args.rows)),
+        asyncio.run(faults.disconnects_in_prefill(url, prompts, alone, args.rows)),
+        asyncio.run(faults.terminate_under_load(url, prompts, alone, server)),
+    ]
+    return found
+
+
+def flush(url: str) -> None:
+    """Empty the prefix cache of a running server."""
+    httpx.post(f"{url}/flush_cache", timeout=60, trust_env=False).raise_for_status()
+
+
+def main() -> int:
+    args = arguments()
+    make = token_prompts if args.model == "tiny" else text_prompts
+    prompts = make(args.tenants, args.prompts)
+    longest = max(args.new_tokens)
+    # threads that spin for each other stall two servers' worth of processes on few cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    result: dict = {"preset": args.preset, "model": args.model, "dtype": args.dtype, "seed": args.seed}
+    found: list[faults.Fault] = []
+    with tempfile.TemporaryDirectory(prefix="kvarn-stress-") as work:
+        if args.url:
+            alone = answers_alone(args.alone_url or args.url, prompts, longest)
+            flush(args.url)
+            result |= under_load(args, args.url, prompts, alone)
+        else:
+            flags = server_flags(args, model_folder(args.model, Path(work)))
+            quiet = ["--disable-radix-cache", "--max-running-requests", "2", "--max-total-tokens", "8192"]
+            with started([*flags, *quiet]) as server:
+                alone = answers_alone(server.url, prompts, longest)
+            CONSOLE.print(f"{len(alone)} answers alone", highlight=False)
+            small = ["--max-running-requests", str(args.rows), "--max-total-tokens", str(args.pool)]
+            small += ["--chunked-prefill-size", "256", "--enable-mixed-chunk"]
+            # as many requests as fit right now: memory runs out while they decode, and some are retracted
+            small += ["--schedule-conservativeness", "0"]
+            with started([*flags, *small]) as server:
+                result |= under_load(args, server.url, prompts, alone)
+                if args.faults:
+                    found = run_faults(args, server, prompts, alone)
+            if args.faults:
+                port = servers.choose_port(None)
+                found.append(faults.out_of_memory_at_start(servers.launch_command(flags, port)))
+    result["faults"] = {fault.name: {"passed": fault.passed, "seen": fault.seen} for fault in found}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+    bad = result["differing"] > args.allow or result["leaked secrets"] or result["failed"]
+    return int(bool(bad) or not all(fault.passed for fault in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
