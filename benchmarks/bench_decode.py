@@ -203,7 +203,8 @@ def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Can
 
     # e4m3 keeps three mantissa bits: about 3 % of a value, less after averaging
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-1
-    return Candidate(run, out, layers, shape.batch * shape.context * per_layer // (shape.batch * shape.pages * PAGE), problem.exact, tolerance)
+    total = shape.batch * shape.context * 2 * shape.kv_heads * shape.head_dim * item
+    return Candidate(run, out, layers, total, problem.exact, tolerance)
 
 
 def flashinfer_bf16(problem: Problem) -> list[Candidate]:

@@ -26,10 +26,11 @@ def rotate_extend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (q H float32, k H, v H model dtype) of a chunk, contiguous."""
-    rotated = (torch.empty(q.shape, dtype=torch.float32, device=q.device), *(torch.empty_like(x) for x in (k, v)))
-    for x, out in zip((q, k, v), rotated, strict=True):
+    rotated_q = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    rotated_k, rotated_v = torch.empty_like(k), torch.empty_like(v)
+    for x, out in ((q, rotated_q), (k, rotated_k), (v, rotated_v)):
         rotate(x, out)
-    return rotated
+    return rotated_q, rotated_k, rotated_v
 
 
 def encode_extend(

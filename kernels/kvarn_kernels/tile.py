@@ -49,7 +49,7 @@ HEADER_BF16 = 0x01
 
 @triton.constexpr_function
 def header(is_bf16):
-    """Return the lowest 4 bits of a record: that it is encoded, and whether its first rows are bfloat16 (else float16)."""
+    """Return the lowest 4 bits of a record: encoded, and the dtype of its first rows (bfloat16 or float16)."""
     return HEADER | (HEADER_BF16 if is_bf16 else 0)
 
 

@@ -117,11 +117,10 @@ def decode_attention(
     requests = zip(batch.rows.tolist(), batch.seq_lens.tolist(), batch.exact_starts.tolist(), strict=True)
     for b, (row, seq_len, exact_start) in enumerate(requests):
         if seq_len % config.tile_size == 0:
-            page = [
-                _ring_tokens(x, row, seq_len - config.tile_size, seq_len)
-                for x in (cache.ring_k, cache.ring_v)
-            ]
-            _encode_pages(*page, cache, batch.store_pages[b : b + 1], config)
+            k_page, v_page = (
+                _ring_tokens(x, row, seq_len - config.tile_size, seq_len) for x in (cache.ring_k, cache.ring_v)
+            )
+            _encode_pages(k_page, v_page, cache, batch.store_pages[b : b + 1], config)
         n = record_pages(seq_len - 1, exact_start, config)
         records = _decode_pages(cache, batch.page_table[b, :n], config)
         exact_k, exact_v = (

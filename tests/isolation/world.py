@@ -266,7 +266,8 @@ class World:
             batch_size=len(requests) + padding,
             req_pool_indices=torch.cat([torch.tensor([r.row for r in requests]), zeros]),
             seq_lens=torch.cat([torch.tensor([r.cached for r in requests]), zeros + 1]),
-            out_cache_loc=torch.cat([slots, zeros]),
+            # a graph replay pads every tensor but this one
+            out_cache_loc=slots,
         )
         batch = self.buffers.fill(forward_batch, self.pool.tail.exact_starts)
         spans = [(r.cached - 1, r.cached) for r in requests]

@@ -14,7 +14,6 @@ from builders import (
     relative_rms,
     run_decode,
 )
-
 from kvarn_kernels import torch_form
 from kvarn_kernels.cache import DecodeWorkspace
 from kvarn_kernels.config import KVarNConfig
@@ -51,7 +50,8 @@ def decode_step(requests, heads, config, padding=0, cache=None):
         if len(request.q) - 1 > request.exact_start:
             chunks = [len(request.q) - 1 - request.exact_start]
             prefill(torch_form.extend_attention, request, chunks, cache, config)
-    workspace = poisoned_workspace(len(requests) + padding, heads, head_dim, 1 + max(len(r.pages) for r in requests), config)
+    most_pages = 1 + max(len(r.pages) for r in requests)
+    workspace = poisoned_workspace(len(requests) + padding, heads, head_dim, most_pages, config)
     positions = [len(r.q) - 1 for r in requests]
     return run_decode(kernels, requests, positions, cache, config, padding=padding, workspace=workspace)
 

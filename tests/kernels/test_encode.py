@@ -4,7 +4,6 @@
 import pytest
 import torch
 from builders import DEVICE, PAGE, make_cache
-
 from kvarn_kernels import reference
 from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig

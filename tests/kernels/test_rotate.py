@@ -4,7 +4,6 @@
 import pytest
 import torch
 from builders import DEVICE
-
 from kvarn_kernels import reference
 from kvarn_kernels.rotate import rotate, rotate_step
 

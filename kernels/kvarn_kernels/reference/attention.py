@@ -45,8 +45,8 @@ def attention(
     record_k, record_v = exact_k.float(), exact_v.float()
     full = tokens // page * page
     if full:
-        pages = [x[:, :full].unflatten(1, (-1, page)) for x in (exact_k, exact_v)]
-        decoded = decode_tile(encode_tile(*pages, config), config, head_dim)
+        k_pages, v_pages = (x[:, :full].unflatten(1, (-1, page)) for x in (exact_k, exact_v))
+        decoded = decode_tile(encode_tile(k_pages, v_pages, config), config, head_dim)
         record_k, record_v = (
             torch.cat([d.flatten(1, 2), x[:, full:].float()], 1)
             for d, x in zip(decoded, (exact_k, exact_v), strict=True)
