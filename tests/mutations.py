@@ -276,9 +276,9 @@ MUTATIONS = (
     Mutation(
         "canonical splits planned by the batch",
         f"{KERNELS}/decode.py",
-        "split_pages = CANONICAL_SPLIT_PAGES if config.is_canonical else 0",
-        "split_pages = 0",
-        (KNOWN_KERNELS,),
+        "    if config.is_canonical:\n        return triton",
+        "    if batch_size == 0:\n        return triton",
+        (DECODE,),
     ),
 )
 

@@ -8,6 +8,8 @@ token, and the memory that the next step would read, against `history`.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from array import array
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,8 +17,9 @@ from types import SimpleNamespace
 import torch
 from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History, Pages, extend_hash
 from kvarn_kernels import ops
-from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.cache import DecodeWorkspace, LayerCache
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.decode import make_workspace
 from sglang_kvarn import compat
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 
@@ -479,22 +482,11 @@ class World:
 
 
 def run_kernels(is_decode: bool, qkv: tuple, out: torch.Tensor, cache, batch, config: KVarNConfig) -> None:
-    """Run one step in the interpreted Triton kernels."""
-    import dataclasses
-    import os
-
-    from kvarn_kernels.decode import make_workspace
-
+    """Run one step in the interpreted Triton kernels, with a workspace of NaN unless the batch has its own."""
     attention = ops.extend_attention
     if is_decode:
         attention = ops.decode_attention
-        size, max_pages = batch.page_table.shape
-        workspace = make_workspace(
-            size, QO_HEADS, KV_HEADS, HEAD_DIM, max_pages, config, cache.records.device
-        )
-        for x in (workspace.rotated_q, workspace.partial_out, workspace.partial_lse):
-            x.fill_(float("nan"))
-        batch = dataclasses.replace(batch, workspace=workspace)
+        batch = dataclasses.replace(batch, workspace=batch.workspace or _workspace(batch, config))
     previous = os.environ.get(ops.INTERPRET_ENV)
     os.environ[ops.INTERPRET_ENV] = "triton"
     try:
@@ -504,6 +496,14 @@ def run_kernels(is_decode: bool, qkv: tuple, out: torch.Tensor, cache, batch, co
             del os.environ[ops.INTERPRET_ENV]
         else:
             os.environ[ops.INTERPRET_ENV] = previous
+
+
+def _workspace(batch, config: KVarNConfig) -> DecodeWorkspace:
+    size, max_pages = batch.page_table.shape
+    workspace = make_workspace(size, QO_HEADS, KV_HEADS, HEAD_DIM, max_pages, config, batch.page_table.device)
+    for x in (workspace.rotated_q, workspace.partial_out, workspace.partial_lse):
+        x.fill_(float("nan"))
+    return workspace
 
 
 _PAGES: dict[str, Pages] = {}
