@@ -21,7 +21,7 @@ def cast(x, DTYPE: tl.constexpr):
 
     Triton 3.6 interprets the conversion to bfloat16 as truncation, so the interpreter rounds the bits first.
     """
-    if is_interpreted() and DTYPE == tl.bfloat16:
+    if is_interpreted() and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = bits.to(tl.float32, bitcast=True)
