@@ -38,23 +38,33 @@ def _merge_kernel(
     S,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    LSE_BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
     valid = r < num_rows
     m = tl.full([BLOCK], float("-inf"), tl.float32)
+    n = tl.arange(0, LSE_BLOCK)
+    for start in tl.range(0, S, LSE_BLOCK):
+        seen = valid[:, None] & (start + n < S)[None, :]
+        lse = tl.load(partial_lse_ptr + (r * S)[:, None] + (start + n)[None, :], mask=seen, other=float("-inf"))
+        m = tl.maximum(m, tl.max(lse, 1))
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    # with the maximum known, the loads of all splits are independent of each other
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, D], tl.float32)
-    for s in tl.range(0, S):
-        lse = tl.load(partial_lse_ptr + r * S + s, mask=valid, other=float("-inf"))
-        used = lse != float("-inf")
-        x = tl.load(partial_out_ptr + ((r * S + s) * D)[:, None] + d[None, :], mask=used[:, None], other=0.0)
-        m_new = tl.maximum(m, lse)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha, weight = tl.exp2(m - m_safe), tl.exp2(lse - m_safe)
-        acc = acc * alpha[:, None] + x * weight[:, None]
-        total = total * alpha + weight
-        m = m_new
+    k = tl.arange(0, SPLIT_BLOCK)
+    for start in tl.range(0, S, SPLIT_BLOCK, num_stages=2):
+        row = (r * S)[:, None] + (start + k)[None, :]  # [BLOCK, SPLIT_BLOCK]
+        seen = valid[:, None] & (start + k < S)[None, :]
+        lse = tl.load(partial_lse_ptr + row, mask=seen, other=float("-inf"))
+        weight = tl.exp2(lse - m_safe[:, None])
+        # an empty split has written no output
+        used = lse > float("-inf")
+        x = tl.load(partial_out_ptr + (row * D)[:, :, None] + d[None, None, :], mask=used[:, :, None], other=0.0)
+        acc += tl.sum(x * weight[:, :, None], 1)
+        total += tl.sum(weight, 1)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out = unrotate(acc, signs_ptr, D)
     tl.store(out_ptr + (r * D)[:, None] + d[None, :], cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
@@ -79,5 +89,7 @@ def merge(out: torch.Tensor, batch: DecodeBatch) -> None:
         batch.workspace.num_splits[batch_size - 1],
         D=head_dim,
         BLOCK=BLOCK_ROWS,
+        SPLIT_BLOCK=max(1, 512 // head_dim),
+        LSE_BLOCK=64,
         num_warps=4,
     )
