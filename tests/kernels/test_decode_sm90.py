@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA form of decode: compiled by NVRTC without a GPU, every format, next to nothing in local memory.
+
+Its results are tested where it runs: `test_decode.py` and `test_graph.py` on a GPU of capability 9.0 or later.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from kvarn_kernels import decode_sm90, tile
+from kvarn_kernels.config import KVarNConfig
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# preset, head_dim, KV heads, query heads per KV head, bfloat16, pages of a split
+FORMS = [
+    ("kvarn", 128, 8, 4, True, 0),
+    ("kvarn", 128, 8, 4, False, 0),
+    ("kvarn_canonical", 128, 4, 7, True, 16),
+    ("kvarn", 64, 3, 3, False, 0),
+    ("kvarn", 256, 1, 8, True, 0),
+    ("kvarn_k4v4_g128", 128, 8, 4, True, 0),
+    ("kvarn_k4v4_g128", 64, 2, 1, True, 0),
+    ("kvarn_k2v2_g128", 128, 8, 12, True, 0),
+    ("kvarn_k2v2_g128", 64, 8, 6, True, 0),
+    ("kvarn_k2v2_g128", 256, 2, 4, True, 0),
+]
+
+
+def compiled(form: tuple, capability: str) -> bytes:
+    preset, *rest = form
+    defines = decode_sm90.constants(KVarNConfig.from_preset(preset), *rest)
+    code, _ = torch.cuda._utils._nvrtc_compile(
+        decode_sm90.source(defines), "kvarn_decode", compute_capability=capability
+    )
+    return code
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(str(x) for x in form))
+def test_decode_sm90_compiles_into_registers(form, tmp_path):
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(form, "90"))
+    done = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert usage, done.stdout
+    registers, stack = map(int, usage.groups())
+    blocks = decode_sm90.MIN_BLOCKS[form[1]]
+    # at 128 registers two values of the prologue may be spilled; the loop over tiles has none to spare for more
+    assert registers * decode_sm90.THREADS * blocks <= 65536 and stack <= 16, (registers, stack)
+
+
+def test_decode_sm90_compiles_for_blackwell():
+    assert compiled(FORMS[0], "100")
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
+    config = KVarNConfig.from_preset(preset)
+    defines = decode_sm90.constants(config, head_dim, 8, 4, True, 0)
+    # 227 KiB for all resident blocks of a multiprocessor, 1 KiB of each is reserved
+    assert (decode_sm90.shared_bytes(defines) + 2048) * decode_sm90.MIN_BLOCKS[head_dim] <= 228 * 1024
+    assert defines["RECORD"] % 16 == 0 and defines["RECORD"] == tile.record_bytes(
+        head_dim, config.k_bits, config.v_bits
+    )
