@@ -2,7 +2,7 @@
 """Many tenants on one small server: does any of them see another, and does every answer stay the same?
 
     python benchmarks/stress_isolation.py [--requests 500] [--tenants 32] [--model tiny|smollm2|DIR]
-        [--preset kvarn_canonical] [--faults] [--json FILE]
+        [--preset kvarn_canonical] [--faults running|all] [--json FILE]
     python benchmarks/stress_isolation.py --url http://HOST:PORT --alone-url http://HOST:PORT ...
 
 Without --url it starts two servers on the CPU, one after the other: one without a prefix cache that answers
@@ -52,9 +52,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[8, 24, 40, 64])
     parser.add_argument("--rows", type=int, default=8, help="--max-running-requests of the server under load")
     parser.add_argument("--pool", type=int, default=3072, help="--max-total-tokens of it")
+    parser.add_argument("--retract-every", type=int, default=9, help="decode steps; 0: only without memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--allow", type=int, default=0, help="answers that may differ from those alone")
-    parser.add_argument("--faults", action="store_true", help="also run the faults, SIGTERM last")
+    parser.add_argument(
+        "--faults",
+        choices=("none", "running", "all"),
+        default="none",
+        help="also those of a running server, SIGTERM last; all: and a start without enough memory",
+    )
     parser.add_argument("--url", help="a running server to load; --rows and --pool are then its own")
     parser.add_argument("--alone-url", help="a running server for the answers alone; default: --url, first")
     parser.add_argument("--server-args", default="", help="more flags of the servers that are started")
@@ -101,8 +107,15 @@ def judge(prompts: list[Prompt], alone: list[list[int]], answers: list[Answer]) 
         complete = answer.kind != "plain" or len(ids) == answer.new_tokens
         if answer.error or not complete:
             hung.append(f"{n}: {answer.error or f'{len(ids)} of {answer.new_tokens} tokens'}")
-        if ids != alone[answer.prompt][: len(ids)]:
-            differing.append(n)
+        # a stream that is aborted in the queue ends with its last token alone
+        start = answer.output["meta_info"]["completion_tokens"] - len(ids) if answer.output else 0
+        if ids != (expected := alone[answer.prompt][start : start + len(ids)]):
+            first = next(i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b)
+            retractions = answer.output["meta_info"].get("num_retractions")
+            differing.append(
+                {"prompt": answer.prompt, "kind": answer.kind, "first": first, "retractions": retractions}
+                | {"got": ids[first : first + 8], "alone": expected[first : first + 8]}
+            )
         mine = prompts[answer.prompt].tenant
         if answer.output:
             leaks += [
@@ -183,11 +196,14 @@ def main() -> int:
             small += ["--chunked-prefill-size", "256", "--enable-mixed-chunk"]
             # as many requests as fit right now: memory runs out while they decode, and some are retracted
             small += ["--schedule-conservativeness", "0"]
+            if args.retract_every:
+                os.environ["SGLANG_TEST_RETRACT"] = "1"
+                os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = str(args.retract_every)
             with started([*flags, *small]) as server:
                 result |= under_load(args, server.url, prompts, alone)
-                if args.faults:
+                if args.faults != "none":
                     found = run_faults(args, server, prompts, alone)
-            if args.faults:
+            if args.faults == "all":
                 port = servers.choose_port(None)
                 found.append(faults.out_of_memory_at_start(servers.launch_command(flags, port)))
     result["faults"] = {fault.name: {"passed": fault.passed, "seen": fault.seen} for fault in found}

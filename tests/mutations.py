@@ -253,10 +253,10 @@ MUTATIONS = (
         (FUZZ,),
     ),
     Mutation(
-        "a row masked in a whole split divides zero by zero",
+        "splits beyond the last one weighed",
         f"{KERNELS}/merge.py",
-        'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
-        "m_safe = m_new",
+        'other=float("-inf"))\n        weight',
+        "other=0.0)\n        weight",
         (KNOWN_KERNELS,),
     ),
     Mutation(

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real servers with many tenants: `benchmarks/stress_isolation.py` in short, and in long what runs by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_fuzz
+from sglang_kvarn import cpu_platform
+from world import use_plain_allocation_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def stress(tmp_path: Path, *flags: str) -> dict:
+    """Run the script; return its result, whatever it found."""
+    if not cpu_platform.is_active():
+        pytest.skip("its servers are for a machine without a GPU; there, give it a --url")
+    result = tmp_path / "result.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "stress_isolation.py"),
+        "--json",
+        str(result),
+        *flags,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}
+    )
+    assert result.exists(), done.stderr[-3000:]
+    found = json.loads(result.read_text())
+    print(json.dumps(found, indent=1))
+    return found
+
+
+def check(found: dict) -> None:
+    assert (found["differing"], found["leaked secrets"], found["failed"]) == (0, 0, 0)
+    assert found["prefix hits"] > found["requests"] // 2 and found["retractions"] > 0
+    assert found["disconnected"] > 0 and found["aborted"] > 0
+    assert all(fault["passed"] for fault in found["faults"].values()), found["faults"]
+
+
+def test_tenants_on_a_small_server_get_the_answers_of_a_server_of_their_own(tmp_path):
+    flags = "--requests 60 --tenants 12 --prompts 1 --pool 1536 --new-tokens 8 40 90 --faults running"
+    check(stress(tmp_path, *flags.split()))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_500_requests_of_32_tenants(tmp_path):
+    flags = "--requests 500 --prompts 2 --rows 10 --pool 2048 --new-tokens 8 40 96 160 --faults all"
+    check(stress(tmp_path, *flags.split()))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "preset", ["kvarn", "kvarn_canonical", "kvarn_k4v4_g128", "kvarn_k2v2_g128_canonical"]
+)
+def test_200_000_steps_of_random_lives(preset, monkeypatch):
+    use_plain_allocation_kernels(monkeypatch)
+    total = test_fuzz.fuzz(preset, 200_000, seed=1, kernels_every=5000)
+    print(preset, total)
+    assert total["steps"] >= 200_000
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_every_mutation_is_caught():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "mutations.py")], capture_output=True, text=True
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout
