@@ -189,7 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", action="store_true", help="compare greedy answers with those of the first cache")
     parser.add_argument("--mem-fraction", type=float, default=0.8, help="of a GPU, default %(default)s")
     parser.add_argument("--max-requests", type=int, default=64, help="requests at a time, default %(default)s")
-    parser.add_argument("--bf16-backend", default="triton", help="attention backend of bf16 and fp8: triton, flashinfer")
+    parser.add_argument("--bf16-backend", default="triton", help="of bf16 and fp8: triton, flashinfer, ...")
     parser.add_argument("--no-prefill-graph", action="store_true", help="start faster, prefill without CUDA graphs")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one cache, default %(default)s")
     parser.add_argument("--csv", type=Path, help="append rows to this file")
