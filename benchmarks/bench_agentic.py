@@ -5,11 +5,13 @@
     python benchmarks/bench_agentic.py --model tiny --caches kvarn --concurrency 1 3 --system-tokens 300 \\
         --task-tokens 200 --turns 2 --turn-tokens 150 --output-tokens 8 --think-seconds 0
 
-Starts a stock SGLang server per cache, the same but for --kv-cache-dtype, and replays N sessions at a time: a shared
-system prompt, a task, then turns of new tokens on top of the history, each after a pause. Reports time to first
-token, time per token, the prompt tokens found in the cache against what a cache that never evicts would find, and
-the cliff: the largest N up to which at least 0.9 of that is found. Random tokens from a seed (or --trace), greedy,
-answers of fixed length. The cache is emptied before each N; the shared prompt is computed before the clock starts.
+Starts a stock SGLang server per cache, the same but for --kv-cache-dtype, and replays N sessions at a time: a
+shared system prompt, a task, then turns of new tokens on top of the history, each after a pause. Reports time
+to first token, time per token, the prompt tokens found in the cache against what a cache that never evicts
+would find, and the cliff: the largest N up to which at least 0.9 of that is found. Random tokens from a seed
+(or --trace), greedy, answers of fixed length. The cache is emptied before each N; the shared prompt is
+computed before the clock starts. Clients start --stagger seconds after each other: without that the first
+tasks of all of them queue up, and their wait is all that TTFT p95 shows.
 
 --output keeps one JSON per cache and N; those that are there are not measured again. points.csv, turns.csv,
 summary.json and agentic.png are written from all of them after each cache.
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import signal
 import subprocess
 import sys
@@ -27,12 +28,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from agentic import client as http
-from agentic import counters, plots, servers, store, summary, trace
-from agentic.replay import replay
+from agentic import counters, report, servers, store, summary, trace
+from agentic.replay import Pace, replay
 from agentic.workload import Shape, Workload
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from sglang_kvarn.demo import server as processes
 
 CONSOLE = Console(stderr=True)
@@ -57,6 +57,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--think-seconds", type=float, default=default.think_seconds, help="default %(default)s"
     )
+    parser.add_argument(
+        "--stagger", type=float, default=0.5, help="seconds between first starts, default %(default)s"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="sessions of each client, one after the other")
     parser.add_argument("--trace", type=Path, help="replay a file, one JSON per turn: see agentic/trace.py")
     parser.add_argument("--limit", type=float, default=900, help="seconds for one N, default %(default)s")
     parser.add_argument("--no-warmup", action="store_true", help="do not run two short sessions first")
@@ -75,14 +79,16 @@ def shape_of(args: argparse.Namespace, folder: Path) -> Shape:
     return Shape(**{name: getattr(args, name) for name in names}, vocabulary=servers.vocabulary(folder))
 
 
-def make_workload(args: argparse.Namespace, shape: Shape, sessions: int) -> Workload:
-    """Return that many sessions, of the trace or synthetic."""
+def make_workload(args: argparse.Namespace, shape: Shape, clients: int) -> Workload:
+    """Return the sessions of that many clients, of the trace or synthetic."""
+    sessions = clients * args.rounds
     return trace.load(args.trace, shape).take(sessions) if args.trace else shape.workload(sessions)
 
 
 def settings(args: argparse.Namespace, shape: Shape) -> dict:
     """Return what all points of a sweep must share."""
-    return {**servers.settings(args), **shape.as_dict(), "trace": str(args.trace or ""), "limit": args.limit}
+    run = {name: getattr(args, name) for name in ("stagger", "rounds", "limit")}
+    return {**servers.settings(args), **shape.as_dict(), "trace": str(args.trace or ""), **run}
 
 
 async def facts_of(url: str) -> dict:
@@ -91,7 +97,7 @@ async def facts_of(url: str) -> dict:
         return await counters.server_facts(client)
 
 
-def measure(server: processes.Server, workload: Workload, facts: dict, limit: float, label: str) -> dict:
+def measure(server: processes.Server, workload: Workload, facts: dict, pace: Pace, label: str) -> dict:
     """Run one workload behind a progress bar and return its figures.
 
     Raises:
@@ -101,9 +107,7 @@ def measure(server: processes.Server, workload: Workload, facts: dict, limit: fl
     with Progress(*columns, console=CONSOLE) as progress:
         task = progress.add_task(label, total=sum(map(len, workload.sessions)))
         run = asyncio.run(
-            replay(
-                server.url, workload, facts["page_size"], limit=limit, advance=lambda: progress.advance(task)
-            )
+            replay(server.url, workload, facts["page_size"], pace, lambda: progress.advance(task))
         )
     if server.process.poll() is not None:
         raise RuntimeError(f"the server ended with code {server.process.returncode}: {server.where()}")
@@ -125,13 +129,22 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def following(args: argparse.Namespace, cache: str, results: store.Store) -> int | None:
+    """Return the next number of sessions to measure: of the list, then between the cliff and the one after it."""
+    missing = [n for n in sorted(set(args.concurrency)) if not results.has(cache, n)]
+    if missing:
+        return missing[0]
+    shares = results.shares(cache)
+    refined = len(shares.keys() - set(args.concurrency))
+    return summary.between(shares) if refined < args.refine else None
+
+
 def sweep(args: argparse.Namespace, cache: str, folder: Path, shape: Shape, results: store.Store) -> None:
     """Measure what is missing of one cache; start a server only if something is."""
     import torch
 
-    missing = [n for n in sorted(set(args.concurrency)) if not results.has(cache, n)]
-    refine = args.refine
-    if not missing and not (refine and summary.between(results.shares(cache))):
+    sessions = following(args, cache, results)
+    if sessions is None:
         CONSOLE.print(f"{cache}: all there", highlight=False)
         return
     port = processes.choose_port(None)
@@ -148,64 +161,16 @@ def sweep(args: argparse.Namespace, cache: str, folder: Path, shape: Shape, resu
         }
         if not args.no_warmup:
             warm = replace(shape, seed=shape.seed + 1, turns=1, think_seconds=0)
-            measure(server, warm.workload(2), facts, args.limit, f"{cache} warm-up")
-        while missing:
-            sessions = missing.pop(0)
+            found = measure(server, warm.workload(2), facts, Pace(2, limit=args.limit), f"{cache} warm-up")
+            if found["failed"]:
+                raise RuntimeError(f"the warm-up failed: {found['error_messages'][0]}, log in {server.log}")
+        while sessions is not None:
             workload = make_workload(args, shape, sessions)
-            found = measure(server, workload, facts, args.limit, f"{cache} N={sessions}")
+            pace = Pace(sessions, args.stagger, args.limit)
+            found = measure(server, workload, facts, pace, f"{cache} N={sessions}")
             head = {"cache": cache, "sessions": sessions, "model": args.model, **facts}
             results.save(head | found | {"server_command": server.command})
-            if not missing and refine and (middle := summary.between(results.shares(cache))):
-                missing, refine = [middle], refine - 1
-
-
-def write(results: store.Store, caches: list[str]) -> list[dict]:
-    """Write tables, cliffs and the picture of all points; return the points."""
-    points = results.load(caches)
-    rows = store.point_rows(points)
-    store.write_csv(results.folder / "points.csv", rows)
-    store.write_csv(results.folder / "turns.csv", store.turn_rows(points))
-    cliffs = {
-        cache: summary.cliff(results.shares(cache)) for cache in dict.fromkeys(p["cache"] for p in points)
-    }
-    whole = {"cliff": cliffs, "points": rows}
-    (results.folder / "summary.json").write_text(json.dumps(whole, indent=1))
-    if any(point["requests"] for point in points):
-        title = f"{points[0]['model']} on {points[0]['device']}, SGLang {points[0]['sglang']}"
-        plots.draw(points, results.folder / "agentic.png", title)
-    return points
-
-
-def show(points: list[dict], cliffs: dict[str, int | None]) -> None:
-    """Print one line per point, and the cliffs."""
-    headings = [
-        "cache",
-        "N",
-        "TTFT p50",
-        "p95 s",
-        "TPOT p50",
-        "p95 ms",
-        "hit",
-        "of theory",
-        "tokens/s",
-        "requests/s",
-    ]
-    table = Table(*headings, "evicted", "retracted", "pool peak", "failed", "cut", title="agents")
-
-    def number(value: float | None, scale: float = 1, digits: int = 2) -> str:
-        return "-" if value is None else f"{value * scale:,.{digits}f}"
-
-    for p in points:
-        table.add_row(
-            p["cache"], str(p["sessions"]), number(p["ttft_p50"]), number(p["ttft_p95"]),
-            number(p["tpot_p50"], 1e3, 1), number(p["tpot_p95"], 1e3, 1), number(p["hit_rate"], digits=3),
-            number(p["hit_share"], digits=3), number(p["output_tokens_per_second"], digits=0),
-            number(p["requests_per_second"]), number(p["evicted_tokens"], digits=0),
-            number(p["retractions"], digits=0), number(p["pool_usage_peak"]), str(p["failed"]), str(p["cut_turns"]),
-        )  # fmt: skip
-    Console(width=160).print(table)
-    for cache, held in cliffs.items():
-        print(f"{cache}: cliff at N = {held}" if held else f"{cache}: beyond its cliff at every N")
+            sessions = following(args, cache, results)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -227,14 +192,14 @@ def main(arguments: list[str] | None = None) -> int:
             except RuntimeError as error:
                 CONSOLE.print(f"{cache} failed: {error}", highlight=False, markup=False, soft_wrap=True)
                 status = 1
-            points = write(results, args.caches)
+            points = report.write(results, args.caches)
     except ValueError as error:
         CONSOLE.print(str(error), highlight=False, markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         CONSOLE.print(f"stopped; the same command goes on in {args.output}", highlight=False)
         return 128 + signal.SIGINT
-    show(points, {cache: summary.cliff(results.shares(cache)) for cache in args.caches})
+    report.show(points)
     return status or int(any(point["failed"] for point in points))
 
 

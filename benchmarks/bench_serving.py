@@ -136,7 +136,9 @@ def show(rows: list[dict]) -> None:
     """Print the table, caches of a scenario below each other."""
     shown = ["cache", "scenario", "concurrency", "completed", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms"]
     shown += ["tpot_p95_ms", "output_tokens_per_second", "requests_per_second", "hit_percent"]
-    table = Table(*[name.replace("_", " ") for name in shown], title="sglang.bench_serving")
+    table = Table(title="sglang.bench_serving")
+    for name in shown:
+        table.add_column(name.replace("_", " "), no_wrap=name == "scenario")
     order = {row["scenario"]: number for number, row in reversed(list(enumerate(rows)))}
     for row in sorted(rows, key=lambda row: (order[row["scenario"]], row["concurrency"])):
         table.add_row(*[f"{v:,.1f}" if isinstance(v := row[name], float) else str(v) for name in shown])

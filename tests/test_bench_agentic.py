@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_agentic
 import bench_serving
-from agentic import counters, plots, store, summary, trace
+from agentic import counters, plots, report, store, summary, trace
 from agentic.theory import common_prefix, theoretical_hit
 from agentic.workload import History, Shape
 
@@ -94,6 +94,7 @@ def test_point_sums_up_and_divides_by_the_clock():
     assert (point["hit_rate"], point["theory_rate"], point["hit_share"]) == (0.25, 0.5, 0.5)
     assert (point["output_tokens_per_second"], point["computed_tokens_per_second"]) == (5.0, 75.0)
     assert (point["sessions_resident"], point["retractions"], point["meets_goal"]) == (5.0, 2, True)
+    assert summary.point([row(ttft=9.0), row(turn=1, ttft=1.0)], 4.0, 1000)["later_ttft_p95"] == 1.0
     assert not summary.point([row(ttft=2.5)], 4.0, 1000)["meets_goal"]
     assert summary.point([], 4.0, 1000)["hit_share"] is None
 
@@ -110,6 +111,28 @@ def test_cliff_is_the_last_number_before_the_first_miss():
     assert summary.cliff({32: 0.95, 8: 1.0, 16: 0.9, 4: 1.0}) == 32
     assert summary.cliff({4: 1.0, 8: 0.89, 16: 0.95}) == 4
     assert summary.cliff({4: 0.5}) is None and summary.cliff({4: None}) is None and summary.cliff({}) is None
+
+
+def test_comparison_divides_by_the_base_at_its_own_cliff():
+    def at(cache, sessions, share, ttft, speed):
+        return result(cache, sessions, share, ttft_p95=ttft, output_tokens_per_second=speed)
+
+    points = [at("bf16", 2, 1.0, 4.0, 50.0), at("bf16", 8, 0.1, 90.0, 20.0)]
+    points += [at("kvarn", 2, 1.0, 3.0, 40.0), at("kvarn", 8, 0.95, 6.0, 80.0)]
+    gain = summary.against(points, "bf16")
+    assert gain == {"kvarn": {"cliff": 4.0, "ttft_p95_at_cliff": 0.75, "output_at_4_cliffs": 4.0}}
+    assert summary.against(points[:3], "bf16") == {"kvarn": {"cliff": 1.0, "ttft_p95_at_cliff": 0.75}}
+    assert summary.against(points[2:], "bf16") == {}
+
+
+def test_sweep_goes_on_between_the_cliff_and_the_next(tmp_path):
+    results = store.Store(tmp_path, {})
+    args = bench_agentic.parse(["--concurrency", "8", "2", "--refine", "2"])
+    asked = []
+    while (n := bench_agentic.following(args, "kvarn", results)) is not None:
+        asked.append(n)
+        results.save(result("kvarn", n, 1.0 if n < 4 else 0.2))
+    assert asked == [2, 8, 5, 3] and summary.cliff(results.shares("kvarn")) == 3
 
 
 def test_bisection_halves_the_gap_behind_the_cliff():
@@ -155,7 +178,7 @@ def test_tables_have_a_row_per_point_and_per_turn(tmp_path):
     results = store.Store(tmp_path, {})
     results.save(result("bf16", 2, 0.4, evicted_tokens=7))
     results.save(result("kvarn", 2, 1.0))
-    points = bench_agentic.write(results, ["bf16", "kvarn"])
+    points = report.write(results, ["bf16", "kvarn"])
     with (tmp_path / "points.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [(r["cache"], r["sessions"], r["evicted_tokens"]) for r in read] == [
@@ -264,7 +287,8 @@ def test_hits_of_a_real_server_are_those_of_the_theory(tmp_path):
     out = tmp_path / "out"
     # prompt ends on either side of a page; no answer ends with one, see `History.add`
     flags = "--model tiny --caches kvarn --concurrency 3 --system-tokens 300 --task-tokens 70 --turns 2 "
-    flags += "--turn-tokens 150 --output-tokens 8 --think-seconds 0 --chunk 256 --max-requests 4 --no-warmup"
+    flags += "--turn-tokens 150 --output-tokens 8 --think-seconds 0 --stagger 0 "
+    flags += "--chunk 256 --max-requests 4 --no-warmup"
     more = ["--server-args", "--max-total-tokens 4096 --skip-server-warmup"]
     assert bench_agentic.main([*flags.split(), *more, "--output", str(out)]) == 0
     point = json.loads((out / "kvarn-n3.json").read_text())
@@ -285,3 +309,19 @@ def test_hits_of_a_real_server_are_those_of_the_theory(tmp_path):
     )
     assert json.loads((out / "summary.json").read_text())["cliff"] == {"kvarn": 3}
     assert (out / "agentic.png").exists() and len((out / "points.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.long
+def test_bench_serving_of_sglang_counts_what_was_asked(tmp_path):
+    out = tmp_path / "out"
+    flags = "--model tiny --caches kvarn --scenarios random-64x8 gsp-2x256x32x8 --concurrency 2 --prompts 4 "
+    flags += "--chunk 256 --max-requests 4"
+    more = ["--server-args", "--max-total-tokens 4096", "--output", str(out)]
+    assert bench_serving.main([*flags.split(), *more]) == 0
+    with (out / "serving.csv").open() as file:
+        fixed, shared = csv.DictReader(file)
+    assert [(r["completed"], r["input_tokens"], r["output_tokens"]) for r in (fixed, shared)] == [
+        ("4", "256", "32"), ("4", "1152", "32"),
+    ]  # fmt: skip
+    # the second prompt of each of two groups finds 256 tokens, if the first one has ended by then
+    assert float(fixed["hit_percent"]) == 0 and float(shared["hit_percent"]) in (0, 22.22, 44.44)

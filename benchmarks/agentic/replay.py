@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run sessions in a closed loop: each waits for its answer, thinks, and sends its next turn."""
+"""Run sessions in a closed loop: each client waits for its answer, thinks, and sends its next turn."""
 
 from __future__ import annotations
 
@@ -52,6 +52,21 @@ async def flush(client: aiohttp.ClientSession) -> None:
     raise RuntimeError(f"expected the server to become idle, got {FLUSH_TRIES} refusals of /flush_cache")
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Describe how sessions run.
+
+    Attributes:
+        clients: sessions at a time; client n runs sessions n, n + clients, ... one after the other.
+        stagger: seconds between the first starts of two clients.
+        limit: seconds from the start; turns that have not ended by then are dropped and counted.
+    """
+
+    clients: int
+    stagger: float = 0.0
+    limit: float = 900.0
+
+
 async def _session(
     client: aiohttp.ClientSession,
     number: int,
@@ -92,16 +107,15 @@ async def _session(
 
 
 async def replay(
-    url: str, workload: Workload, page_size: int, *, limit: float, advance: Callable[[], None] = lambda: None
+    url: str, workload: Workload, page_size: int, pace: Pace, advance: Callable[[], None] = lambda: None
 ) -> Run:
-    """Run all sessions of a workload at once on an emptied cache.
+    """Run all sessions of a workload on an emptied cache.
 
     The shared prompt is computed first, so that also the first turn of every session has a known theoretical hit.
 
     Args:
         url: address of the server.
         page_size: tokens in a page of the server's pool.
-        limit: seconds; turns that have not ended by then are dropped and counted.
         advance: called after every finished turn.
     """
     run = Run()
@@ -111,15 +125,17 @@ async def replay(
             await http.generate(client, workload.shared, 1)
         before = await counters.scrape(client)
         start = time.perf_counter()
+
+        async def run_client(number: int) -> None:
+            await asyncio.sleep(number * pace.stagger)
+            for n in range(number, len(workload.sessions), pace.clients):
+                turns = workload.sessions[n]
+                await _session(client, n, turns, workload.shared, page_size, run, start, advance)
+
         async with counters.UsageSampler(client).running() as sampler:
-            tasks = [
-                asyncio.create_task(
-                    _session(client, n, turns, workload.shared, page_size, run, start, advance)
-                )
-                for n, turns in enumerate(workload.sessions)
-            ]
+            tasks = [asyncio.create_task(run_client(number)) for number in range(pace.clients)]
             try:
-                done, late = await asyncio.wait(tasks, timeout=limit)
+                done, late = await asyncio.wait(tasks, timeout=pace.limit)
                 run.seconds = time.perf_counter() - start
             finally:
                 for task in tasks:

@@ -59,11 +59,13 @@ def point(rows: list[dict], seconds: float, pool_tokens: int) -> dict:
         pool_tokens: size of the cache.
 
     Returns:
-        Times in seconds, lengths in tokens, rates per second. `hit_rate` and `theory_rate` are shares of the prompt
-        tokens, `hit_share` is their quotient. `sessions_resident` is the pool over the mean prompt.
+        Times in seconds, lengths in tokens, rates per second. `hit_rate` and `theory_rate` are shares of the
+        prompt tokens, `hit_share` is their quotient. `sessions_resident` is the pool over the mean prompt;
+        `later_ttft` leaves out the first turns, which compute a whole task.
     """
     output = sum(row["output_tokens"] for row in rows)
     hits, times = _hits(rows), _times(rows)
+    later = [row["ttft"] for row in rows if row["turn"] > 0]
     mean_prompt = hits["prompt_tokens"] / len(rows) if rows else None
     met = bool(rows) and times["ttft_p95"] <= GOAL_TTFT and (times["tpot_p95"] or 0) <= GOAL_TPOT
     return {
@@ -71,6 +73,8 @@ def point(rows: list[dict], seconds: float, pool_tokens: int) -> dict:
         "seconds": seconds,
         **hits,
         **times,
+        "later_ttft_p50": percentile(later, 50),
+        "later_ttft_p95": percentile(later, 95),
         "output_tokens": output,
         "requests_per_second": len(rows) / seconds,
         "output_tokens_per_second": output / seconds,
@@ -105,3 +109,35 @@ def between(shares: Mapping[int, float | None]) -> int | None:
     if not above or above[0] - held < 2:
         return None
     return (held + above[0]) // 2
+
+
+def against(points: list[dict], base: str) -> dict[str, dict[str, float]]:
+    """Return what every other cache gains over a base cache, as far as both were measured.
+
+    Returns:
+        Per cache: `cliff`, quotient of the cliffs; `ttft_p95_at_cliff`, TTFT p95 at the cliff of the base
+        over that of the base; `output_at_4_cliffs`, tokens per second at four times that number of sessions
+        over those of the base. With the base's cliff at 8 and a cache's at 32, `cliff` is 4.
+    """
+    table = {(point["cache"], point["sessions"]): point for point in points}
+    cliffs = {
+        cache: cliff({n: point["hit_share"] for (other, n), point in table.items() if other == cache})
+        for cache in dict.fromkeys(point["cache"] for point in points)
+    }
+    held = cliffs.get(base)
+    if not held:
+        return {}
+
+    def quotient(cache: str, sessions: int, key: str) -> float | None:
+        one, other = table.get((cache, sessions)), table.get((base, sessions))
+        return one[key] / other[key] if one and other and one[key] and other[key] else None
+
+    found = {}
+    for cache in [cache for cache in cliffs if cache != base]:
+        figures = {
+            "cliff": cliffs[cache] / held if cliffs[cache] else None,
+            "ttft_p95_at_cliff": quotient(cache, held, "ttft_p95"),
+            "output_at_4_cliffs": quotient(cache, 4 * held, "output_tokens_per_second"),
+        }
+        found[cache] = {name: value for name, value in figures.items() if value is not None}
+    return found
