@@ -10,11 +10,11 @@ import triton.language as tl
 from kvarn_kernels import tile
 from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.reference.quantiser import LARGEST_INPUT, SHRINK_STEP, SHRINK_STEPS
+from kvarn_kernels.reference.quantiser import FIRST_REACH, LARGEST_INPUT, ROUNDS
 
 _LARGEST_INPUT = tl.constexpr(LARGEST_INPUT)
-_SHRINK_STEP = tl.constexpr(SHRINK_STEP)
-_SHRINK_STEPS = tl.constexpr(SHRINK_STEPS)
+_FIRST_REACH = tl.constexpr((FIRST_REACH[2], FIRST_REACH[4]))
+_ROUNDS = tl.constexpr((ROUNDS[2], ROUNDS[4]))
 # programs of the decode form, about one per multiprocessor: most steps of most requests fill no page
 RING_PROGRAMS = 128
 
@@ -63,6 +63,36 @@ def _codes(balanced, low, step, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _refit(balanced, valid, low, step, COUNT: tl.constexpr, LEVELS: tl.constexpr):
+    """Return (codes, low, step) as the oracle's `_refit` does; elements that are not valid have code 0."""
+    codes = tl.where(valid, _codes(balanced, low, step, LEVELS), 0.0)
+    inverse = tl.where(step > 0, _inverse(tl.where(step > 0, step, 1.0)), 0.0)
+    x = tl.where(valid, (balanced - low) * inverse, 0.0).to(tl.float64)
+    c = codes.to(tl.float64)
+    x_sum, c_sum = tl.sum(x, 1, keep_dims=True), tl.sum(c, 1, keep_dims=True)
+    products, squares = tl.sum(x * c, 1, keep_dims=True), tl.sum(c * c, 1, keep_dims=True)
+    spread = squares * COUNT - c_sum * c_sum
+    slope = (products * COUNT - x_sum * c_sum) / tl.where(spread > 0, spread, 1.0)
+    slope = tl.where(spread > 0, slope, 1.0)
+    offset = (x_sum - slope * c_sum) / COUNT
+    return codes, low + step * offset.to(tl.float32), step * slope.to(tl.float32)
+
+
+@triton.jit
+def _ratio(t, approx, other, AXIS: tl.constexpr):
+    wide = t.to(tl.float64)
+    power = tl.sum(wide * wide, AXIS, keep_dims=True)
+    overlap = tl.sum(approx.to(tl.float64) * other.to(tl.float64), AXIS, keep_dims=True)
+    ratio = tl.where(overlap > 0, power / tl.where(overlap > 0, overlap, 1.0), 1.0).to(tl.float32)
+    return tl.minimum(tl.maximum(ratio, 0.25), 4.0)
+
+
+@triton.jit
+def _round_cross(cross):
+    return tl.minimum(tl.maximum(cross, 2.0**-13), 2.0**13).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
 def quantise_side(t, valid, ROW_COUNT: tl.constexpr, COL_COUNT: tl.constexpr, BITS: tl.constexpr):
     """Quantise T [R, C] float32 as `reference.quantise_side` does.
 
@@ -76,46 +106,29 @@ def quantise_side(t, valid, ROW_COUNT: tl.constexpr, COL_COUNT: tl.constexpr, BI
     """
     LEVELS: tl.constexpr = (1 << BITS) - 1
     row_inverse = _inverse(_std(t, 1, ROW_COUNT))
-    cross = _std(t * row_inverse, 0, COL_COUNT)
-    cross = tl.minimum(tl.maximum(cross, 2.0**-13), 2.0**13).to(tl.float16).to(tl.float32)
+    cross = _round_cross(_std(t * row_inverse, 0, COL_COUNT))
     balanced = t * _inverse(cross)
     low = tl.min(tl.where(valid, balanced, float("inf")), 1, keep_dims=True)
     high = tl.max(tl.where(valid, balanced, float("-inf")), 1, keep_dims=True)
     # the row of the first token of a value tile has no valid element
     low = tl.where(low <= high, low, 0.0)
     high = tl.where(low <= high, high, 0.0)
-    if BITS == 4:
-        step = (high - low) * (1.0 / LEVELS)
-        codes = _codes(balanced, low, step, LEVELS)
-        scale, zero = step, low
-    else:
-        middle = (low + high) * 0.5
-        half = (high - low) * 0.5
-        step = half * (2.0 / LEVELS)
-        best_low, best_step = low, step
-        best_error = tl.full(low.shape, float("inf"), tl.float64)
-        shrink = tl.full([1, 1], 1.0, tl.float32)
-        for _ in range(_SHRINK_STEPS):
-            reach = half * shrink
-            n_low = middle - reach
-            n_step = reach * (2.0 / LEVELS)
-            error = _codes(balanced, n_low, n_step, LEVELS) * n_step + n_low - balanced
-            wide = tl.where(valid, error, 0.0).to(tl.float64)
-            squares = tl.sum(wide * wide, 1, keep_dims=True)
-            better = squares < best_error
-            best_error = tl.where(better, squares, best_error)
-            best_low = tl.where(better, n_low, best_low)
-            best_step = tl.where(better, n_step, best_step)
-            shrink -= _SHRINK_STEP
-        low, step = best_low, best_step
-        codes = _codes(balanced, low, step, LEVELS)
-        approx = ((codes * step + low) * cross).to(tl.float64)
-        wide = t.to(tl.float64)
-        power = tl.sum(wide * wide, 1, keep_dims=True)
-        overlap = tl.sum(approx * wide, 1, keep_dims=True)
-        gain = tl.where(overlap > 0, power / tl.where(overlap > 0, overlap, 1.0), 1.0).to(tl.float32)
-        gain = tl.minimum(tl.maximum(gain, 0.5), 2.0)
-        scale, zero = step * gain, low * gain
+    FIRST_REACH: tl.constexpr = _FIRST_REACH[0] if BITS == 2 else _FIRST_REACH[1]
+    ROUNDS: tl.constexpr = _ROUNDS[0] if BITS == 2 else _ROUNDS[1]
+    reach = (high - low) * (0.5 * FIRST_REACH)
+    low = (low + high) * 0.5 - reach
+    step = reach * (2.0 / LEVELS)
+    for _ in range(ROUNDS):
+        codes, low, step = _refit(balanced, valid, low, step, ROW_COUNT, LEVELS)
+        approx = tl.where(valid, (codes * step + low) * cross, 0.0)
+        cross = _round_cross(cross * tl.sqrt_rn(_ratio(t, approx, approx, 0)))
+        balanced = t * _inverse(cross)
+    codes = _codes(balanced, low, step, LEVELS)
+    rows = codes * step + low
+    # t is 0 where not valid, so these overlaps need no mask
+    cross = _round_cross(cross * _ratio(t, rows * cross, t, 0))
+    gain = _ratio(t, rows * cross, t, 1)
+    scale, zero = step * gain, low * gain
     valid_column = tl.max(valid.to(tl.int32), 0, keep_dims=True) > 0
     cross = tl.where(valid_column, cross, 0.0)
     reach = tl.maximum(tl.abs(zero), tl.abs(scale * LEVELS + zero))
