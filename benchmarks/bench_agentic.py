@@ -130,7 +130,7 @@ def commit() -> str:
 
 
 def following(args: argparse.Namespace, cache: str, results: store.Store) -> int | None:
-    """Return the next number of sessions to measure: of the list, then between the cliff and the one after it."""
+    """Return the next number of sessions: of the list, then between the cliff and the one after it."""
     missing = [n for n in sorted(set(args.concurrency)) if not results.has(cache, n)]
     if missing:
         return missing[0]
@@ -175,7 +175,7 @@ def sweep(args: argparse.Namespace, cache: str, folder: Path, shape: Shape, resu
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the sweep and return its exit status: 1 if a server failed, or requests did."""
-    # a shell starts background jobs with Ctrl-C ignored; every signal leaves through the code that ends the server
+    # a shell starts background jobs with Ctrl-C ignored; every signal ends the server
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda n, frame: sys.exit(128 + n))

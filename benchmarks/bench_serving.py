@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's own `python -m sglang.bench_serving`, the same requests for every cache, in one table.
 
-    python benchmarks/bench_serving.py --scenarios random-1024x1024 random-16384x1024 gsp --concurrency 1 8 64 \\
-        --output serving-8b
-    python benchmarks/bench_serving.py --model tiny --caches kvarn --scenarios random-64x8 --concurrency 2 --prompts 2
+    python benchmarks/bench_serving.py --scenarios random-1024x1024 random-16384x1024 gsp \\
+        --concurrency 1 8 64 --output serving-8b
+    python benchmarks/bench_serving.py --model tiny --caches kvarn --scenarios random-64x8 \\
+        --concurrency 2 --prompts 2
 
-Starts a stock SGLang server per cache, the same but for --kv-cache-dtype. Scenarios: random-INxOUT (random token
-ids, exact lengths; equal seeds give equal prompts) and gsp-GROUPSxSYSTEMxQUESTIONxOUT (SGLang's
-generated-shared-prefix; "gsp" is gsp-8x4096x512x256). The cache is emptied before each run. The dummy and the tiny
-model get a tokenizer of one word per token, so that a prompt of n words has n tokens.
+Starts a stock SGLang server per cache, the same but for --kv-cache-dtype. Scenarios: random-INxOUT (random
+token ids, exact lengths; equal seeds give equal prompts) and gsp-GROUPSxSYSTEMxQUESTIONxOUT (SGLang's
+generated-shared-prefix; "gsp" is gsp-8x4096x512x256). The cache is emptied before each run. The dummy and the
+tiny model get a tokenizer of one word per token, so that a prompt of n words has n tokens.
 
---output keeps SGLang's own result of every run as one JSON; those that are there are not measured again. The table
-is written to serving.csv.
+--output keeps SGLang's own result of every run as one JSON; those that are there are not measured again. The
+table is written to serving.csv.
 """
 
 from __future__ import annotations

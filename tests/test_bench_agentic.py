@@ -144,7 +144,7 @@ def test_bisection_halves_the_gap_behind_the_cliff():
 def test_metrics_are_summed_over_labels_and_counted_from_their_first_increment():
     page = (
         "# HELP sglang:prompt_tokens_total x\n# TYPE sglang:prompt_tokens_total counter\n"
-        'sglang:prompt_tokens_total{model_name="a",tp_rank="0"} 100.0\nsglang:prompt_tokens_total{a="b"} 20.0\n'
+        'sglang:prompt_tokens_total{model_name="a",tp="0"} 100.0\nsglang:prompt_tokens_total{a="b"} 20.0\n'
         'sglang:prompt_tokens_created{a="b"} 1.7e9\nsglang:token_usage{a="b"} 0.25\nprocess_x 3\n'
     )
     values = counters.parse(page)

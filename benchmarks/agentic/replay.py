@@ -111,7 +111,8 @@ async def replay(
 ) -> Run:
     """Run all sessions of a workload on an emptied cache.
 
-    The shared prompt is computed first, so that also the first turn of every session has a known theoretical hit.
+    The shared prompt is computed first, so that also the first turn of every session has a known theoretical
+    hit.
 
     Args:
         url: address of the server.

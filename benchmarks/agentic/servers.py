@@ -72,7 +72,7 @@ def vocabulary(folder: Path) -> int:
 
 
 def flags(cache: str, folder: Path, args: argparse.Namespace) -> list[str]:
-    """Return the flags of the server of one cache; only --kv-cache-dtype differs unless the user adds some."""
+    """Return the flags of the server of a cache; only --kv-cache-dtype differs, and what the user adds."""
     import torch
 
     found = ["--model-path", str(folder), "--random-seed", "0"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results on disk: one JSON per cache and number of sessions, so that a broken sweep goes on where it stopped."""
+"""Results on disk: one JSON per cache and number of sessions, so that a broken sweep goes on."""
 
 from __future__ import annotations
 

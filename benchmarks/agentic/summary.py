@@ -14,7 +14,7 @@ GOAL_TTFT, GOAL_TPOT = 2.0, 0.05
 
 
 def percentile(values: Iterable[float | None], share: float) -> float | None:
-    """Return a percentile (linear between neighbours) of the values that are not None; None if there are none."""
+    """Return a percentile, linear between neighbours, of the values that are not None; None of none."""
     known = [value for value in values if value is not None]
     return float(np.percentile(known, share)) if known else None
 
@@ -103,7 +103,7 @@ def cliff(shares: Mapping[int, float | None]) -> int | None:
 
 
 def between(shares: Mapping[int, float | None]) -> int | None:
-    """Return the number of sessions in the middle of the cliff and the next one measured; None if there is none."""
+    """Return the number of sessions between the cliff and the next one measured; None if there is none."""
     held = cliff(shares)
     above = [sessions for sessions in sorted(shares) if held is not None and sessions > held]
     if not above or above[0] - held < 2:

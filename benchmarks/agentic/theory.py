@@ -18,9 +18,9 @@ def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) 
 def theoretical_hit(prompt: Sequence[int], computed: Sequence[np.ndarray], page_size: int) -> int:
     """Return the cached tokens of a prompt if nothing was ever evicted.
 
-    Full pages of the longest common prefix with a sequence that was computed before; at least the last token of a
-    prompt is computed again, because its logits are needed. With pages of 128: a prompt of 400 tokens over 300
-    computed ones hits 256; the same 256 tokens sent twice hit 128.
+    Full pages of the longest common prefix with a sequence that was computed before; at least the last token
+    of a prompt is computed again, because its logits are needed. With pages of 128: a prompt of 400 tokens
+    over 300 computed ones hits 256; the same 256 tokens sent twice hit 128.
 
     Args:
         prompt: token ids to send.

@@ -7,9 +7,9 @@ Three kinds of lines, told apart by their keys:
     {"session": "a", "input_ids": [17, 4, ...], "output_tokens": 200}                     real tokens
     {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46, ...]}   Mooncake
 
-The first two add to the history of their session. A Mooncake line is a whole prompt of blocks of 512 tokens; equal
-hash ids give equal tokens. Without "session_id" or "chat_id" it continues the session whose last prompt shares
-most blocks with it, the very first block left aside, since that is mostly a common system prompt.
+The first two add to the history of their session. A Mooncake line is a whole prompt of blocks of 512 tokens;
+equal hash ids give equal tokens. Without "session_id" or "chat_id" it continues the session whose last prompt
+shares most blocks with it, the very first block left aside, since that is mostly a common system prompt.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def load(path: Path, shape: Shape) -> Workload:
 
     Args:
         path: the file.
-        shape: seed, vocabulary, default think time, and the length of the shared prompt in front of lines that add
-            to a history (Mooncake prompts are whole and get none).
+        shape: seed, vocabulary, default think time, and the length of the shared prompt in front of lines
+            that add to a history (Mooncake prompts are whole and get none).
 
     Raises:
         ValueError: a line lacks a key, or the file has no lines.

@@ -62,9 +62,9 @@ class Workload:
 class Shape:
     """Describe synthetic sessions; all lengths in tokens.
 
-    The defaults are a coding agent: 8K of system prompt and tools that all sessions share, a task of 10K, then 12
-    tool results of 2K with 200 tokens of answer each, so 45,240 tokens at the end. Think times are drawn between
-    half and one and a half times `think_seconds`.
+    The defaults are a coding agent: 8K of system prompt and tools that all sessions share, a task of 10K,
+    then 12 tool results of 2K, with 200 tokens of answer each: 45,608 tokens at the end. Think times are
+    drawn between half and one and a half times `think_seconds`.
     """
 
     system_tokens: int = 8192
@@ -122,9 +122,9 @@ class History:
     def add(self, prompt: list[int], output: list[int]) -> None:
         """Note a finished turn.
 
-        The last token of an answer counts: SGLang's overlapped scheduler has mostly begun the step after it when
-        it learns that the request is finished, and caches what that step wrote. Where a prefill came between, the
-        real hit is one token, and so at most one page, below the theoretical one.
+        The last token of an answer counts: SGLang's overlapped scheduler has mostly begun the step after it
+        when it learns that the request is finished, and caches what that step wrote. Where a prefill came
+        between, the real hit is one token, and so at most one page, below the theoretical one.
         """
         self.tokens = prompt + output
         sent = np.asarray(self.tokens, np.int64)
