@@ -116,7 +116,7 @@ def quantise_side(t: torch.Tensor, bits: int) -> QuantisedSide:
     angles to the data, so a key keeps its own logit and an average of values is not shrunk. That matters more than
     the squared error itself (2-bit keys, least squares without it: KL 1.6 times as large).
 
-    KL of SmolLM2, mean of three texts, against a grid of 12 ranges with a gain per row: k4v2 0.00485 (0.00509), k2v2
+    KL of SmolLM2, mean of three texts, against a grid of 12 ranges with a gain per row: k4v2 0.00484 (0.00509), k2v2
     0.0281 (0.0347), k4v4 0.00111 (0.00123) at 1,024 tokens; k4v2 0.00662 (0.00835), k2v2 0.0455 (0.0610) at 4,096
     (benchmarks/results/encoder_search.csv).
 
