@@ -38,33 +38,34 @@ def _merge_kernel(
     S,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLIT_BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
     LSE_BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
     valid = r < num_rows
-    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    # reduced once, after the loop: Triton 3.6 fails to compile a reduction into a running maximum for some layouts
+    largest = tl.full([BLOCK, LSE_BLOCK], float("-inf"), tl.float32)
     n = tl.arange(0, LSE_BLOCK)
     for start in tl.range(0, S, LSE_BLOCK):
         seen = valid[:, None] & (start + n < S)[None, :]
         lse = tl.load(partial_lse_ptr + (r * S)[:, None] + (start + n)[None, :], mask=seen, other=float("-inf"))
-        m = tl.maximum(m, tl.max(lse, 1))
+        largest = tl.maximum(largest, lse)
+    m = tl.max(largest, 1)
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     # with the maximum known, the loads of all splits are independent of each other
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, D], tl.float32)
-    k = tl.arange(0, SPLIT_BLOCK)
-    for start in tl.range(0, S, SPLIT_BLOCK, num_stages=2):
-        row = (r * S)[:, None] + (start + k)[None, :]  # [BLOCK, SPLIT_BLOCK]
-        seen = valid[:, None] & (start + k < S)[None, :]
-        lse = tl.load(partial_lse_ptr + row, mask=seen, other=float("-inf"))
-        weight = tl.exp2(lse - m_safe[:, None])
-        # an empty split has written no output
-        used = lse > float("-inf")
-        x = tl.load(partial_out_ptr + (row * D)[:, :, None] + d[None, None, :], mask=used[:, :, None], other=0.0)
-        acc += tl.sum(x * weight[:, :, None], 1)
-        total += tl.sum(weight, 1)
+    for start in tl.range(0, S, UNROLL):
+        for k in tl.static_range(UNROLL):
+            split = start + k
+            lse = tl.load(partial_lse_ptr + r * S + split, mask=valid & (split < S), other=float("-inf"))
+            weight = tl.exp2(lse - m_safe)
+            # an empty split has written no output
+            used = lse > float("-inf")
+            x = tl.load(partial_out_ptr + ((r * S + split) * D)[:, None] + d[None, :], mask=used[:, None], other=0.0)
+            acc += x * weight[:, None]
+            total += weight
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out = unrotate(acc, signs_ptr, D)
     tl.store(out_ptr + (r * D)[:, None] + d[None, :], cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
@@ -89,7 +90,7 @@ def merge(out: torch.Tensor, batch: DecodeBatch) -> None:
         batch.workspace.num_splits[batch_size - 1],
         D=head_dim,
         BLOCK=BLOCK_ROWS,
-        SPLIT_BLOCK=max(1, 512 // head_dim),
+        UNROLL=4,
         LSE_BLOCK=64,
         num_warps=4,
     )
