@@ -12,20 +12,10 @@ import torch
 
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.reference import decode_tile, encode_tile, hadamard
+from kvarn_kernels.reference import decode_tile, encode_tile, rotate
 
 # pages that are encoded or decoded at once; bounds the float64 temporaries of the encoder to some 100 MB
 PAGE_SLAB = 32
-
-
-def rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotate the last dimension of x: x H, float32 [..., D].
-
-    Signs are summed in float64, so that the result does not depend on how many rows are rotated together.
-    """
-    head_dim = x.shape[-1]
-    signs = hadamard(head_dim, x.device).sign().double()
-    return (x.double() @ signs).float() * (1.0 / head_dim**0.5)
 
 
 def record_pages(position: int, exact_start: int, config: KVarNConfig) -> int:

@@ -30,10 +30,10 @@ def hadamard(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotate the last dimension of x: x H. float32 in between, result float32 [..., D].
+    """Rotate the last dimension of x: x H, float32 [..., D].
 
-    The signs are summed first and the sum is scaled by 1 / sqrt(D) last, as the kernel does, so that the sum has the
-    same rounding whether D is an even power of two or not.
+    The signs are summed in float64, so that the result depends neither on the order of the sum nor on how many rows
+    are rotated together; the sum is rounded to float32 and scaled by 1 / sqrt(D) last, as in the kernel.
     """
     head_dim = x.shape[-1]
-    return (x.float() @ _signs(head_dim).to(x.device)) * (1.0 / head_dim**0.5)
+    return (x.double() @ _signs(head_dim).to(x.device).double()).float() * (1.0 / head_dim**0.5)
