@@ -8,8 +8,9 @@
 Without --url it starts two servers on the CPU, one after the other: one without a prefix cache that answers
 every prompt alone, and one with a pool so small that it evicts and retracts all the time. Prompts carry
 secrets and share prefixes in a tree; some clients disconnect or abort. Greedy answers must be those of the
-same prompt alone (--preset kvarn_canonical and --dtype float32; elsewhere matrix products round by batch, and
---allow bounds the differing answers by what a 16-bit cache shows), and none may hold another's secret.
+same prompt alone until a near tie (matrix products round by batch, `stress.load.NEAR_TIE`), and none may hold
+another's secret. This is for --preset kvarn_canonical and --dtype float32; elsewhere --allow bounds the
+differing answers by what a 16-bit cache shows.
 
 Exit status 1 if an answer differs beyond --allow, a secret leaked, a request hung or a fault was not
 survived.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -29,10 +31,12 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import httpx
+import kvarn_kernels
+import sglang_kvarn
 from rich.console import Console
 from sglang_kvarn.demo import server as servers
 from stress import faults
-from stress.load import Answer, Load, answers_alone, run
+from stress.load import Alone, Answer, Load, answers_alone, run
 from stress.tenants import Prompt, contains, text_prompts, token_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +94,16 @@ def server_flags(args: argparse.Namespace, folder: str) -> list[str]:
     return flags + args.server_args.split()
 
 
+def fingerprint() -> str:
+    """Return the hash of both packages: servers that run different code would differ in every answer."""
+    digest = hashlib.sha256()
+    for package in (kvarn_kernels, sglang_kvarn):
+        for folder in package.__path__:
+            for file in sorted(Path(folder).rglob("*.py")):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def started(flags: list[str]):
     """Run a server on a free port."""
@@ -98,24 +112,20 @@ def started(flags: list[str]):
         yield server
 
 
-def judge(prompts: list[Prompt], alone: list[list[int]], answers: list[Answer]) -> dict:
+def judge(prompts: list[Prompt], alone: list[Alone], answers: list[Answer]) -> dict:
     """Compare every answer, also the part that a dropped client read, with the answer alone."""
     secrets = {prompt.tenant: prompt.secret for prompt in prompts}
-    differing, leaks, hung = [], [], []
+    differing, near_ties, leaks, hung = [], [], [], []
     for n, answer in enumerate(answers):
         ids = answer.output_ids
         complete = answer.kind != "plain" or len(ids) == answer.new_tokens
         if answer.error or not complete:
             hung.append(f"{n}: {answer.error or f'{len(ids)} of {answer.new_tokens} tokens'}")
-        # a stream that is aborted in the queue ends with its last token alone
-        start = answer.output["meta_info"]["completion_tokens"] - len(ids) if answer.output else 0
-        if ids != (expected := alone[answer.prompt][start : start + len(ids)]):
-            first = next(i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b)
-            retractions = answer.output["meta_info"].get("num_retractions")
-            differing.append(
-                {"prompt": answer.prompt, "kind": answer.kind, "first": first, "retractions": retractions}
-                | {"got": ids[first : first + 8], "alone": expected[first : first + 8]}
-            )
+        first = alone[answer.prompt].first_difference(answer)
+        if first is not None:
+            where = {"prompt": answer.prompt, "kind": answer.kind, "first": first}
+            where |= {"margin": round(alone[answer.prompt].margins[first], 4)}
+            (differing if alone[answer.prompt].is_wrong(answer) else near_ties).append(where)
         mine = prompts[answer.prompt].tenant
         if answer.output:
             leaks += [
@@ -134,6 +144,8 @@ def judge(prompts: list[Prompt], alone: list[list[int]], answers: list[Answer]) 
         "retractions": sum(m.get("num_retractions", 0) for m in meta),
         "seconds p50": round(median(plain), 2) if plain else None,
         "seconds p95": round(quantiles(plain, n=20)[-1], 2) if len(plain) > 1 else None,
+        "differing at a near tie": len(near_ties),
+        "near ties": near_ties[:20],
         "differing": len(differing),
         "differing answers": differing[:20],
         "leaked secrets": len(leaks),
@@ -143,7 +155,7 @@ def judge(prompts: list[Prompt], alone: list[list[int]], answers: list[Answer]) 
     }
 
 
-def under_load(args: argparse.Namespace, url: str, prompts: list[Prompt], alone: list[list[int]]) -> dict:
+def under_load(args: argparse.Namespace, url: str, prompts: list[Prompt], alone: list[Alone]) -> dict:
     """Run the load and judge it."""
     load = Load(prompts, args.requests, tuple(args.new_tokens), seed=args.seed)
     start = time.monotonic()
@@ -155,7 +167,7 @@ def under_load(args: argparse.Namespace, url: str, prompts: list[Prompt], alone:
     }
 
 
-def run_faults(args: argparse.Namespace, server, prompts: list[Prompt], alone: list[list[int]]) -> list:
+def run_faults(args: argparse.Namespace, server, prompts: list[Prompt], alone: list[Alone]) -> list:
     """Run the faults on the server that the load ran on; the last one ends it."""
     url = server.url
     found = [
@@ -188,6 +200,7 @@ def main() -> int:
             result |= under_load(args, args.url, prompts, alone)
         else:
             flags = server_flags(args, model_folder(args.model, Path(work)))
+            code = fingerprint()
             quiet = ["--disable-radix-cache", "--max-running-requests", "2", "--max-total-tokens", "8192"]
             with started([*flags, *quiet]) as server:
                 alone = answers_alone(server.url, prompts, longest)
@@ -200,6 +213,10 @@ def main() -> int:
                 os.environ["SGLANG_TEST_RETRACT"] = "1"
                 os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = str(args.retract_every)
             with started([*flags, *small]) as server:
+                if fingerprint() != code:
+                    raise SystemExit(
+                        "expected the same code in both servers, it changed in between: run again"
+                    )
                 result |= under_load(args, server.url, prompts, alone)
                 if args.faults != "none":
                     found = run_faults(args, server, prompts, alone)
@@ -211,7 +228,9 @@ def main() -> int:
     print(text)
     if args.json:
         args.json.write_text(text + "\n")
-    bad = result["differing"] > args.allow or result["leaked secrets"] or result["failed"]
+    # ties are rare: more than one answer in 50 that takes the other way is no rounding
+    ties = result["differing at a near tie"] > max(2, args.requests // 50)
+    bad = ties or result["differing"] > args.allow or result["leaked secrets"] or result["failed"]
     return int(bool(bad) or not all(fault.passed for fault in found))
 
 

@@ -40,11 +40,16 @@ def stress(tmp_path: Path, *flags: str) -> dict:
 
 def check(found: dict) -> None:
     assert (found["differing"], found["leaked secrets"], found["failed"]) == (0, 0, 0)
+    assert found["differing at a near tie"] <= max(2, found["requests"] // 50)
     assert found["prefix hits"] > found["requests"] // 2 and found["retractions"] > 0
     assert found["disconnected"] > 0 and found["aborted"] > 0
     assert all(fault["passed"] for fault in found["faults"].values()), found["faults"]
 
 
+# long for now: on a loaded machine other batches form, and the CPU's matrix products round by batch, so answers
+# part at near ties
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_tenants_on_a_small_server_get_the_answers_of_a_server_of_their_own(tmp_path):
     flags = "--requests 60 --tenants 12 --prompts 1 --pool 1536 --new-tokens 8 40 90 --faults running"
     check(stress(tmp_path, *flags.split()))
