@@ -255,8 +255,8 @@ MUTATIONS = (
     Mutation(
         "splits beyond the last one weighed",
         f"{KERNELS}/merge.py",
-        'other=float("-inf"))\n        weight',
-        "other=0.0)\n        weight",
+        'mask=valid & (split < S), other=float("-inf"))',
+        "mask=valid & (split < S), other=0.0)",
         (KNOWN_KERNELS,),
     ),
     Mutation(
