@@ -19,6 +19,7 @@ from kvarn_kernels.attend import (
 )
 from kvarn_kernels.cache import DecodeBatch, DecodeWorkspace, LayerCache
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.reference import first_row_dtype
 
 # pages of a split in the canonical presets: the plan then depends on positions only
 CANONICAL_SPLIT_PAGES = 16
@@ -171,11 +172,10 @@ def decode(
         decode_sm90.decode(cache, batch, config, num_qo_heads, num_kv_heads, scale, split_pages)
         return
     splits = workspace.num_splits[batch_size - 1]
-    first_dtype = torch.bfloat16 if cache.ring_k.dtype == torch.bfloat16 else torch.float16
     _decode_kernel[(splits, num_kv_heads, batch_size)](
         workspace.rotated_q,
         cache.records,
-        cache.records.view(first_dtype),
+        cache.records.view(first_row_dtype(cache.ring_k.dtype)),
         cache.ring_k,
         cache.ring_v,
         batch.page_table,

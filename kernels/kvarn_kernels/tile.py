@@ -66,12 +66,6 @@ def k_token_blocks(head_dim, bits):
 
 
 @triton.constexpr_function
-def v_token_blocks(bits):
-    """Return TB of the value codes: 32 tokens a block, a multiple of the depth of a matrix instruction."""
-    return 4
-
-
-@triton.constexpr_function
 def v_channel_blocks(bits):
     """Return CB of the value codes."""
     return 8 // bits

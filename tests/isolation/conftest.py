@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,8 +20,3 @@ def sglang() -> None:
     compat.load_plugins()
     arguments = SimpleNamespace(page_size=128, speculative_algorithm=None, strip_thinking_cache=False)
     compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(arguments)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
