@@ -3,38 +3,29 @@
 
 from __future__ import annotations
 
-import logging
 import struct
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvarn_kernels import tile
+from kvarn_kernels import nvrtc, tile
 from kvarn_kernels.cache import DecodeBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 
-logger = logging.getLogger(__name__)
-
+SOURCE = "decode_sm90.cu"
 THREADS = 128
 # records in flight per block: 2 hide the latency of memory (26 KB per multiprocessor), 1 is being read
 STAGES = 3
 # warps that share a tile: 4 or 2
-TILE_WARPS = 4
+TILE_WARPS = 2
 # resident blocks per multiprocessor by head_dim, the most that keep every value in registers
-MIN_BLOCKS = {64: 4, 128: 4, 256: 2}
+MIN_BLOCKS = {64: 4, 128: 3, 256: 2}
 
 
-@lru_cache(maxsize=8)
 def is_supported(device: torch.device) -> bool:
     """Return whether decode_sm90.cu can serve a device: CUDA, capability 9.0 or newer, NVRTC reachable."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    if hasattr(torch.cuda, "_compile_kernel"):
-        return True
-    logger.warning("this torch has no torch.cuda._compile_kernel: decode uses the portable Triton kernel")
-    return False
+    return nvrtc.capability(device) >= (9, 0)
 
 
 def constants(
@@ -69,12 +60,6 @@ def constants(
     }
 
 
-def source(defines: dict[str, int]) -> str:
-    """Return the CUDA source with its constants in front."""
-    lines = [f"#define {name} {value}" for name, value in defines.items()]
-    return "\n".join([*lines, Path(__file__).with_suffix(".cu").read_text()])
-
-
 def shared_bytes(defines: dict[str, int]) -> int:
     """Return the dynamic shared memory of a block: the records in flight, at the end the sums of 4 warps x 8 heads."""
     return max(STAGES * defines["RECORD"], 4 * 8 * defines["D"] * 4)
@@ -85,8 +70,7 @@ def _compiled(
     config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_pages: int, device: int
 ) -> tuple[Any, int]:
     defines = constants(config, head_dim, num_kv_heads, group, is_bf16, split_pages)
-    capability = "".join(str(n) for n in torch.cuda.get_device_capability(device))
-    kernel = torch.cuda._compile_kernel(source(defines), "kvarn_decode", compute_capability=capability)
+    kernel = nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device)
     size = shared_bytes(defines)
     kernel.set_shared_memory_config(size)
     return kernel, size

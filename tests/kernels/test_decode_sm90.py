@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from kvarn_kernels import decode_sm90, tile
+from kvarn_kernels import decode_sm90, nvrtc, tile
 from kvarn_kernels.config import KVarNConfig
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -34,7 +34,7 @@ def compiled(form: tuple, capability: str) -> bytes:
     preset, *rest = form
     defines = decode_sm90.constants(KVarNConfig.from_preset(preset), *rest)
     code, _ = torch.cuda._utils._nvrtc_compile(
-        decode_sm90.source(defines), "kvarn_decode", compute_capability=capability
+        nvrtc.source(decode_sm90.SOURCE, defines), "kvarn_decode", compute_capability=capability
     )
     return code
 

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host side of encode.cu: compile it for a format, launch it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from kvarn_kernels import nvrtc, tile
+from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.reference.quantiser import FIRST_REACH, ROUNDS
+
+SOURCE = "encode.cu"
+
+
+def is_supported(cache: LayerCache) -> bool:
+    """Return whether encode.cu can serve a cache: CUDA, capability 8.0 or newer, a ring of 16-bit floats."""
+    return cache.ring_k.dtype != torch.float32 and nvrtc.capability(cache.ring_k.device) >= (8, 0)
+
+
+def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool) -> dict[str, Any]:
+    """Return the constants of encode.cu for a format; every offset comes from `tile`, the rest from the oracle."""
+    k_bits, v_bits = config.k_bits, config.v_bits
+    return {
+        "D": head_dim,
+        "HK": num_kv_heads,
+        "K_BITS": k_bits,
+        "V_BITS": v_bits,
+        "RING_LEN": config.ring_len,
+        "BF16": int(is_bf16),
+        "K_ROUNDS": ROUNDS[k_bits],
+        "V_ROUNDS": ROUNDS[v_bits],
+        "K_REACH": f"{0.5 * FIRST_REACH[k_bits]}f",
+        "V_REACH": f"{0.5 * FIRST_REACH[v_bits]}f",
+        "HEADER": int(tile.header(is_bf16)),
+        "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
+        "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),
+        "RECORD": tile.record_bytes(head_dim, k_bits, v_bits),
+        "V_CODES_OFFSET": tile.v_codes_offset(head_dim, k_bits),
+        "SCALES_OFFSET": tile.scales_offset(head_dim, k_bits, v_bits),
+        "K_CHANNEL_SCALE": tile.k_channel_scale_index(head_dim),
+        "K_CHANNEL_ZERO": tile.k_channel_zero_index(head_dim),
+        "V_CHANNEL_SCALE": tile.v_channel_scale_index(head_dim),
+        "K_TOKEN_SCALE": tile.k_token_scale_index(head_dim),
+        "V_TOKEN_SCALE": tile.v_token_scale_index(head_dim),
+        "V_TOKEN_ZERO": tile.v_token_zero_index(head_dim),
+        "K_FIRST": tile.k_first_index(head_dim),
+        "V_FIRST": tile.v_first_index(head_dim),
+    }
+
+
+def threads(head_dim: int) -> int:
+    """Return the threads of a block: 64 elements of a side each."""
+    return 2 * head_dim
+
+
+@lru_cache(maxsize=32)
+def _compiled(kernel: str, config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, device: int) -> Any:
+    return nvrtc.compile_kernel(SOURCE, kernel, constants(config, head_dim, num_kv_heads, is_bf16), device)
+
+
+def _kernel(name: str, cache: LayerCache, config: KVarNConfig) -> Any:
+    kv_heads, head_dim = cache.ring_k.shape[2:]
+    is_bf16 = cache.ring_k.dtype == torch.bfloat16
+    return _compiled(name, config, head_dim, kv_heads, is_bf16, cache.ring_k.device.index or 0)
+
+
+def encode_from_ring(
+    cache: LayerCache,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    store_pages: torch.Tensor,
+    slices: int,
+    config: KVarNConfig,
+) -> None:
+    """Run the contract of `encode.encode_from_ring`; the requests are shared by `slices` blocks per side."""
+    kv_heads, head_dim = cache.ring_k.shape[2:]
+    _kernel("kvarn_encode_ring", cache, config)(
+        (2 * kv_heads, slices, 1),
+        (threads(head_dim), 1, 1),
+        [cache.records, cache.ring_k, cache.ring_v, rows, seq_lens, store_pages, rows.shape[0]],
+    )
+
+
+def encode_from_chunk(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: LayerCache,
+    rows: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    page_table: torch.Tensor,
+    max_full_pages: int,
+    config: KVarNConfig,
+) -> None:
+    """Run the contract of `encode.encode_from_chunk`."""
+    kv_heads, head_dim = cache.ring_k.shape[2:]
+    _kernel("kvarn_encode_chunk", cache, config)(
+        (2 * kv_heads, max_full_pages, rows.shape[0]),
+        (threads(head_dim), 1, 1),
+        [
+            cache.records, cache.ring_k, cache.ring_v, k, v, rows, prefix_lens, seq_lens, qo_indptr, page_table,
+            page_table.stride(0),
+        ],
+    )  # fmt: skip

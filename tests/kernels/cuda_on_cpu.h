@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// Just enough of CUDA to run a kernel of this project as C++ in a test: each CUDA thread of a block is a coroutine,
+// a shuffle or a barrier lets the others run until all have arrived.
+#pragma once
+#define CUDA_ON_CPU
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <ucontext.h>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+
+struct Index { int x, y, z; };
+struct uint4 { unsigned int x, y, z, w; };
+inline Index threadIdx, blockIdx, gridDim;
+
+struct Barrier {
+  int size, arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Block {
+  std::vector<ucontext_t> threads;
+  std::vector<std::vector<char>> stacks;
+  std::vector<bool> done;
+  std::vector<uint64_t> slots;  // two per thread, used in turn
+  std::vector<Barrier> warps;
+  Barrier all;
+  ucontext_t scheduler;
+  std::function<void()> kernel;
+  int any = 0;
+};
+inline Block* block;
+
+inline void wait(Barrier& barrier) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    barrier.generation++;
+    return;
+  }
+  while (barrier.generation == generation) {
+    const Index self = threadIdx;
+    swapcontext(&block->threads[self.x], &block->scheduler);
+    threadIdx = self;
+  }
+}
+
+inline void __syncthreads() { wait(block->all); }
+inline int __syncthreads_or(int value) {
+  block->any |= value != 0;
+  __syncthreads();
+  const int result = block->any;
+  __syncthreads();
+  block->any = 0;
+  return result;
+}
+
+template <class T>
+T exchange(T value, int source_lane) {
+  Barrier& warp = block->warps[threadIdx.x / 32];
+  // a thread may write its next value before the others have read this one
+  const unsigned turn = warp.generation % 2;
+  uint64_t raw = 0;
+  std::memcpy(&raw, &value, sizeof(T));
+  block->slots[2 * threadIdx.x + turn] = raw;
+  wait(warp);
+  raw = block->slots[2 * (threadIdx.x / 32 * 32 + source_lane) + turn];
+  std::memcpy(&value, &raw, sizeof(T));
+  return value;
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) { return exchange(value, threadIdx.x % 32 ^ mask); }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane, int width = 32) {
+  return exchange(value, threadIdx.x % 32 / width * width + lane);
+}
+inline int __reduce_max_sync(unsigned mask, int value) {
+  for (int n = 1; n < 32; n *= 2) value = std::max(value, __shfl_xor_sync(mask, value, n));
+  return value;
+}
+inline void atomicMax(int* target, int value) { *target = std::max(*target, value); }
+
+inline float __int_as_float(int x) { float f; std::memcpy(&f, &x, 4); return f; }
+inline int __float_as_int(float f) { int x; std::memcpy(&x, &f, 4); return x; }
+inline double __hiloint2double(int high, int low) {
+  uint64_t raw = (uint64_t)(uint32_t)high << 32 | (uint32_t)low;
+  double d;
+  std::memcpy(&d, &raw, 8);
+  return d;
+}
+inline float from_half(unsigned short h) { _Float16 x; std::memcpy(&x, &h, 2); return x; }
+inline unsigned short to_half(float f) { _Float16 x = f; unsigned short h; std::memcpy(&h, &x, 2); return h; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+using std::max;
+using std::min;
+
+inline void run_thread() {
+  block->kernel();
+  block->done[threadIdx.x] = true;
+}
+
+inline void launch(Index grid, int threads, std::function<void()> kernel) {
+  gridDim = grid;
+  for (int z = 0; z < grid.z; z++)
+    for (int y = 0; y < grid.y; y++)
+      for (int x = 0; x < grid.x; x++) {
+        Block current;
+        block = &current;
+        blockIdx = {x, y, z};
+        current.kernel = kernel;
+        current.threads.resize(threads);
+        current.done.resize(threads);
+        current.slots.resize(2 * threads);
+        current.warps.assign(threads / 32, Barrier{32});
+        current.all.size = threads;
+        current.stacks.assign(threads, std::vector<char>(1 << 15));
+        for (int n = 0; n < threads; n++) {
+          ucontext_t& context = current.threads[n];
+          getcontext(&context);
+          context.uc_stack.ss_sp = current.stacks[n].data();
+          context.uc_stack.ss_size = current.stacks[n].size();
+          context.uc_link = &current.scheduler;
+          makecontext(&context, run_thread, 0);
+        }
+        for (int left = threads; left > 0;)
+          for (int n = 0; n < threads; n++) {
+            if (current.done[n]) continue;
+            threadIdx = {n, 0, 0};
+            swapcontext(&current.scheduler, &current.threads[n]);
+            left -= current.done[n];
+          }
+      }
+}
