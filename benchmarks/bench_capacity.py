@@ -64,7 +64,7 @@ def workspace_bytes(shape: ModelShape, config: KVarNConfig, rows: int, context: 
     pages = -(-context // config.tile_size) + 1
     sizes = (rows + 1, shape.qo_heads, shape.kv_heads, shape.head_dim, pages, config, torch.device("meta"))
     workspace = make_workspace(*sizes)
-    return sum(x.nbytes for x in (workspace.rotated_q, workspace.partial_out, workspace.partial_lse))
+    return workspace.num_bytes
 
 
 def kvarn_row(

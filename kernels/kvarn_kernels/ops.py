@@ -60,7 +60,7 @@ def decode_attention(
 
     store_decode(q, k, v, cache, batch, config)
     decode(cache, batch, config, q.shape[1], k.shape[1], sm_scale)
-    merge(out, batch)
+    merge(out, batch, config, k.shape[1])
 
 
 def extend_attention(

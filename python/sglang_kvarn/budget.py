@@ -152,4 +152,4 @@ def workspace_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, r
         config,
         torch.device("meta"),
     )
-    return workspace.rotated_q.nbytes + workspace.partial_out.nbytes + workspace.partial_lse.nbytes
+    return workspace.num_bytes
