@@ -25,6 +25,7 @@ FUZZ = "tests/isolation/test_fuzz.py::test_every_read_is_of_the_requests_own_his
 KNOWN = "tests/isolation/test_known_failures.py"
 KNOWN_KERNELS = "tests/isolation/test_known_kernel_failures.py"
 DECODE, EXTEND = "tests/kernels/test_decode.py", "tests/kernels/test_extend.py"
+PREFILL = "tests/kernels/test_prefill.py"
 ENCODE, TORCH = "tests/kernels/test_encode.py", "tests/kernels/test_torch_form.py"
 
 _ROTATE = (
@@ -226,10 +227,10 @@ MUTATIONS = (
     Mutation(
         "ring written before the chunk is attended",
         f"{KERNELS}/ops.py",
-        "    rotated_q, rotated_k, rotated_v = rotate_extend(q, k, v)\n",
-        "    rotated_q, rotated_k, rotated_v = rotate_extend(q, k, v)\n"
+        "    rotated_k, rotated_v = rotate_chunk(k, k.dtype), rotate_chunk(v, v.dtype)\n",
+        "    rotated_k, rotated_v = rotate_chunk(k, k.dtype), rotate_chunk(v, v.dtype)\n"
         "    store_extend(rotated_k, rotated_v, cache, batch)\n",
-        (EXTEND,),
+        (EXTEND, PREFILL),
     ),
     Mutation(
         "first token of a chunk taken from the ring (extend kernel)",

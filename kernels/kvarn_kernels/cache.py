@@ -4,8 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+from kvarn_kernels import tile
+
+if TYPE_CHECKING:
+    from kvarn_kernels.prefill import PrefillPlan
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class ExtendBatch:
         seq_lens: int32 [B], tokens including the new ones.
         qo_indptr: int32 [B + 1], first new token of each request in q, k, v.
         prefix_lens_host, seq_lens_host: the same numbers as Python lists; they size the grids.
+        prefill: the step as FlashInfer runs it; None for the Triton and the torch form.
     """
 
     rows: torch.Tensor
@@ -96,8 +104,20 @@ class ExtendBatch:
     exact_starts: torch.Tensor
     prefix_lens_host: list[int]
     seq_lens_host: list[int]
+    prefill: PrefillPlan | None = None
 
-    @property
+    @cached_property
+    def new_tokens(self) -> list[int]:
+        """New tokens of each request."""
+        return [seq - prefix for prefix, seq in zip(self.prefix_lens_host, self.seq_lens_host, strict=True)]
+
+    @cached_property
     def num_tokens(self) -> int:
         """New tokens of all requests; q, k, v may have more rows (padding), which are neither read nor written."""
-        return sum(self.seq_lens_host) - sum(self.prefix_lens_host)
+        return sum(self.new_tokens)
+
+    @cached_property
+    def max_full_pages(self) -> int:
+        """The most pages that one request completes."""
+        lens = zip(self.prefix_lens_host, self.seq_lens_host, strict=True)
+        return max((seq // tile.TILE_SIZE - prefix // tile.TILE_SIZE for prefix, seq in lens), default=0)

@@ -20,37 +20,10 @@ from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.reference import first_row_dtype
 from kvarn_kernels.rotate import hadamard_signs
-from kvarn_kernels.tile_io import cast, dot, load_key_codes, load_value_codes
+from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
 
 # first rows of records that are attended together
 FIRST_BLOCK = 32
-
-
-@triton.jit
-def _load_keys(
-    record, first, TOKENS: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
-):
-    """Return k_channel_scale * code + k_channel_zero of TOKENS tokens: float16 [TOKENS, D], at most 2^9."""
-    x = load_key_codes(record.to(tl.pointer_type(tl.int32)), first, TOKENS, D, K_BITS)
-    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
-    d = tl.arange(0, D)
-    scale = tl.load(halves + tile.k_channel_scale_index(D) + d).to(tl.float32) * (1 << K_BITS)
-    zero = tl.load(halves + tile.k_channel_zero_index(D) + d).to(tl.float32) - scale
-    return (x * scale[None, :] + zero[None, :]).to(tl.float16)
-
-
-@triton.jit
-def _load_values(
-    record, first, TOKENS: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
-):
-    """Return v_token_scale * code + v_token_zero of TOKENS tokens: float16 [TOKENS, D], at most 2^9."""
-    values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
-    x = load_value_codes(values, first, TOKENS, D, V_BITS)
-    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
-    token = first + tl.arange(0, TOKENS)
-    scale = tl.load(halves + tile.v_token_scale_index(D) + token).to(tl.float32) * (1 << V_BITS)
-    zero = tl.load(halves + tile.v_token_zero_index(D) + token).to(tl.float32) - scale
-    return (x * scale[:, None] + zero[:, None]).to(tl.float16)
 
 
 @triton.jit
@@ -134,13 +107,13 @@ def _extend_kernel(
         record = records_ptr + (page_id * HK + head) * RECORD
         halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
         first = step % STEPS * BLOCK_KV
-        k = _load_keys(record, first, BLOCK_KV, D, K_BITS, V_BITS)
+        k = load_keys(record, first, BLOCK_KV, D, K_BITS, V_BITS)
         s = dot(half_q, tl.trans(k), tl.zeros([M, BLOCK_KV], tl.float32))
         token_scale = tl.load(halves + tile.k_token_scale_index(D) + first + y).to(tl.float32)
         # token 0 is attended exactly, with the other first rows
         s = tl.where((first + y > 0)[None, :], s * token_scale[None, :] * row_scale[:, None], float("-inf"))
         p, alpha, m, l = weigh(s, m, l)
-        v = _load_values(record, first, BLOCK_KV, D, K_BITS, V_BITS)
+        v = load_values(record, first, BLOCK_KV, D, K_BITS, V_BITS)
         channel_scale = tl.load(halves + tile.v_channel_scale_index(D) + d).to(tl.float32)
         partial = dot(p.to(tl.float16), v, tl.zeros([M, D], tl.float32))
         acc = acc * alpha[:, None] + partial * channel_scale[None, :]

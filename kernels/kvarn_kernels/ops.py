@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+from functools import lru_cache
 
 import torch
 
@@ -14,6 +16,8 @@ from kvarn_kernels.config import KVarNConfig
 logger = logging.getLogger(__name__)
 
 INTERPRET_ENV = "KVARN_CPU_FORM"
+# fewer new tokens run the Triton kernel; a guess until benchmarks/bench_prefill.py has measured it
+FLASHINFER_TOKENS = 256
 
 
 def attention_form(device: torch.device) -> str:
@@ -28,6 +32,38 @@ def attention_form(device: torch.device) -> str:
     if form not in ("torch", "triton"):
         raise ValueError(f"expected {INTERPRET_ENV} to be torch or triton, got {form!r}: unset it")
     return form
+
+
+def extend_form(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    config: KVarNConfig,
+    new_tokens: int = FLASHINFER_TOKENS,
+) -> str:
+    """Return "torch", "triton" or "flashinfer": how an extend step of `new_tokens` tokens runs, all requests together.
+
+    FlashInfer attends at the speed of a 16-bit cache, after the past of the step was written out in 16 bits; a step
+    of few tokens does not pay for that and runs the Triton kernel, which reads the records themselves. So does
+    everything else that FlashInfer cannot do:
+        - a canonical preset: its outputs have the same bits for a hit and a miss and for every chunking, and only the
+          Triton kernel sums in an order that depends on the position alone;
+        - another dtype than float16 and bfloat16, another head_dim than 64, 128 and 256, a host without FlashInfer
+          (SGLang brings it).
+
+    Called without `new_tokens` it tells whether any step can run on FlashInfer, so whether a workspace is needed.
+    """
+    form = attention_form(device)
+    if form == "torch" or device.type != "cuda" or new_tokens < FLASHINFER_TOKENS or config.is_canonical:
+        return form
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128, 256) or not _has_flashinfer():
+        return form
+    return "flashinfer"
+
+
+@lru_cache(maxsize=1)
+def _has_flashinfer() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
 
 
 def decode_attention(
@@ -86,11 +122,18 @@ def extend_attention(
 
         torch_form.extend_attention(q, k, v, out, cache, batch, config, sm_scale)
         return
-    from kvarn_kernels.extend import extend
-    from kvarn_kernels.store import encode_extend, rotate_extend, store_extend
+    from kvarn_kernels.store import encode_extend, rotate_chunk, store_extend
 
-    rotated_q, rotated_k, rotated_v = rotate_extend(q, k, v)
+    rotated_k, rotated_v = rotate_chunk(k, k.dtype), rotate_chunk(v, v.dtype)
     # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
     encode_extend(rotated_k, rotated_v, cache, batch, config)
-    extend(rotated_q, rotated_k, rotated_v, out, cache, batch, config, sm_scale)
+    if batch.prefill is not None:
+        from kvarn_kernels.prefill import prefill
+
+        prefill(q, k, v, out, cache, batch, config, sm_scale)
+    else:
+        from kvarn_kernels.extend import extend
+
+        rotated_q = rotate_chunk(q, torch.float32)
+        extend(rotated_q, rotated_k, rotated_v, out, cache, batch, config, sm_scale)
     store_extend(rotated_k, rotated_v, cache, batch)

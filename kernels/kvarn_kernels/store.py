@@ -22,24 +22,17 @@ def store_decode(
     encode_from_ring(cache, batch.rows, batch.seq_lens, batch.store_pages, config)
 
 
-def rotate_extend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (q H float32, k H, v H model dtype) of a chunk, contiguous."""
-    rotated_q = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    rotated_k, rotated_v = torch.empty_like(k), torch.empty_like(v)
-    for x, out in ((q, rotated_q), (k, rotated_k), (v, rotated_v)):
-        rotate(x, out)
-    return rotated_q, rotated_k, rotated_v
+def rotate_chunk(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x H of a chunk [T, H, D] in dtype, contiguous."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rotate(x, out)
+    return out
 
 
 def encode_extend(
     rotated_k: torch.Tensor, rotated_v: torch.Tensor, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig
 ) -> None:
     """Encode every page that the new tokens complete, from the ring (before the chunk) and the chunk."""
-    page = config.tile_size
-    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
-    max_full_pages = max((seq // page - prefix // page for prefix, seq in lens), default=0)
     encode_from_chunk(
         rotated_k,
         rotated_v,
@@ -49,7 +42,7 @@ def encode_extend(
         batch.seq_lens,
         batch.qo_indptr,
         batch.page_table,
-        max_full_pages,
+        batch.max_full_pages,
         config,
     )
 
@@ -93,8 +86,7 @@ def store_extend(rotated_k: torch.Tensor, rotated_v: torch.Tensor, cache: LayerC
         cache: rings written; batch: the step.
     """
     ring_len = cache.ring_k.shape[1]
-    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
-    newest = min(ring_len, max((seq - prefix for prefix, seq in lens), default=0))
+    newest = min(ring_len, max(batch.new_tokens, default=0))
     if newest == 0:
         return
     width = rotated_k.shape[1] * rotated_k.shape[2]

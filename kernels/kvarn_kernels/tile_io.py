@@ -119,3 +119,34 @@ def load_value_codes(words_ptr, first_token, TOKENS: tl.constexpr, D: tl.constex
     t, j = tl.arange(0, 4), tl.arange(0, CB)
     shifts = BITS * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], BITS)  # [4, CB]
     return tl.reshape(_to_float(words[:, None, None, :] >> shifts[None, :, :, None], BITS), [TOKENS, D])
+
+
+@triton.jit
+def load_keys(
+    record, first, TOKENS: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
+):
+    """Return k_channel_scale * code + k_channel_zero of the tokens first .. first + TOKENS - 1 of a record.
+
+    float16 [TOKENS, D], at most 2^9. What is left out is the scale that a product can take on as a factor of its
+    result (keys: of the token, values: of the channel).
+    """
+    x = load_key_codes(record.to(tl.pointer_type(tl.int32)), first, TOKENS, D, K_BITS)
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    d = tl.arange(0, D)
+    scale = tl.load(halves + tile.k_channel_scale_index(D) + d).to(tl.float32) * (1 << K_BITS)
+    zero = tl.load(halves + tile.k_channel_zero_index(D) + d).to(tl.float32) - scale
+    return (x * scale[None, :] + zero[None, :]).to(tl.float16)
+
+
+@triton.jit
+def load_values(
+    record, first, TOKENS: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
+):
+    """Return v_token_scale * code + v_token_zero of the tokens first .. of a record; as `load_keys`."""
+    values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
+    x = load_value_codes(values, first, TOKENS, D, V_BITS)
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    token = first + tl.arange(0, TOKENS)
+    scale = tl.load(halves + tile.v_token_scale_index(D) + token).to(tl.float32) * (1 << V_BITS)
+    zero = tl.load(halves + tile.v_token_zero_index(D) + token).to(tl.float32) - scale
+    return (x * scale[:, None] + zero[:, None]).to(tl.float16)

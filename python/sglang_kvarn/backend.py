@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from kvarn_kernels import ops
@@ -13,6 +14,9 @@ from kvarn_kernels.cache import DecodeBatch, ExtendBatch
 from sglang_kvarn import budget, compat, hooks, refusals
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 from sglang_kvarn.pool import KVarNTokenToKVPool
+
+if TYPE_CHECKING:
+    from kvarn_kernels.prefill import PrefillWorkspace
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +42,15 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         self._qo_heads = model_runner.model_config.num_attention_heads // compat.get_parallel().attn_tp_size
         rows = self.req_to_token.shape[0]
         self._buffers = self._make_buffers(budget.decode_batch_size(model_runner.server_args, rows - 1))
+        self._prefill = self._make_prefill_workspace()
         self._decode: DecodeBatch | None = None
         self._extend: ExtendBatch | None = None
-        logger.info("KVarN attention runs as %s on %s", self.form, self.req_to_token.device)
+        logger.info(
+            "KVarN attention runs as %s on %s, long extends as %s",
+            self.form,
+            self.req_to_token.device,
+            "flashinfer" if self._prefill else self.form,
+        )
 
     def _make_buffers(self, max_batch: int) -> DecodeBuffers:
         buffers = DecodeBuffers(max_batch, self.req_to_token)
@@ -57,6 +67,35 @@ class KVarNAttentionBackend(compat.AttentionBackend):
                 self.req_to_token.device,
             )
         return buffers
+
+    def _extend_form(self, *new_tokens: int) -> str:
+        pool = self.pool
+        return ops.extend_form(pool.records[0].device, pool.model_dtype, pool.head_dim, self.config, *new_tokens)
+
+    def _make_prefill_workspace(self) -> PrefillWorkspace | None:
+        """Return the workspace of extend steps on FlashInfer, None where none can run on it."""
+        if self._extend_form() != "flashinfer":
+            return None
+        from kvarn_kernels.prefill import make_workspace
+
+        pool = self.pool
+        return make_workspace(
+            self._qo_heads,
+            pool.head_num,
+            pool.head_dim,
+            pool.model_dtype,
+            budget.past_pages(self.req_to_token.shape[0], self._buffers.page_table.shape[1]),
+            self.req_to_token.device,
+        )
+
+    def _plan_prefill(self, batch: ExtendBatch) -> ExtendBatch:
+        """Plan the step for all its layers if it runs on FlashInfer."""
+        if self._prefill is None or self._extend_form(batch.num_tokens) != "flashinfer":
+            return batch
+        from kvarn_kernels.prefill import plan_prefill
+
+        plan = plan_prefill(self._prefill, batch.prefix_lens_host, batch.seq_lens_host, self.config)
+        return dataclasses.replace(batch, prefill=plan)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make the static buffers larger if a graph is; called before any capture."""
@@ -75,7 +114,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         if mode.is_decode():
             self._decode = self._buffers.fill(forward_batch, self.pool.tail.exact_starts)
         else:
-            self._extend = extend_batch(forward_batch, self.req_to_token, self.pool.tail.exact_starts)
+            batch = extend_batch(forward_batch, self.req_to_token, self.pool.tail.exact_starts)
+            self._extend = self._plan_prefill(batch)
 
     def forward_decode(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.ops import attention_form
+from kvarn_kernels.ops import attention_form, extend_form
 
 from sglang_kvarn import compat, settings
 
@@ -137,8 +137,20 @@ def decode_batch_size(server_args: Any, rows: int) -> int:
     return max(rows + 1, graph.max_bs or 0) if graph.backend != "disabled" else rows + 1
 
 
+def past_pages(rows: int, context_pages: int) -> int:
+    """Return the most pages that an extend step reads from the workspace: all of every request, its window twice."""
+    return rows * (context_pages + 1)
+
+
 def workspace_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, rows: int) -> int:
-    """Return the bytes of the decode kernels' workspace; 0 where the torch form runs."""
+    """Return the bytes of the workspaces of decode and prefill; 0 where the torch form runs."""
+    context_pages = -(-configurator.model_config.context_len // config.tile_size) + 1
+    return _decode_bytes(configurator, shape, config, rows, context_pages) + _prefill_bytes(
+        configurator, shape, config, rows, context_pages
+    )
+
+
+def _decode_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, rows: int, context_pages: int) -> int:
     if attention_form(torch.device(configurator.device)) == "torch":
         return 0
     from kvarn_kernels.decode import make_workspace
@@ -148,8 +160,19 @@ def workspace_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, r
         shape.qo_heads,
         shape.kv_heads,
         shape.head_dim,
-        -(-configurator.model_config.context_len // config.tile_size) + 1,
+        context_pages,
         config,
         torch.device("meta"),
     )
     return workspace.num_bytes
+
+
+def _prefill_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, rows: int, context_pages: int) -> int:
+    device, dtype = torch.device(configurator.device), configurator.model_dtype
+    if extend_form(device, dtype, shape.head_dim, config) != "flashinfer":
+        return 0
+    from kvarn_kernels import prefill
+
+    return prefill.workspace_bytes(
+        shape.kv_heads, shape.head_dim, dtype.itemsize, past_pages(rows + 1, context_pages), context_pages + 1
+    )

@@ -24,7 +24,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     A slot is page * 128 + offset as in any SGLang pool, but has no row: a page of a layer is Hk records.
 
     Attributes:
-        config: the preset.
+        config: the preset; model_dtype: dtype of the rings.
         records: per layer uint8 [pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
         tail: rings and exact starts.
     """
@@ -33,7 +33,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self, *args: Any, config: KVarNConfig, rows: int, model_dtype: torch.dtype, **kwargs: Any
     ) -> None:
         hooks.verify_hooks()
-        self.config, self._rows, self._model_dtype = config, rows, model_dtype
+        self.config, self._rows, self.model_dtype = config, rows, model_dtype
         super().__init__(*args, **kwargs)
 
     def _create_buffers(self) -> None:
@@ -53,7 +53,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             self.head_num,
             self.head_dim,
             self.config,
-            self._model_dtype,
+            self.model_dtype,
             self.device,
         )
         self._layer_caches = [

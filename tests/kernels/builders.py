@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -101,8 +102,14 @@ def run_extend(
     spans: Sequence[tuple[int, int]],
     cache: LayerCache,
     config: KVarNConfig,
+    *,
+    workspace=None,
+    padding: int = 0,
 ) -> list[torch.Tensor]:
-    """Feed positions start .. end - 1 of each request in one extend step; return the output of each."""
+    """Feed positions start .. end - 1 of each request in one extend step; return the output of each.
+
+    With a PrefillWorkspace the step runs on FlashInfer. Rows of padding follow the tokens; nothing may touch them.
+    """
     q, k, v = (
         torch.cat([getattr(r, name)[start:end] for r, (start, end) in zip(requests, spans, strict=True)])
         for name in "qkv"
@@ -120,9 +127,15 @@ def run_extend(
         prefix_lens_host=list(starts),
         seq_lens_host=list(ends),
     )
+    if workspace is not None:
+        from kvarn_kernels.prefill import plan_prefill
+
+        batch = dataclasses.replace(batch, prefill=plan_prefill(workspace, list(starts), list(ends), config))
+    q, k, v = (torch.cat([x, torch.full_like(x[:1], float("nan")).expand(padding, -1, -1)]) for x in (q, k, v))
     out = torch.full_like(q, float("nan"))
     attention(q, k, v, out, cache, batch, config, q.shape[-1] ** -0.5)
-    return list(out.split(sizes))
+    assert out[sum(sizes) :].isnan().all(), "a padding row was written"
+    return list(out[: sum(sizes)].split(sizes))
 
 
 def run_decode(
@@ -158,12 +171,17 @@ def run_decode(
 
 
 def prefill(
-    attention: Attention, request: Request, chunks: Sequence[int], cache: LayerCache, config: KVarNConfig
+    attention: Attention,
+    request: Request,
+    chunks: Sequence[int],
+    cache: LayerCache,
+    config: KVarNConfig,
+    workspace=None,
 ) -> torch.Tensor:
     """Feed a request from exact_start on in chunks of the given sizes; return the outputs [sum, Hq, D]."""
     start, outs = request.exact_start, []
     for size in chunks:
-        outs += run_extend(attention, [request], [(start, start + size)], cache, config)
+        outs += run_extend(attention, [request], [(start, start + size)], cache, config, workspace=workspace)
         start += size
     return torch.cat(outs)
 

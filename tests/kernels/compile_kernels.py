@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import MagicMock
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["KVARN_CPU_FORM"] = "triton"
@@ -23,6 +24,7 @@ os.environ["KVARN_CPU_FORM"] = "triton"
 import torch
 import triton
 from builders import make_cache, make_request, run_decode, run_extend
+from kvarn_kernels import prefill
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import make_workspace
 from kvarn_kernels.ops import decode_attention, extend_attention
@@ -46,6 +48,9 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     cache = make_cache(config, heads[1], head_dim, dtype, pages=8, rows=4)
     request = make_request(300, heads, head_dim, dtype)
     run_extend(extend_attention, [request], [(100, 300)], cache, config)
+    # the launches of the FlashInfer form need no FlashInfer
+    prefill_workspace = prefill.make_workspace(*heads, head_dim, dtype, 8, torch.device("cpu"), MagicMock())
+    run_extend(extend_attention, [request], [(100, 300)], cache, config, workspace=prefill_workspace)
     workspace = make_workspace(4, *heads, head_dim, 64, config, torch.device("cpu"))
     run_decode(decode_attention, [request], [299], cache, config, padding=3, workspace=workspace)
     return launches

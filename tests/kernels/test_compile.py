@@ -20,6 +20,7 @@ KERNELS = {
     "_encode_chunk_kernel",
     "_store_kernel",
     "_extend_kernel",
+    "_dequantise_kernel",
     "_decode_kernel",
     "_merge_kernel",
 }

@@ -108,6 +108,18 @@ def test_charge_fixed_bytes_charges_the_workspace_of_the_kernels(monkeypatch):
     assert GIB - left - ring == sum(t.nbytes for t in tensors) > 0
 
 
+def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
+    from kvarn_kernels import prefill
+
+    monkeypatch.setattr(budget, "extend_form", lambda *args: "flashinfer")
+    kvc = configurator("kvarn", requested=4)
+    left = budget.charge_fixed_bytes(GIB, kvc, 0)
+    ring = 5 * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
+    # 5 rows of 33 pages, one of them twice
+    pages = 5 * 34 * 2 * 128 * 2 * 64 * 2
+    assert GIB - left - ring == prefill.workspace_bytes(2, 64, 2, 5 * 34, 34) == pages + 2 * prefill.WRAPPER_BYTES
+
+
 @pytest.mark.parametrize("graph_rows", [None, 3, 64])
 def test_decode_batch_size_covers_rows_and_padded_graphs(graph_rows):
     graph = SimpleNamespace(backend="full", max_bs=graph_rows)

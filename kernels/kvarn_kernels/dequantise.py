@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fill the prefill workspace: pages of keys and values in the model's frame and dtype, from records and rings."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvarn_kernels import tile
+from kvarn_kernels.cache import ExtendBatch, LayerCache
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.reference import first_row_dtype
+from kvarn_kernels.rotate import hadamard_signs
+from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
+
+
+@triton.jit
+def _put_first(y, first_ptr, signs, D: tl.constexpr):
+    """Return y [TOKENS, COLS] with the exact row of token 0 times signs [D, COLS] as its first row.
+
+    The row has the model's dtype, so its products with the signs are exact; their sum is float32.
+    """
+    row = tl.load(first_ptr + tl.arange(0, D)).to(tl.float32)
+    exact = tl.sum(row[:, None] * signs.to(tl.float32), 0)
+    return tl.where((tl.arange(0, y.shape[0]) == 0)[:, None], exact[None, :], y)
+
+
+@triton.jit
+def _unrotate_keys(
+    record, signs, first, TOKENS: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
+):
+    """Return the keys of the tokens first .. of a record times signs [D, COLS]: float32 [TOKENS, COLS]."""
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    x = load_keys(record, first, TOKENS, D, K_BITS, V_BITS)
+    token_scale = tl.load(halves + tile.k_token_scale_index(D) + first + tl.arange(0, TOKENS)).to(tl.float32)
+    return dot(x, signs, tl.zeros([TOKENS, signs.shape[1]], tl.float32)) * token_scale[:, None]
+
+
+@triton.jit
+def _unrotate_values(
+    record, signs, first, TOKENS: tl.constexpr, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
+):
+    """Return the values of the tokens first .. of a record times signs; as `_unrotate_keys`."""
+    halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
+    x = load_values(record, first, TOKENS, D, K_BITS, V_BITS)
+    # the channel scale belongs to the rotated frame; times +-1 it is an exact fp16 operand, and nothing overflows
+    channel_scale = tl.load(halves + tile.v_channel_scale_index(D) + tl.arange(0, D))
+    return dot(x, signs * channel_scale[:, None], tl.zeros([TOKENS, signs.shape[1]], tl.float32))
+
+
+@triton.jit(do_not_specialize=["num_windows"])
+def _dequantise_kernel(
+    workspace_k_ptr,  # [M, Hk, G, D] model dtype, not rotated, written
+    workspace_v_ptr,
+    records_ptr,  # [P, Hk, RECORD] uint8
+    firsts_ptr,  # the same memory in the dtype of the first rows
+    ring_k_ptr,  # [R, RING_LEN, Hk, D] model dtype, rotated
+    ring_v_ptr,
+    signs_ptr,  # [D, D] float16, +-1
+    model_signs_ptr,  # [D, D] model dtype, +-1
+    requests_ptr,  # [M] int32
+    pages_ptr,  # [M] int32
+    page_table_ptr,  # [B, P_max] int32
+    rows_ptr,  # [B] int64
+    prefix_lens_ptr,  # [B] int32
+    exact_starts_ptr,  # [B] int32
+    stride_page_table,
+    num_windows,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    RING_LEN: tl.constexpr,
+    BLOCK: tl.constexpr,  # tokens of a program, a divisor of G
+    COLS: tl.constexpr,  # channels of a program, a divisor of D
+):
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    is_value, part = tl.program_id(2) % 2 == 1, tl.program_id(2) // 2
+    first = part // (D // COLS) * BLOCK
+    t, d, c = tl.arange(0, BLOCK), tl.arange(0, D), part % (D // COLS) * COLS + tl.arange(0, COLS)
+    signs_at = d[:, None] * D + c[None, :]  # [D, COLS]
+    b = tl.load(requests_ptr + slot).to(tl.int64)
+    page = tl.load(pages_ptr + slot)
+    # a page that the request took from the prefix cache was never in its ring
+    if (slot < num_windows) & (page * G >= tl.load(exact_starts_ptr + b)):
+        position = page * G + first + t
+        source = ((tl.load(rows_ptr + b) * RING_LEN + position % RING_LEN) * HK + head)[:, None] * D + d[None, :]
+        exists = (position < tl.load(prefix_lens_ptr + b))[:, None]
+        if is_value:
+            x = tl.load(ring_v_ptr + source, mask=exists, other=0.0)
+        else:
+            x = tl.load(ring_k_ptr + source, mask=exists, other=0.0)
+        y = dot(x, tl.load(model_signs_ptr + signs_at), tl.zeros([BLOCK, COLS], tl.float32))
+    else:
+        page_id = tl.load(page_table_ptr + b * stride_page_table + page).to(tl.int64)
+        RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
+        record = records_ptr + (page_id * HK + head) * RECORD
+        first_ptr = firsts_ptr + (page_id * HK + head) * (RECORD // 2) + tile.scales_offset(D, K_BITS, V_BITS) // 2
+        signs = tl.load(signs_ptr + signs_at)
+        if is_value:
+            y = _unrotate_values(record, signs, first, BLOCK, D, K_BITS, V_BITS)
+            first_ptr += tile.v_first_index(D)
+        else:
+            y = _unrotate_keys(record, signs, first, BLOCK, D, K_BITS, V_BITS)
+            first_ptr += tile.k_first_index(D)
+        if first == 0:
+            y = _put_first(y, first_ptr, signs, D)
+    y = y * (1.0 / D**0.5)
+    if workspace_k_ptr.dtype.element_ty == tl.float16:
+        # quantisation may carry an element of the largest keys beyond the range of fp16
+        y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+    y = cast(y, workspace_k_ptr.dtype.element_ty)
+    target = ((slot * HK + head) * G + first + t)[:, None] * D + c[None, :]
+    if is_value:
+        tl.store(workspace_v_ptr + target, y)
+    else:
+        tl.store(workspace_k_ptr + target, y)
+
+
+def dequantise(
+    workspace_k: torch.Tensor,
+    workspace_v: torch.Tensor,
+    requests: torch.Tensor,
+    pages: torch.Tensor,
+    num_windows: int,
+    cache: LayerCache,
+    batch: ExtendBatch,
+    config: KVarNConfig,
+) -> None:
+    """Write page pages[i] of request requests[i] to page i of the workspace, in the model's frame.
+
+    A window page that is not older than the exact start comes from the ring (the part before prefix_len; zeros
+    after it), every other page from its record. Elements are rounded to fp16 before and to the model's dtype after
+    the rotation, the exact first row of a record only after it.
+
+    Args:
+        workspace_k, workspace_v: [at least M, Hk, G, D] model dtype, contiguous, written.
+        requests, pages: int32 [M] on the device; the first num_windows are window pages.
+        cache: read, the ring as it was before the chunk; batch: the step.
+    """
+    kv_heads, head_dim = cache.ring_k.shape[2:]
+    # the sums take 32 or 64 registers of a thread, the operands at most 160 KiB of shared memory
+    block, cols, warps = {64: (128, 64, 4), 128: (128, 128, 8), 256: (64, 128, 8)}[head_dim]
+    grid = (len(pages), kv_heads, 2 * (config.tile_size // block) * (head_dim // cols))
+    _dequantise_kernel[grid](
+        workspace_k,
+        workspace_v,
+        cache.records,
+        cache.records.view(first_row_dtype(cache.ring_k.dtype)),
+        cache.ring_k,
+        cache.ring_v,
+        hadamard_signs(head_dim, torch.float16, cache.records.device),
+        hadamard_signs(head_dim, cache.ring_k.dtype, cache.records.device),
+        requests,
+        pages,
+        batch.page_table,
+        batch.rows,
+        batch.prefix_lens,
+        batch.exact_starts,
+        batch.page_table.stride(0),
+        num_windows,
+        HK=kv_heads,
+        D=head_dim,
+        G=config.tile_size,
+        K_BITS=config.k_bits,
+        V_BITS=config.v_bits,
+        RING_LEN=config.ring_len,
+        BLOCK=block,
+        COLS=cols,
+        num_warps=warps,
+    )

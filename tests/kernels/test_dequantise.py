@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workspace pages against the oracle's decoded records and the ring, both rotated back."""
+
+import pytest
+import torch
+from builders import DEVICE, PAGE, make_cache, make_request, prefill, relative_rms
+from kvarn_kernels import reference, torch_form
+from kvarn_kernels.cache import ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.dequantise import dequantise
+
+KVARN = KVarNConfig.from_preset("kvarn")
+# one rounding to the model's dtype (2^-12.6 and 2^-9.6 of a value on average), and fp16 operands (2^-12)
+BOUND = {torch.float16: 4e-4, torch.bfloat16: 2.5e-3}
+
+
+def batch_of(request, prefix: int, seq: int) -> ExtendBatch:
+    def int32(x: int) -> torch.Tensor:
+        return torch.tensor([x], dtype=torch.int32, device=DEVICE)
+
+    return ExtendBatch(
+        rows=torch.tensor([request.row], device=DEVICE),
+        prefix_lens=int32(prefix),
+        seq_lens=int32(seq),
+        qo_indptr=torch.tensor([0, seq - prefix], dtype=torch.int32, device=DEVICE),
+        page_table=torch.tensor([request.pages], dtype=torch.int32, device=DEVICE),
+        exact_starts=int32(request.exact_start),
+        prefix_lens_host=[prefix],
+        seq_lens_host=[seq],
+    )
+
+
+def filled(cache, request, config, prefix: int, numbers: list[int], num_windows: int):
+    """Return the workspace (keys, values), each [M, Hk, G, D], one page of NaN beyond what is asked for."""
+    kv_heads, head_dim = cache.ring_k.shape[2:]
+    shape = (len(numbers) + 1, kv_heads, PAGE, head_dim)
+    keys, values = (torch.full(shape, float("nan"), dtype=request.k.dtype, device=DEVICE) for _ in range(2))
+    pages = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+    batch = batch_of(request, prefix, prefix + 1)
+    dequantise(keys, values, torch.zeros_like(pages), pages, num_windows, cache, batch, config)
+    assert keys[-1].isnan().all() and values[-1].isnan().all()
+    return keys[:-1], values[:-1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "head_dim", "dtype"),
+    [
+        ("kvarn", 128, torch.bfloat16),
+        ("kvarn", 64, torch.float16),
+        ("kvarn", 256, torch.bfloat16),
+        ("kvarn_k2v2_g128", 64, torch.bfloat16),
+        ("kvarn_k2v2_g128", 128, torch.float16),
+        ("kvarn_k4v4_g128", 128, torch.bfloat16),
+        ("kvarn_k4v4_g128", 256, torch.float16),
+    ],
+)
+def test_dequantise_matches_the_decoded_records(preset, head_dim, dtype):
+    config = KVarNConfig.from_preset(preset)
+    request = make_request(3 * PAGE + 5, (2, 2), head_dim, dtype)
+    cache = make_cache(config, 2, head_dim, dtype, pages=8, rows=3)
+    prefill(torch_form.extend_attention, request, [3 * PAGE], cache, config)
+    for ring in (cache.ring_k, cache.ring_v):
+        ring.fill_(float("nan"))
+    got = filled(cache, request, config, 3 * PAGE, [2, 0, 1, 0], num_windows=0)
+    records = cache.records[[request.pages[n] for n in (2, 0, 1, 0)]]
+    for x, decoded in zip(got, reference.decode_tile(records, config, head_dim), strict=True):
+        expected = reference.rotate(decoded)
+        assert relative_rms(x, expected) < BOUND[dtype]
+        # the sums of the exact rows are those of float32: at most the last bit of the model's dtype differs
+        torch.testing.assert_close(
+            x[:, :, 0], expected[:, :, 0].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.bfloat16, 128)])
+def test_dequantise_takes_window_pages_from_the_ring(dtype, head_dim):
+    request = make_request(2 * PAGE + 45, (2, 1), head_dim, dtype, row=2)
+    cache = make_cache(KVARN, 1, head_dim, dtype, pages=8, rows=3)
+    prefix = 2 * PAGE + 44
+    prefill(torch_form.extend_attention, request, [prefix], cache, KVARN)
+    cache.records[request.pages[1]] = 0xFF
+    keys, values = filled(cache, request, KVARN, prefix, [1, 2, 0], num_windows=2)
+    for x, exact in ((keys, request.k), (values, request.v)):
+        # rotated, rounded, rotated back and rounded again
+        assert relative_rms(x[0, 0], exact[PAGE : 2 * PAGE, 0]) < 2 * BOUND[dtype]
+        assert relative_rms(x[1, 0, :44], exact[2 * PAGE : prefix, 0]) < 2 * BOUND[dtype]
+        assert x[1, 0, 44:].eq(0).all() and x[2].isfinite().all()
+
+
+def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records():
+    request = make_request(2 * PAGE + 45, (2, 1), 64, torch.float16, row=2)
+    cache = make_cache(KVARN, 1, 64, torch.float16, pages=8, rows=3)
+    prefill(torch_form.extend_attention, request, [2 * PAGE + 44], cache, KVARN)
+    request.exact_start = 2 * PAGE
+    cache.ring_k[2, PAGE:], cache.ring_v[2, PAGE:] = float("nan"), float("nan")
+    windows = filled(cache, request, KVARN, 2 * PAGE + 44, [1, 2], num_windows=2)
+    records = filled(cache, request, KVARN, 2 * PAGE + 44, [1], num_windows=0)
+    for window, record in zip(windows, records, strict=True):
+        assert torch.equal(window[0], record[0]) and window.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dequantise_stays_finite_for_the_largest_keys_and_values(dtype):
+    # 2^21 is in the range that a record holds; in fp16 rotating back meets the end of the range
+    largest = 60000.0 if dtype == torch.float16 else 2.0**21
+    request = make_request(PAGE, (1, 1), 128, dtype)
+    for x in (request.k, request.v):
+        x.copy_(torch.where(x > 0, 1.0, -1.0) * (largest / 128**0.5))
+        x[:, :, 0] = largest
+        x[0] = largest / 16
+    cache = make_cache(KVARN, 1, 128, dtype, pages=4, rows=3)
+    prefill(torch_form.extend_attention, request, [PAGE], cache, KVARN)
+    for x, exact in zip(filled(cache, request, KVARN, PAGE, [0], 0), (request.k, request.v), strict=True):
+        assert x.isfinite().all()
+        assert relative_rms(x[0, 0, 0], exact[0, 0]) < 2 * BOUND[dtype]

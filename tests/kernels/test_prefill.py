@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extend steps on FlashInfer against the float64 oracle; on a CPU a stand-in with FlashInfer's contract attends."""
+
+import dataclasses
+
+import flashinfer_standin
+import pytest
+import torch
+from builders import (
+    DEVICE,
+    PAGE,
+    Request,
+    make_cache,
+    make_request,
+    oracle,
+    prefill,
+    relative_rms,
+    run_extend,
+)
+from kvarn_kernels import ops, torch_form
+from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.prefill import PrefillWorkspace, make_workspace, num_pages, workspace_bytes
+from kvarn_kernels.prefill import prefill as prefill_kernel
+
+KVARN = KVarNConfig.from_preset("kvarn")
+CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
+# past keys and values and the merged parts are rounded to the model's dtype, each 2^-12.6 (fp16) or 2^-9.6 (bf16) on
+# average; a GPU also rounds the weights
+BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def workspace_for(request: Request, pages: int = 64) -> PrefillWorkspace:
+    """Return a workspace of poison."""
+    library = None if DEVICE.type == "cuda" else flashinfer_standin
+    heads = (request.q.shape[1], *request.k.shape[1:])
+    workspace = make_workspace(*heads, request.k.dtype, pages, DEVICE, library)
+    workspace.keys.fill_(float("nan"))
+    workspace.values.fill_(float("nan"))
+    return workspace
+
+
+def cache_for(request: Request, config: KVarNConfig, rows: int = 5, pages: int = 24) -> LayerCache:
+    return make_cache(config, request.k.shape[1], request.k.shape[2], request.k.dtype, pages, rows)
+
+
+def attention(q, k, v, out, cache, batch, config, sm_scale):
+    """Run the FlashInfer form between the store steps of the torch form, which on a CPU are faster."""
+    if q.is_cuda:
+        ops.extend_attention(q, k, v, out, cache, batch, config, sm_scale)
+        return
+    stored = dataclasses.replace(
+        cache, records=cache.records.clone(), ring_k=cache.ring_k.clone(), ring_v=cache.ring_v.clone()
+    )
+    tokens = batch.num_tokens
+    unused = torch.empty_like(q[:tokens])
+    torch_form.extend_attention(q[:tokens], k[:tokens], v[:tokens], unused, stored, batch, config, sm_scale)
+    encoded = dataclasses.replace(cache, records=stored.records)
+    prefill_kernel(q, k, v, out, encoded, batch, config, sm_scale)
+    for name in ("records", "ring_k", "ring_v"):
+        getattr(cache, name).copy_(getattr(stored, name))
+
+
+@pytest.mark.parametrize("tokens", [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1, 401])
+def test_prefill_matches_the_oracle_at_every_length(tokens):
+    request = make_request(tokens, (2, 1), 64, torch.float16)
+    out = prefill(attention, request, [tokens], cache_for(request, KVARN), KVARN, workspace_for(request))
+    assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("preset", "heads", "head_dim", "dtype"),
+    [
+        ("kvarn", (4, 1), 128, torch.bfloat16),
+        ("kvarn", (2, 2), 256, torch.float16),
+        ("kvarn_k4v4_g128", (6, 1), 64, torch.bfloat16),
+        ("kvarn_k2v2_g128", (7, 1), 128, torch.float16),
+    ],
+)
+def test_prefill_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype):
+    config = KVarNConfig.from_preset(preset)
+    request = make_request(3 * PAGE + 51, heads, head_dim, dtype)
+    workspace = workspace_for(request)
+    out = prefill(attention, request, [2 * PAGE + 9, PAGE + 42], cache_for(request, config), config, workspace)
+    assert relative_rms(out, oracle(request, config)) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("chunks", [[300, 1, 1, 99], [PAGE] * 3, [127, 2, 200], [257, 64, 64, 64]], ids=str)
+def test_prefill_matches_the_oracle_for_every_chunking(chunks):
+    request = make_request(sum(chunks), (2, 1), 64, torch.float16)
+    out = prefill(attention, request, chunks, cache_for(request, KVARN), KVARN, workspace_for(request))
+    assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_prefill_merges_the_segments_of_a_past_beyond_the_workspace(pages):
+    request = make_request(6 * PAGE + 20, (2, 1), 64, torch.float16)
+    workspace = workspace_for(request, pages)
+    out = prefill(attention, request, [2 * PAGE + 70, 4 * PAGE - 50], cache_for(request, KVARN), KVARN, workspace)
+    assert len(workspace.past) >= 7 // pages and len(workspace.keys) == pages
+    assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("exact_start", [PAGE, 3 * PAGE])
+@pytest.mark.parametrize("chunks", [[2 * PAGE + 3], [70, PAGE + 61]], ids=str)
+def test_prefill_reads_a_prefix_hit_from_the_records_of_another_request(exact_start, chunks):
+    donor = make_request(3 * PAGE, (2, 1), 64, torch.float16)
+    cache = cache_for(donor, KVARN)
+    prefill(torch_form.extend_attention, donor, [len(donor.q)], cache, KVARN)
+    hit = make_request(exact_start + 2 * PAGE + 3, (2, 1), 64, torch.float16, row=2, first_page=10, seed=1)
+    hit.exact_start = exact_start
+    hit.pages[: exact_start // PAGE] = donor.pages[: exact_start // PAGE]
+    hit.k[:exact_start], hit.v[:exact_start] = donor.k[:exact_start], donor.v[:exact_start]
+    # the ring of row 2 is poison: nothing of the prefix may be read exactly
+    out = prefill(attention, hit, chunks, cache, KVARN, workspace_for(hit))
+    assert relative_rms(out, oracle(hit, KVARN, exact_start)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("pages", [3, 64])
+def test_prefill_serves_a_mixed_batch_with_padding(pages):
+    requests, spans, first_page = [], [], 1
+    # a first chunk, a decode step, a continued chunk, a decode step on a full page, and the padding row
+    for row, (start, end) in enumerate([(0, 300), (401, 402), (150, 430), (2 * PAGE, 2 * PAGE + 1)], 1):
+        request = make_request(end, (2, 1), 64, torch.float16, row=row, first_page=first_page, seed=row)
+        requests.append(request)
+        spans.append((start, end))
+        first_page += len(request.pages)
+    requests.append(dataclasses.replace(make_request(1, (2, 1), 64, torch.float16, seed=9), row=0, pages=[0]))
+    spans.append((0, 1))
+    cache = cache_for(requests[0], KVARN)
+    for request, (start, _) in zip(requests, spans, strict=True):
+        if start:
+            prefill(torch_form.extend_attention, request, [start], cache, KVARN)
+    workspace = workspace_for(requests[0], pages)
+    outs = run_extend(attention, requests, spans, cache, KVARN, workspace=workspace, padding=5)
+    for request, (start, end), out in zip(requests, spans, outs, strict=True):
+        assert relative_rms(out, oracle(request, KVARN, start, end)) < BOUND[torch.float16], request.row
+
+
+def test_prefill_keeps_the_poison_of_one_request_from_the_others():
+    request = make_request(300, (2, 1), 64, torch.float16, row=1, first_page=1)
+    poisoned = make_request(260, (2, 1), 64, torch.float16, row=2, first_page=5, seed=3)
+    poisoned.k[3], poisoned.v[5], poisoned.q[9] = float("nan"), float("inf"), float("nan")
+    poisoned.k[0], poisoned.v[0] = float("nan"), float("nan")
+    for pages in (1, 64):
+        outs = run_extend(
+            attention,
+            [poisoned, request],
+            [(0, 260), (0, 300)],
+            cache_for(request, KVARN),
+            KVARN,
+            workspace=workspace_for(request, pages),
+        )
+        assert relative_rms(outs[1], oracle(request, KVARN)) < BOUND[torch.float16]
+
+
+def test_prefill_takes_keys_and_values_that_are_slices_of_one_projection():
+    request = make_request(300, (2, 2), 64, torch.float16)
+    qkv = torch.cat([request.q, request.k, request.v], 1)
+    sliced = dataclasses.replace(request, q=qkv[:, :2], k=qkv[:, 2:4], v=qkv[:, 4:])
+    outs = []
+    # slices of a projection, and (as with a key norm) keys of their own beside them
+    for keys in (sliced.k, request.k):
+        workspace = workspace_for(request)
+
+        def strided(q, k, v, out, cache, batch, config, sm_scale, keys=keys):
+            attention(sliced.q, keys, sliced.v, out, cache, batch, config, sm_scale)
+
+        outs.append(prefill(strided, sliced, [300], cache_for(request, KVARN), KVARN, workspace))
+    assert relative_rms(outs[0], oracle(request, KVARN)) < BOUND[torch.float16]
+    assert torch.equal(*outs)
+
+
+def test_prefill_of_a_canonical_preset_has_no_window():
+    request = make_request(2 * PAGE + 31, (2, 1), 64, torch.float16)
+    out = prefill(attention, request, [200, 87], cache_for(request, CANONICAL), CANONICAL, workspace_for(request))
+    assert relative_rms(out, oracle(request, CANONICAL)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_extend_attention_on_flashinfer_stores_the_same_bytes_as_the_torch_form(head_dim, monkeypatch):
+    request = make_request(2 * PAGE + 40, (2, 1), head_dim, torch.float16)
+    chunks = [100, PAGE, 68]
+    expected_cache = cache_for(request, KVARN)
+    expected = prefill(torch_form.extend_attention, request, chunks, expected_cache, KVARN)
+    monkeypatch.setenv(ops.INTERPRET_ENV, "triton")
+    cache = cache_for(request, KVARN)
+    out = prefill(ops.extend_attention, request, chunks, cache, KVARN, workspace_for(request))
+    assert relative_rms(out, expected) < BOUND[torch.float16]
+    assert torch.equal(cache.records, expected_cache.records)
+    for ring, other in ((cache.ring_k, expected_cache.ring_k), (cache.ring_v, expected_cache.ring_v)):
+        assert torch.equal(ring.view(torch.int16), other.view(torch.int16))
+
+
+def test_extend_form_says_what_runs_on_flashinfer(monkeypatch):
+    monkeypatch.setattr(ops, "_has_flashinfer", lambda: True)
+    cuda, bf16, enough = torch.device("cuda"), torch.bfloat16, ops.FLASHINFER_TOKENS
+    assert ops.extend_form(cuda, bf16, 128, KVARN) == "flashinfer"
+    assert ops.extend_form(cuda, bf16, 128, KVARN, enough - 1) == "triton"
+    assert ops.extend_form(cuda, bf16, 128, CANONICAL) == "triton"
+    assert ops.extend_form(cuda, torch.float32, 128, KVARN) == "triton"
+    assert ops.extend_form(cuda, bf16, 96, KVARN) == "triton"
+    assert ops.extend_form(torch.device("cpu"), bf16, 128, KVARN) == "torch"
+    monkeypatch.setattr(ops, "_has_flashinfer", lambda: False)
+    assert ops.extend_form(cuda, bf16, 128, KVARN) == "triton"
+
+
+def test_workspace_is_bounded_and_charged():
+    # 8 KV heads of 128 channels: 448 pages; a context of 128K tokens takes 3 segments
+    assert num_pages(8, 128, 2, 10**6) == 448 and num_pages(8, 128, 2, 10) == 10
+    assert workspace_bytes(8, 128, 2, 10**6, 448) < 256 << 20
+    workspace = make_workspace(4, 2, 64, torch.float16, 10, torch.device("cpu"), flashinfer_standin)
+    assert workspace.keys.shape == (10, 2, PAGE, 64)
+    pages = workspace.keys.nbytes + workspace.values.nbytes
+    assert workspace_bytes(2, 64, 2, 10, 10) - pages == 2 * ((8 << 20) + (128 << 10))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_dim"), [((32, 8), 128), ((8, 2), 256), ((9, 3), 64)])
+@pytest.mark.parametrize("pages", [3, 64])
+def test_prefill_of_a_long_prompt_matches_the_oracle_and_the_triton_kernel(dtype, heads, head_dim, pages):
+    request = make_request(2051, heads, head_dim, dtype)
+    workspace = workspace_for(request, pages)
+    expected = oracle(request, KVARN)
+    for chunks in ([2051], [1000, 51, 1000], [100, 1, 1950]):
+        out = prefill(ops.extend_attention, request, chunks, cache_for(request, KVARN), KVARN, workspace)
+        assert relative_rms(out, expected) < BOUND[dtype]
+    triton = prefill(ops.extend_attention, request, [2051], cache_for(request, KVARN), KVARN)
+    assert relative_rms(out, triton) < BOUND[dtype]
+
+
+@pytest.mark.gpu
+def test_prefill_waits_for_nothing():
+    from kvarn_kernels.prefill import plan_prefill
+
+    request = make_request(1500, (32, 8), 128, torch.bfloat16)
+    workspace, cache = workspace_for(request, 4), cache_for(request, KVARN)
+    chunks = [700, 800]
+    prefill(ops.extend_attention, request, chunks, cache, KVARN, workspace)
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    # the plan and the layer are issued while the device is busy
+    torch.cuda._sleep(2 * 10**9)
+    plan = plan_prefill(workspace, [700], [1500], KVARN)
+    assert len(plan.segments) > 1
+    end.record()
+    assert not end.query(), "the host waited for the device"
+
+
+@pytest.mark.gpu
+def test_workspace_takes_what_is_charged():
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    scratch = torch.empty(16, dtype=torch.uint8, device=DEVICE)
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(scratch, "HND")
+    taken = torch.cuda.memory_allocated() - before
+    assert wrapper is not None and taken - 1024 <= workspace_bytes(1, 64, 2, 1, 1) // 2
