@@ -427,6 +427,7 @@ __device__ void encode_side(int side, u8* records, long long page_id, Source k, 
   }
 }
 
+#if ENCODE_RING
 // grid (2 HK, SLICES): slice s encodes the last page of the requests s, s + SLICES, ... whose token fills it
 extern "C" __global__ void __launch_bounds__(THREADS, 256 / D)
 kvarn_encode_ring(u8* __restrict__ records, const u16* __restrict__ ring_k, const u16* __restrict__ ring_v,
@@ -448,6 +449,9 @@ kvarn_encode_ring(u8* __restrict__ records, const u16* __restrict__ ring_k, cons
   }
 }
 
+#endif
+
+#if ENCODE_CHUNK
 // grid (2 HK, pages, B): every page that the new tokens of a request complete
 extern "C" __global__ void __launch_bounds__(THREADS, 256 / D)
 kvarn_encode_chunk(u8* __restrict__ records, const u16* __restrict__ ring_k, const u16* __restrict__ ring_v,
@@ -461,3 +465,4 @@ kvarn_encode_chunk(u8* __restrict__ records, const u16* __restrict__ ring_k, con
   Source k = {ring_k + ring, chunk_k + chunk, page * G, prefix_len}, v = {ring_v + ring, chunk_v + chunk, page * G, prefix_len};
   encode_side(blockIdx.x, records, page_table[(long long)b * stride_page_table + page], k, v);
 }
+#endif

@@ -14,6 +14,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.reference.quantiser import FIRST_REACH, ROUNDS
 
 SOURCE = "encode.cu"
+KERNELS = ("kvarn_encode_ring", "kvarn_encode_chunk")
 
 
 def is_supported(cache: LayerCache) -> bool:
@@ -52,6 +53,11 @@ def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bo
     }
 
 
+def selection(*kernels: str) -> dict[str, Any]:
+    """Return the constants that keep only some kernels of encode.cu; each takes seconds to compile."""
+    return {name.removeprefix("kvarn_").upper(): int(name in kernels) for name in KERNELS}
+
+
 def threads(head_dim: int) -> int:
     """Return the threads of a block: 64 elements of a side each."""
     return 2 * head_dim
@@ -59,7 +65,8 @@ def threads(head_dim: int) -> int:
 
 @lru_cache(maxsize=32)
 def _compiled(kernel: str, config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, device: int) -> Any:
-    return nvrtc.compile_kernel(SOURCE, kernel, constants(config, head_dim, num_kv_heads, is_bf16), device)
+    defines = constants(config, head_dim, num_kv_heads, is_bf16) | selection(kernel)
+    return nvrtc.compile_kernel(SOURCE, kernel, defines, device)
 
 
 def _kernel(name: str, cache: LayerCache, config: KVarNConfig) -> Any:

@@ -38,6 +38,7 @@ def library(tmp_path_factory):
         key = (config.name, head_dim, is_bf16)
         if key not in built:
             defines = encode_cuda.constants(config, head_dim, KV_HEADS, is_bf16)
+            defines |= encode_cuda.selection(*encode_cuda.KERNELS)
             path = folder / f"{len(built)}.cpp"
             path.write_text('#include "cuda_on_cpu.h"\n' + nvrtc.source(encode_cuda.SOURCE, defines) + LAUNCHERS)
             command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
@@ -124,19 +125,25 @@ def test_poisoned_and_constant_rows_give_the_bytes_of_the_oracle(library, poison
     assert torch.equal(records[2], expected(ring_k[1, :PAGE], ring_v[1, :PAGE], config))
 
 
-@pytest.mark.parametrize("kernel", ["kvarn_encode_ring", "kvarn_encode_chunk"])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
-def test_it_compiles_into_registers(kernel, head_dim, preset, tmp_path):
-    for is_bf16 in (True, False):
-        defines = encode_cuda.constants(KVarNConfig.from_preset(preset), head_dim, 8, is_bf16)
-        source = nvrtc.source(encode_cuda.SOURCE, defines)
-        code, _ = torch.cuda._utils._nvrtc_compile(source, kernel, compute_capability="90")
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(code)
-        done = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-        assert usage, done.stdout
-        registers, stack = map(int, usage.groups())
-        # the rest is spilled, about one access in ten; one block a multiprocessor without spills hides less latency
-        assert registers <= 128 and stack <= 640, (registers, stack)
+@pytest.mark.parametrize("kernel", encode_cuda.KERNELS)
+@pytest.mark.parametrize(
+    ("preset", "head_dim", "is_bf16"),
+    [
+        ("kvarn", 128, True),
+        ("kvarn", 256, False),
+        ("kvarn_k4v4_g128", 64, True),
+        ("kvarn_k2v2_g128", 128, False),
+    ],
+)
+def test_it_compiles_into_registers(kernel, preset, head_dim, is_bf16, tmp_path):
+    defines = encode_cuda.constants(KVarNConfig.from_preset(preset), head_dim, 8, is_bf16)
+    source = nvrtc.source(encode_cuda.SOURCE, defines | encode_cuda.selection(kernel))
+    code, _ = torch.cuda._utils._nvrtc_compile(source, kernel, compute_capability="90")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(code)
+    done = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert usage, done.stdout
+    registers, stack = map(int, usage.groups())
+    # what is spilled is about one access in ten; one block a multiprocessor without spills hides less latency
+    assert registers <= 128 and stack <= 640, (registers, stack)
