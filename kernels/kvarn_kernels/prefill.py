@@ -18,8 +18,8 @@ from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dequantise import dequantise
 
-# pages of the workspace, keys and values; with FlashInfer's buffers at most 256 MiB up to 256K tokens of context at 8 KV
-# heads of 128 (412 pages, so 5 segments)
+# pages of the workspace, keys and values; at 8 KV heads of 128 these are 412 pages, so 256K tokens of context are 5
+# segments, and with FlashInfer's buffers for them the workspace takes 255 MiB
 PAGES_BYTES = 206 << 20
 # what a wrapper of FlashInfer 0.6.14 allocates on the device: schedules, and a length per pseudo-request
 WRAPPER_BYTES = (8 << 20) + 4 * 32768
