@@ -4,9 +4,9 @@ included.
 
     python benchmarks/bench_capacity.py [--gib 40] [--requests 64 256] [--csv benchmarks/results/capacity.csv]
 
-No GPU is needed: the figures come from the functions that size the pool of a server (`sglang_kvarn.budget`).
-What a server takes besides, the decode workspace and the padding page, is not counted; its start-up log names
-the exact pool.
+No GPU is needed: the figures come from the functions that size the pool of a server (`sglang_kvarn.budget`), for a
+CUDA host with what is installed here (FlashInfer: a workspace of prefill). What a server takes besides, the padding
+page and CUDA graphs beyond its rows, is not counted; its start-up log names the exact pool.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 
 import torch
-from kvarn_kernels import reference
+from kvarn_kernels import prefill, reference
 from kvarn_kernels.config import KVarNConfig, preset_names
 from kvarn_kernels.decode import make_workspace
-from sglang_kvarn.budget import MIB, ModelShape, choose_rows
+from kvarn_kernels.ops import extend_form
+from sglang_kvarn.budget import MIB, ModelShape, choose_rows, past_pages
 
 SHAPES = {
     "SmolLM2-135M": ModelShape(layers=30, kv_heads=3, qo_heads=9, head_dim=64, itemsize=2),
@@ -59,12 +60,14 @@ def plain_row(shape: ModelShape, memory: int, itemsize: int) -> dict[str, object
 
 
 def workspace_bytes(shape: ModelShape, config: KVarNConfig, rows: int, context: int) -> int:
-    """Return the bytes of the decode kernels' workspace on a GPU, without padding of CUDA graphs beyond the
-    rows."""
+    """Return the bytes of the workspaces of decode and prefill on a GPU, for a bf16 model."""
     pages = -(-context // config.tile_size) + 1
     sizes = (rows + 1, shape.qo_heads, shape.kv_heads, shape.head_dim, pages, config, torch.device("meta"))
-    workspace = make_workspace(*sizes)
-    return workspace.num_bytes
+    total = make_workspace(*sizes).num_bytes
+    if extend_form(torch.device("cuda"), torch.bfloat16, shape.head_dim, config) == "flashinfer":
+        heads = (shape.kv_heads, shape.head_dim, shape.itemsize)
+        total += prefill.workspace_bytes(*heads, past_pages(rows + 1, pages), pages + 1)
+    return total
 
 
 def kvarn_row(

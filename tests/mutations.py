@@ -25,7 +25,8 @@ FUZZ = "tests/isolation/test_fuzz.py::test_every_read_is_of_the_requests_own_his
 KNOWN = "tests/isolation/test_known_failures.py"
 KNOWN_KERNELS = "tests/isolation/test_known_kernel_failures.py"
 DECODE, EXTEND = "tests/kernels/test_decode.py", "tests/kernels/test_extend.py"
-PREFILL = "tests/kernels/test_prefill.py"
+PREFILL, PREFILL_PLAN = "tests/kernels/test_prefill.py", "tests/kernels/test_prefill_plan.py"
+DEQUANTISE = "tests/kernels/test_dequantise.py"
 ENCODE, TORCH = "tests/kernels/test_encode.py", "tests/kernels/test_torch_form.py"
 
 _ROTATE = (
@@ -280,6 +281,83 @@ MUTATIONS = (
         "    if config.is_canonical:\n        return triton",
         "    if batch_size == 0:\n        return triton",
         (DECODE,),
+    ),
+    Mutation(
+        "tokens beyond the prefix read from the last window page",
+        f"{KERNELS}/prefill_plan.py",
+        "torch.where(has_tail, queries.tail, page)",
+        "torch.where(has_tail, page, page)",
+        (PREFILL_PLAN,),
+    ),
+    Mutation(
+        "no exact window (prefill plan)",
+        f"{KERNELS}/prefill_plan.py",
+        "records = (number - config.window_pages).clamp_min(0)",
+        "records = number.clamp_min(0)",
+        (PREFILL_PLAN, PREFILL),
+    ),
+    Mutation(
+        "queries without a past merge the key that stands in",
+        f"{KERNELS}/prefill_plan.py",
+        "None if seen[first:last].all()",
+        "None if seen[first:last].any()",
+        (PREFILL,),
+    ),
+    Mutation(
+        "own keys of a request counted from the first row of the batch",
+        f"{KERNELS}/prefill_plan.py",
+        "origin = _indptr(seq - prefix)[:-1] - prefix",
+        "origin = -prefix",
+        (PREFILL,),
+    ),
+    Mutation(
+        "pages of a prefix hit read from the ring (workspace)",
+        f"{KERNELS}/dequantise.py",
+        "(slot < num_windows) & (page * G >= tl.load(exact_starts_ptr + b))",
+        "slot < num_windows",
+        (PREFILL,),
+    ),
+    Mutation(
+        "values written out without their channel scale",
+        f"{KERNELS}/dequantise.py",
+        "signs * channel_scale[:, None]",
+        "signs",
+        (DEQUANTISE,),
+    ),
+    Mutation(
+        "first row quantised (workspace)",
+        f"{KERNELS}/dequantise.py",
+        "if first == 0:",
+        "if first == 1:",
+        (DEQUANTISE,),
+    ),
+    Mutation(
+        "record of KV head 0 for every head (workspace)",
+        f"{KERNELS}/dequantise.py",
+        "record = records_ptr + (page_id * HK + head) * RECORD",
+        "record = records_ptr + page_id * HK * RECORD",
+        (DEQUANTISE,),
+    ),
+    Mutation(
+        "keys beyond the range of fp16 (workspace)",
+        f"{KERNELS}/dequantise.py",
+        "y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)",
+        "y = y * 1.0",
+        (DEQUANTISE,),
+    ),
+    Mutation(
+        "values addressed with the strides of the keys",
+        f"{KERNELS}/prefill.py",
+        "if k.stride() != v.stride():",
+        "if k.dtype != v.dtype:",
+        (PREFILL,),
+    ),
+    Mutation(
+        "segment planned on the wrapper of another",
+        f"{KERNELS}/prefill.py",
+        "wrapper = workspace.past_wrapper(n)",
+        "wrapper = workspace.past_wrapper(0)",
+        (PREFILL,),
     ),
 )
 

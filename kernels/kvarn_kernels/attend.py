@@ -96,22 +96,25 @@ def exact_scores(q, k):
 
 
 @triton.jit
-def attend_exact(q, row_scale, k_ptrs, v_ptrs, mask, m, l, acc, D: tl.constexpr, V_BLOCKS: tl.constexpr):
+def attend_exact(
+    q, row_scale, k_ptrs, v_ptrs, exists, seen, m, l, acc, D: tl.constexpr, V_BLOCKS: tl.constexpr
+):
     """Fold N exact keys and values into the state.
 
     Args:
         q: float32 [M, D], normalised; row_scale: [M].
         k_ptrs, v_ptrs: pointers [N] to channel 0 of rotated keys and values, any float dtype.
-        mask: bool [N], keys that exist; the others are not loaded.
+        exists: bool [N], keys that exist; the others are not loaded.
+        seen: bool [M, N] or [1, N], keys that a row sees.
     """
     VW: tl.constexpr = D // V_BLOCKS
     d, vw = tl.arange(0, D), tl.arange(0, VW)
-    k = tl.load(k_ptrs[:, None] + d[None, :], mask=mask[:, None], other=0.0)  # [N, D]
-    s = tl.where(mask[None, :], exact_scores(q, k) * row_scale[:, None], float("-inf"))
+    k = tl.load(k_ptrs[:, None] + d[None, :], mask=exists[:, None], other=0.0)  # [N, D]
+    s = tl.where(seen & exists[None, :], exact_scores(q, k) * row_scale[:, None], float("-inf"))
     p, alpha, m, l = weigh(s, m, l)
     out = ()
     for j in tl.static_range(V_BLOCKS):
-        v = tl.load(v_ptrs[:, None] + (j * VW + vw)[None, :], mask=mask[:, None], other=0.0)  # [N, VW]
+        v = tl.load(v_ptrs[:, None] + (j * VW + vw)[None, :], mask=exists[:, None], other=0.0)  # [N, VW]
         out = out + (dot(cast(p, v.dtype), v, acc[j] * alpha[:, None]),)
     return m, l, out
 

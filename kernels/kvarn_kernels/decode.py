@@ -126,7 +126,8 @@ def _decode_kernel(
             j = start + n
             offsets = ((row * RING_LEN + j % RING_LEN) * HK + head) * D
             k_ptrs, v_ptrs = ring_k_ptr + offsets, ring_v_ptr + offsets
-            m, l, acc = attend_exact(q, row_scale, k_ptrs, v_ptrs, j <= position, m, l, acc, D, V_BLOCKS)
+            seen = j <= position
+            m, l, acc = attend_exact(q, row_scale, k_ptrs, v_ptrs, seen, seen[None, :], m, l, acc, D, V_BLOCKS)
     else:
         if SPLIT_PAGES > 0:
             per_split = SPLIT_PAGES
@@ -141,7 +142,8 @@ def _decode_kernel(
             ids = tl.load(pages_ptr + start + f, mask=start + f < end, other=0).to(tl.int64)
             k_ptrs = first_ptr + (ids * HK + head) * (RECORD // 2) + FIRST
             exists = start + f < end
-            m, l, acc = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, exists, m, l, acc, D, V_BLOCKS)
+            v_ptrs = k_ptrs + D
+            m, l, acc = attend_exact(q, row_scale, k_ptrs, v_ptrs, exists, exists[None, :], m, l, acc, D, V_BLOCKS)
         blocks = load_query_blocks(q_ptrs, row_mask, row_scale, sm_scale_log2, D, K_BLOCKS)
         for p in tl.range(begin, end, num_stages=STAGES):
             page_id = tl.load(pages_ptr + p).to(tl.int64)

@@ -15,32 +15,15 @@ import triton
 import triton.language as tl
 
 from kvarn_kernels import tile
-from kvarn_kernels.attend import LOG2_E, exact_scores, normalise_query, weigh
+from kvarn_kernels.attend import LOG2_E, attend_exact, normalise_query, weigh
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.reference import first_row_dtype
-from kvarn_kernels.rotate import hadamard_signs
+from kvarn_kernels.rotate import hadamard_signs, unrotate
 from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
 
 # first rows of records that are attended together
 FIRST_BLOCK = 32
-
-
-@triton.jit
-def _attend_exact(q, row_scale, k_ptrs, v_ptrs, loaded, seen, m, l, acc, D: tl.constexpr):
-    """Fold N exact keys into the state.
-
-    Args:
-        q: float32 [M, D], normalised; row_scale: factor of its scores [M].
-        k_ptrs, v_ptrs: pointers [N] to channel 0 of each key and value.
-        loaded: bool [N], keys that exist; seen: bool [M, N] or [1, N], keys that a row sees.
-    """
-    d = tl.arange(0, D)
-    k = tl.load(k_ptrs[:, None] + d[None, :], mask=loaded[:, None], other=0.0)  # [N, D]
-    v = tl.load(v_ptrs[:, None] + d[None, :], mask=loaded[:, None], other=0.0)
-    s = tl.where(seen & loaded[None, :], exact_scores(q, k) * row_scale[:, None], float("-inf"))
-    p, alpha, m, l = weigh(s, m, l)
-    return m, l, dot(cast(p, v.dtype), v, acc * alpha[:, None])
 
 
 @triton.jit
@@ -124,9 +107,8 @@ def _extend_kernel(
         exists = begin + f < exact_page
         page_ids = tl.load(pages_ptr + begin + f, mask=exists, other=0).to(tl.int64)
         k_ptrs = firsts_ptr + (page_ids * HK + head) * (RECORD // 2) + FIRST
-        m, l, acc = _attend_exact(
-            q, row_scale, k_ptrs, k_ptrs + D, exists, exists[None, :], m, l, acc, D
-        )
+        m, l, blocks = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, exists, exists[None, :], m, l, (acc,), D, 1)
+        acc = blocks[0]
 
     ring = tl.load(rows_ptr + b) * RING_LEN
     end = tl.minimum(start + BLOCK_Q, seq_len)
@@ -138,16 +120,13 @@ def _extend_kernel(
         k_ptrs = tl.where(in_ring, ring_k_ptr + ring_offsets, chunk_k_ptr + chunk_offsets)
         v_ptrs = tl.where(in_ring, ring_v_ptr + ring_offsets, chunk_v_ptr + chunk_offsets)
         seen = j[None, :] <= position[:, None]
-        m, l, acc = _attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, acc, D)
+        m, l, blocks = attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, (acc,), D, 1)
+        acc = blocks[0]
 
     acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    # two bfloat16 terms hold 17 bits of the sum; the signs multiply them exactly
-    high = cast(acc, tl.bfloat16)
-    low = cast(acc - high.to(tl.float32), tl.bfloat16)
     c = tl.arange(0, 64)
     for begin in tl.static_range(0, D, 64):
-        signs = tl.load(signs_ptr + d[:, None] * D + (begin + c)[None, :])  # [D, 64]
-        out = dot(low, signs, dot(high, signs, tl.zeros([M, 64], tl.float32))) * (1.0 / D**0.5)
+        out = unrotate(acc, signs_ptr, begin, D, 64)
         out_ptrs = out_ptr + qo[:, None] + (begin + c)[None, :]
         tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
 

@@ -11,24 +11,10 @@ from kvarn_kernels import decode_sm90
 from kvarn_kernels.cache import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import split_pages
-from kvarn_kernels.rotate import hadamard_signs
-from kvarn_kernels.tile_io import cast, dot
+from kvarn_kernels.rotate import hadamard_signs, unrotate
+from kvarn_kernels.tile_io import cast
 
 BLOCK_ROWS = 16
-
-
-@triton.jit
-def unrotate(x, signs_ptr, D: tl.constexpr):
-    """Return x H for x [M, D] float32, to about 2^-17 of the row's norm.
-
-    x is split into two bfloat16 terms, each multiplied exactly by the signs.
-    """
-    d = tl.arange(0, D)
-    signs = tl.load(signs_ptr + d[:, None] * D + d[None, :])  # [D, D] bfloat16
-    high = cast(x, tl.bfloat16)
-    low = cast(x - high.to(tl.float32), tl.bfloat16)
-    SCALE: tl.constexpr = 1.0 / (D**0.5)
-    return dot(low, signs, dot(high, signs, tl.zeros([x.shape[0], D], tl.float32))) * SCALE
 
 
 @triton.jit(do_not_specialize=["num_rows", "S"])
@@ -70,7 +56,7 @@ def _merge_kernel(
             acc += x * weight[:, None]
             total += weight
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out = unrotate(acc, signs_ptr, D)
+    out = unrotate(acc, signs_ptr, 0, D, D)
     tl.store(out_ptr + (r * D)[:, None] + d[None, :], cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 

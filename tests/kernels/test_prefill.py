@@ -20,7 +20,7 @@ from builders import (
 from kvarn_kernels import ops, torch_form
 from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.prefill import PrefillWorkspace, make_workspace, num_pages, workspace_bytes
+from kvarn_kernels.prefill import PrefillWorkspace, make_workspace, num_pages, plan_prefill, workspace_bytes
 from kvarn_kernels.prefill import prefill as prefill_kernel
 
 KVARN = KVarNConfig.from_preset("kvarn")
@@ -206,9 +206,9 @@ def test_extend_form_says_what_runs_on_flashinfer(monkeypatch):
 
 
 def test_workspace_is_bounded_and_charged():
-    # 8 KV heads of 128 channels: 448 pages; a context of 128K tokens takes 3 segments
-    assert num_pages(8, 128, 2, 10**6) == 448 and num_pages(8, 128, 2, 10) == 10
-    assert workspace_bytes(8, 128, 2, 10**6, 448) < 256 << 20
+    assert num_pages(8, 128, 2, 10**6) == 412 and num_pages(8, 128, 2, 10) == 10
+    # 256K tokens of context
+    assert workspace_bytes(8, 128, 2, 10**6, 2050) <= 256 << 20
     workspace = make_workspace(4, 2, 64, torch.float16, 10, torch.device("cpu"), flashinfer_standin)
     assert workspace.keys.shape == (10, 2, PAGE, 64)
     pages = workspace.keys.nbytes + workspace.values.nbytes
@@ -231,22 +231,34 @@ def test_prefill_of_a_long_prompt_matches_the_oracle_and_the_triton_kernel(dtype
 
 
 @pytest.mark.gpu
-def test_prefill_waits_for_nothing():
-    from kvarn_kernels.prefill import plan_prefill
-
+def test_prefill_is_planned_and_issued_without_waiting_for_the_device():
     request = make_request(1500, (32, 8), 128, torch.bfloat16)
     workspace, cache = workspace_for(request, 4), cache_for(request, KVARN)
-    chunks = [700, 800]
-    prefill(ops.extend_attention, request, chunks, cache, KVARN, workspace)
+    steps = []
+
+    def step(q, k, v, out, cache, batch, config, sm_scale):
+        def issue():
+            plan = plan_prefill(workspace, batch.prefix_lens_host, batch.seq_lens_host, config)
+            ops.extend_attention(
+                q, k, v, out, cache, dataclasses.replace(batch, prefill=plan), config, sm_scale
+            )
+            return len(plan.segments)
+
+        steps.append(issue)
+        # the first call builds kernels and wrappers
+        issue()
+
+    prefill(step, request, [700, 800], cache, KVARN)
     torch.cuda.synchronize()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    # the plan and the layer are issued while the device is busy
+    asleep = torch.cuda.Event()
     torch.cuda._sleep(2 * 10**9)
-    plan = plan_prefill(workspace, [700], [1500], KVARN)
-    assert len(plan.segments) > 1
-    end.record()
-    assert not end.query(), "the host waited for the device"
+    asleep.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert steps[-1]() > 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not asleep.query(), "the host waited for the device"
 
 
 @pytest.mark.gpu

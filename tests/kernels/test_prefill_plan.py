@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan against the position rule, token by token."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from kvarn_kernels.config import KVarNConfig
@@ -27,17 +29,13 @@ def keys_of(call: PagedCall, n: int, page_size: int) -> list[tuple[int, int]]:
     return keys[: len(keys) - page_size + int(call.last_page_len[n])]
 
 
-def expected_keys(batch, config) -> list[list[tuple[int, int, str]]]:
-    """Return (request, position, source) of every key of every new token, sorted."""
-    out = []
-    for b, (prefix, seq) in enumerate(zip(*batch, strict=True)):
-        for i in range(prefix, seq):
-            exact_page = max(i // PAGE - config.window_pages, 0)
-            sources = [
-                "record" if j < exact_page * PAGE else "window" if j < prefix else "own" for j in range(i + 1)
-            ]
-            out.append([(b, j, source) for j, source in enumerate(sources)])
-    return out
+def expected_keys(b: int, position: int, prefix: int, config: KVarNConfig) -> list[tuple[int, int, str]]:
+    """Return (request, position, source) of every key of a new token."""
+    exact_page = max(position // PAGE - config.window_pages, 0)
+    return [
+        (b, j, "record" if j < exact_page * PAGE else "window" if j < prefix else "own")
+        for j in range(position + 1)
+    ]
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 1000])
@@ -47,33 +45,37 @@ def test_plan_reads_every_key_once_from_where_the_position_rule_says(batch, capa
     config = KVarNConfig.from_preset(preset)
     queries = query_pages(*batch, config)
     new = [(b, i) for b, (prefix, seq) in enumerate(zip(*batch, strict=True)) for i in range(prefix, seq)]
-    read: list[list[tuple[int, int, str]]] = [[] for _ in new]
     own = own_call(queries)
-    for n, (begin, end) in enumerate(zip(own.qo_indptr[:-1], own.qo_indptr[1:], strict=True)):
-        keys = keys_of(own, n, 1)
-        for row in range(begin, end):
-            visible = keys[: len(keys) - int(end) + row + 1]
-            read[row] += [(*new[token], "own") for token, _ in visible]
+    read: dict[int, list[tuple[int, int, str]]] = {}
+    # the first and the last query of each query page; no call tells those between apart
+    for n, (begin, end) in enumerate(pairwise(own.qo_indptr.tolist())):
+        assert len({(b, i // PAGE) for b, i in new[begin:end]}) == 1
+        keys = [(*new[token], "own") for token, _ in keys_of(own, n, 1)]
+        for row in {begin, end - 1}:
+            read[row] = keys[: len(keys) - end + row + 1]
     for part in segments(queries, capacity, PAGE):
         assert len(part.pages) <= capacity
-        call = part.call
-        assert (call.kv_indptr.diff() > 0).all() and int(call.qo_indptr[-1]) == part.end - part.begin
+        call, bounds = part.call, (part.call.qo_indptr + part.begin).tolist()
+        assert (call.kv_indptr.diff() > 0).all() and bounds[-1] == part.end
         seen = torch.ones(part.end - part.begin, dtype=torch.bool) if part.seen is None else part.seen
-        assert seen[0] and seen[-1]
-        for n, (begin, end) in enumerate(zip(call.qo_indptr[:-1], call.qo_indptr[1:], strict=True)):
-            for row in range(begin, end):
-                keys = [
-                    (
-                        int(part.requests[entry]),
-                        int(part.pages[entry]) * PAGE + offset,
-                        "window" if entry < part.num_windows else "record",
-                    )
-                    for entry, offset in keys_of(call, n, PAGE)
-                ]
-                assert max(entry for entry, _ in keys_of(call, n, PAGE)) < len(part.pages)
-                if seen[row]:
-                    read[part.begin + row] += keys
-    assert [sorted(keys) for keys in read] == [sorted(keys) for keys in expected_keys(batch, config)]
+        assert seen[0] and seen[-1] and len(seen) == part.end - part.begin
+        for n, (begin, end) in enumerate(pairwise(bounds)):
+            keys = keys_of(call, n, PAGE)
+            assert all(entry < len(part.pages) for entry, _ in keys)
+            sources = [
+                (
+                    int(part.requests[entry]),
+                    int(part.pages[entry]) * PAGE + offset,
+                    "window" if entry < part.num_windows else "record",
+                )
+                for entry, offset in keys
+            ]
+            assert seen[begin - part.begin] == seen[end - 1 - part.begin]
+            for row in {begin, end - 1} if seen[begin - part.begin] else ():
+                read[row] += sources
+    for row, keys in read.items():
+        b, position = new[row]
+        assert sorted(keys) == expected_keys(b, position, batch[0][b], config)
 
 
 def test_plan_of_the_documented_example():
