@@ -5,15 +5,15 @@
         [--preset kvarn_canonical] [--faults running|all] [--json FILE]
     python benchmarks/stress_isolation.py --url http://HOST:PORT --alone-url http://HOST:PORT ...
 
-Without --url it starts two servers on the CPU, one after the other: one without a prefix cache that answers
-every prompt alone, and one with a pool so small that it evicts and retracts all the time. Prompts carry
-secrets and share prefixes in a tree; some clients disconnect or abort. Greedy answers must be those of the
+Without --url it starts two servers: one without a prefix cache that answers every prompt alone, once, and one
+with a pool so small that it evicts and retracts all the time; all requests draw from these prompts. Prompts
+carry secrets and share prefixes in a tree; some clients disconnect or abort. Greedy answers must be those of the
 same prompt alone until a near tie (matrix products round by batch, `stress.load.NEAR_TIE`), and none may hold
 another's secret. This is for --preset kvarn_canonical and --dtype float32; elsewhere --allow bounds the
 differing answers by what a 16-bit cache shows.
 
-Exit status 1 if an answer differs beyond --allow, a secret leaked, a request hung or a fault was not
-survived.
+Exit status 1 if an answer differs beyond --allow, a secret leaked, a request hung, a fault was not survived
+or --limit has passed. `compare_isolation.py` runs it once per cache.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -68,6 +71,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--url", help="a running server to load; --rows and --pool are then its own")
     parser.add_argument("--alone-url", help="a running server for the answers alone; default: --url, first")
     parser.add_argument("--server-args", default="", help="more flags of the servers that are started")
+    parser.add_argument(
+        "--at-once", action="store_true", help="start both servers together; needs cores and a small memory fraction"
+    )
+    parser.add_argument("--limit", type=int, default=3600, help="seconds until the run ends as failed")
     parser.add_argument("--json", type=Path, help="write the result here")
     return parser.parse_args()
 
@@ -105,11 +112,15 @@ def fingerprint() -> str:
 
 
 @contextlib.contextmanager
-def started(flags: list[str]):
-    """Run a server on a free port."""
+def launched(flags: list[str], *environment: str) -> Iterator[servers.Server]:
+    """Launch a server on a free port, with more environment variables; its `wait` is the caller's."""
     port = servers.choose_port(None)
-    with servers.running(servers.launch_command(flags, port), port, CONSOLE) as server:
+    # env(1) becomes the server: the process id stays
+    server = servers.Server(["env", *environment, *servers.launch_command(flags, port)], port)
+    try:
         yield server
+    finally:
+        server.stop()
 
 
 def judge(prompts: list[Prompt], alone: list[Alone], answers: list[Answer]) -> dict:
@@ -144,10 +155,12 @@ def judge(prompts: list[Prompt], alone: list[Alone], answers: list[Answer]) -> d
         "retractions": sum(m.get("num_retractions", 0) for m in meta),
         "seconds p50": round(median(plain), 2) if plain else None,
         "seconds p95": round(quantiles(plain, n=20)[-1], 2) if len(plain) > 1 else None,
+        "seconds max": round(plain[-1], 2) if plain else None,
         "differing at a near tie": len(near_ties),
         "near ties": near_ties[:20],
         "differing": len(differing),
         "differing answers": differing[:20],
+        "differing prompts": len({where["prompt"] for where in differing + near_ties}),
         "leaked secrets": len(leaks),
         "leaks": leaks[:20],
         "failed": len(hung),
@@ -184,8 +197,20 @@ def flush(url: str) -> None:
     httpx.post(f"{url}/flush_cache", timeout=60, trust_env=False).raise_for_status()
 
 
+def end_at(limit: int) -> None:
+    """End this run and its servers after so many seconds, or on SIGTERM."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise SystemExit(f"expected to be done within {limit} s: raise --limit, or see where it hangs")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    signal.alarm(limit)
+
+
 def main() -> int:
     args = arguments()
+    end_at(args.limit)
     make = token_prompts if args.model == "tiny" else text_prompts
     prompts = make(args.tenants, args.prompts)
     longest = max(args.new_tokens)
@@ -200,19 +225,22 @@ def main() -> int:
             result |= under_load(args, args.url, prompts, alone)
         else:
             flags = server_flags(args, model_folder(args.model, Path(work)))
-            code = fingerprint()
             quiet = ["--disable-radix-cache", "--max-running-requests", "2", "--max-total-tokens", "8192"]
-            with started([*flags, *quiet]) as server:
-                alone = answers_alone(server.url, prompts, longest)
-            CONSOLE.print(f"{len(alone)} answers alone", highlight=False)
             small = ["--max-running-requests", str(args.rows), "--max-total-tokens", str(args.pool)]
             small += ["--chunked-prefill-size", "256", "--enable-mixed-chunk"]
             # as many requests as fit right now: memory runs out while they decode, and some are retracted
             small += ["--schedule-conservativeness", "0"]
-            if args.retract_every:
-                os.environ["SGLANG_TEST_RETRACT"] = "1"
-                os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = str(args.retract_every)
-            with started([*flags, *small]) as server:
+            retract = [f"SGLANG_TEST_RETRACT_INTERVAL={args.retract_every}", "SGLANG_TEST_RETRACT=1"]
+            start = partial(launched, [*flags, *small], *(retract if args.retract_every else []))
+            code = fingerprint()
+            with contextlib.ExitStack() as stack:
+                early = stack.enter_context(start()) if args.at_once else None
+                with launched([*flags, *quiet]) as server:
+                    server.wait(CONSOLE)
+                    alone = answers_alone(server.url, prompts, longest)
+                CONSOLE.print(f"{len(alone)} answers alone", highlight=False)
+                server = early or stack.enter_context(start())
+                server.wait(CONSOLE)
                 if fingerprint() != code:
                     raise SystemExit(
                         "expected the same code in both servers, it changed in between: run again"

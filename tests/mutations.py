@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS = 600
+# of the tests of one bug; without any bug all of them run
+LIMIT_SECONDS, LIMIT_SECONDS_OF_ALL = 600, 3600
 KERNELS, PLUGIN = "kernels/kvarn_kernels", "python/sglang_kvarn"
 
 FUZZ = "tests/isolation/test_fuzz.py::test_every_read_is_of_the_requests_own_history"
@@ -27,7 +28,10 @@ KNOWN_KERNELS = "tests/isolation/test_known_kernel_failures.py"
 DECODE, EXTEND = "tests/kernels/test_decode.py", "tests/kernels/test_extend.py"
 PREFILL, PREFILL_PLAN = "tests/kernels/test_prefill.py", "tests/kernels/test_prefill_plan.py"
 DEQUANTISE = "tests/kernels/test_dequantise.py"
-ENCODE, TORCH = "tests/kernels/test_encode.py", "tests/kernels/test_torch_form.py"
+ENCODE, REFERENCE = "tests/kernels/test_encode.py", "tests/kernels/test_reference.py"
+TORCH = "tests/kernels/test_torch_form.py"
+POSITION = "tests/kernels/test_position_rule.py"
+WINDOW_ENGINE = "tests/engine/test_scheduling.py::test_a_window_preset_reads_the_cached_prefix_from_records"
 
 _ROTATE = (
     "    rotate_step(q, k, v, batch.workspace.rotated_q,"
@@ -359,6 +363,150 @@ MUTATIONS = (
         "wrapper = workspace.past_wrapper(0)",
         (PREFILL,),
     ),
+    Mutation(
+        "splits of equal size leave the last pages out",
+        f"{KERNELS}/decode.py",
+        "per_split = tl.cdiv(exact_page, S - 1)",
+        "per_split = tl.maximum(exact_page // (S - 1), 1)",
+        (DECODE,),
+    ),
+    Mutation(
+        "canonical splits one too few",
+        f"{KERNELS}/decode.py",
+        "return triton.cdiv(max_pages, CANONICAL_SPLIT_PAGES) + 1",
+        "return max_pages // CANONICAL_SPLIT_PAGES + 1",
+        (KNOWN_KERNELS,),
+    ),
+    Mutation(
+        "newest key not attended (decode kernel)",
+        f"{KERNELS}/decode.py",
+        "seen = j <= position",
+        "seen = j < position",
+        (DECODE,),
+    ),
+    Mutation(
+        "own key not attended (extend kernel)",
+        f"{KERNELS}/extend.py",
+        "seen = j[None, :] <= position[:, None]",
+        "seen = (j[None, :] < position[:, None]) | (j[None, :] == 0)",
+        (EXTEND,),
+    ),
+    Mutation(
+        "ring modulo off by one (decode store)",
+        f"{KERNELS}/rotate.py",
+        "position % RING_LEN",
+        "position % (RING_LEN - 1)",
+        (DECODE,),
+    ),
+    Mutation(
+        "ring modulo off by one (extend store)",
+        f"{KERNELS}/store.py",
+        "tl.maximum(position, 0) % RING_LEN",
+        "tl.maximum(position, 0) % (RING_LEN - 1)",
+        (EXTEND,),
+    ),
+    Mutation(
+        "ring modulo off by one (torch form)",
+        f"{KERNELS}/torch_form.py",
+        "end, device=ring.device) % ring.shape[1]]\n\n\ndef _attend",
+        "end, device=ring.device) % (ring.shape[1] - 1)]\n\n\ndef _attend",
+        (FUZZ,),
+    ),
+    Mutation(
+        "ring written before the pages of the chunk are encoded (torch form)",
+        f"{KERNELS}/torch_form.py",
+        "    # positions first_exact .. seq_len - 1; the own page",
+        "    for new, ring in zip(chunk, (cache.ring_k, cache.ring_v), strict=True):\n"
+        "        _store_chunk(new, ring, row, prefix_len)\n"
+        "    # positions first_exact .. seq_len - 1; the own page",
+        (FUZZ,),
+    ),
+    Mutation(
+        "ring written before the pages of the chunk are encoded (kernels)",
+        f"{KERNELS}/ops.py",
+        "    encode_extend(rotated_k, rotated_v, cache, batch, config)\n",
+        "    store_extend(rotated_k, rotated_v, cache, batch)\n"
+        "    encode_extend(rotated_k, rotated_v, cache, batch, config)\n",
+        (EXTEND,),
+    ),
+    Mutation(
+        "first row of a record that of the second token (kernel)",
+        f"{KERNELS}/encode.py",
+        "first = tl.arange(0, 1) + page * G",
+        "first = tl.arange(0, 1) + page * G + 1",
+        (ENCODE,),
+    ),
+    Mutation(
+        "first row of a record quantised",
+        f"{KERNELS}/reference/record.py",
+        "    k[..., 0, :], v[..., 0, :] = _first_rows(record, config, head_dim)\n",
+        "",
+        (REFERENCE,),
+    ),
+    Mutation(
+        "first token counted in the statistics (kernel)",
+        f"{KERNELS}/encode.py",
+        "    valid = (g > 0)[:, None] & (d >= 0)[None, :]\n    codes, scale, zero, cross = quantise_side(",
+        "    valid = (g >= 0)[:, None] & (d >= 0)[None, :]\n    codes, scale, zero, cross = quantise_side(",
+        (ENCODE,),
+    ),
+    Mutation(
+        "full pages of later requests in a large batch not encoded",
+        f"{KERNELS}/encode.py",
+        "for request in range(begin, tl.minimum(begin + SLICES * BLOCK, batch_size), SLICES):",
+        "for request in range(begin, tl.minimum(begin + SLICES, batch_size), SLICES):",
+        (ENCODE,),
+    ),
+    Mutation(
+        "page to encode into is that of the next token",
+        f"{PLUGIN}/metadata.py",
+        "batch.store_pages[: len(slots)].copy_(slots).",
+        "batch.store_pages[: len(slots)].copy_(slots + 1).",
+        (FUZZ,),
+    ),
+    Mutation(
+        "padded rows keep the lengths of an earlier step",
+        f"{PLUGIN}/metadata.py",
+        "batch.seq_lens.copy_(forward_batch.seq_lens[:size])",
+        "batch.seq_lens[: len(forward_batch.out_cache_loc)].copy_("
+        "forward_batch.seq_lens[: len(forward_batch.out_cache_loc)])",
+        (KNOWN,),
+    ),
+    Mutation(
+        "exact starts by place in the batch, not by row",
+        f"{PLUGIN}/metadata.py",
+        "exact_starts=exact_starts.index_select(0, rows)",
+        "exact_starts=exact_starts[1 : size + 1]",
+        (FUZZ,),
+    ),
+    Mutation(
+        "pages of the first request's length for the whole batch",
+        f"{PLUGIN}/metadata.py",
+        "req_to_token[:, : max(seq_host) : PAGE_SIZE]",
+        "req_to_token[:, : seq_host[0] : PAGE_SIZE]",
+        (FUZZ,),
+    ),
+    Mutation(
+        "exact starts never noted",
+        f"{PLUGIN}/pool.py",
+        "    pool.tail.attach(req_to_token_pool)\n",
+        "",
+        (WINDOW_ENGINE,),
+    ),
+    Mutation(
+        "last block of a chunk not filled up (torch form)",
+        f"{KERNELS}/torch_form.py",
+        "rest = -seq_len % QUERY_BLOCK",
+        "rest = 0",
+        (POSITION,),
+    ),
+    Mutation(
+        "tile of queries begins with the chunk (extend kernel)",
+        f"{KERNELS}/extend.py",
+        "start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0)) * BLOCK_Q",
+        "start = prefix_len + (num_tiles - 1 - tl.program_id(0)) * BLOCK_Q",
+        (POSITION,),
+    ),
 )
 
 
@@ -378,7 +526,7 @@ def apply(mutation: Mutation, folder: Path) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
-def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int | None, str]:
+def run_tests(folder: Path, tests: tuple[str, ...], limit: int = LIMIT_SECONDS) -> tuple[int | None, str]:
     """Run tests on the copy; return pytest's exit status (None: out of time) and the first failing test."""
     environment = os.environ | {
         "PYTHONPATH": f"{folder / 'kernels'}:{folder / 'python'}",
@@ -391,10 +539,10 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int | None, str]:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit
         )
     except subprocess.TimeoutExpired:
-        return None, f"no result in {LIMIT_SECONDS} s"
+        return None, f"no result in {limit} s"
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return done.returncode, failed[0].split(" ")[1].split("::")[-1] if failed else done.stdout[-200:].strip()
 
@@ -411,7 +559,8 @@ def main(names: list[str]) -> int:
             shutil.copytree(source, folder / name, ignore=ignored) if source.is_dir() else shutil.copy(
                 source, folder / name
             )
-        status, detail = run_tests(folder, tuple(sorted({t for m in chosen for t in m.tests})))
+        tests = tuple(sorted({t for m in chosen for t in m.tests}))
+        status, detail = run_tests(folder, tests, LIMIT_SECONDS_OF_ALL)
         if status != 0:
             print(f"expected the tests to pass without a bug, got {detail}: mend them first")
             return 2

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_capacity
 import bench_quality
+import compare_isolation
 from quality import caches, published, scores, texts
 
 
@@ -113,3 +114,27 @@ def test_text_is_chosen_by_the_seed(tmp_path):
     assert len(pieces[0].tokens) == 64 and bytes(pieces[0].tokens[:5]) == b"line "
     with pytest.raises(ValueError, match="lower --context"):
         texts.load(str(path), 100_000, 0, tokenizer)
+
+
+def isolation_result(differing: int, requests: int = 1000, **counts: int) -> dict:
+    counts = {"leaked secrets": 0, "failed": 0} | counts
+    return {"requests": requests, "differing": differing, "differing at a near tie": 0} | counts
+
+
+def test_compare_isolation_allows_what_chance_allows():
+    stock = isolation_result(50)
+    assert compare_isolation.verdict(isolation_result(0), stock)[0]
+    # the difference of two shares of 5 % in 1,000 has a standard error of 1 %
+    assert compare_isolation.verdict(isolation_result(65), stock)[0]
+    assert not compare_isolation.verdict(isolation_result(80), stock)[0]
+    assert not compare_isolation.verdict(isolation_result(0, **{"leaked secrets": 1}), stock)[0]
+    assert not compare_isolation.verdict(isolation_result(0, failed=1), stock)[0]
+
+
+def test_compare_isolation_loads_both_caches_alike(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["compare_isolation.py", str(tmp_path), "--one-by-one"])
+    args = compare_isolation.arguments()
+    kvarn, stock = (compare_isolation.command(args, cache) for cache in (args.kvarn, compare_isolation.STOCK))
+    different = [(one, other) for one, other in zip(kvarn, stock, strict=True) if one != other]
+    assert [one for one, _ in different[:2]] == ["kvarn_canonical", str(tmp_path / "kvarn_canonical.json")]
+    assert len(different) == 3 and "--page-size 128" in different[2][1]

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two entry points in batched torch, for a CPU: record bytes, position rule and memory of the kernels.
 
-Requests are attended one by one, so that the output of a request does not depend on its company. It reads
-nothing but the request's own ring row, the page table entries of pages that hold tokens and the records of
-full pages.
+Requests are attended one by one and prompts in blocks at fixed positions, so that the output of a position has the
+same bits whatever the chunk, the page ids and the other requests. It reads nothing but the request's own ring row,
+the page table entries of pages that hold tokens and the records of full pages.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
@@ -16,6 +17,9 @@ from kvarn_kernels.reference import decode_tile, encode_tile, rotate
 
 # pages that are encoded or decoded at once; bounds the float64 temporaries of the encoder to some 100 MB
 PAGE_SLAB = 32
+# positions that are attended together, a divisor of the page: a matrix product rounds a row by its place and by the
+# number of rows, so that a chunk fills whole blocks up with zeros
+QUERY_BLOCK = 32
 
 
 def record_pages(position: int, exact_start: int, config: KVarNConfig) -> int:
@@ -157,21 +161,21 @@ def _extend_request(
         fresh = slice(first * size - first_exact, last * size - first_exact)
         _encode_pages(exact[0][fresh], exact[1][fresh], cache, pages[first:last], config)
     records = _decode_pages(cache, pages[: record_pages(seq_len - 1, exact_start, config)], config)
-    exact_k, exact_v = (x.transpose(0, 1).float() for x in exact)
-    out = torch.empty_like(q)
-    for page in range(first, (seq_len - 1) // size + 1):
-        start, end = max(page * size, prefix_len), min((page + 1) * size, seq_len)
+    begin, lead = prefix_len - prefix_len % QUERY_BLOCK, prefix_len % QUERY_BLOCK
+    rest = -seq_len % QUERY_BLOCK
+    queries = pad(q, (0, 0, 0, 0, lead, rest))
+    exact_k, exact_v = (pad(x, (0, 0, 0, 0, 0, rest)).transpose(0, 1).float() for x in exact)
+    out = torch.empty_like(queries)
+    for start in range(begin, seq_len, QUERY_BLOCK):
         n = record_pages(start, exact_start, config) * size
-        seen = slice(n - first_exact, end - first_exact)
-        out[start - prefix_len : end - prefix_len] = _attend(
-            q[start - prefix_len : end - prefix_len],
-            (records[0][:, :n], records[1][:, :n]),
-            (exact_k[:, seen], exact_v[:, seen]),
-            sm_scale,
+        block = slice(start - begin, start - begin + QUERY_BLOCK)
+        seen = slice(n - first_exact, start + QUERY_BLOCK - first_exact)
+        out[block] = _attend(
+            queries[block], (records[0][:, :n], records[1][:, :n]), (exact_k[:, seen], exact_v[:, seen]), sm_scale
         )
     for new, ring in zip(chunk, (cache.ring_k, cache.ring_v), strict=True):
         _store_chunk(new, ring, row, prefix_len)
-    return out
+    return out[lead : lead + len(q)]
 
 
 def extend_attention(

@@ -17,8 +17,12 @@ from world import use_plain_allocation_kernels
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def stress(tmp_path: Path, *flags: str) -> dict:
-    """Run the script; return its result, whatever it found."""
+# seconds within which 95 of 100 requests are answered; 23 with three other jobs on two cores
+LATENCY = 120
+
+
+def stress(tmp_path: Path, flags: str, limit: int) -> dict:
+    """Run the script for so many seconds at most; return its result, whatever it found."""
     if not cpu_platform.is_active():
         pytest.skip("its servers are for a machine without a GPU; there, give it a --url")
     result = tmp_path / "result.json"
@@ -27,7 +31,9 @@ def stress(tmp_path: Path, *flags: str) -> dict:
         str(ROOT / "benchmarks" / "stress_isolation.py"),
         "--json",
         str(result),
-        *flags,
+        "--limit",
+        str(limit),
+        *flags.split(),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"NO_COLOR": "1"}
@@ -41,25 +47,25 @@ def stress(tmp_path: Path, *flags: str) -> dict:
 def check(found: dict) -> None:
     assert (found["differing"], found["leaked secrets"], found["failed"]) == (0, 0, 0)
     assert found["differing at a near tie"] <= max(2, found["requests"] // 50)
-    assert found["prefix hits"] > found["requests"] // 2 and found["retractions"] > 0
+    # how many hits are evicted first depends on the machine's load
+    assert found["prefix hits"] > found["requests"] // 4 and found["retractions"] > 0
     assert found["disconnected"] > 0 and found["aborted"] > 0
+    assert found["plain"] + found["disconnected"] + found["aborted"] == found["requests"]
+    assert found["seconds p95"] < LATENCY
     assert all(fault["passed"] for fault in found["faults"].values()), found["faults"]
 
 
-# long for now: on a loaded machine other batches form, and the CPU's matrix products round by batch, so answers
-# part at near ties
-@pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 def test_tenants_on_a_small_server_get_the_answers_of_a_server_of_their_own(tmp_path):
-    flags = "--requests 60 --tenants 12 --prompts 1 --pool 1536 --new-tokens 8 40 90 --faults running"
-    check(stress(tmp_path, *flags.split()))
+    flags = "--requests 60 --tenants 12 --prompts 1 --pool 1536 --new-tokens 8 24 48 --faults running"
+    check(stress(tmp_path, flags, limit=840))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_500_requests_of_32_tenants(tmp_path):
     flags = "--requests 500 --prompts 2 --rows 10 --pool 2048 --new-tokens 8 40 96 160 --faults all"
-    check(stress(tmp_path, *flags.split()))
+    check(stress(tmp_path, flags, limit=3540))
 
 
 @pytest.mark.long

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decode step of the kernels (store, encode, split-KV attention, merge) against the oracle."""
 
+import dataclasses
+
 import pytest
 import torch
 from builders import (
@@ -14,6 +16,7 @@ from builders import (
     relative_rms,
     run_decode,
 )
+from kvarn_kernels import decode as decode_module
 from kvarn_kernels import torch_form
 from kvarn_kernels.cache import DecodeWorkspace
 from kvarn_kernels.config import KVarNConfig
@@ -141,13 +144,30 @@ def test_decode_of_a_poisoned_neighbour_changes_no_bit(poison):
     assert torch.equal(decode_step(requests, heads, config)[1], alone[1])
 
 
-def test_decode_of_canonical_presets_is_the_same_bits_in_any_company():
+def decode_behind_others(others: int, tokens: int, config: KVarNConfig) -> torch.Tensor:
+    """Return the output of a request that is the last of a batch, on other pages and in another row each time."""
+    requests = make_requests([*(70 + 64 * n for n in range(others)), tokens], (4, 1), 64, torch.float16)
+    mine = make_request(tokens, (4, 1), 64, torch.float16)
+    requests[-1] = dataclasses.replace(mine, row=others + 1, pages=requests[-1].pages[::-1])
+    return decode_step(requests, (4, 1), config, padding=others % 3)[-1]
+
+
+@pytest.mark.parametrize("tokens", [2 * PAGE, 17 * PAGE + 3])
+def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens):
     config = KVarNConfig.from_preset("kvarn_canonical")
-    heads, lengths = (4, 1), [5 * PAGE + 9, 20 * PAGE + 3, 70]
-    together = decode_step(make_requests(lengths, heads, 64, torch.float16), heads, config, padding=2)
-    for n, out in enumerate(together):
-        request = make_requests(lengths, heads, 64, torch.float16)[n]
-        assert torch.equal(decode_step([request], heads, config)[0], out)
+    alone = decode_behind_others(0, tokens, config)
+    assert all(torch.equal(decode_behind_others(others, tokens, config), alone) for others in (1, 4))
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
+def test_decode_of_default_presets_agrees_within_a_thousandth_at_any_batch_size(preset, monkeypatch):
+    # so few programs that a batch of 1, 2 and 5 shares 5 pages in splits of 1, 2 and 3
+    monkeypatch.setattr(decode_module, "TARGET_PROGRAMS", 8)
+    monkeypatch.setattr(decode_module, "MIN_SPLIT_PAGES", 1)
+    config = KVarNConfig.from_preset(preset)
+    alone = decode_behind_others(0, 6 * PAGE + 9, config)
+    for others in (1, 4):
+        assert relative_rms(decode_behind_others(others, 6 * PAGE + 9, config), alone) < 1e-3, others
 
 
 def test_num_splits_of_canonical_presets_ignores_the_batch():

@@ -49,6 +49,24 @@ def test_encode_from_ring_gives_the_bytes_of_the_oracle(preset, dtype, head_dim)
     assert torch.equal(cache.records[others], before[others])
 
 
+def test_encode_from_ring_finds_full_pages_anywhere_in_a_large_batch():
+    config, size = KVarNConfig.from_preset("kvarn"), 100
+    cache = make_cache(config, KV_HEADS, 64, torch.float16, pages=size, rows=size)
+    cache.ring_k.copy_(random_rows(cache.ring_k.shape, torch.float16))
+    cache.ring_v.copy_(random_rows(cache.ring_v.shape, torch.float16))
+    before = cache.records.clone()
+    # a program walks over every 32nd request: the first, second and last of different programs fill a page
+    full = (3, 40, 99)
+    seq_lens = int32(*(PAGE if b in full else 1 + b for b in range(size)))
+    pages = torch.arange(size, device=DEVICE).flip(0)
+    encode_from_ring(cache, torch.arange(size, device=DEVICE), seq_lens, pages.int(), config)
+    for b in full:
+        record = expected(cache.ring_k[b, :PAGE], cache.ring_v[b, :PAGE], config)
+        assert torch.equal(cache.records[pages[b]], record)
+        before[pages[b]] = record
+    assert torch.equal(cache.records, before)
+
+
 @pytest.mark.parametrize("scale", [1e-7, 1e5])
 def test_encode_keeps_its_accuracy_at_any_magnitude(scale):
     config = KVarNConfig.from_preset("kvarn")

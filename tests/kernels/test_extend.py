@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The extend kernel: against the float64 oracle, and bit for bit across chunks, pages and company."""
+"""The extend kernel against the float64 oracle; what must not change a bit of it is in test_position_rule.py."""
 
 import dataclasses
-from functools import lru_cache
 
 import pytest
 import torch
@@ -89,56 +88,6 @@ def test_extend_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype)
     request = make_request(307, heads, head_dim, dtype)
     out = prefill(attention, request, [307], cache_for(request, config), config)
     assert relative_rms(out, oracle(request, config)) < BOUND[dtype]
-
-
-CHUNKED = make_request(2 * PAGE + 131, (2, 1), 64, torch.float16)
-
-
-@lru_cache
-def whole(config: KVarNConfig) -> torch.Tensor:
-    """Return the output of CHUNKED fed in one chunk."""
-    return prefill(attention, CHUNKED, [len(CHUNKED.q)], cache_for(CHUNKED, config), config)
-
-
-@pytest.mark.parametrize(
-    ("config", "size"),
-    [*((KVARN, size) for size in (100, 127, 128, 129, 256)), (CANONICAL, 100), (CANONICAL, 129)],
-    ids=lambda x: getattr(x, "name", x),
-)
-def test_extend_gives_the_same_bits_for_every_chunking(config, size):
-    chunks = chunks_of(size, len(CHUNKED.q))
-    assert torch.equal(prefill(attention, CHUNKED, chunks, cache_for(CHUNKED, config), config), whole(config))
-
-
-@pytest.mark.parametrize("config", [KVARN, CANONICAL], ids=lambda c: c.name)
-def test_extend_gives_the_same_bits_for_single_tokens_at_a_page_boundary(config):
-    chunks = [2 * PAGE - 2, 1, 1, 1, 1]
-    out = prefill(attention, CHUNKED, chunks, cache_for(CHUNKED, config), config)
-    assert torch.equal(out, whole(config)[: sum(chunks)])
-
-
-def test_extend_gives_the_same_bits_on_other_pages_and_in_company():
-    request = make_request(300, (2, 1), 64, torch.float16, row=1, first_page=1)
-    alone = prefill(attention, request, [300], cache_for(request, KVARN), KVARN)
-    moved = dataclasses.replace(request, row=3, pages=[20, 4, 11])
-    other = make_request(170, (2, 1), 64, torch.float16, row=2, first_page=6, seed=2)
-    cache = cache_for(request, KVARN)
-    prefill(attention, other, [40], cache, KVARN)
-    out = run_extend(attention, [other, moved], [(40, 170), (0, 300)], cache, KVARN)[1]
-    assert torch.equal(out, alone)
-
-
-def test_extend_of_a_canonical_preset_gives_the_same_bits_for_a_hit_and_a_miss():
-    donor = make_request(2 * PAGE + 50, (2, 1), 64, torch.float16)
-    cache = cache_for(donor, CANONICAL)
-    prefill(attention, donor, [len(donor.q)], cache, CANONICAL)
-    hit = make_request(3 * PAGE + 3, (2, 1), 64, torch.float16, row=2, first_page=10, seed=1)
-    hit.k[: 2 * PAGE], hit.v[: 2 * PAGE] = donor.k[: 2 * PAGE], donor.v[: 2 * PAGE]
-    miss = prefill(attention, hit, [len(hit.q)], cache_for(hit, CANONICAL), CANONICAL)
-    hit.exact_start = 2 * PAGE
-    hit.pages[:2] = donor.pages[:2]
-    out = prefill(attention, hit, [70, PAGE + 3 - 70], cache, CANONICAL)
-    assert torch.equal(out, miss[2 * PAGE :])
 
 
 @pytest.mark.parametrize("exact_start", [PAGE, 3 * PAGE])
