@@ -143,6 +143,11 @@ def set_max_running_requests(server_args: Any, rows: int) -> None:
     target.override("sglang-kvarn", max_running_requests=rows)
 
 
-def request_row(req: Any) -> int | None:
+def prefix_len(req: Any) -> int:
+    """Return how many tokens of a request are in its row already or, before it has one, in the prefix cache."""
+    return req.prefix_len if _since("0.5.23") else len(req.prefix_indices)
+
+
+def request_row(req: Any) -> Any:
     """Return the row of a request in ReqToTokenPool, None while it has none."""
     return req.kv.req_pool_idx if _since("0.5.20") else req.req_pool_idx

@@ -63,6 +63,6 @@ def record_exact_starts(original: Callable[..., Any], pool: Any, reqs: list[Any]
     fresh = [req for req in reqs if compat.request_row(req) is None]
     rows = original(pool, reqs)
     if tail is not None and fresh and rows is not None:
-        starts = [len(req.prefix_indices) for req in fresh]
+        starts = [compat.prefix_len(req) for req in fresh]
         tail.set_exact_starts([compat.request_row(req) for req in fresh], starts)
     return rows
