@@ -9,7 +9,7 @@ import triton.language as tl
 
 from kvarn_kernels.cache import DecodeBatch
 from kvarn_kernels.rotate import hadamard_signs
-from kvarn_kernels.tile_io import cast, dot
+from kvarn_kernels.tile_io import cast, dot, narrow
 
 BLOCK_ROWS = 16
 
@@ -59,7 +59,7 @@ def _merge_kernel(
     for start in tl.range(0, S, UNROLL):
         for k in tl.static_range(UNROLL):
             split = start + k
-            lse = tl.load(partial_lse_ptr + r * S + split, mask=valid & (split < S), other=float("-inf"))
+            lse = tl.load(partial_lse_ptr + r * S + split, mask=narrow(valid, split < S), other=float("-inf"))
             weight = tl.exp2(lse - m_safe)
             # an empty split has written no output
             used = lse > float("-inf")
