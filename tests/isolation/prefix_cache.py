@@ -41,6 +41,14 @@ class RadixCalls:
         """Return the slots that the tree holds."""
         return tree.all_values_flatten() if tree.root_node.children else torch.empty(0)
 
+    def row(self, req) -> int | None:
+        """Return the row of a request, None while it has none."""
+        return req.req_pool_idx
+
+    def prefix_len(self, req) -> int:
+        """Return the tokens of a request that are in its row or in the tree."""
+        return len(req.prefix_indices)
+
     def committed(self, req) -> int:
         """Return the tokens whose keys and values are stored."""
         return req.kv_committed_len
@@ -107,6 +115,12 @@ class UnifiedCalls(RadixCalls):
 
     def cached_slots(self, tree) -> torch.Tensor:
         return tree.all_values_flatten()
+
+    def row(self, req) -> int | None:
+        return req.kv.req_pool_idx
+
+    def prefix_len(self, req) -> int:
+        return req.prefix_len
 
     def committed(self, req) -> int:
         return req.kv.kv_committed_len

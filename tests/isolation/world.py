@@ -84,7 +84,7 @@ class Request:
 
     @property
     def row(self) -> int:
-        return compat.request_row(self.req)
+        return calls.row(self.req)
 
     @property
     def cached(self) -> int:
@@ -306,7 +306,7 @@ class World:
             request.req.init_next_round_input(None if continued else self.tree)
             if not continued:
                 calls.lock(self.tree, request.req)
-            prefix = compat.prefix_len(request.req)
+            prefix = calls.prefix_len(request.req)
             new = min(budget, len(request.history.tokens) - prefix)
             # SGLang counts every request as if it began a page
             if self.free_tokens() < reserved + new + PAGE:
@@ -325,7 +325,7 @@ class World:
     def _allocate_fresh(self, fresh: list[Request]) -> torch.Tensor:
         for request in fresh:
             if request.row is None:
-                request.exact_start = compat.prefix_len(request.req)
+                request.exact_start = calls.prefix_len(request.req)
                 self.waiting.remove(request)
         prefixes = [calls.prefix_slots(self.tree, self.rows, r.req) for r in fresh]
         rows = self.rows.alloc([r.req for r in fresh])
