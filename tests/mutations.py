@@ -88,21 +88,21 @@ MUTATIONS = (
     Mutation(
         "exact start of a reused row not reset",
         f"{PLUGIN}/tail.py",
-        "fresh = [req for req in reqs if req.req_pool_idx is None]",
-        "fresh = [req for req in reqs if req.req_pool_idx is None and len(req.prefix_indices)]",
+        "fresh = [req for req in reqs if compat.request_row(req) is None]",
+        "fresh = [req for req in reqs if compat.request_row(req) is None and compat.prefix_len(req)]",
         (FUZZ,),
     ),
     Mutation(
         "exact start moved by every chunk",
         f"{PLUGIN}/tail.py",
-        "fresh = [req for req in reqs if req.req_pool_idx is None]",
+        "fresh = [req for req in reqs if compat.request_row(req) is None]",
         "fresh = list(reqs)",
         (FUZZ,),
     ),
     Mutation(
         "prefix hit read from the ring of the row's last owner",
         f"{PLUGIN}/tail.py",
-        "[len(req.prefix_indices) for req in fresh]",
+        "[compat.prefix_len(req) for req in fresh]",
         "[0 for req in fresh]",
         (FUZZ,),
     ),
@@ -261,8 +261,8 @@ MUTATIONS = (
     Mutation(
         "splits beyond the last one weighed",
         f"{KERNELS}/merge.py",
-        'mask=valid & (split < S), other=float("-inf"))',
-        "mask=valid & (split < S), other=0.0)",
+        'mask=narrow(valid, split < S), other=float("-inf"))',
+        "mask=narrow(valid, split < S), other=0.0)",
         (KNOWN_KERNELS,),
     ),
     Mutation(

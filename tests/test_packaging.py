@@ -13,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from sglang_kvarn import compat
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,7 +121,13 @@ def test_base_dependencies_are_torch_and_triton_with_lower_bounds_only():
 
 def test_extras_of_the_readme_exist():
     assert {"sglang", "demo", "test"} <= set(PROJECT["optional-dependencies"])
-    assert PROJECT["optional-dependencies"]["sglang"] == ["sglang==0.5.16"]
+
+
+def test_extra_sglang_takes_the_tested_versions_and_no_other():
+    (requirement,) = PROJECT["optional-dependencies"]["sglang"]
+    versions = [f"0.5.{minor}" for minor in range(30)]
+    accepted = tuple(SpecifierSet(requirement.removeprefix("sglang")).filter(versions))
+    assert accepted == compat.TESTED_VERSIONS
 
 
 def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
@@ -157,3 +165,9 @@ def test_ci_runs_the_commands_of_the_readme():
     script, readme = (ROOT / ".ci" / "run").read_text(), (ROOT / "README.md").read_text()
     assert 'pip install -e ".[test]" && pytest' in readme
     assert '-e ".[test]"' in script and "step pytest" in script
+
+
+def test_ci_and_readme_name_both_fully_tested_versions():
+    script, readme = (ROOT / ".ci" / "run").read_text(), (ROOT / "README.md").read_text()
+    for version in compat.FULLY_TESTED_VERSIONS:
+        assert version in script and f"| {version} |" in readme

@@ -12,7 +12,7 @@ from kvarn_kernels.cache import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import split_pages
 from kvarn_kernels.rotate import hadamard_signs, unrotate
-from kvarn_kernels.tile_io import cast
+from kvarn_kernels.tile_io import cast, narrow
 
 BLOCK_ROWS = 16
 
@@ -48,7 +48,7 @@ def _merge_kernel(
     for start in tl.range(0, S, UNROLL):
         for k in tl.static_range(UNROLL):
             split = start + k
-            lse = tl.load(partial_lse_ptr + r * S + split, mask=valid & (split < S), other=float("-inf"))
+            lse = tl.load(partial_lse_ptr + r * S + split, mask=narrow(valid, split < S), other=float("-inf"))
             weight = tl.exp2(lse - m_safe)
             # an empty split has written no output
             used = lse > float("-inf")

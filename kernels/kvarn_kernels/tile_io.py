@@ -19,7 +19,7 @@ def is_interpreted():
 def cast(x, DTYPE: tl.constexpr):
     """Return float32 x in DTYPE, rounded to nearest even.
 
-    Triton 3.6 interprets the conversion to bfloat16 as truncation, so the interpreter rounds the bits first.
+    Triton 3.6 to 3.9 interpret the conversion to bfloat16 as truncation, so the interpreter rounds the bits first.
     """
     if is_interpreted() and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
@@ -32,11 +32,23 @@ def cast(x, DTYPE: tl.constexpr):
 def dot(a, b, acc):
     """Return a b + acc with float32 sums; a and b in the same 16-bit dtype.
 
-    Triton 3.6 interprets a bfloat16 product on the raw bits, so the interpreter gets float32 operands.
+    Triton 3.6 to 3.9 interpret a bfloat16 product on the raw bits, so the interpreter gets float32 operands.
     """
     if is_interpreted():
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(mask, condition):
+    """Return the mask where a scalar condition holds, else nothing of it.
+
+    Triton interprets a block & a scalar as 32 bit, and from 3.9 on refuses that as a mask.
+    """
+    both = mask & condition
+    if is_interpreted():
+        both = both != 0
+    return both
 
 
 @triton.jit

@@ -106,10 +106,10 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
     if config is None:
         return None
     shape, server_args = model_shape(configurator), configurator.server_args
-    requested = server_args.max_running_requests
+    requested = compat.max_running_requests(server_args)
     rows, reason = choose_rows(result, shape.row_bytes(config), requested)
     if requested is None:
-        server_args.override("sglang-kvarn", max_running_requests=rows)
+        compat.set_max_running_requests(server_args, rows)
     ring = (rows + 1) * shape.row_bytes(config)
     workspace = workspace_bytes(configurator, shape, config, rows)
     logger.info(
@@ -128,12 +128,14 @@ def cap_rows(result: int, configurator: Any, token_capacity: int) -> int | None:
     """Keep the rows within what the ring was charged for. Hook after ``resolve_max_num_reqs``."""
     if settings.target_preset(configurator) is None:
         return None
-    return min(result, configurator.server_args.max_running_requests)
+    rows = compat.max_running_requests(configurator.server_args)
+    assert rows is not None, "charge_fixed_bytes comes first"
+    return min(result, rows)
 
 
 def decode_batch_size(server_args: Any, rows: int) -> int:
     """Return the largest decode batch: every row, or the largest CUDA graph if that is padded beyond them."""
-    graph = server_args.cuda_graph_config.decode
+    graph = compat.resolved_arguments(server_args).cuda_graph_config.decode
     return max(rows + 1, graph.max_bs or 0) if graph.backend != "disabled" else rows + 1
 
 

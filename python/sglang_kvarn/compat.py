@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that this package takes from SGLang, resolved on first use. No other module imports SGLang."""
+"""Everything that this package takes from SGLang, and everything that differs between its versions.
+
+No other module imports SGLang or asks for its version. Names are resolved on first use; where versions differ there is
+one function per difference.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import pkgutil
+import re
 from importlib import metadata
 from typing import Any
 
-TESTED_VERSIONS = ("0.5.16",)
+logger = logging.getLogger(__name__)
+
+# plugin, engine and fuzz suites; the other tested versions boot, generate and hit the prefix cache
+FULLY_TESTED_VERSIONS = ("0.5.16", "0.5.23")
+TESTED_VERSIONS = ("0.5.16", "0.5.18", "0.5.20", "0.5.23")
+UNTESTED_ENV = "KVARN_UNTESTED_SGLANG"
 
 _NAMES = {
     "AttentionBackend": "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
@@ -28,6 +41,14 @@ _NAMES = {
     "register_attention_backend": "sglang.srt.layers.attention.attention_registry:register_attention_backend",
 }
 
+# arguments that a tested version does not have, and the first that does
+_ADDED_ARGUMENTS = {
+    "attn_dp_size": "0.5.23",
+    "enable_kv_cache_sharding": "0.5.23",
+    "enable_nvidia_megakernel": "0.5.23",
+    "enable_unified_cache_external_linker": "0.5.20",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Return an SGLang object by the name that this package knows it by."""
@@ -41,6 +62,7 @@ def resolve(path: str) -> Any:
     return pkgutil.resolve_name(path)
 
 
+@functools.cache
 def version() -> str | None:
     """Return the version of the installed SGLang, None where there is none."""
     try:
@@ -50,15 +72,82 @@ def version() -> str | None:
 
 
 def check_version() -> None:
-    """Refuse an SGLang that this package was not tested with.
+    """Refuse an SGLang that this package was not tested with, unless KVARN_UNTESTED_SGLANG=1.
 
     Raises:
-        RuntimeError: names the tested versions and the command that installs one.
+        RuntimeError: names the version found, the tested ones and the two ways out.
     """
     found = version()
     base = (found or "").split(".post")[0].split("+")[0]
-    if base not in TESTED_VERSIONS:
+    if base in TESTED_VERSIONS:
+        return
+    if found is None or os.environ.get(UNTESTED_ENV) != "1":
         raise RuntimeError(
-            f"sglang-kvarn was tested with SGLang {', '.join(TESTED_VERSIONS)} and found "
-            f"{found or 'none'}: pip install sglang=={TESTED_VERSIONS[-1]}"
+            f"sglang-kvarn is tested with SGLang {', '.join(TESTED_VERSIONS)} and found {found or 'none'}: "
+            f"pip install sglang=={TESTED_VERSIONS[-1]}, or set {UNTESTED_ENV}=1 to try what is installed"
         )
+    logger.warning("sglang-kvarn is not tested with SGLang %s: %s=1 is set", found, UNTESTED_ENV)
+
+
+def _since(first: str) -> bool:
+    """Whether the installed SGLang is this version or a later one; False where there is none."""
+    found, wanted = (tuple(int(n) for n in re.findall(r"\d+", v)[:3]) for v in (version() or "0", first))
+    return found >= wanted
+
+
+def resolution_target() -> str:
+    """Return the path below ``sglang.srt`` of the function that fills what the user left open.
+
+    Until 0.5.18 the constructor does it; from 0.5.20 on the launcher calls it, in the parent process only.
+    """
+    return f"server_args.ServerArgs.{'resolve_once' if _since('0.5.20') else '__post_init__'}"
+
+
+def is_resolved(server_args: Any) -> bool:
+    """Whether the arguments are resolved and read-only: `resolve_once` may be called again on them."""
+    return getattr(server_args, "_resolution_finished", False)
+
+
+def resolved_arguments(server_args: Any) -> Any:
+    """Return ServerArgs as resolved, to be read only: from 0.5.20 on the fields keep what the user typed."""
+    return resolve("sglang.srt.arg_groups.overrides.resolved_view")(server_args) if _since("0.5.20") else server_args
+
+
+def argument(server_args: Any, name: str, default: Any) -> Any:
+    """Return an argument, or the default where the installed SGLang does not have it yet."""
+    return getattr(server_args, name) if has_argument(name) else default
+
+
+def has_argument(name: str) -> bool:
+    """Whether the installed SGLang has this argument."""
+    return _since(_ADDED_ARGUMENTS.get(name, "0"))
+
+
+def model_config(server_args: Any) -> Any:
+    """Return SGLang's ModelConfig of these arguments."""
+    if _since("0.5.20"):
+        return resolve("sglang.srt.arg_groups.overrides.model_config_of")(server_args)
+    return server_args.get_model_config()
+
+
+def max_running_requests(server_args: Any) -> int | None:
+    """Return ``--max-running-requests`` in a scheduler process: from 0.5.18 on the arguments are read-only there."""
+    if _since("0.5.18"):
+        return resolve("sglang.srt.runtime_context.get_context")().config_leaf("max_running_requests")
+    return server_args.max_running_requests
+
+
+def set_max_running_requests(server_args: Any, rows: int) -> None:
+    """Change ``--max-running-requests`` in a scheduler process."""
+    target = resolve("sglang.srt.runtime_context.get_context")() if _since("0.5.18") else server_args
+    target.override("sglang-kvarn", max_running_requests=rows)
+
+
+def prefix_len(req: Any) -> int:
+    """Return how many tokens of a request are in its row already or, before it has one, in the prefix cache."""
+    return req.prefix_len if _since("0.5.23") else len(req.prefix_indices)
+
+
+def request_row(req: Any) -> Any:
+    """Return the row of a request in ReqToTokenPool, None while it has none."""
+    return req.kv.req_pool_idx if _since("0.5.20") else req.req_pool_idx

@@ -26,5 +26,9 @@ class KVarNCpuPlatform(compat.CpuDeviceMixin, compat.SRTPlatform):
     def get_mha_kv_pool_cls(self) -> Any:
         return compat.MHATokenToKVPool
 
+    def get_kv_pool_cls(self, *, kind: str) -> Any:
+        """Return SGLang's own class; takes the place of `get_mha_kv_pool_cls` in later versions."""
+        return None
+
     def get_paged_allocator_cls(self) -> Any:
         return compat.PagedTokenToKVPoolAllocator

@@ -43,7 +43,7 @@ def _build_pool(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _refuse(result: Any, server_args: Any) -> None:
     if settings.preset_of(server_args) is not None:
         verify_hooks()
-    refusals.check_arguments(server_args)
+    refusals.check_arguments(compat.resolved_arguments(server_args))
 
 
 _CONFIGURATOR = "mem_cache.kv_cache_configurator.KVCacheConfigurator"
@@ -52,7 +52,7 @@ _POOL_PARAMETERS = ("self", "sizes", "req_to_token_pool")
 
 HOOKS = (
     Hook("server_args.ServerArgs.add_cli_args", "after", ("parser",), settings.add_choices),
-    Hook("server_args.ServerArgs.__post_init__", "before", ("self",), settings.apply_defaults),
+    Hook(compat.resolution_target(), "before", ("self",), settings.apply_defaults),
     Hook("server_args.ServerArgs.check_server_args", "after", ("self",), _refuse),
     Hook(
         "mem_cache.kv_cache_dtype.configure_kv_cache_dtype", "around", _DTYPE_PARAMETERS, settings.cache_dtype

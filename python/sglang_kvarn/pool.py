@@ -121,7 +121,7 @@ def build(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs:
         max_total_num_tokens=kwargs["sizes"].max_total_num_tokens, mha_pool_class=pool_class
     )
     pool.tail.attach(req_to_token_pool)
-    if configurator.ps.tp_rank == 0:
+    if compat.get_parallel().tp_rank == 0:
         _log(pool, budget.model_shape(configurator))
     return pool
 

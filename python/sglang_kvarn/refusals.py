@@ -22,7 +22,7 @@ class Refusal:
     """Describe one combination of arguments that is refused.
 
     Attributes:
-        applies: reads the resolved ServerArgs.
+        applies: reads `compat.resolved_arguments`.
         what: the feature, as the subject of the sentence.
         why: the reason.
         drop: what to change.
@@ -41,7 +41,7 @@ class Refusal:
 def _flag(name: str, why: str, *, off: Any = False, what: str | None = None) -> Refusal:
     """Return the refusal of an argument that has any other value than `off`."""
     option = "--" + name.replace("_", "-")
-    return Refusal(lambda args: getattr(args, name) != off, what or option, why, f"drop {option}")
+    return Refusal(lambda args: compat.argument(args, name, off) != off, what or option, why, f"drop {option}")
 
 
 ARGUMENTS = (
@@ -79,6 +79,8 @@ ARGUMENTS = (
     _flag("enable_hisparse", _NOT_A_SLOT),
     _flag("enable_lmcache", _NOT_A_SLOT),
     _flag("enable_flexkv", _NOT_A_SLOT),
+    _flag("enable_unified_cache_external_linker", _NOT_A_SLOT),
+    _flag("enable_kv_cache_sharding", _NOT_A_SLOT),
     _flag("radix_cache_backend", "only SGLang's own prefix cache is tested", off=None),
     _flag("enable_deterministic_inference", "the backend is not on SGLang's list of deterministic backends"),
     _flag("rl_on_policy_target", "it asks for deterministic attention", off=None),
@@ -100,6 +102,7 @@ ARGUMENTS = (
     _flag("attn_cp_size", "context parallelism writes the cache outside the attention backend", off=1),
     _flag("enable_prefill_cp", "context parallelism writes the cache outside the attention backend"),
     _flag("enable_dp_attention", "it is not tested yet"),
+    _flag("attn_dp_size", "it is not tested yet", off=1),
     _flag("pp_size", "pipeline parallelism is not tested yet", off=1),
     _flag("enable_two_batch_overlap", "two batches would share one set of decode buffers"),
     _flag("enable_single_batch_overlap", "it is not tested yet"),
@@ -112,6 +115,7 @@ ARGUMENTS = (
     _flag("enable_unified_memory", "it is a layout of 16-bit caches"),
     _flag("prefill_only_disable_kv_cache", "there would be no cache to quantise"),
     _flag("kv_canary", "it reads the cache slot by slot", off="none"),
+    _flag("enable_nvidia_megakernel", "its fused steps do not call the attention backend"),
     _flag("use_ray", "Ray actors do not load SGLang plugins"),
     Refusal(
         lambda args: compat.envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get(),
@@ -131,6 +135,9 @@ ARGUMENTS = (
 def check_arguments(server_args: Any) -> None:
     """Refuse what the arguments and the model's configuration rule out, before any process is spawned.
 
+    Args:
+        server_args: as `compat.resolved_arguments` returns them.
+
     Raises:
         ValueError: one sentence: what, why, what to drop.
     """
@@ -146,7 +153,7 @@ def check_arguments(server_args: Any) -> None:
     for refusal in ARGUMENTS:
         if refusal.applies(server_args):
             raise ValueError(refusal.sentence(server_args.kv_cache_dtype))
-    check_model(server_args.get_model_config())
+    check_model(compat.model_config(server_args))
 
 
 def check_model(model_config: Any) -> None:

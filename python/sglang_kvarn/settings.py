@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from kvarn_kernels.config import KVarNConfig, preset_names
 
-from sglang_kvarn import cpu_platform
+from sglang_kvarn import compat, cpu_platform
 
 ATTENTION_BACKEND = "kvarn"
 PAGE_SIZE = 128
@@ -43,7 +43,9 @@ def add_choices(result: Any, parser: argparse.ArgumentParser) -> None:
 
 
 def apply_defaults(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Fill what the user left open. Hook before ``ServerArgs.__post_init__``."""
+    """Fill what the user left open. Hook before `compat.resolution_target`."""
+    if compat.is_resolved(server_args):
+        return
     preset = preset_of(server_args)
     if preset is not None:
         if server_args.attention_backend is None:

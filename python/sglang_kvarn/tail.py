@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from kvarn_kernels.config import KVarNConfig
 
+from sglang_kvarn import compat
+
 _ATTRIBUTE = "kvarn_tail"
 
 
@@ -58,8 +60,9 @@ def record_exact_starts(original: Callable[..., Any], pool: Any, reqs: list[Any]
     A request that comes back with its next chunk keeps its row and its exact start.
     """
     tail = getattr(pool, _ATTRIBUTE, None)
-    fresh = [req for req in reqs if req.req_pool_idx is None]
+    fresh = [req for req in reqs if compat.request_row(req) is None]
     rows = original(pool, reqs)
     if tail is not None and fresh and rows is not None:
-        tail.set_exact_starts([req.req_pool_idx for req in fresh], [len(req.prefix_indices) for req in fresh])
+        starts = [compat.prefix_len(req) for req in fresh]
+        tail.set_exact_starts([compat.request_row(req) for req in fresh], starts)
     return rows

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -18,5 +16,6 @@ def sglang() -> None:
     torch.set_num_threads(1)
     cpu_platform.prepare_environment()
     compat.load_plugins()
-    arguments = SimpleNamespace(page_size=128, speculative_algorithm=None, strip_thinking_cache=False)
-    compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(arguments)
+    from prefix_cache import calls
+
+    calls.publish_arguments()

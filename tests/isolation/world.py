@@ -20,6 +20,7 @@ from kvarn_kernels import ops
 from kvarn_kernels.cache import DecodeWorkspace, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import make_workspace
+from prefix_cache import calls
 from sglang_kvarn import compat
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 
@@ -83,12 +84,12 @@ class Request:
 
     @property
     def row(self) -> int:
-        return self.req.req_pool_idx
+        return calls.row(self.req)
 
     @property
     def cached(self) -> int:
         """Tokens whose keys and values are stored."""
-        return self.req.kv_committed_len
+        return calls.committed(self.req)
 
 
 @dataclass
@@ -137,15 +138,7 @@ class World:
         self.allocator = compat.PagedTokenToKVPoolAllocator(
             PAGES * PAGE, PAGE, torch.uint8, "cpu", self.pool, need_sort=False
         )
-        radix = compat.resolve("sglang.srt.mem_cache.radix_cache")
-        self.tree = radix.RadixCache(
-            compat.resolve("sglang.srt.mem_cache.cache_init_params.CacheInitParams")(
-                disable=False,
-                req_to_token_pool=self.rows,
-                token_to_kv_pool_allocator=self.allocator,
-                page_size=PAGE,
-            )
-        )
+        self.tree = calls.make_tree(self.rows, self.allocator)
         self.pool.tail.attach(self.rows)
         self.buffers = DecodeBuffers(ROWS + PADDING, self.rows.req_to_token)
         self.cache: LayerCache = self.pool.layer_cache(0)
@@ -183,12 +176,11 @@ class World:
     def check_accounts(self) -> None:
         """Every page is free, or in the tree, or one request's own; no page is two of these."""
         free = self.allocator.free_pages.tolist()
-        tree = self.tree.all_values_flatten() if self.tree.root_node.children else torch.empty(0)
-        cached = (tree[::PAGE] // PAGE).long().tolist()
+        cached = (calls.cached_slots(self.tree)[::PAGE] // PAGE).long().tolist()
         own = []
         for request in self.holders():
             table = self.rows.req_to_token[request.row, : request.cached : PAGE] // PAGE
-            own += table[request.req.cache_protected_len // PAGE :].tolist()
+            own += table[calls.protected(request.req) // PAGE :].tolist()
         pages = free + cached + own
         assert sorted(pages) == list(range(1, PAGES + 1)), (free, cached, own)
 
@@ -211,9 +203,7 @@ class World:
 
     def release(self, request: Request, *, insert: bool) -> None:
         """Give back row and pages, as a request that finished, was aborted (insert) or is retracted does."""
-        compat.resolve("sglang.srt.mem_cache.common.release_kv_cache")(
-            request.req, self.tree, is_insert=insert
-        )
+        calls.release(self.tree, request.req, insert=insert)
 
     def finish(self, request: Request) -> None:
         """End a running request; its pages stay cached."""
@@ -256,8 +246,7 @@ class World:
         assert slots is not None, "make_room comes first"
         self.rows.write((rows, lens), slots.int())
         for request in requests:
-            request.req.kv.kv_allocated_len += 1
-            request.req.kv_committed_len += 1
+            calls.note_decode(request.req)
         return slots
 
     def prepare_decode(self, padding: int = 0) -> Step:
@@ -316,15 +305,15 @@ class World:
             continued = request is self.chunked
             request.req.init_next_round_input(None if continued else self.tree)
             if not continued:
-                self.tree.inc_lock_ref(request.req.last_node)
-            prefix = len(request.req.prefix_indices)
+                calls.lock(self.tree, request.req)
+            prefix = calls.prefix_len(request.req)
             new = min(budget, len(request.history.tokens) - prefix)
             # SGLang counts every request as if it began a page
             if self.free_tokens() < reserved + new + PAGE:
                 if not continued:
-                    self.tree.dec_lock_ref(request.req.last_node)
+                    calls.unlock(self.tree, request.req)
                 break
-            request.req.set_extend_range(prefix, prefix + new)
+            calls.set_extend_range(request.req, prefix, prefix + new)
             reserved += new + PAGE
             budget -= new
             fresh.append(request)
@@ -336,37 +325,34 @@ class World:
     def _allocate_fresh(self, fresh: list[Request]) -> torch.Tensor:
         for request in fresh:
             if request.row is None:
-                request.exact_start = len(request.req.prefix_indices)
+                request.exact_start = calls.prefix_len(request.req)
                 self.waiting.remove(request)
+        prefixes = [calls.prefix_slots(self.tree, self.rows, r.req) for r in fresh]
         rows = self.rows.alloc([r.req for r in fresh])
         assert rows is not None, "only as many as there are rows are chosen"
-        starts, ends = zip(*(r.req.extend_range for r in fresh), strict=True)
+        starts, ends = zip(*(calls.extend_range(r.req) for r in fresh), strict=True)
         prefix_lens, seq_lens = torch.tensor(starts), torch.tensor(ends)
         total = sum(ends) - sum(starts)
         self._evict_for(total + len(fresh) * PAGE)
-        last = [r.req.prefix_indices[-1] if len(r.req.prefix_indices) else torch.tensor(-1) for r in fresh]
+        last = [prefix[-1] if len(prefix) else torch.tensor(-1) for prefix in prefixes]
         slots = self.allocator.alloc_extend(
             prefix_lens, prefix_lens, seq_lens, seq_lens, torch.stack(last).long(), total
         )
         assert slots is not None, "only what fits is chosen"
-        kv_info = compat.resolve("sglang.srt.managers.schedule_batch.ReqKvInfo")
         done = 0
-        for request, start, end in zip(fresh, starts, ends, strict=True):
-            req = request.req
-            self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices.int())
+        for request, prefix, start, end in zip(fresh, prefixes, starts, ends, strict=True):
+            self.rows.write((request.row, slice(0, start)), prefix.int())
             own = slots[done : done + end - start].int()
-            self.rows.write((req.req_pool_idx, slice(start, end)), own)
+            self.rows.write((request.row, slice(start, end)), own)
             done += end - start
-            if req.kv is None:
-                req.kv = kv_info(kv_allocated_len=end, swa_evicted_seqlen=0)
-            req.kv.kv_allocated_len = req.kv_committed_len = end
-            req.inflight_middle_chunks = int(end < len(request.history.tokens))
+            calls.note_extend(request.req, end)
+            request.req.inflight_middle_chunks = int(end < len(request.history.tokens))
         return slots
 
     def describe_extend(self, fresh, decoding, slots, decode_slots) -> Step:
         """Describe an extend step, or a mixed one, when the device comes to it."""
         requests = fresh + decoding
-        spans = [tuple(r.req.extend_range) for r in fresh] + [(r.cached - 1, r.cached) for r in decoding]
+        spans = [calls.extend_range(r.req) for r in fresh] + [(r.cached - 1, r.cached) for r in decoding]
         forward_batch = SimpleNamespace(
             batch_size=len(requests),
             req_pool_indices=torch.tensor([r.row for r in requests]),
@@ -444,7 +430,7 @@ class World:
     def _process(self, step: Step) -> None:
         """Sample a token, put pages into the tree and re-point rows, as SGLang's result processor does."""
         for request, (_, end) in zip(step.requests, step.spans, strict=True):
-            if request.req.req_pool_idx is None:
+            if request.row is None:
                 continue
             decoded = request in self.running
             if end == len(request.history.tokens):
@@ -456,10 +442,9 @@ class World:
             self.chunked = None if self.chunked is request else self.chunked
             if request.req.inflight_middle_chunks:
                 self.chunked = request
-                self.tree.cache_unfinished_req(request.req, chunked=True)
             else:
                 self.running.append(request)
-                self.tree.cache_unfinished_req(request.req)
+            calls.cache_unfinished(self.tree, request.req, chunked=request is self.chunked)
 
     def _repeats_in_kernels(self, step: Step) -> bool:
         # some of the steps, by what they are, so that a repeated or shortened run takes the same

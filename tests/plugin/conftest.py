@@ -33,6 +33,19 @@ def plugins() -> None:
 
 
 @pytest.fixture(scope="session")
+def server_args():
+    """Return a function that makes ServerArgs and resolves them, as a launch does before it spawns a process."""
+
+    def make(**arguments):
+        args = compat.resolve("sglang.srt.server_args.ServerArgs")(**arguments)
+        if hasattr(args, "resolve_once"):
+            args.resolve_once()
+        return args
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     """Return a function that makes a model folder with a configuration and no weights."""
 

@@ -21,7 +21,6 @@ def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **cha
         max_running_requests=requested,
         cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(backend="disabled", max_bs=None)),
     )
-    args.override = lambda source, **fields: vars(args).update(fields)
     model = SimpleNamespace(
         get_num_kv_heads=lambda size: max(1, 2 // size), num_attention_heads=4, head_dim=64, context_len=4096
     )
@@ -38,7 +37,12 @@ def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **cha
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
+    """One rank, whose arguments stand for the configuration of its process."""
     monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1), raising=False)
+    monkeypatch.setattr(compat, "max_running_requests", lambda args: args.max_running_requests)
+    monkeypatch.setattr(
+        compat, "set_max_running_requests", lambda args, rows: vars(args).update(max_running_requests=rows)
+    )
 
 
 def test_model_shape_gives_the_documented_bytes():

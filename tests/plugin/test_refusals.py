@@ -24,6 +24,8 @@ CASES = [
     ("enable_hisparse", True, "--enable-hisparse"),
     ("enable_lmcache", True, "--enable-lmcache"),
     ("enable_flexkv", True, "--enable-flexkv"),
+    ("enable_unified_cache_external_linker", True, "--enable-unified-cache-external-linker"),
+    ("enable_kv_cache_sharding", True, "--enable-kv-cache-sharding"),
     ("radix_cache_backend", "other", "--radix-cache-backend"),
     ("enable_deterministic_inference", True, "--enable-deterministic-inference"),
     ("rl_on_policy_target", "fsdp", "--rl-on-policy-target"),
@@ -33,6 +35,7 @@ CASES = [
     ("attn_cp_size", 2, "--attn-cp-size"),
     ("enable_prefill_cp", True, "--enable-prefill-cp"),
     ("enable_dp_attention", True, "--enable-dp-attention"),
+    ("attn_dp_size", 2, "--attn-dp-size"),
     ("pp_size", 2, "--pp-size"),
     ("enable_two_batch_overlap", True, "--enable-two-batch-overlap"),
     ("enable_single_batch_overlap", True, "--enable-single-batch-overlap"),
@@ -45,8 +48,10 @@ CASES = [
     ("enable_unified_memory", True, "--enable-unified-memory"),
     ("prefill_only_disable_kv_cache", True, "--prefill-only-disable-kv-cache"),
     ("kv_canary", "raise", "--kv-canary"),
+    ("enable_nvidia_megakernel", True, "--enable-nvidia-megakernel"),
     ("use_ray", True, "--use-ray"),
 ]
+INSTALLED = [case for case in CASES if compat.has_argument(case[0])]
 GRAPHS = [
     ("prefill", "full"),
     ("prefill", "tc_piecewise"),
@@ -56,12 +61,22 @@ GRAPHS = [
 VARIABLES = ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE"]
 
 
+class Changed:
+    """Resolved arguments of which some are others."""
+
+    def __init__(self, args, **changes) -> None:
+        self.__dict__.update(changes, _args=args)
+
+    def __getattr__(self, name):
+        return getattr(self._args, name)
+
+
 @pytest.fixture(scope="module")
-def served(model_dir):
+def served(server_args, model_dir):
     """Arguments that are served."""
-    args = compat.resolve("sglang.srt.server_args.ServerArgs")(model_path=model_dir(), kv_cache_dtype="kvarn")
+    args = server_args(model_path=model_dir(), kv_cache_dtype="kvarn")
     args.check_server_args()
-    return args
+    return compat.resolved_arguments(args)
 
 
 def refused(args) -> str:
@@ -70,20 +85,24 @@ def refused(args) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("name", "value", "word"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("name", "value", "word"), INSTALLED, ids=[case[0] for case in INSTALLED])
 def test_check_arguments_names_the_flag_the_reason_and_the_way_out(served, name, value, word):
-    args = copy.copy(served)
-    object.__setattr__(args, name, value)
-    message = refused(args)
+    getattr(served, name)
+    message = refused(Changed(served, **{name: value}))
     assert word in message and "cannot be combined with --kv-cache-dtype kvarn: " in message
     assert "; drop " in message and "\n" not in message and "TODO" not in message
 
 
 @pytest.mark.parametrize(("phase", "backend"), GRAPHS)
 def test_check_arguments_refuses_other_cuda_graphs(served, phase, backend):
-    args = copy.deepcopy(served)
-    getattr(args.cuda_graph_config, phase).backend = backend
-    assert f"--cuda-graph-backend-{phase}" in refused(args)
+    graphs = copy.deepcopy(served.cuda_graph_config)
+    getattr(graphs, phase).backend = backend
+    assert f"--cuda-graph-backend-{phase}" in refused(Changed(served, cuda_graph_config=graphs))
+
+
+def test_check_arguments_takes_an_argument_that_sglang_does_not_have_yet_as_off(served, monkeypatch):
+    monkeypatch.setitem(compat._ADDED_ARGUMENTS, "use_ray", "9.0.0")
+    refusals.check_arguments(Changed(served, use_ray=True))
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
@@ -113,18 +132,14 @@ def test_every_refusal_of_the_table_has_a_case():
     ],
     ids=str,
 )
-def test_server_args_are_refused_in_the_parent(model_dir, chosen, word):
-    args = compat.resolve("sglang.srt.server_args.ServerArgs")(
-        model_path=model_dir(), kv_cache_dtype="kvarn", **chosen
-    )
+def test_server_args_are_refused_in_the_parent(server_args, model_dir, chosen, word):
+    args = server_args(model_path=model_dir(), kv_cache_dtype="kvarn", **chosen)
     with pytest.raises(ValueError, match=word):
         args.check_server_args()
 
 
-def test_backend_without_cache_is_refused(model_dir):
-    args = compat.resolve("sglang.srt.server_args.ServerArgs")(
-        model_path=model_dir(), attention_backend="kvarn"
-    )
+def test_backend_without_cache_is_refused(server_args, model_dir):
+    args = server_args(model_path=model_dir(), attention_backend="kvarn")
     with pytest.raises(ValueError, match="add --kv-cache-dtype kvarn or drop --attention-backend"):
         args.check_server_args()
 
@@ -159,10 +174,8 @@ def test_backend_without_cache_is_refused(model_dir):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_models_are_refused_in_the_parent(model_dir, changes, word):
-    args = compat.resolve("sglang.srt.server_args.ServerArgs")(
-        model_path=model_dir(**changes), kv_cache_dtype="kvarn"
-    )
+def test_models_are_refused_in_the_parent(server_args, model_dir, changes, word):
+    args = server_args(model_path=model_dir(**changes), kv_cache_dtype="kvarn")
     with pytest.raises(ValueError, match=word):
         args.check_server_args()
 

@@ -11,18 +11,14 @@ from kvarn_kernels.config import preset_names
 from sglang_kvarn import compat, settings
 
 
-def server_args(**kwargs):
-    return compat.resolve("sglang.srt.server_args.ServerArgs")(**kwargs)
-
-
 @pytest.mark.parametrize("preset", preset_names())
-def test_presets_pick_backend_and_page_size(model_dir, preset):
-    args = server_args(model_path=model_dir(), kv_cache_dtype=preset)
+def test_presets_pick_backend_and_page_size(server_args, model_dir, preset):
+    args = compat.resolved_arguments(server_args(model_path=model_dir(), kv_cache_dtype=preset))
     assert (args.attention_backend, args.page_size, args.kv_cache_dtype) == ("kvarn", 128, preset)
 
 
-def test_other_formats_keep_their_defaults(model_dir):
-    args = server_args(model_path=model_dir())
+def test_other_formats_keep_their_defaults(server_args, model_dir):
+    args = compat.resolved_arguments(server_args(model_path=model_dir()))
     assert args.attention_backend != "kvarn" and args.page_size == 1
 
 
@@ -36,7 +32,7 @@ def test_cli_takes_presets_and_lists_them_for_a_wrong_name(model_dir, capsys):
     assert all(f"'{name}'" in message for name in preset_names())
 
 
-def test_engine_lists_presets_for_a_wrong_name(model_dir):
+def test_engine_lists_presets_for_a_wrong_name(server_args, model_dir):
     with pytest.raises(ValueError, match=r"one of kvarn, .*kvarn_k2v2_g128_canonical, got 'kvarn_k3v3'"):
         server_args(model_path=model_dir(), kv_cache_dtype="kvarn_k3v3")
 

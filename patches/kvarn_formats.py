@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin for an SGLang that has the registry of this folder: what would be left of `sglang_kvarn.hooks`.
+
+The one hook that stays has nothing to do with the cache: it fills the arguments that a CPU needs.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from kvarn_kernels.config import preset_names
+from sglang_kvarn import budget, compat, cpu_platform, hooks, refusals, settings
+
+_registry = compat.resolve("sglang.srt.mem_cache.kv_cache_format")
+
+
+class KVarNFormat(_registry.KVCacheFormat):
+    """One preset as a format of SGLang's registry."""
+
+    attention_backend = settings.ATTENTION_BACKEND
+    page_size = settings.PAGE_SIZE
+    storage_dtype = torch.uint8
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check_server_args(self, cfg: Any) -> None:
+        hooks.verify_hooks()
+        refusals.check_arguments(cfg)
+
+    def bytes_per_token(self, kvc: Any) -> int:
+        return budget.model_shape(kvc).token_bytes(settings.target_preset(kvc))
+
+    def fixed_bytes(self, kvc: Any, available_bytes: int) -> int:
+        return available_bytes - budget.charge_fixed_bytes(available_bytes, kvc)
+
+    def max_requests(self, kvc: Any) -> int | None:
+        return compat.max_running_requests(kvc.server_args)
+
+    def build_pool(self, kvc: Any, *, max_total_num_tokens: int, req_to_token_pool: Any) -> Any:
+        from sglang_kvarn import pool
+
+        sizes = SimpleNamespace(max_total_num_tokens=max_total_num_tokens)
+        built = pool.build(None, kvc, sizes=sizes, req_to_token_pool=req_to_token_pool)
+
+        def note(reqs: list[Any]) -> None:
+            starts = [compat.prefix_len(req) for req in reqs]
+            built.tail.set_exact_starts([compat.request_row(req) for req in reqs], starts)
+
+        req_to_token_pool.register_on_alloc(note)
+        return built
+
+
+def apply_cpu_defaults(server_args: Any) -> None:
+    """Fill what a CPU needs, except the attention backend of a kvarn cache: that is the format's."""
+    if compat.is_resolved(server_args):
+        return
+    chosen = server_args.attention_backend
+    cpu_platform.apply_defaults(server_args)
+    if settings.preset_of(server_args) is not None:
+        server_args.attention_backend = chosen
+
+
+def register() -> None:
+    """Register the formats and the attention backend; called by SGLang in every process it starts."""
+    cpu_platform.prepare_environment()
+    hooks.HOOKS = (hooks.Hook(compat.resolution_target(), "before", ("self",), apply_cpu_defaults),)
+    hooks.register_all()
+    for name in preset_names():
+        _registry.register_kv_cache_format(KVarNFormat(name))

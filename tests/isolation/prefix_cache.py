@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prefix cache of the installed SGLang, and the calls of its scheduler that differ between versions.
+
+`RadixCalls` is 0.5.16 with RadixCache, `UnifiedCalls` 0.5.23 with UnifiedRadixCache; `calls` is the one that applies.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from sglang_kvarn import compat
+
+PAGE = 128
+
+
+class RadixCalls:
+    """Requests carry their prefix slots and lengths; the tree locks by node."""
+
+    def publish_arguments(self) -> None:
+        """Publish the few server arguments that SGLang's pools read."""
+        arguments = SimpleNamespace(page_size=PAGE, speculative_algorithm=None, strip_thinking_cache=False)
+        compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(arguments)
+
+    def make_tree(self, rows, allocator):
+        """Return an empty prefix cache over these pools."""
+        return compat.resolve("sglang.srt.mem_cache.radix_cache.RadixCache")(self._parameters(rows, allocator))
+
+    def _parameters(self, rows, allocator, **more):
+        return compat.resolve("sglang.srt.mem_cache.cache_init_params.CacheInitParams")(
+            disable=False,
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=allocator,
+            page_size=PAGE,
+            **more,
+        )
+
+    def cached_slots(self, tree) -> torch.Tensor:
+        """Return the slots that the tree holds."""
+        return tree.all_values_flatten() if tree.root_node.children else torch.empty(0)
+
+    def row(self, req) -> int | None:
+        """Return the row of a request, None while it has none."""
+        return req.req_pool_idx
+
+    def prefix_len(self, req) -> int:
+        """Return the tokens of a request that are in its row or in the tree."""
+        return len(req.prefix_indices)
+
+    def committed(self, req) -> int:
+        """Return the tokens whose keys and values are stored."""
+        return req.kv_committed_len
+
+    def protected(self, req) -> int:
+        """Return the tokens of a row that the tree owns."""
+        return req.cache_protected_len
+
+    def prefix_slots(self, tree, rows, req) -> torch.Tensor:
+        """Return the slots of the prefix; called before rows are allocated."""
+        return req.prefix_indices
+
+    def lock(self, tree, req) -> None:
+        """Keep the matched prefix of a request from eviction."""
+        tree.inc_lock_ref(req.last_node)
+
+    def unlock(self, tree, req) -> None:
+        """Undo `lock`."""
+        tree.dec_lock_ref(req.last_node)
+
+    def set_extend_range(self, req, start: int, end: int) -> None:
+        """Choose the tokens of a request's next chunk."""
+        req.set_extend_range(start, end)
+
+    def extend_range(self, req) -> tuple[int, int]:
+        """Return the tokens of a request's chunk."""
+        return tuple(req.extend_range)
+
+    def note_extend(self, req, end: int) -> None:
+        """Note that slots up to here are allocated and will be written by this forward pass."""
+        if req.kv is None:
+            kv_info = compat.resolve("sglang.srt.managers.schedule_batch.ReqKvInfo")
+            req.kv = kv_info(kv_allocated_len=end, swa_evicted_seqlen=0)
+        req.kv.kv_allocated_len = req.kv_committed_len = end
+
+    def note_decode(self, req) -> None:
+        """Note one more slot."""
+        req.kv.kv_allocated_len += 1
+        req.kv_committed_len += 1
+
+    def cache_unfinished(self, tree, req, *, chunked: bool) -> None:
+        """Put the full pages of a request into the tree, between two chunks or after the last."""
+        tree.cache_unfinished_req(req, chunked=chunked)
+
+    def release(self, tree, req, *, insert: bool) -> None:
+        """Give back row and pages."""
+        compat.resolve("sglang.srt.mem_cache.common.release_kv_cache")(req, tree, is_insert=insert)
+
+
+class UnifiedCalls(RadixCalls):
+    """Lengths are in the request's ReqKvInfo, prefix slots in the tree or the row; the tree locks by receipt."""
+
+    def publish_arguments(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+            args = compat.resolve("sglang.srt.server_args.ServerArgs")(model_path=folder, page_size=PAGE)
+            args.resolve_once()
+        compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(args)
+
+    def make_tree(self, rows, allocator):
+        full = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").FULL
+        parameters = self._parameters(rows, allocator, tree_components=(full,))
+        return compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")(parameters)
+
+    def cached_slots(self, tree) -> torch.Tensor:
+        return tree.all_values_flatten()
+
+    def row(self, req) -> int | None:
+        return req.kv.req_pool_idx
+
+    def prefix_len(self, req) -> int:
+        return req.prefix_len
+
+    def committed(self, req) -> int:
+        return req.kv.kv_committed_len
+
+    def protected(self, req) -> int:
+        return req.kv.cache_protected_len
+
+    def prefix_slots(self, tree, rows, req) -> torch.Tensor:
+        if req.kv.holds_kv:
+            return rows.req_to_token[req.kv.req_pool_idx, : req.prefix_len].long()
+        return tree.prefix_device_indices(req) if req.prefix_len else torch.empty(0, dtype=torch.int64)
+
+    def lock(self, tree, req) -> None:
+        req.lock = tree.lock(req.last_node)
+
+    def unlock(self, tree, req) -> None:
+        tree.unlock(req.lock)
+        req.lock = None
+
+    def set_extend_range(self, req, start: int, end: int) -> None:
+        assert start == req.prefix_len, "a chunk begins where the last one ended"
+        req.extend_end = end
+
+    def extend_range(self, req) -> tuple[int, int]:
+        return req.prefix_len, req.extend_end
+
+    def note_extend(self, req, end: int) -> None:
+        req.kv.kv_allocated_len = req.kv.kv_committed_len = end
+
+    def note_decode(self, req) -> None:
+        req.kv.kv_allocated_len += 1
+        req.kv.kv_committed_len += 1
+
+    def cache_unfinished(self, tree, req, *, chunked: bool) -> None:
+        compat.resolve("sglang.srt.mem_cache.common.checkpoint_kv_cache")(req, tree)
+
+    def release(self, tree, req, *, insert: bool) -> None:
+        if insert:
+            finished = compat.resolve("sglang.srt.managers.schedule_batch.FINISH_LENGTH")
+            req.finished_reason = finished(len(req.output_ids))
+        compat.resolve("sglang.srt.mem_cache.common.release_kv_cache")(req, tree, checkpoint=insert)
+
+
+calls = RadixCalls() if compat.version().startswith("0.5.16") else UnifiedCalls()

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patch for the installed SGLang applies, and the plugin serves through its registry instead of the hooks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kvarn_kernels.config import preset_names
+from sglang_kvarn import compat, cpu_platform
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE_TESTS = ROOT / "tests" / "engine"
+NEW = 8
+
+PARSE = """
+import contextlib, io, json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt import server_args
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang_kvarn import compat
+
+def parse(arguments):
+    # what a launch does before it spawns a process; the error, or what was resolved
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            args = server_args.prepare_server_args(arguments)
+            if hasattr(args, "resolve_once"):
+                args.resolve_once()
+            args.check_server_args()
+        except (SystemExit, ValueError) as error:
+            return f"{type(error).__name__}: {error} {stderr.getvalue()}"
+    seen = compat.resolved_arguments(args)
+    return [seen.attention_backend, seen.page_size]
+
+lines = [parse([*sys.argv[2:], *line]) for line in json.loads(sys.argv[1])]
+print(json.dumps([server_args.__file__, sorted(HookRegistry._hooks), lines]))
+"""
+LINES = {
+    "preset": ["--kv-cache-dtype", "kvarn_k2v2_g128"],
+    "wrong name": ["--kv-cache-dtype", "kvarn_k3v3_g128"],
+    "other page size": ["--kv-cache-dtype", "kvarn", "--page-size", "64"],
+}
+
+SERVE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import sglang, tiny_model
+if __name__ == "__main__":
+    options = json.loads(sys.argv[2])
+    engine = sglang.Engine(**options, custom_sigquit_handler=tiny_model.fail)
+    shared, tokens = tiny_model.prompt(300, seed=1), tiny_model.prompt(300, seed=1) + tiny_model.prompt(90, seed=2)
+    found = [tiny_model.answers(engine, [t], int(sys.argv[3]))[0] for t in (shared, tokens)]
+    engine.shutdown()
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory) -> dict[str, str]:
+    """Return the environment of a process that sees SGLang patched and the plugin that uses the registry."""
+    folder = ROOT / "patches" / f"sglang-{compat.version()}"
+    if not folder.exists():
+        pytest.skip(f"there is no patch for SGLang {compat.version()}")
+    if not cpu_platform.is_active():
+        pytest.skip("its engine is for a machine without a GPU")
+    site = tmp_path_factory.mktemp("site")
+    installed = Path(compat.resolve("sglang.srt.server_args").__file__).parents[1]
+    ignored = shutil.ignore_patterns("__pycache__", "multimodal_gen")
+    shutil.copytree(installed, site / "sglang", copy_function=os.symlink, ignore=ignored)
+    for patch in sorted(folder.glob("*.patch")):
+        touched = [line[len("--- a/python/") :] for line in patch.read_text().splitlines() if line.startswith("--- a/")]
+        for name in touched:
+            copied = (site / name).resolve().read_bytes()
+            (site / name).unlink()
+            (site / name).write_bytes(copied)
+        subprocess.run(["git", "apply", "-p2", str(patch)], cwd=site, check=True)
+    info = site / "kvarn_formats.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvarn-formats\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nkvarn_formats = kvarn_formats:register\n")
+    path = os.pathsep.join([str(site), str(ROOT / "patches"), *filter(None, sys.path)])
+    return os.environ | {"PYTHONPATH": path, "SGLANG_PLUGINS": "kvarn_formats,kvarn_cpu"}
+
+
+def run(environment: dict[str, str], script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """Return the folder of the tiny model of the engine tests."""
+    sys.path.insert(0, str(ENGINE_TESTS))
+    import tiny_model
+
+    return tiny_model.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def parsed(patched, model, tmp_path_factory) -> dict:
+    """Return what each command line of `LINES` was resolved to, or the error."""
+    script = tmp_path_factory.mktemp("parse") / "parse.py"
+    script.write_text(PARSE)
+    done = run(patched, str(script), json.dumps(list(LINES.values())), "--model-path", model)
+    assert done.returncode == 0, done.stderr[-3000:]
+    file, hooked, lines = json.loads(done.stdout.splitlines()[-1])
+    return {"file": file, "hooked": hooked, **dict(zip(LINES, lines, strict=True))}
+
+
+def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
+    assert parsed["file"].startswith(patched["PYTHONPATH"].split(os.pathsep)[0])
+    # the arguments that a CPU needs are all that is hooked
+    assert parsed["hooked"] == [f"sglang.srt.{compat.resolution_target()}"]
+    assert parsed["preset"] == ["kvarn", 128]
+
+
+def test_parsing_lists_the_registered_formats_for_a_wrong_name(parsed):
+    assert parsed["wrong name"].startswith("SystemExit: 2")
+    assert all(f"'{name}'" in parsed["wrong name"] for name in [*preset_names(), "fp8_e4m3"])
+
+
+def test_parsing_refuses_what_the_format_refuses(parsed):
+    assert parsed["other page size"].startswith("ValueError: another --page-size than 128 cannot be combined")
+
+
+def test_engine_gives_the_oracles_tokens_through_the_registry(patched, model, tmp_path):
+    import tiny_model
+
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE)
+    options = {
+        "model_path": model,
+        "kv_cache_dtype": "kvarn",
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_total_tokens": 4096,
+        "max_running_requests": 4,
+        "chunked_prefill_size": 256,
+        "random_seed": 0,
+        "log_level": "info",
+    }
+    done = run(patched, str(script), str(ENGINE_TESTS), json.dumps(options), str(NEW))
+    assert done.returncode == 0, done.stderr[-3000:]
+    # fixed bytes and the pool, as the hooks log them
+    assert "KVarN: 4 requests at a time" in done.stderr and "KVarN kvarn_k4v2_g128: 236 bytes" in done.stderr
+    miss, hit = json.loads(done.stdout.splitlines()[-1])
+    shared, tokens = tiny_model.prompt(300, seed=1), tiny_model.prompt(300, seed=1) + tiny_model.prompt(90, seed=2)
+    assert miss["tokens"] == tiny_model.expected(model, shared, "kvarn", new_tokens=NEW)
+    assert hit["cached"] == 256
+    assert hit["tokens"] == tiny_model.expected(model, tokens, "kvarn", cached=256, new_tokens=NEW)
