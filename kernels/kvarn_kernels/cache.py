@@ -37,24 +37,21 @@ class DecodeWorkspace:
 
     Attributes:
         rotated_q: float32 [B_max, Hq, D], the rotated query.
-        partial_out: float32 [N, D], the normalised output of each piece of a request's context. A step of B requests
-            with S splits each uses it as [B, Hq, S, D], a step with equal shares of work (decode_sm90.cu) as slots
-            [slots, 8, D].
-        partial_lse: float32 [N], likewise: base-2 log sum of exp; -inf where a piece is empty.
+        partial_out: float32 [N, D]; a step of B requests and S splits uses it as [B, Hq, S, D]: the normalised
+            output of each split.
+        partial_lse: float32 [N], likewise [B, Hq, S]: base-2 log sum of exp; -inf where a split is empty.
         num_splits: S for each batch size from 1 to B_max.
-        spans: int32 [B_max * Hk * head tiles, 2], first slot and number of slots of a request, KV head and head tile.
     """
 
     rotated_q: torch.Tensor
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
     num_splits: tuple[int, ...]
-    spans: torch.Tensor
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(x.nbytes for x in (self.rotated_q, self.partial_out, self.partial_lse, self.spans))
+        return sum(x.nbytes for x in (self.rotated_q, self.partial_out, self.partial_lse))
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,6 @@ FIRST_BLOCK = 16
 EXACT_BLOCK = 64
 
 
-def split_pages(config: KVarNConfig) -> int:
-    """Return the pages of a split, 0 where splits depend on the step."""
-    return CANONICAL_SPLIT_PAGES if config.is_canonical else 0
-
-
 def num_splits(batch_size: int, num_kv_heads: int, max_pages: int, config: KVarNConfig) -> int:
     """Return the splits of each request in a step of batch_size, the ring's included.
 
@@ -58,15 +53,11 @@ def make_workspace(
 ) -> DecodeWorkspace:
     """Allocate the workspace for every batch size up to max_batch and requests of up to max_pages pages."""
     rows = max(b * num_splits(b, num_kv_heads, max_pages, config) for b in range(1, max_batch + 1)) * num_qo_heads
-    segments = max_batch * decode_sm90.segments(num_qo_heads, num_kv_heads)
-    if not config.is_canonical:
-        rows = max(rows, decode_sm90.max_slots(segments) * decode_sm90.SLOT_HEADS)
     return DecodeWorkspace(
         rotated_q=torch.empty(max_batch, num_qo_heads, head_dim, dtype=torch.float32, device=device),
         partial_out=torch.empty(rows, head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(rows, dtype=torch.float32, device=device),
         num_splits=tuple(num_splits(b, num_kv_heads, max_pages, config) for b in range(1, max_batch + 1)),
-        spans=torch.empty(segments, 2, dtype=torch.int32, device=device),
     )
 
 
@@ -167,19 +158,20 @@ def decode(
     num_kv_heads: int,
     sm_scale: float,
 ) -> None:
-    """Attend one query token per request; each piece's normalised output and lse go to the workspace.
+    """Attend one query token per request; each split's normalised output and lse go to the workspace.
 
-    Reads batch.workspace.rotated_q, the records of the older pages and the ring of the request's row. Pieces are
-    planned on the device from the lengths of the step, so that a CUDA graph serves any lengths. Hopper and newer GPUs
-    run decode_sm90.cu: every block takes an equal share of the step's work, unless the preset is canonical. Others run
-    the Triton kernel above: the record part of a request is shared by splits 0 .. S - 2, the last split is its ring,
-    and S depends on the batch size unless the preset is canonical.
+    Reads batch.workspace.rotated_q, the records of the older pages and the ring of the request's row. The record part
+    of a request is shared by splits 0 .. S - 2, the last split is its ring. Split sizes depend on the request's own
+    length (and, unless canonical, on the batch size through S), so that a CUDA graph serves any lengths. Hopper and
+    newer GPUs run decode_sm90.cu, others the Triton kernel above.
     """
     workspace = batch.workspace
     assert workspace is not None, "the Triton form needs a DecodeWorkspace"
     batch_size, head_dim = batch.rows.shape[0], cache.ring_k.shape[3]
-    if decode_sm90.is_supported(cache.ring_k.device, cache.ring_k.dtype):
-        decode_sm90.decode(cache, batch, config, num_qo_heads, num_kv_heads, sm_scale * LOG2_E, split_pages(config))
+    split_pages = CANONICAL_SPLIT_PAGES if config.is_canonical else 0
+    if decode_sm90.is_supported(cache.records.device) and cache.ring_k.dtype != torch.float32:
+        scale = sm_scale * LOG2_E
+        decode_sm90.decode(cache, batch, config, num_qo_heads, num_kv_heads, scale, split_pages)
         return
     splits = workspace.num_splits[batch_size - 1]
     _decode_kernel[(splits, num_kv_heads, batch_size)](
@@ -205,7 +197,7 @@ def decode(
         K_BITS=config.k_bits,
         V_BITS=config.v_bits,
         WINDOW=config.window_pages,
-        SPLIT_PAGES=split_pages(config),
+        SPLIT_PAGES=split_pages,
         FIRST_BLOCK=FIRST_BLOCK,
         EXACT_BLOCK=EXACT_BLOCK,
         STAGES=2,

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention over records, first rows and ring for sm_90 and newer; the same contract as decode.py.
 //
-// A block attends pieces of the context of a request and KV head (`kvarn_decode` says which), `kvarn_merge` combines
-// them. Whole records arrive by bulk copy in a ring of STAGES buffers. TILE_WARPS warps share a tile, each with its own
-// tokens and its own softmax state, so warps meet only at the end of a piece; the last warp that leaves a buffer orders
-// the next record into it. The layout of `tile.py` makes every shared-memory load a 16-byte read of one
-// matrix-instruction fragment:
+// One block per (split, KV head, request). Whole records arrive by bulk copy in a ring of STAGES buffers. TILE_WARPS
+// warps share a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a split;
+// the last warp that leaves a buffer orders the next record into it. The layout of `tile.py` makes every shared-memory
+// load a 16-byte read of one matrix-instruction fragment:
 //
 //     scores^T [tokens, heads]   = codes [tokens, channels] x folded query [channels, heads]
 //     out^T    [channels, heads] = codes^T [channels, tokens] x folded weights [tokens, heads]
@@ -405,55 +404,47 @@ __device__ __forceinline__ void attend_exact(State& st, Rows rows, const float* 
     }
 }
 
-// Which part of a request's context a block attends: records [begin, end) and ring positions [ring_begin, ring_end).
-struct Piece {
-  int b, head, head_tile;  // head_tile: query heads 8 head_tile ... of the KV head
-  int begin, end, ring_begin, ring_end;
-  long long out;           // row of its first query head in partial_out and partial_lse
-  int out_stride;          // rows from one query head to the next
-};
-
-// the first page that a request reads exactly; every page before it is read from its record
-__device__ __forceinline__ int exact_page_of(int position, int exact_start) {
-  const int page = position / G;
-  return min(max(page - WINDOW, exact_start / G), page);
-}
-
-struct Arguments {
-  const float* rotated_q;
-  const u8 *records, *ring_k, *ring_v;
-  const int *page_table, *seq_lens, *exact_starts;
-  const long long* rows;
-  float *out, *lse;
-  int stride_page_table;
-  float sm_scale_log2;
-  u32 zero;  // 0, unknown to the compiler
-};
-
-struct Shared {
-  Barriers bars;
-  float warp_m[WARPS][8], warp_l[WARPS][8];
-};
-
-// attend one piece and write its normalised output and lse; `used`: records that the block has read before
-__device__ __forceinline__ void attend_piece(const Arguments& in, const Piece& piece, u8* buffers, Shared& sh, int used) {
+extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS)
+kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records, const u8* __restrict__ ring_k,
+             const u8* __restrict__ ring_v, const int* __restrict__ page_table, const long long* __restrict__ rows,
+             const int* __restrict__ seq_lens, const int* __restrict__ exact_starts, float* __restrict__ out,
+             float* __restrict__ lse, int stride_page_table, int sm_scale_log2_bits, int splits) {
+  const float sm_scale_log2 = __int_as_float(sm_scale_log2_bits);
+  constexpr int HEAD_TILES = (GROUP + 7) / 8;
+  extern __shared__ __align__(128) u8 shared[];
+  __shared__ Barriers bars;
+  __shared__ float warp_m[WARPS][8], warp_l[WARPS][8];
+  const int split = blockIdx.x, head = blockIdx.y / HEAD_TILES, head_tile = blockIdx.y % HEAD_TILES, b = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int first_head = (piece.b * HK + piece.head) * GROUP + 8 * piece.head_tile;
-  const int heads = min(8, GROUP - 8 * piece.head_tile);
-  const int* pages = in.page_table + (long long)piece.b * in.stride_page_table;
-  auto record_of = [&](int p) { return in.records + ((long long)pages[p] * HK + piece.head) * RECORD; };
-  if (threadIdx.x == 0) {
-    // the buffers may hold the sums of the piece before, written by ordinary stores
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    for (int n = 0; n < STAGES && piece.begin + n < piece.end; n++) {
-      const int stage = (used + n) % STAGES;
-      load_record(buffers + stage * RECORD, record_of(piece.begin + n), &sh.bars.full[stage]);
+  const int position = seq_lens[b] - 1, page = position / G;
+  const int exact_page = min(max(page - WINDOW, exact_starts[b] / G), page);
+  const bool is_ring = split == splits - 1;
+  const int first_head = (b * HK + head) * GROUP + 8 * head_tile, heads = min(8, GROUP - 8 * head_tile);
+  int begin = 0, end = 0;
+  if (!is_ring) {
+    const int per_split = SPLIT_PAGES > 0 ? SPLIT_PAGES : (exact_page + splits - 2) / (splits - 1);
+    begin = min(split * per_split, exact_page);
+    end = min(begin + per_split, exact_page);
+    if (begin == end) {
+      if (threadIdx.x < heads) lse[(long long)(first_head + threadIdx.x) * splits + split] = MINUS_INF;
+      return;
     }
+  }
+  const int* pages = page_table + (long long)b * stride_page_table;
+  auto record_of = [&](int p) { return records + ((long long)pages[p] * HK + head) * RECORD; };
+  if (!is_ring) {
+    if (threadIdx.x == 0) {
+      for (int n = 0; n < STAGES; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      for (int n = 0; n < STAGES && begin + n < end; n++)
+        load_record(shared + n * RECORD, record_of(begin + n), &bars.full[n]);
+    }
+    __syncthreads();
   }
 
   // the query of head g, channels D / 4 * q ..., divided by a power of two
   const bool has_head = g < heads;
-  const float* query_row = in.rotated_q + (long long)(first_head + g) * D;
+  const float* query_row = rotated_q + (long long)(first_head + g) * D;
   float largest = 0.f;
   for (int n = 0; n < D / 4; n += 4) {
     float4 f = has_head ? *(const float4*)(query_row + D / 4 * q + n) : make_float4(0.f, 0.f, 0.f, 0.f);
@@ -463,7 +454,7 @@ __device__ __forceinline__ void attend_piece(const Arguments& in, const Piece& p
   largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
   const int exponent = min(max(((__float_as_int(largest) >> 23) & 0xFF) - 126, -100), 100);
   const float down = __int_as_float((127 - exponent) << 23);
-  const float row_scale = has_head ? __int_as_float((127 + exponent) << 23) * in.sm_scale_log2 : 0.f;
+  const float row_scale = has_head ? __int_as_float((127 + exponent) << 23) * sm_scale_log2 : 0.f;
   const float scale0 = __shfl_sync(0xffffffffu, row_scale, 8 * q), scale1 = __shfl_sync(0xffffffffu, row_scale, 8 * q + 4);
 
   State st;
@@ -474,66 +465,68 @@ __device__ __forceinline__ void attend_piece(const Arguments& in, const Piece& p
 #pragma unroll
     for (int k = 0; k < 4; k++) st.acc[n][k] = 0.f;
 
-  const long long ring = in.rows[piece.b] * RING_LEN;
-  for (int start = piece.ring_begin + 16 * warp; start < piece.ring_end; start += 16 * WARPS) {
-    auto row = [&](int n, const u8*& k, const u8*& v) {
-      const int j = start + n;
-      const long long at = ((ring + j % RING_LEN) * HK + piece.head) * D * 2;
-      k = in.ring_k + at;
-      v = in.ring_v + at;
-      return j < piece.ring_end;
-    };
-    attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
-  }
-  for (int start = piece.begin + 16 * warp; start < piece.end; start += 16 * WARPS) {
-    auto row = [&](int n, const u8*& k, const u8*& v) {
-      const bool exists = start + n < piece.end;
-      k = record_of(exists ? start + n : piece.begin) + SCALES_OFFSET + 2 * K_FIRST;
-      v = k + 2 * D;
-      return exists;
-    };
-    attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
-  }
-  u32 query[PAIRS];
-#pragma unroll
-  for (int n = 0; n < PAIRS; n++) {
-    float2 f = has_head ? *(const float2*)(query_row + D / 4 * q + 2 * n) : make_float2(0.f, 0.f);
-    query[n] = pack_half(f.x * down, f.y * down);
-  }
-  const Exponents e(in.zero);
-  const int team = warp / TILE_WARPS;
-  int stage = (used + team) % STAGES;
-  u32 parity = (used + team) / STAGES & 1;
-  for (int p = piece.begin + team; p < piece.end; p += TEAMS) {
-    mbarrier_wait(&sh.bars.full[stage], parity);
-    attend_record(st, shared_address(buffers + stage * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
-    __syncwarp();
-    if (lane == 0) {
-      __threadfence_block();
-      // the last of the team to leave the buffer orders the next record into it
-      if (atomicAdd(&sh.bars.left[stage], 1) % TILE_WARPS == TILE_WARPS - 1 && p + STAGES < piece.end)
-        load_record(buffers + stage * RECORD, record_of(p + STAGES), &sh.bars.full[stage]);
+  if (is_ring) {
+    const long long ring = rows[b] * RING_LEN;
+    for (int start = exact_page * G + 16 * warp; start <= position; start += 16 * WARPS) {
+      auto row = [&](int n, const u8*& k, const u8*& v) {
+        const int j = start + n;
+        const long long at = ((ring + j % RING_LEN) * HK + head) * D * 2;
+        k = ring_k + at;
+        v = ring_v + at;
+        return j <= position;
+      };
+      attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
     }
-    stage += TEAMS;
-    if (stage >= STAGES) { stage -= STAGES; parity ^= 1; }
+  } else {
+    for (int start = begin + 16 * warp; start < end; start += 16 * WARPS) {
+      auto row = [&](int n, const u8*& k, const u8*& v) {
+        const bool exists = start + n < end;
+        k = record_of(exists ? start + n : begin) + SCALES_OFFSET + 2 * K_FIRST;
+        v = k + 2 * D;
+        return exists;
+      };
+      attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
+    }
+    u32 query[PAIRS];
+#pragma unroll
+    for (int n = 0; n < PAIRS; n++) {
+      float2 f = has_head ? *(const float2*)(query_row + D / 4 * q + 2 * n) : make_float2(0.f, 0.f);
+      query[n] = pack_half(f.x * down, f.y * down);
+    }
+    const Exponents e((u32)splits >> 31);
+    int stage = warp / TILE_WARPS % STAGES;
+    u32 parity = 0;
+    for (int p = begin + warp / TILE_WARPS; p < end; p += TEAMS) {
+      mbarrier_wait(&bars.full[stage], parity);
+      attend_record(st, shared_address(shared + stage * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
+      __syncwarp();
+      if (lane == 0) {
+        __threadfence_block();
+        // the last of the team to leave the buffer orders the next record into it
+        if (atomicAdd(&bars.left[stage], 1) % TILE_WARPS == TILE_WARPS - 1 && p + STAGES < end)
+          load_record(shared + stage * RECORD, record_of(p + STAGES), &bars.full[stage]);
+      }
+      stage += TEAMS;
+      if (stage >= STAGES) { stage -= STAGES; parity ^= 1; }
+    }
   }
 
 #pragma unroll
   for (int h = 0; h < 2; h++)
     for (int lanes = 4; lanes < 32; lanes *= 2) st.l[h] += __shfl_xor_sync(0xffffffffu, st.l[h], lanes);
   if (g == 0) {
-    sh.warp_m[warp][2 * q] = st.m[0];
-    sh.warp_m[warp][2 * q + 1] = st.m[1];
-    sh.warp_l[warp][2 * q] = st.l[0];
-    sh.warp_l[warp][2 * q + 1] = st.l[1];
+    warp_m[warp][2 * q] = st.m[0];
+    warp_m[warp][2 * q + 1] = st.m[1];
+    warp_l[warp][2 * q] = st.l[0];
+    warp_l[warp][2 * q + 1] = st.l[1];
   }
   __syncthreads();
-  float* sums = (float*)buffers;  // [WARPS][8][D]; every record has been read
+  float* sums = (float*)shared;  // [WARPS][8][D]; every record has been read
   float factor[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     float m = MINUS_INF;
-    for (int w = 0; w < WARPS; w++) m = fmaxf(m, sh.warp_m[w][2 * q + h]);
+    for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_m[w][2 * q + h]);
     factor[h] = st.m[h] == MINUS_INF ? 0.f : exp2_fast(st.m[h] - m);
   }
 #pragma unroll
@@ -549,184 +542,13 @@ __device__ __forceinline__ void attend_piece(const Arguments& in, const Piece& p
   for (int n = threadIdx.x; n < heads * D; n += 32 * WARPS) {
     const int h = n / D;
     float m = MINUS_INF, l = 0.f, x = 0.f;
-    for (int w = 0; w < WARPS; w++) m = fmaxf(m, sh.warp_m[w][h]);
+    for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_m[w][h]);
     for (int w = 0; w < WARPS; w++) {
-      l += sh.warp_m[w][h] == MINUS_INF ? 0.f : sh.warp_l[w][h] * exp2_fast(sh.warp_m[w][h] - m);
+      l += warp_m[w][h] == MINUS_INF ? 0.f : warp_l[w][h] * exp2_fast(warp_m[w][h] - m);
       x += sums[(w * 8 + h) * D + n % D];
     }
-    const long long at = piece.out + (long long)h * piece.out_stride;
-    in.out[at * D + n % D] = l == 0.f ? 0.f : x / l;
-    if (n % D == 0) in.lse[at] = l == 0.f ? MINUS_INF : m + log2f(l);
+    const long long at = (long long)(first_head + h) * splits + split;
+    out[at * D + n % D] = l == 0.f ? 0.f : x / l;
+    if (n % D == 0) lse[at] = l == 0.f ? MINUS_INF : m + log2f(l);
   }
-}
-
-// Work of a request for one head, in units of about a record: its records, then its ring in chunks of RING_TOKENS.
-struct Work {
-  int position, exact_page, units;
-};
-constexpr int RING_TOKENS = 16 * WARPS, RING_UNITS = 2;
-
-__device__ __forceinline__ Work work_of(int seq_len, int exact_start) {
-  Work work;
-  work.position = seq_len - 1;
-  work.exact_page = exact_page_of(work.position, exact_start);
-  work.units = work.exact_page + RING_UNITS * ((work.position - work.exact_page * G) / RING_TOKENS + 1);
-  return work;
-}
-
-__device__ __forceinline__ Work work_of_request(const Arguments& in, int b) {
-  return work_of(in.seq_lens[b], in.exact_starts[b]);
-}
-
-// Grid: with SPLIT_PAGES > 0 (splits, HK * HEAD_TILES, batch_size); the last split of a request is its ring, and
-// partial_out is [B, Hq, splits, D]. Otherwise any number of blocks; the work of all requests and heads lies in a row
-// and every block takes an equal share of it, which may end in the middle of a request: block p writes the piece of
-// segment s = (b, KV head, head tile) as slot p + s of partial_out [slots, 8, D], and the first block of a segment
-// notes the first slot and their number in spans[s].
-extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS)
-kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records, const u8* __restrict__ ring_k,
-             const u8* __restrict__ ring_v, const int* __restrict__ page_table, const long long* __restrict__ rows,
-             const int* __restrict__ seq_lens, const int* __restrict__ exact_starts, float* __restrict__ out,
-             float* __restrict__ lse, int2* __restrict__ spans, int stride_page_table, int sm_scale_log2_bits,
-             int batch_size, int min_units) {
-  constexpr int HEAD_TILES = (GROUP + 7) / 8;
-  extern __shared__ __align__(128) u8 buffers[];
-  __shared__ Shared sh;
-  const Arguments in = {rotated_q, records, ring_k, ring_v, page_table, seq_lens, exact_starts, rows, out, lse,
-                        stride_page_table, __int_as_float(sm_scale_log2_bits), (u32)batch_size >> 31};
-  if (threadIdx.x == 0) {
-    for (int n = 0; n < STAGES; n++) { mbarrier_init(&sh.bars.full[n]); sh.bars.left[n] = 0; }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncthreads();
-#if SPLIT_PAGES
-  const int split = blockIdx.x, splits = gridDim.x;
-  Piece piece = {(int)blockIdx.z, (int)blockIdx.y / HEAD_TILES, (int)blockIdx.y % HEAD_TILES, 0, 0, 0, 0, 0, splits};
-  const Work work = work_of_request(in, piece.b);
-  const int first_head = (piece.b * HK + piece.head) * GROUP + 8 * piece.head_tile;
-  piece.out = (long long)first_head * splits + split;
-  if (split == splits - 1) {
-    piece.ring_begin = work.exact_page * G;
-    piece.ring_end = work.position + 1;
-  } else {
-    piece.begin = min(split * SPLIT_PAGES, work.exact_page);
-    piece.end = min(piece.begin + SPLIT_PAGES, work.exact_page);
-    if (piece.begin == piece.end) {
-      if (threadIdx.x < min(8, GROUP - 8 * piece.head_tile))
-        lse[piece.out + (long long)threadIdx.x * splits] = MINUS_INF;
-      return;
-    }
-  }
-  attend_piece(in, piece, buffers, sh, 0);
-#else
-  constexpr int HEADS = HK * HEAD_TILES;  // segments of a request
-  const int lane = threadIdx.x % 32, block = blockIdx.x;
-  int total = 0;
-  for (int b = lane; b < batch_size; b += 32) total += work_of_request(in, b).units;
-  total = __reduce_add_sync(0xffffffffu, total) * HEADS;
-  const int share = max(min_units, (total + (int)gridDim.x - 1) / (int)gridDim.x);
-  int at = block * share;
-  const int stop = min(at + share, total);
-  if (at >= stop) return;
-  // the request that holds unit `at`, and the units before it
-  int b = 0, before = 0;
-  for (int base = 0;; base += 32) {
-    const int units = base + lane < batch_size ? work_of_request(in, base + lane).units : 0;
-    int sum = units;
-    for (int n = 1; n < 32; n *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, n);
-      if (lane >= n) sum += other;
-    }
-    const u32 beyond = __ballot_sync(0xffffffffu, before + sum * HEADS > at);
-    if (beyond) {
-      const int found = __ffs(beyond) - 1;
-      b = base + found;
-      before += __shfl_sync(0xffffffffu, sum - units, found) * HEADS;
-      break;
-    }
-    before += __shfl_sync(0xffffffffu, sum, 31) * HEADS;
-  }
-  int used = 0;
-  Work work = work_of_request(in, b);
-  int head = (at - before) / work.units;
-  while (true) {
-    const int segment = b * HEADS + head, start = before + head * work.units;
-    const int from = at - start, to = min(stop - start, work.units);
-    if (from == 0 && threadIdx.x == 0)
-      spans[segment] = make_int2(block + segment, (start + work.units - 1) / share - block + 1);
-    Piece piece = {b, head / HEAD_TILES, head % HEAD_TILES, 0, 0, 0, 0, 8LL * (block + segment), 1};
-    piece.begin = min(from, work.exact_page);
-    piece.end = min(to, work.exact_page);
-    const int ring = work.exact_page * G;
-    piece.ring_begin = ring + (max(from - work.exact_page, 0) + RING_UNITS - 1) / RING_UNITS * RING_TOKENS;
-    piece.ring_end = min(ring + (max(to - work.exact_page, 0) + RING_UNITS - 1) / RING_UNITS * RING_TOKENS, work.position + 1);
-    attend_piece(in, piece, buffers, sh, used);
-    used += piece.end - piece.begin;
-    at = start + to;
-    if (at >= stop) return;
-    if (++head == HEADS) {
-      head = 0;
-      before += HEADS * work.units;
-      work = work_of_request(in, ++b);
-    }
-    __syncthreads();  // the sums have been read
-  }
-#endif
-}
-
-// Combine the pieces of each query head by their lse and rotate back. Grid (B * Hq), MERGE_ROWS * D threads: row w
-// of them adds the pieces w, w + MERGE_ROWS, ...; the order of all sums is fixed.
-extern "C" __global__ void __launch_bounds__(MERGE_ROWS* D)
-kvarn_merge(const float* __restrict__ partial_out, const float* __restrict__ partial_lse,
-            const int2* __restrict__ spans, unsigned short* __restrict__ out, int splits) {
-  constexpr int HEAD_TILES = (GROUP + 7) / 8;
-  __shared__ float sums[MERGE_ROWS][D], totals[MERGE_ROWS];
-  const int d = threadIdx.x % D, row = threadIdx.x / D, lane = threadIdx.x % 32;
-#if SPLIT_PAGES
-  const long long first = (long long)blockIdx.x * splits;
-  const int count = splits, stride = 1;
-#else
-  const int qo_head = blockIdx.x % (HK * GROUP), b = blockIdx.x / (HK * GROUP), in_group = qo_head % GROUP;
-  const int2 span = spans[(b * HK + qo_head / GROUP) * HEAD_TILES + in_group / 8];
-  const long long first = 8LL * span.x + in_group % 8;
-  const int count = span.y, stride = 8;
-#endif
-  float m = MINUS_INF;
-  for (int n = lane; n < count; n += 32) m = fmaxf(m, partial_lse[first + (long long)n * stride]);
-  for (int lanes = 1; lanes < 32; lanes *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, lanes));
-  float x = 0.f, total = 0.f;
-#pragma unroll 8
-  for (int n = row; n < count; n += MERGE_ROWS) {
-    const float piece_lse = partial_lse[first + (long long)n * stride];
-    // an empty piece has written no output
-    if (piece_lse > MINUS_INF) {
-      const float share = exp2_fast(piece_lse - m);
-      total += share;
-      x = fmaf(share, partial_out[(first + (long long)n * stride) * D + d], x);
-    }
-  }
-  sums[row][d] = x;
-  if (d == 0) totals[row] = total;
-  __syncthreads();
-  if (row > 0) return;  // whole warps; the barriers below count the first D threads
-  x = total = 0.f;
-  for (int n = 0; n < MERGE_ROWS; n++) { x += sums[n][d]; total += totals[n]; }
-  // x H by butterflies: first among the lanes, then among the warps
-  for (int mask = 1; mask < 32; mask *= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, x, mask);
-    x = d & mask ? other - x : x + other;
-  }
-  for (int mask = 32; mask < D; mask *= 2) {
-    asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
-    sums[0][d] = x;
-    asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
-    const float other = sums[0][d ^ mask];
-    x = d & mask ? other - x : x + other;
-  }
-  x *= rsqrtf((float)D) / (total == 0.f ? 1.f : total);
-#if BF16
-  out[(long long)blockIdx.x * D + d] = (unsigned short)pack_bf16(x, 0.f);
-#else
-  out[(long long)blockIdx.x * D + d] = (unsigned short)pack_half(x, 0.f);
-#endif
 }

@@ -17,41 +17,15 @@ SOURCE = "decode_sm90.cu"
 THREADS = 128
 # records in flight per block: 2 hide the latency of memory (26 KB per multiprocessor), 1 is being read
 STAGES = 3
-# warps that share a tile: 2 need a third fewer instructions a tile than 4 (H200, 64 x 16,384: 286 us against 334 us)
+# warps that share a tile: 2 need a quarter fewer instructions than 4 (H200, 64 x 16,384: 286 us against 334 us)
 TILE_WARPS = 2
 # resident blocks per multiprocessor by head_dim, the most that keep every value in registers
 MIN_BLOCKS = {64: 4, 128: 3, 256: 2}
 
 
-# a block takes at least this many units of work (about records); less costs more in the merge than it hides
-MIN_UNITS = 4
-# rows of warps of the merge
-MERGE_ROWS = 4
-# query heads of a slot of the workspace
-SLOT_HEADS = 8
-# more blocks than any device has resident at once; bounds the workspace
-MAX_BLOCKS = 1024
-
-
-def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether decode_sm90.cu can serve a model: CUDA, capability 9.0 or newer, NVRTC reachable, 16 bit."""
-    return dtype != torch.float32 and nvrtc.capability(device) >= (9, 0)
-
-
-def segments(num_qo_heads: int, num_kv_heads: int) -> int:
-    """Return how many blocks of query heads a request has: at most 8 heads of one KV head each."""
-    return num_kv_heads * -(-num_qo_heads // num_kv_heads // SLOT_HEADS)
-
-
-def max_slots(num_segments: int) -> int:
-    """Return the most slots that a step writes: a block begins one more than the segments it ends."""
-    return MAX_BLOCKS + num_segments
-
-
-@lru_cache(maxsize=32)
-def num_blocks(head_dim: int, device: int) -> int:
-    """Return the blocks that a device holds at once."""
-    return min(MAX_BLOCKS, torch.cuda.get_device_properties(device).multi_processor_count * MIN_BLOCKS[head_dim])
+def is_supported(device: torch.device) -> bool:
+    """Return whether decode_sm90.cu can serve a device: CUDA, capability 9.0 or newer, NVRTC reachable."""
+    return nvrtc.capability(device) >= (9, 0)
 
 
 def constants(
@@ -71,7 +45,6 @@ def constants(
         "STAGES": STAGES,
         "TILE_WARPS": TILE_WARPS,
         "MIN_BLOCKS": MIN_BLOCKS[head_dim],
-        "MERGE_ROWS": MERGE_ROWS,
         "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
         "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),
         "RECORD": tile.record_bytes(head_dim, k_bits, v_bits),
@@ -94,20 +67,12 @@ def shared_bytes(defines: dict[str, int]) -> int:
 
 @lru_cache(maxsize=32)
 def _compiled(
-    name: str,
-    config: KVarNConfig,
-    head_dim: int,
-    num_kv_heads: int,
-    group: int,
-    is_bf16: bool,
-    split_pages: int,
-    device: int,
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_pages: int, device: int
 ) -> tuple[Any, int]:
     defines = constants(config, head_dim, num_kv_heads, group, is_bf16, split_pages)
-    kernel = nvrtc.compile_kernel(SOURCE, name, defines, device)
-    size = shared_bytes(defines) if name == "kvarn_decode" else 0
-    if size:
-        kernel.set_shared_memory_config(size)
+    kernel = nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device)
+    size = shared_bytes(defines)
+    kernel.set_shared_memory_config(size)
     return kernel, size
 
 
@@ -124,21 +89,18 @@ def decode(
 
     Args:
         sm_scale_log2: factor of the scores times log2(e).
-        split_pages: pages of a split, 0 for equal shares of the step's work.
+        split_pages: pages of a split, 0 for an even share of the request.
     """
     workspace = batch.workspace
     assert workspace is not None
     batch_size, head_dim, group = batch.rows.shape[0], cache.ring_k.shape[3], num_qo_heads // num_kv_heads
-    is_bf16, device = cache.ring_k.dtype == torch.bfloat16, cache.ring_k.device.index or 0
+    is_bf16 = cache.ring_k.dtype == torch.bfloat16
     kernel, shared = _compiled(
-        "kvarn_decode", config, head_dim, num_kv_heads, group, is_bf16, split_pages, device
+        config, head_dim, num_kv_heads, group, is_bf16, split_pages, cache.ring_k.device.index or 0
     )
-    if split_pages:
-        grid = (workspace.num_splits[batch_size - 1], segments(num_qo_heads, num_kv_heads), batch_size)
-    else:
-        grid = (num_blocks(head_dim, device), 1, 1)
+    splits = workspace.num_splits[batch_size - 1]
     kernel(
-        grid,
+        (splits, num_kv_heads * -(-group // 8), batch_size),
         (THREADS, 1, 1),
         [
             workspace.rotated_q,
@@ -151,29 +113,10 @@ def decode(
             batch.exact_starts,
             workspace.partial_out,
             workspace.partial_lse,
-            workspace.spans,
             batch.page_table.stride(0),
             # the launcher passes a Python float as a double
             struct.unpack("<i", struct.pack("<f", sm_scale_log2))[0],
-            batch_size,
-            MIN_UNITS,
+            splits,
         ],
         shared_mem=shared,
-    )
-
-
-def merge(out: torch.Tensor, batch: DecodeBatch, config: KVarNConfig, num_kv_heads: int, split_pages: int) -> None:
-    """Run the contract of `merge.merge` after `decode` with the same arguments."""
-    workspace = batch.workspace
-    assert workspace is not None
-    batch_size, num_qo_heads, head_dim = out.shape
-    kernel, _ = _compiled(
-        "kvarn_merge", config, head_dim, num_kv_heads, num_qo_heads // num_kv_heads, out.dtype == torch.bfloat16,
-        split_pages, out.device.index or 0,
-    )  # fmt: skip
-    splits = workspace.num_splits[batch_size - 1]
-    kernel(
-        (batch_size * num_qo_heads, 1, 1),
-        (MERGE_ROWS * head_dim, 1, 1),
-        [workspace.partial_out, workspace.partial_lse, workspace.spans, out, splits],
     )

@@ -7,10 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn_kernels import decode_sm90
 from kvarn_kernels.cache import DecodeBatch
-from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.decode import split_pages
 from kvarn_kernels.rotate import hadamard_signs, unrotate
 from kvarn_kernels.tile_io import cast, narrow
 
@@ -60,17 +57,14 @@ def _merge_kernel(
     tl.store(out_ptr + (r * D)[:, None] + d[None, :], cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
-def merge(out: torch.Tensor, batch: DecodeBatch, config: KVarNConfig, num_kv_heads: int) -> None:
+def merge(out: torch.Tensor, batch: DecodeBatch) -> None:
     """Combine the partial results in the workspace by their lse and write out = (sum) H.
 
     Args:
         out: [B, Hq, D] model dtype, contiguous, written.
-        batch: a step that `decode` has run with the same config.
+        batch: a step that `decode` has run.
     """
     assert batch.workspace is not None, "the Triton form needs a DecodeWorkspace"
-    if decode_sm90.is_supported(out.device, out.dtype):
-        decode_sm90.merge(out, batch, config, num_kv_heads, split_pages(config))
-        return
     batch_size, num_qo_heads, head_dim = out.shape
     rows = batch_size * num_qo_heads
     _merge_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](

@@ -79,14 +79,19 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         from kvarn_kernels.prefill import make_workspace
 
         pool = self.pool
-        return make_workspace(
-            self._qo_heads,
-            pool.head_num,
-            pool.head_dim,
-            pool.model_dtype,
-            budget.past_pages(self.req_to_token.shape[0], self._buffers.page_table.shape[1]),
-            self.req_to_token.device,
-        )
+        try:
+            return make_workspace(
+                self._qo_heads,
+                pool.head_num,
+                pool.head_dim,
+                pool.model_dtype,
+                budget.past_pages(self.req_to_token.shape[0], self._buffers.page_table.shape[1]),
+                self.req_to_token.device,
+            )
+        except (RuntimeError, OSError) as error:
+            # FlashInfer builds its kernels with nvcc where they are not installed ready-made
+            logger.warning("FlashInfer's prefill kernels cannot be built, Triton's run instead (slower): %s", error)
+            return None
 
     def _plan_prefill(self, batch: ExtendBatch) -> ExtendBatch:
         """Plan the step for all its layers if it runs on FlashInfer."""

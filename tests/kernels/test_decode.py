@@ -34,7 +34,7 @@ TOLERANCE = {dtype: bound + 1.5e-3 for dtype, bound in RELATIVE_RMS.items()}
 def kernels(q, k, v, out, cache, batch, config, sm_scale):
     store_decode(q, k, v, cache, batch, config)
     decode(cache, batch, config, q.shape[1], k.shape[1], sm_scale)
-    merge(out, batch, config, k.shape[1])
+    merge(out, batch)
 
 
 def poisoned_workspace(batch_size, heads, head_dim, max_pages, config) -> DecodeWorkspace:
