@@ -56,7 +56,7 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "log_level": "info",
     }
     if torch.cuda.is_available():
-        chosen |= {"dtype": "bfloat16", "mem_fraction_static": args.mem_fraction}
+        chosen |= {"dtype": args.dtype, "mem_fraction_static": args.mem_fraction}
         chosen |= {"cuda_graph_max_bs_decode": args.max_requests}
     if args.no_prefill_graph:
         chosen["disable_prefill_cuda_graph"] = True
@@ -149,7 +149,7 @@ def run_one(args: argparse.Namespace) -> None:
         engine.generate(input_ids=[[5] * 300], sampling_params={"temperature": 0, "max_new_tokens": 4})
     for seed, shape in enumerate(args.shapes):
         batch, context = (int(n) for n in shape.split("x"))
-        measure_shape(engine, 1, context, seed=1000 + seed)
+        measure_shape(engine, batch, context, seed=1000 + seed)
         rows += measure_shape(engine, batch, context, seed)
     answers = greedy_answers(engine, arguments["model_path"]) if args.prompts else {}
     print(MARK + json.dumps({"rows": rows, "answers": answers}), flush=True)
@@ -187,6 +187,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--caches", nargs="+", default=["bf16", "kvarn"], choices=choices)
     parser.add_argument("--shapes", nargs="*", default=[], help="BATCHxCONTEXT ...")
     parser.add_argument("--prompts", action="store_true", help="compare greedy answers with those of the first cache")
+    parser.add_argument("--dtype", default="bfloat16", help="of the model on a GPU, default %(default)s")
     parser.add_argument("--mem-fraction", type=float, default=0.8, help="of a GPU, default %(default)s")
     parser.add_argument("--max-requests", type=int, default=64, help="requests at a time, default %(default)s")
     parser.add_argument("--bf16-backend", default="triton", help="of bf16 and fp8: triton, flashinfer, ...")
