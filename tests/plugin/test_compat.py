@@ -13,7 +13,7 @@ def test_check_version_takes_tested_versions(monkeypatch, found):
     compat.check_version()
 
 
-@pytest.mark.parametrize("found", ["0.4.9", "0.5.17", "0.5.23.dev4", "0.5.24", "0.6.0", None])
+@pytest.mark.parametrize("found", ["0.4.9", "0.5.17", "0.5.20", "0.5.23.dev4", "0.5.24", "0.6.0", None])
 def test_check_version_says_what_was_found_what_is_tested_and_how_to_override(monkeypatch, found):
     monkeypatch.delenv(compat.UNTESTED_ENV, raising=False)
     monkeypatch.setattr(compat, "version", lambda: found)
