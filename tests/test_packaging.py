@@ -80,7 +80,14 @@ def test_every_source_file_names_its_licence():
 )
 def test_kernels_import_only_torch_and_triton(source):
     third_party = imported_packages(source) - set(sys.stdlib_module_names)
-    assert third_party <= {"kvarn_kernels", "torch", "triton"}
+    # inside a function, for hosts where SGLang brought it
+    optional = {"flashinfer"} if source.name == "prefill.py" else set()
+    assert third_party <= {"kvarn_kernels", "torch", "triton"} | optional
+
+
+def test_prefill_loads_without_flashinfer():
+    code = "import sys; sys.modules['flashinfer'] = None; import kvarn_kernels.prefill, kvarn_kernels.ops"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(
