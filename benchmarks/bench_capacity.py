@@ -17,11 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
-from kvarn_kernels import prefill, reference
+from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig, preset_names
-from kvarn_kernels.decode import make_workspace
-from kvarn_kernels.ops import extend_form
-from sglang_kvarn.budget import MIB, ModelShape, choose_rows, past_pages
+from sglang_kvarn.budget import MIB, ModelShape, choose_rows, workspace_bytes
 
 SHAPES = {
     "SmolLM2-135M": ModelShape(layers=30, kv_heads=3, qo_heads=9, head_dim=64, itemsize=2),
@@ -59,17 +57,6 @@ def plain_row(shape: ModelShape, memory: int, itemsize: int) -> dict[str, object
     }
 
 
-def workspace_bytes(shape: ModelShape, config: KVarNConfig, rows: int, context: int) -> int:
-    """Return the bytes of the workspaces of decode and prefill on a GPU, for a bf16 model."""
-    pages = -(-context // config.tile_size) + 1
-    sizes = (rows + 1, shape.qo_heads, shape.kv_heads, shape.head_dim, pages, config, torch.device("meta"))
-    total = make_workspace(*sizes).num_bytes
-    if extend_form(torch.device("cuda"), torch.bfloat16, shape.head_dim, config) == "flashinfer":
-        heads = (shape.kv_heads, shape.head_dim, shape.itemsize)
-        total += prefill.workspace_bytes(*heads, past_pages(rows + 1, pages), pages + 1)
-    return total
-
-
 def kvarn_row(
     shape: ModelShape, memory: int, name: str, requested: int | None, context: int
 ) -> dict[str, object]:
@@ -84,7 +71,7 @@ def kvarn_row(
     rows, _ = choose_rows(memory, shape.row_bytes(config), requested)
     # one more row is the padding target of CUDA graphs
     ring = (rows + 1) * shape.row_bytes(config)
-    workspace = workspace_bytes(shape, config, rows, context)
+    workspace = workspace_bytes(shape, config, torch.device("cuda"), torch.bfloat16, rows + 1, rows, context)
     pages = (memory - ring - workspace) // (shape.token_bytes(config) * config.tile_size)
     return {
         "bytes_per_token": shape.token_bytes(config),

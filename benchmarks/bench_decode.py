@@ -12,7 +12,6 @@ against float64 attention fails prints no time.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from kvarn_kernels import ops, reference
 from kvarn_kernels.cache import DecodeBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig, preset_names
 from kvarn_kernels.decode import make_workspace
+from rows import append
 
 PAGE = 128
 DEVICE = torch.device("cuda")
@@ -420,12 +420,7 @@ def main() -> None:
                 flush=True,
             )
     if args.csv:
-        fresh = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if fresh:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(args.csv, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ a second turn on top of it, greedy, and counts the tokens until the first one th
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarn_kernels.config import preset_names
+from rows import append
 
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
@@ -226,12 +226,7 @@ def main() -> None:
             row = {"cache": cache, "mem_fraction": args.mem_fraction, "quantity": quantity, "value": value}
             written.append(common | row | {"unit": unit})
     if args.csv and written:
-        fresh = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if fresh:
-                writer.writeheader()
-            writer.writerows(written)
+        append(args.csv, COLUMNS, written)
 
 
 if __name__ == "__main__":

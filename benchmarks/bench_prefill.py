@@ -13,7 +13,6 @@ layers). A provider whose check against float32 attention of a few queries fails
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import statistics
 import sys
@@ -30,6 +29,7 @@ from bench_decode import versions
 from kvarn_kernels import ops, prefill, reference, store
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig, preset_names
+from rows import append
 
 PAGE = 128
 DEVICE = torch.device("cuda")
@@ -382,12 +382,7 @@ def main() -> None:
             del candidate
             torch.cuda.empty_cache()
     if args.csv:
-        is_new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(args.csv, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvarn_kernels import nvrtc, tile
+from kvarn_kernels import nvrtc
 from kvarn_kernels.cache import DecodeBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 
@@ -31,32 +31,14 @@ def is_supported(device: torch.device) -> bool:
 def constants(
     config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_pages: int
 ) -> dict[str, int]:
-    """Return the constants of decode_sm90.cu for a format; every offset comes from `tile`."""
-    k_bits, v_bits = config.k_bits, config.v_bits
-    return {
-        "D": head_dim,
-        "K_BITS": k_bits,
-        "V_BITS": v_bits,
-        "HK": num_kv_heads,
+    """Return the constants of decode_sm90.cu for a format."""
+    return nvrtc.format_constants(config, head_dim, num_kv_heads, is_bf16) | {
         "GROUP": group,
         "WINDOW": config.window_pages,
-        "BF16": int(is_bf16),
         "SPLIT_PAGES": split_pages,
         "STAGES": STAGES,
         "TILE_WARPS": TILE_WARPS,
         "MIN_BLOCKS": MIN_BLOCKS[head_dim],
-        "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
-        "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),
-        "RECORD": tile.record_bytes(head_dim, k_bits, v_bits),
-        "V_CODES_OFFSET": tile.v_codes_offset(head_dim, k_bits),
-        "SCALES_OFFSET": tile.scales_offset(head_dim, k_bits, v_bits),
-        "K_CHANNEL_SCALE": tile.k_channel_scale_index(head_dim),
-        "K_CHANNEL_ZERO": tile.k_channel_zero_index(head_dim),
-        "V_CHANNEL_SCALE": tile.v_channel_scale_index(head_dim),
-        "K_TOKEN_SCALE": tile.k_token_scale_index(head_dim),
-        "V_TOKEN_SCALE": tile.v_token_scale_index(head_dim),
-        "V_TOKEN_ZERO": tile.v_token_zero_index(head_dim),
-        "K_FIRST": tile.k_first_index(head_dim),
     }
 
 

@@ -167,8 +167,8 @@ struct Side {
     return total;
   }
 
-  // call body(i, j) for all elements, row by row, and after every 4 rows finish(first row, whether the own row is among
-  // them); elements are converted anew in each pass, which keeps them out of the registers
+  // call body(i, j) for all elements, row by row, and after every 4 rows finish(whether the own row is among them);
+  // elements are converted anew in each pass, which keeps them out of the registers
   template <class Body, class Finish>
   __device__ void for_each(Body body, Finish finish) {
 #pragma unroll

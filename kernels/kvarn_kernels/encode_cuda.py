@@ -23,33 +23,15 @@ def is_supported(cache: LayerCache) -> bool:
 
 
 def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool) -> dict[str, Any]:
-    """Return the constants of encode.cu for a format; every offset comes from `tile`, the rest from the oracle."""
+    """Return the constants of encode.cu for a format; those of the quantiser come from the oracle."""
     k_bits, v_bits = config.k_bits, config.v_bits
-    return {
-        "D": head_dim,
-        "HK": num_kv_heads,
-        "K_BITS": k_bits,
-        "V_BITS": v_bits,
+    return nvrtc.format_constants(config, head_dim, num_kv_heads, is_bf16) | {
         "RING_LEN": config.ring_len,
-        "BF16": int(is_bf16),
         "K_ROUNDS": ROUNDS[k_bits],
         "V_ROUNDS": ROUNDS[v_bits],
         "K_REACH": f"{0.5 * FIRST_REACH[k_bits]}f",
         "V_REACH": f"{0.5 * FIRST_REACH[v_bits]}f",
         "HEADER": int(tile.header(is_bf16)),
-        "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
-        "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),
-        "RECORD": tile.record_bytes(head_dim, k_bits, v_bits),
-        "V_CODES_OFFSET": tile.v_codes_offset(head_dim, k_bits),
-        "SCALES_OFFSET": tile.scales_offset(head_dim, k_bits, v_bits),
-        "K_CHANNEL_SCALE": tile.k_channel_scale_index(head_dim),
-        "K_CHANNEL_ZERO": tile.k_channel_zero_index(head_dim),
-        "V_CHANNEL_SCALE": tile.v_channel_scale_index(head_dim),
-        "K_TOKEN_SCALE": tile.k_token_scale_index(head_dim),
-        "V_TOKEN_SCALE": tile.v_token_scale_index(head_dim),
-        "V_TOKEN_ZERO": tile.v_token_zero_index(head_dim),
-        "K_FIRST": tile.k_first_index(head_dim),
-        "V_FIRST": tile.v_first_index(head_dim),
     }
 
 

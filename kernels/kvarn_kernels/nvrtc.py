@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from kvarn_kernels import tile
+from kvarn_kernels.config import KVarNConfig
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,6 +25,31 @@ def capability(device: torch.device) -> tuple[int, int]:
         logger.warning("this torch has no torch.cuda._compile_kernel: the portable Triton kernels run instead")
         return 0, 0
     return torch.cuda.get_device_capability(device)
+
+
+def format_constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool) -> dict[str, Any]:
+    """Return the constants that every kernel over records needs; every offset comes from `tile`."""
+    k_bits, v_bits = config.k_bits, config.v_bits
+    return {
+        "D": head_dim,
+        "K_BITS": k_bits,
+        "V_BITS": v_bits,
+        "HK": num_kv_heads,
+        "BF16": int(is_bf16),
+        "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
+        "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),
+        "RECORD": tile.record_bytes(head_dim, k_bits, v_bits),
+        "V_CODES_OFFSET": tile.v_codes_offset(head_dim, k_bits),
+        "SCALES_OFFSET": tile.scales_offset(head_dim, k_bits, v_bits),
+        "K_CHANNEL_SCALE": tile.k_channel_scale_index(head_dim),
+        "K_CHANNEL_ZERO": tile.k_channel_zero_index(head_dim),
+        "V_CHANNEL_SCALE": tile.v_channel_scale_index(head_dim),
+        "K_TOKEN_SCALE": tile.k_token_scale_index(head_dim),
+        "V_TOKEN_SCALE": tile.v_token_scale_index(head_dim),
+        "V_TOKEN_ZERO": tile.v_token_zero_index(head_dim),
+        "K_FIRST": tile.k_first_index(head_dim),
+        "V_FIRST": tile.v_first_index(head_dim),
+    }
 
 
 def source(name: str, defines: dict[str, Any]) -> str:

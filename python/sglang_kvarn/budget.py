@@ -111,7 +111,15 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
     if requested is None:
         compat.set_max_running_requests(server_args, rows)
     ring = (rows + 1) * shape.row_bytes(config)
-    workspace = workspace_bytes(configurator, shape, config, rows)
+    workspace = workspace_bytes(
+        shape,
+        config,
+        torch.device(configurator.device),
+        configurator.model_dtype,
+        decode_batch_size(server_args, rows),
+        rows,
+        configurator.model_config.context_len,
+    )
     logger.info(
         "KVarN: %d requests at a time (%s), ring %.1f MiB, workspace %.1f MiB of %.1f MiB KV memory;"
         " change it with --max-running-requests",
@@ -144,37 +152,28 @@ def past_pages(rows: int, context_pages: int) -> int:
     return rows * (context_pages + 1)
 
 
-def workspace_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, rows: int) -> int:
-    """Return the bytes of the workspaces of decode and prefill; 0 where the torch form runs."""
-    context_pages = -(-configurator.model_config.context_len // config.tile_size) + 1
-    return _decode_bytes(configurator, shape, config, rows, context_pages) + _prefill_bytes(
-        configurator, shape, config, rows, context_pages
-    )
+def workspace_bytes(
+    shape: ModelShape,
+    config: KVarNConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    decode_batch: int,
+    rows: int,
+    context_len: int,
+) -> int:
+    """Return the bytes of the workspaces of decode and prefill; 0 where the torch form runs.
 
+    Args:
+        dtype: the model's; decode_batch: the largest; rows: requests at a time; context_len: of the longest, in tokens.
+    """
+    total, heads, pages = 0, (shape.kv_heads, shape.head_dim), -(-context_len // config.tile_size) + 1
+    if attention_form(device) == "triton":
+        from kvarn_kernels.decode import make_workspace
 
-def _decode_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, rows: int, context_pages: int) -> int:
-    if attention_form(torch.device(configurator.device)) == "torch":
-        return 0
-    from kvarn_kernels.decode import make_workspace
+        workspace = make_workspace(decode_batch, shape.qo_heads, *heads, pages, config, torch.device("meta"))
+        total += workspace.num_bytes
+    if extend_form(device, dtype, shape.head_dim, config) == "flashinfer":
+        from kvarn_kernels import prefill
 
-    workspace = make_workspace(
-        decode_batch_size(configurator.server_args, rows),
-        shape.qo_heads,
-        shape.kv_heads,
-        shape.head_dim,
-        context_pages,
-        config,
-        torch.device("meta"),
-    )
-    return workspace.num_bytes
-
-
-def _prefill_bytes(configurator: Any, shape: ModelShape, config: KVarNConfig, rows: int, context_pages: int) -> int:
-    device, dtype = torch.device(configurator.device), configurator.model_dtype
-    if extend_form(device, dtype, shape.head_dim, config) != "flashinfer":
-        return 0
-    from kvarn_kernels import prefill
-
-    return prefill.workspace_bytes(
-        shape.kv_heads, shape.head_dim, dtype.itemsize, past_pages(rows + 1, context_pages), context_pages + 1
-    )
+        total += prefill.workspace_bytes(*heads, dtype.itemsize, past_pages(rows + 1, pages), pages + 1)
+    return total

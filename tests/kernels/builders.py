@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from kvarn_kernels import reference
+from kvarn_kernels import reference, torch_form
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 
@@ -92,8 +92,34 @@ def _page_table(requests: Sequence[Request], seq_lens: Sequence[int]) -> torch.T
     return table.to(DEVICE)
 
 
-def _int32(values: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int32, device=DEVICE)
+def int32(*values: int, device: torch.device = DEVICE) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def random_rows(shape, dtype: torch.dtype, scale: float = 1.0, device: torch.device = DEVICE) -> torch.Tensor:
+    """Return rows whose channels differ in size by a factor of about ten."""
+    return (torch.randn(shape) * torch.randn(shape[-1]).exp() * scale).to(dtype).to(device)
+
+
+def encoded(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.Tensor:
+    """Return the oracle's records [Hk, bytes] of k, v [G, Hk, D]."""
+    return reference.encode_tile(k.transpose(0, 1), v.transpose(0, 1), config)
+
+
+def cache_for(request: Request, config: KVarNConfig, rows: int = 5, pages: int = 24) -> LayerCache:
+    return make_cache(config, request.k.shape[1], request.k.shape[2], request.k.dtype, pages, rows)
+
+
+def between_stores(attend: Attention, q, k, v, out, cache, batch, config, sm_scale) -> None:
+    """Run an extend attention on the records of this step and the ring before it, between the store steps of the
+    torch form, which on a CPU are faster than interpreted ones."""
+    stored = LayerCache(*(x.clone() for x in (cache.records, cache.ring_k, cache.ring_v)))
+    tokens = batch.num_tokens
+    unused = torch.empty_like(q[:tokens])
+    torch_form.extend_attention(q[:tokens], k[:tokens], v[:tokens], unused, stored, batch, config, sm_scale)
+    attend(q, k, v, out, dataclasses.replace(cache, records=stored.records), batch, config, sm_scale)
+    for name in ("records", "ring_k", "ring_v"):
+        getattr(cache, name).copy_(getattr(stored, name))
 
 
 def run_extend(
@@ -119,11 +145,11 @@ def run_extend(
     starts, ends = zip(*spans, strict=True)
     batch = ExtendBatch(
         rows=torch.tensor([r.row for r in requests], device=DEVICE),
-        prefix_lens=_int32(starts),
-        seq_lens=_int32(ends),
-        qo_indptr=_int32(indptr),
+        prefix_lens=int32(*starts),
+        seq_lens=int32(*ends),
+        qo_indptr=int32(*indptr),
         page_table=_page_table(requests, ends),
-        exact_starts=_int32([r.exact_start for r in requests]),
+        exact_starts=int32(*[r.exact_start for r in requests]),
         prefix_lens_host=list(starts),
         seq_lens_host=list(ends),
     )
@@ -159,10 +185,10 @@ def run_decode(
     padded_table = torch.cat([table, torch.zeros_like(table[:1]).expand(padding, -1)])
     batch = DecodeBatch(
         rows=torch.tensor([r.row for r in requests] + [0] * padding, device=DEVICE),
-        seq_lens=_int32([p + 1 for p in positions] + [1] * padding),
+        seq_lens=int32(*[p + 1 for p in positions] + [1] * padding),
         page_table=padded_table,
-        store_pages=_int32(pages + [0] * padding),
-        exact_starts=_int32([r.exact_start for r in requests] + [0] * padding),
+        store_pages=int32(*pages + [0] * padding),
+        exact_starts=int32(*[r.exact_start for r in requests] + [0] * padding),
         workspace=workspace,
     )
     out = torch.full_like(tensors[0], float("nan"))

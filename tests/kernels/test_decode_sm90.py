@@ -4,17 +4,11 @@
 Its results are tested where it runs: `test_decode.py` and `test_graph.py` on a GPU of capability 9.0 or later.
 """
 
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
-import torch
-import triton
+from cubin import compiled, registers_and_stack
 from kvarn_kernels import decode_sm90, nvrtc, tile
 from kvarn_kernels.config import KVarNConfig
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # preset, head_dim, KV heads, query heads per KV head, bfloat16, pages of a split
 FORMS = [
     ("kvarn", 128, 8, 4, True, 0),
@@ -30,30 +24,22 @@ FORMS = [
 ]
 
 
-def compiled(form: tuple, capability: str) -> bytes:
+def code_of(form: tuple, capability: str) -> bytes:
     preset, *rest = form
     defines = decode_sm90.constants(KVarNConfig.from_preset(preset), *rest)
-    code, _ = torch.cuda._utils._nvrtc_compile(
-        nvrtc.source(decode_sm90.SOURCE, defines), "kvarn_decode", compute_capability=capability
-    )
-    return code
+    return compiled(nvrtc.source(decode_sm90.SOURCE, defines), "kvarn_decode", capability)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(str(x) for x in form))
 def test_decode_sm90_compiles_into_registers(form, tmp_path):
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(form, "90"))
-    done = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    assert usage, done.stdout
-    registers, stack = map(int, usage.groups())
+    registers, stack = registers_and_stack(code_of(form, "90"), tmp_path)
     blocks = decode_sm90.MIN_BLOCKS[form[1]]
     # at 128 registers two values of the prologue may be spilled; the loop over tiles has none to spare for more
     assert registers * decode_sm90.THREADS * blocks <= 65536 and stack <= 16, (registers, stack)
 
 
 def test_decode_sm90_compiles_for_blackwell():
-    assert compiled(FORMS[0], "100")
+    assert code_of(FORMS[0], "100")
 
 
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])

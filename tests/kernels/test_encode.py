@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from builders import DEVICE, PAGE, make_cache
+from builders import DEVICE, PAGE, encoded, int32, make_cache, random_rows
 from kvarn_kernels import reference
 from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
@@ -13,25 +13,11 @@ PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
 KV_HEADS = 2
 
 
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def random_rows(shape, dtype, scale=1.0) -> torch.Tensor:
-    """Return rows whose channels differ in size by a factor of about ten."""
-    return (torch.randn(shape) * torch.randn(shape[-1]).exp() * scale).to(dtype).to(DEVICE)
-
-
 def filled_cache(config, head_dim, dtype, scale=1.0) -> LayerCache:
     cache = make_cache(config, KV_HEADS, head_dim, dtype, pages=6, rows=3)
     cache.ring_k.copy_(random_rows(cache.ring_k.shape, dtype, scale))
     cache.ring_v.copy_(random_rows(cache.ring_v.shape, dtype, scale))
     return cache
-
-
-def expected(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.Tensor:
-    """Return the oracle's records [Hk, bytes] of k, v [G, Hk, D]."""
-    return reference.encode_tile(k.transpose(0, 1), v.transpose(0, 1), config)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -44,7 +30,7 @@ def test_encode_from_ring_gives_the_bytes_of_the_oracle(preset, dtype, head_dim)
     # request 0 fills its second page, request 1 is in the middle of one, request 2 is a padded row
     encode_from_ring(cache, torch.tensor([2, 1, 0], device=DEVICE), int32(2 * PAGE, 100, 1), int32(3, 4, 0), config)
     slots = torch.arange(PAGE, 2 * PAGE, device=DEVICE) % config.ring_len
-    assert torch.equal(cache.records[3], expected(cache.ring_k[2, slots], cache.ring_v[2, slots], config))
+    assert torch.equal(cache.records[3], encoded(cache.ring_k[2, slots], cache.ring_v[2, slots], config))
     others = [0, 1, 2, 4, 5]
     assert torch.equal(cache.records[others], before[others])
 
@@ -61,7 +47,7 @@ def test_encode_from_ring_finds_full_pages_anywhere_in_a_large_batch():
     pages = torch.arange(size, device=DEVICE).flip(0)
     encode_from_ring(cache, torch.arange(size, device=DEVICE), seq_lens, pages.int(), config)
     for b in full:
-        record = expected(cache.ring_k[b, :PAGE], cache.ring_v[b, :PAGE], config)
+        record = encoded(cache.ring_k[b, :PAGE], cache.ring_v[b, :PAGE], config)
         assert torch.equal(cache.records[pages[b]], record)
         before[pages[b]] = record
     assert torch.equal(cache.records, before)
@@ -132,6 +118,6 @@ def test_encode_from_chunk_joins_ring_and_chunk(preset, prefix, seq):
     for page in range(prefix // PAGE, seq // PAGE):
         rows = slice(page * PAGE, (page + 1) * PAGE)
         written.append([4, 2, 1, 3, 0][page])
-        assert torch.equal(cache.records[written[-1]], expected(history[0][rows], history[1][rows], config))
+        assert torch.equal(cache.records[written[-1]], encoded(history[0][rows], history[1][rows], config))
     others = [p for p in range(6) if p not in written]
     assert torch.equal(cache.records[others], before[others])

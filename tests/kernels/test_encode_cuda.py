@@ -5,18 +5,20 @@ Its launches are tested where they run: `test_encode.py` on a GPU.
 """
 
 import ctypes
-import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import triton
-from kvarn_kernels import encode_cuda, nvrtc, reference
+from builders import PAGE, encoded, int32, random_rows
+from cubin import compiled, registers_and_stack
+from kvarn_kernels import encode_cuda, nvrtc
 from kvarn_kernels.config import KVarNConfig
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-PAGE, KV_HEADS, ROWS = 128, 2, 3
+KV_HEADS, ROWS = 2, 3
+CPU = torch.device("cpu")
+cpu_int32, cpu_rows = partial(int32, device=CPU), partial(random_rows, device=CPU)
 LAUNCHERS = """
 extern "C" void run_ring(u8* records, u16* k, u16* v, long long* rows, int* lens, int* pages, int batch, int slices) {
   launch({2 * HK, slices, 1}, THREADS, [=] { kvarn_encode_ring(records, k, v, rows, lens, pages, batch); });
@@ -51,21 +53,8 @@ def library(tmp_path_factory):
     return build
 
 
-def rows_of(shape, dtype, scale=1.0) -> torch.Tensor:
-    """Return rows whose channels differ in size by a factor of about ten."""
-    return (torch.randn(shape) * torch.randn(shape[-1]).exp() * scale).to(dtype)
-
-
 def call(function, *args) -> None:
     function(*(ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in args))
-
-
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def expected(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.Tensor:
-    return reference.encode_tile(k.transpose(0, 1), v.transpose(0, 1), config)
 
 
 @pytest.mark.parametrize(
@@ -80,49 +69,49 @@ def expected(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.Ten
 )
 def test_bytes_from_the_ring_are_those_of_the_oracle(library, preset, dtype, head_dim, scale):
     config = KVarNConfig.from_preset(preset)
-    ring_k, ring_v = (rows_of((ROWS, config.ring_len, KV_HEADS, head_dim), dtype, scale) for _ in range(2))
+    ring_k, ring_v = (cpu_rows((ROWS, config.ring_len, KV_HEADS, head_dim), dtype, scale) for _ in range(2))
     records = torch.full((6, KV_HEADS, config.record_bytes(head_dim)), 0xAB, dtype=torch.uint8)
     before = records.clone()
     # request 0 fills its second page, request 1 is in the middle of one, request 2 is a padded row
-    rows, pages = torch.tensor([2, 1, 0]), int32(3, 4, 0)
+    rows, pages = torch.tensor([2, 1, 0]), cpu_int32(3, 4, 0)
     run = library(config, head_dim, dtype == torch.bfloat16).run_ring
-    call(run, records, ring_k, ring_v, rows, int32(2 * PAGE, 100, 1), pages, 3, 2)
+    call(run, records, ring_k, ring_v, rows, cpu_int32(2 * PAGE, 100, 1), pages, 3, 2)
     slots = torch.arange(PAGE, 2 * PAGE) % config.ring_len
-    assert torch.equal(records[3], expected(ring_k[2, slots], ring_v[2, slots], config))
+    assert torch.equal(records[3], encoded(ring_k[2, slots], ring_v[2, slots], config))
     others = [0, 1, 2, 4, 5]
     assert torch.equal(records[others], before[others])
 
 
 def test_bytes_from_ring_and_chunk_are_those_of_the_oracle(library):
     config, head_dim, prefix_len, seq_len = KVarNConfig.from_preset("kvarn"), 64, 200, 400
-    k, v = (rows_of((seq_len, KV_HEADS, head_dim), torch.bfloat16) for _ in range(2))
+    k, v = (cpu_rows((seq_len, KV_HEADS, head_dim), torch.bfloat16) for _ in range(2))
     rings = [torch.full((ROWS, config.ring_len, KV_HEADS, head_dim), float("nan"), dtype=torch.bfloat16) for _ in "kv"]
     for ring, x in zip(rings, (k, v), strict=True):
         positions = torch.arange(PAGE, prefix_len)
         ring[1, positions % config.ring_len] = x[positions]
-    chunks = [torch.cat([rows_of((5, KV_HEADS, head_dim), torch.bfloat16), x[prefix_len:]]) for x in (k, v)]
+    chunks = [torch.cat([cpu_rows((5, KV_HEADS, head_dim), torch.bfloat16), x[prefix_len:]]) for x in (k, v)]
     records = torch.zeros(8, KV_HEADS, config.record_bytes(head_dim), dtype=torch.uint8)
     # request 0 (5 tokens) fills nothing, request 1 fills its pages 1 and 2
-    call(
-        library(config, head_dim, True).run_chunk, records, *rings, *chunks, torch.tensor([2, 1]), int32(0, prefix_len),
-        int32(5, seq_len), int32(0, 5, 205), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]], dtype=torch.int32), 4, 2, 2,
-    )  # fmt: skip
+    rows, prefixes, seq_lens = torch.tensor([2, 1]), cpu_int32(0, prefix_len), cpu_int32(5, seq_len)
+    table = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]], dtype=torch.int32)
+    run = library(config, head_dim, True).run_chunk
+    call(run, records, *rings, *chunks, rows, prefixes, seq_lens, cpu_int32(0, 5, 205), table, 4, 2, 2)
     for page, page_id in ((1, 6), (2, 7)):
         tokens = slice(page * PAGE, (page + 1) * PAGE)
-        assert torch.equal(records[page_id], expected(k[tokens], v[tokens], config))
+        assert torch.equal(records[page_id], encoded(k[tokens], v[tokens], config))
     assert not records[:6].any()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf"), 0.0])
 def test_poisoned_and_constant_rows_give_the_bytes_of_the_oracle(library, poison):
     config, head_dim = KVarNConfig.from_preset("kvarn"), 64
-    ring_k, ring_v = (rows_of((ROWS, config.ring_len, KV_HEADS, head_dim), torch.float16) for _ in range(2))
+    ring_k, ring_v = (cpu_rows((ROWS, config.ring_len, KV_HEADS, head_dim), torch.float16) for _ in range(2))
     ring_k[1, 5, 0, 3] = ring_v[1, 7, 0, 3] = poison
     ring_k[1, :, 1] = ring_v[1, :, 1] = poison  # head 1 is poisoned throughout
     records = torch.zeros(4, KV_HEADS, config.record_bytes(head_dim), dtype=torch.uint8)
     run = library(config, head_dim, False).run_ring
-    call(run, records, ring_k, ring_v, torch.tensor([1]), int32(PAGE), int32(2), 1, 1)
-    assert torch.equal(records[2], expected(ring_k[1, :PAGE], ring_v[1, :PAGE], config))
+    call(run, records, ring_k, ring_v, torch.tensor([1]), cpu_int32(PAGE), cpu_int32(2), 1, 1)
+    assert torch.equal(records[2], encoded(ring_k[1, :PAGE], ring_v[1, :PAGE], config))
 
 
 @pytest.mark.parametrize("kernel", encode_cuda.KERNELS)
@@ -138,12 +127,6 @@ def test_poisoned_and_constant_rows_give_the_bytes_of_the_oracle(library, poison
 def test_it_compiles_into_registers(kernel, preset, head_dim, is_bf16, tmp_path):
     defines = encode_cuda.constants(KVarNConfig.from_preset(preset), head_dim, 8, is_bf16)
     source = nvrtc.source(encode_cuda.SOURCE, defines | encode_cuda.selection(kernel))
-    code, _ = torch.cuda._utils._nvrtc_compile(source, kernel, compute_capability="90")
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(code)
-    done = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    assert usage, done.stdout
-    registers, stack = map(int, usage.groups())
+    registers, stack = registers_and_stack(compiled(source, kernel, "90"), tmp_path)
     # what is spilled is about one access in ten; one block a multiprocessor without spills hides less latency
     assert registers <= 128 and stack <= 640, (registers, stack)

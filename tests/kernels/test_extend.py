@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extend kernel against the float64 oracle; what must not change a bit of it is in test_position_rule.py."""
 
-import dataclasses
 
 import pytest
 import torch
 from builders import (
     PAGE,
-    Request,
-    make_cache,
+    between_stores,
+    cache_for,
     make_request,
     oracle,
     prefill,
@@ -25,27 +24,14 @@ CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
 BOUND = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def attention(q, k, v, out, cache, batch, config, sm_scale):
+def attention(*step):
     """Run the kernel between the store steps of the torch form."""
-    rotated_q = torch_form.rotate(q)
+    between_stores(rotated_extend, *step)
+
+
+def rotated_extend(q, k, v, out, cache, batch, config, sm_scale):
     rotated_k, rotated_v = (torch_form.rotate(x).to(x.dtype) for x in (k, v))
-    torch_form.extend_attention(
-        q, k, v, torch.empty_like(out), shadow := clone(cache), batch, config, sm_scale
-    )
-    encoded = dataclasses.replace(cache, records=shadow.records)
-    extend(rotated_q, rotated_k, rotated_v, out, encoded, batch, config, sm_scale)
-    for name in ("records", "ring_k", "ring_v"):
-        getattr(cache, name).copy_(getattr(shadow, name))
-
-
-def clone(cache):
-    return dataclasses.replace(
-        cache, records=cache.records.clone(), ring_k=cache.ring_k.clone(), ring_v=cache.ring_v.clone()
-    )
-
-
-def cache_for(request: Request, config: KVarNConfig, rows: int = 4, pages: int = 24):
-    return make_cache(config, request.k.shape[1], request.k.shape[2], request.k.dtype, pages, rows)
+    extend(torch_form.rotate(q), rotated_k, rotated_v, out, cache, batch, config, sm_scale)
 
 
 def chunks_of(size: int, tokens: int) -> list[int]:

@@ -14,10 +14,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from builders import PAGE, Request, make_cache, make_request, prefill, run_extend
+from builders import PAGE, Request, cache_for, make_cache, make_request, prefill, run_extend
 from kvarn_kernels import ops, torch_form
 from kvarn_kernels.config import KVarNConfig
-from test_extend import CANONICAL, KVARN, attention, cache_for, chunks_of
+from test_extend import CANONICAL, KVARN, attention, chunks_of
 
 # a GPU runs the kernels only, all of them; interpreted, the encoder would take most of the time
 FORMS = (

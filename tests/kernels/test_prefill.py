@@ -10,7 +10,8 @@ from builders import (
     DEVICE,
     PAGE,
     Request,
-    make_cache,
+    between_stores,
+    cache_for,
     make_request,
     oracle,
     prefill,
@@ -18,7 +19,6 @@ from builders import (
     run_extend,
 )
 from kvarn_kernels import ops, torch_form
-from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.prefill import PrefillWorkspace, make_workspace, num_pages, plan_prefill, workspace_bytes
 from kvarn_kernels.prefill import prefill as prefill_kernel
@@ -40,25 +40,12 @@ def workspace_for(request: Request, pages: int = 64) -> PrefillWorkspace:
     return workspace
 
 
-def cache_for(request: Request, config: KVarNConfig, rows: int = 5, pages: int = 24) -> LayerCache:
-    return make_cache(config, request.k.shape[1], request.k.shape[2], request.k.dtype, pages, rows)
-
-
-def attention(q, k, v, out, cache, batch, config, sm_scale):
-    """Run the FlashInfer form between the store steps of the torch form, which on a CPU are faster."""
+def attention(q, *step):
+    """Run the FlashInfer form; on a CPU between the store steps of the torch form."""
     if q.is_cuda:
-        ops.extend_attention(q, k, v, out, cache, batch, config, sm_scale)
-        return
-    stored = dataclasses.replace(
-        cache, records=cache.records.clone(), ring_k=cache.ring_k.clone(), ring_v=cache.ring_v.clone()
-    )
-    tokens = batch.num_tokens
-    unused = torch.empty_like(q[:tokens])
-    torch_form.extend_attention(q[:tokens], k[:tokens], v[:tokens], unused, stored, batch, config, sm_scale)
-    encoded = dataclasses.replace(cache, records=stored.records)
-    prefill_kernel(q, k, v, out, encoded, batch, config, sm_scale)
-    for name in ("records", "ring_k", "ring_v"):
-        getattr(cache, name).copy_(getattr(stored, name))
+        ops.extend_attention(q, *step)
+    else:
+        between_stores(prefill_kernel, q, *step)
 
 
 @pytest.mark.parametrize("tokens", [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1, 401])
