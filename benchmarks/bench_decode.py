@@ -149,6 +149,8 @@ def kvarn_candidate(problem: Problem, preset: str) -> Candidate:
         workspace=make_workspace(shape.batch, shape.qo_heads, heads, head_dim, shape.pages, config, DEVICE),
     )
     out = torch.empty_like(problem.q)
+    # once per step, not per layer
+    ops.plan_decode(batch, config)
 
     def run(layer: int) -> None:
         ops.decode_attention(
@@ -391,8 +393,8 @@ def main() -> None:
     bandwidth, common = copy_bandwidth(), versions()
     print(f"{common['gpu']}: device copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     qo_heads, kv_heads = (int(n) for n in args.heads.split("/"))
-    rows = []
     for text in args.shapes:
+        rows = []
         batch, context = (int(n) for n in text.split("x"))
         shape = Shape(batch, context if args.page_full else context - PAGE // 2, qo_heads, kv_heads, args.head_dim)
         problem = Problem.make(shape)
@@ -419,8 +421,8 @@ def main() -> None:
                 f"{row['copy_share']:5.0%} of copy {ratio}  error {row['relative_error']:.1e}",
                 flush=True,
             )
-    if args.csv:
-        append(args.csv, COLUMNS, rows)
+        if args.csv:
+            append(args.csv, COLUMNS, rows)
 
 
 if __name__ == "__main__":

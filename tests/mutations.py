@@ -26,11 +26,13 @@ FUZZ = "tests/isolation/test_fuzz.py::test_every_read_is_of_the_requests_own_his
 KNOWN = "tests/isolation/test_known_failures.py"
 KNOWN_KERNELS = "tests/isolation/test_known_kernel_failures.py"
 DECODE, EXTEND = "tests/kernels/test_decode.py", "tests/kernels/test_extend.py"
+DECODE_PLAN = "tests/kernels/test_decode_plan.py"
 PREFILL, PREFILL_PLAN = "tests/kernels/test_prefill.py", "tests/kernels/test_prefill_plan.py"
 DEQUANTISE = "tests/kernels/test_dequantise.py"
 ENCODE, REFERENCE = "tests/kernels/test_encode.py", "tests/kernels/test_reference.py"
 TORCH = "tests/kernels/test_torch_form.py"
 POSITION = "tests/kernels/test_position_rule.py"
+INTERPRETED_ENGINE = "tests/engine/test_interpreted_kernels.py"
 WINDOW_ENGINE = "tests/engine/test_scheduling.py::test_a_window_preset_reads_the_cached_prefix_from_records"
 
 _ROTATE = (
@@ -182,9 +184,9 @@ MUTATIONS = (
     ),
     Mutation(
         "window one page too long (decode kernel)",
-        f"{KERNELS}/decode.py",
-        "tl.maximum(page - WINDOW, tl.load(exact_starts_ptr + b) // G)",
-        "tl.maximum(page - WINDOW - 1, tl.load(exact_starts_ptr + b) // G)",
+        f"{KERNELS}/decode_plan.py",
+        "tl.maximum(page - WINDOW, exact_start // G)",
+        "tl.maximum(page - WINDOW - 1, exact_start // G)",
         (DECODE,),
     ),
     Mutation(
@@ -261,29 +263,29 @@ MUTATIONS = (
     Mutation(
         "splits beyond the last one weighed",
         f"{KERNELS}/merge.py",
-        'mask=narrow(valid, split < S), other=float("-inf"))',
-        "mask=narrow(valid, split < S), other=0.0)",
+        'lse = tl.load(partial_lse_ptr + at, mask=exists, other=float("-inf"))',
+        "lse = tl.load(partial_lse_ptr + at, mask=exists, other=0.0)",
         (KNOWN_KERNELS,),
     ),
     Mutation(
-        "splits of the largest batch merged",
+        "last split of a request not merged",
         f"{KERNELS}/merge.py",
-        "batch.workspace.num_splits[batch_size - 1]",
-        "batch.workspace.num_splits[-1]",
+        "mask=valid, other=0) - begin",
+        "mask=valid, other=0) - begin - 1",
         (KNOWN_KERNELS,),
     ),
     Mutation(
         "split buffer sized for the largest batch only",
         f"{KERNELS}/decode.py",
-        "max(b * num_splits(b, num_kv_heads, max_pages, config) for b in range(1, max_batch + 1))",
-        "max_batch * num_splits(max_batch, num_kv_heads, max_pages, config)",
+        "splits = max(most)",
+        "splits = most[-1]",
         (KNOWN_KERNELS,),
     ),
     Mutation(
         "canonical splits planned by the batch",
-        f"{KERNELS}/decode.py",
-        "    if config.is_canonical:\n        return triton",
-        "    if batch_size == 0:\n        return triton",
+        f"{KERNELS}/decode_plan.py",
+        "return CANONICAL_SPLIT_UNITS if config.is_canonical else 0",
+        "return 0",
         (DECODE,),
     ),
     Mutation(
@@ -364,24 +366,38 @@ MUTATIONS = (
         (PREFILL,),
     ),
     Mutation(
-        "splits of equal size leave the last pages out",
+        "splits of equal size leave the last units out",
         f"{KERNELS}/decode.py",
-        "per_split = tl.cdiv(exact_page, S - 1)",
-        "per_split = tl.maximum(exact_page // (S - 1), 1)",
+        "per_split = tl.cdiv(units, tl.load(indptr_ptr + b + 1) - first)",
+        "per_split = tl.maximum(units // (tl.load(indptr_ptr + b + 1) - first), 1)",
         (DECODE,),
     ),
     Mutation(
         "canonical splits one too few",
-        f"{KERNELS}/decode.py",
-        "return triton.cdiv(max_pages, CANONICAL_SPLIT_PAGES) + 1",
-        "return max_pages // CANONICAL_SPLIT_PAGES + 1",
-        (KNOWN_KERNELS,),
+        f"{KERNELS}/decode_plan.py",
+        "return batch_size * triton.cdiv(max_units(max_pages, config), CANONICAL_SPLIT_UNITS)",
+        "return batch_size * (max_units(max_pages, config) // CANONICAL_SPLIT_UNITS)",
+        (DECODE_PLAN,),
+    ),
+    Mutation(
+        "ring chunk shared by two splits left out",
+        f"{KERNELS}/decode_plan.py",
+        "(tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK",
+        "(tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * (RING_CHUNK - 1)",
+        (DECODE,),
+    ),
+    Mutation(
+        "plan of the step before (no plan)",
+        f"{PLUGIN}/backend.py",
+        "            ops.plan_decode(self._decode, self.config)\n",
+        "",
+        (INTERPRETED_ENGINE,),
     ),
     Mutation(
         "newest key not attended (decode kernel)",
         f"{KERNELS}/decode.py",
-        "seen = j <= position",
-        "seen = j < position",
+        "exact_page, G), position + 1)",
+        "exact_page, G), position)",
         (DECODE,),
     ),
     Mutation(

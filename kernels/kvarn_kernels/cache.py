@@ -35,23 +35,30 @@ class DecodeWorkspace:
     """Hold what the decode kernels of all layers share; made once by `decode.make_workspace`, so that CUDA graphs see
     fixed addresses.
 
+    A step of B requests has S splits (`decode_plan`), at most max_splits[B - 1].
+
     Attributes:
         rotated_q: float32 [B_max, Hq, D], the rotated query.
-        partial_out: float32 [N, D]; a step of B requests and S splits uses it as [B, Hq, S, D]: the normalised
-            output of each split.
-        partial_lse: float32 [N], likewise [B, Hq, S]: base-2 log sum of exp; -inf where a split is empty.
-        num_splits: S for each batch size from 1 to B_max.
+        partial_out: float32 [S_max, Hq, D], the normalised output of each split.
+        partial_lse: float32 [S_max, Hq], base-2 log sum of exp; -inf where a split holds no key.
+        split_requests: int32 [S_max], the request of each split.
+        split_indptr: int32 [B_max + 1], the first split of each request.
+        wanted_splits, max_splits: for each batch size from 1 to B_max.
     """
 
     rotated_q: torch.Tensor
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
-    num_splits: tuple[int, ...]
+    split_requests: torch.Tensor
+    split_indptr: torch.Tensor
+    wanted_splits: tuple[int, ...]
+    max_splits: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(x.nbytes for x in (self.rotated_q, self.partial_out, self.partial_lse))
+        tensors = (self.rotated_q, self.partial_out, self.partial_lse, self.split_requests, self.split_indptr)
+        return sum(x.nbytes for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ class DecodeBatch:
         page_table: int32 [B, P_max], page id of each page of the request; only pages that hold tokens are valid.
         store_pages: int32 [B], page of the new token, the target of the encoder when the token fills it.
         exact_starts: int32 [B], tokens taken from the prefix cache, a multiple of the page.
-        workspace: buffers for at least B requests; None for the torch form.
+        workspace: buffers for at least B requests, with the step's plan (`decode_plan.plan_decode`); None for the
+            torch form.
     """
 
     rows: torch.Tensor

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention over records, first rows and ring for sm_90 and newer; the same contract as decode.py.
 //
-// One block per (split, KV head, request). Whole records arrive by bulk copy in a ring of STAGES buffers. TILE_WARPS
+// One block per split (decode_plan.py), KV head and 8 query heads. Whole records arrive by bulk copy in a ring of STAGES buffers. TILE_WARPS
 // warps share a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a split;
 // the last warp that leaves a buffer orders the next record into it. The layout of `tile.py` makes every shared-memory
 // load a 16-byte read of one matrix-instruction fragment:
@@ -407,40 +407,41 @@ __device__ __forceinline__ void attend_exact(State& st, Rows rows, const float* 
 extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS)
 kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records, const u8* __restrict__ ring_k,
              const u8* __restrict__ ring_v, const int* __restrict__ page_table, const long long* __restrict__ rows,
-             const int* __restrict__ seq_lens, const int* __restrict__ exact_starts, float* __restrict__ out,
-             float* __restrict__ lse, int stride_page_table, int sm_scale_log2_bits, int splits) {
+             const int* __restrict__ seq_lens, const int* __restrict__ exact_starts, const int* __restrict__ requests,
+             const int* __restrict__ indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
+             int sm_scale_log2_bits, int batch_size) {
   const float sm_scale_log2 = __int_as_float(sm_scale_log2_bits);
   constexpr int HEAD_TILES = (GROUP + 7) / 8;
   extern __shared__ __align__(128) u8 shared[];
   __shared__ Barriers bars;
   __shared__ float warp_m[WARPS][8], warp_l[WARPS][8];
-  const int split = blockIdx.x, head = blockIdx.y / HEAD_TILES, head_tile = blockIdx.y % HEAD_TILES, b = blockIdx.z;
+  const int split = blockIdx.x, head = blockIdx.y / HEAD_TILES, head_tile = blockIdx.y % HEAD_TILES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  if (split >= indptr[batch_size]) return;
+  const int b = requests[split], first_split = indptr[b];
   const int position = seq_lens[b] - 1, page = position / G;
   const int exact_page = min(max(page - WINDOW, exact_starts[b] / G), page);
-  const bool is_ring = split == splits - 1;
-  const int first_head = (b * HK + head) * GROUP + 8 * head_tile, heads = min(8, GROUP - 8 * head_tile);
-  int begin = 0, end = 0;
-  if (!is_ring) {
-    const int per_split = SPLIT_PAGES > 0 ? SPLIT_PAGES : (exact_page + splits - 2) / (splits - 1);
-    begin = min(split * per_split, exact_page);
-    end = min(begin + per_split, exact_page);
-    if (begin == end) {
-      if (threadIdx.x < heads) lse[(long long)(first_head + threadIdx.x) * splits + split] = MINUS_INF;
-      return;
-    }
-  }
+  const int units = exact_page + ((position - exact_page * G) / RING_CHUNK + 1) * RING_UNITS;
+  const int splits = indptr[b + 1] - first_split;
+  const int per_split = SPLIT_UNITS > 0 ? SPLIT_UNITS : (units + splits - 1) / splits;
+  const int unit = (split - first_split) * per_split;
+  const int begin = min(unit, exact_page), end = min(unit + per_split, exact_page);
+  // a chunk of the ring belongs to the split that holds its first unit
+  auto ring_start = [&](int u) {
+    return exact_page * G + (max(u - exact_page, 0) + RING_UNITS - 1) / RING_UNITS * RING_CHUNK;
+  };
+  const int ring_begin = ring_start(unit), ring_end = min(ring_start(unit + per_split), position + 1);
+  const int head_in_group = 8 * head_tile, heads = min(8, GROUP - head_in_group);
+  const int first_head = (b * HK + head) * GROUP + head_in_group;
   const int* pages = page_table + (long long)b * stride_page_table;
   auto record_of = [&](int p) { return records + ((long long)pages[p] * HK + head) * RECORD; };
-  if (!is_ring) {
-    if (threadIdx.x == 0) {
-      for (int n = 0; n < STAGES; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      for (int n = 0; n < STAGES && begin + n < end; n++)
-        load_record(shared + n * RECORD, record_of(begin + n), &bars.full[n]);
-    }
-    __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int n = 0; n < STAGES; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int n = 0; n < STAGES && begin + n < end; n++)
+      load_record(shared + n * RECORD, record_of(begin + n), &bars.full[n]);
   }
+  __syncthreads();
 
   // the query of head g, channels D / 4 * q ..., divided by a power of two
   const bool has_head = g < heads;
@@ -465,50 +466,47 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
 #pragma unroll
     for (int k = 0; k < 4; k++) st.acc[n][k] = 0.f;
 
-  if (is_ring) {
-    const long long ring = rows[b] * RING_LEN;
-    for (int start = exact_page * G + 16 * warp; start <= position; start += 16 * WARPS) {
-      auto row = [&](int n, const u8*& k, const u8*& v) {
-        const int j = start + n;
-        const long long at = ((ring + j % RING_LEN) * HK + head) * D * 2;
-        k = ring_k + at;
-        v = ring_v + at;
-        return j <= position;
-      };
-      attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
-    }
-  } else {
-    for (int start = begin + 16 * warp; start < end; start += 16 * WARPS) {
-      auto row = [&](int n, const u8*& k, const u8*& v) {
-        const bool exists = start + n < end;
-        k = record_of(exists ? start + n : begin) + SCALES_OFFSET + 2 * K_FIRST;
-        v = k + 2 * D;
-        return exists;
-      };
-      attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
-    }
-    u32 query[PAIRS];
+  const long long ring = rows[b] * RING_LEN;
+  for (int start = ring_begin + 16 * warp; start < ring_end; start += 16 * WARPS) {
+    auto row = [&](int n, const u8*& k, const u8*& v) {
+      const int j = start + n;
+      const long long at = ((ring + j % RING_LEN) * HK + head) * D * 2;
+      k = ring_k + at;
+      v = ring_v + at;
+      return j < ring_end;
+    };
+    attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
+  }
+  for (int start = begin + 16 * warp; start < end; start += 16 * WARPS) {
+    auto row = [&](int n, const u8*& k, const u8*& v) {
+      const bool exists = start + n < end;
+      k = record_of(exists ? start + n : begin) + SCALES_OFFSET + 2 * K_FIRST;
+      v = k + 2 * D;
+      return exists;
+    };
+    attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
+  }
+  u32 query[PAIRS];
 #pragma unroll
-    for (int n = 0; n < PAIRS; n++) {
-      float2 f = has_head ? *(const float2*)(query_row + D / 4 * q + 2 * n) : make_float2(0.f, 0.f);
-      query[n] = pack_half(f.x * down, f.y * down);
+  for (int n = 0; n < PAIRS; n++) {
+    float2 f = has_head ? *(const float2*)(query_row + D / 4 * q + 2 * n) : make_float2(0.f, 0.f);
+    query[n] = pack_half(f.x * down, f.y * down);
+  }
+  const Exponents e((u32)batch_size >> 31);
+  int stage = warp / TILE_WARPS % STAGES;
+  u32 parity = 0;
+  for (int p = begin + warp / TILE_WARPS; p < end; p += TEAMS) {
+    mbarrier_wait(&bars.full[stage], parity);
+    attend_record(st, shared_address(shared + stage * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
+    __syncwarp();
+    if (lane == 0) {
+      __threadfence_block();
+      // the last of the team to leave the buffer orders the next record into it
+      if (atomicAdd(&bars.left[stage], 1) % TILE_WARPS == TILE_WARPS - 1 && p + STAGES < end)
+        load_record(shared + stage * RECORD, record_of(p + STAGES), &bars.full[stage]);
     }
-    const Exponents e((u32)splits >> 31);
-    int stage = warp / TILE_WARPS % STAGES;
-    u32 parity = 0;
-    for (int p = begin + warp / TILE_WARPS; p < end; p += TEAMS) {
-      mbarrier_wait(&bars.full[stage], parity);
-      attend_record(st, shared_address(shared + stage * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
-      __syncwarp();
-      if (lane == 0) {
-        __threadfence_block();
-        // the last of the team to leave the buffer orders the next record into it
-        if (atomicAdd(&bars.left[stage], 1) % TILE_WARPS == TILE_WARPS - 1 && p + STAGES < end)
-          load_record(shared + stage * RECORD, record_of(p + STAGES), &bars.full[stage]);
-      }
-      stage += TEAMS;
-      if (stage >= STAGES) { stage -= STAGES; parity ^= 1; }
-    }
+    stage += TEAMS;
+    if (stage >= STAGES) { stage -= STAGES; parity ^= 1; }
   }
 
 #pragma unroll
@@ -547,7 +545,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       l += warp_m[w][h] == MINUS_INF ? 0.f : warp_l[w][h] * exp2_fast(warp_m[w][h] - m);
       x += sums[(w * 8 + h) * D + n % D];
     }
-    const long long at = (long long)(first_head + h) * splits + split;
+    const long long at = ((long long)split * HK + head) * GROUP + head_in_group + h;
     out[at * D + n % D] = l == 0.f ? 0.f : x / l;
     if (n % D == 0) lse[at] = l == 0.f ? MINUS_INF : m + log2f(l);
   }

@@ -21,6 +21,9 @@ STAGES = 3
 TILE_WARPS = 2
 # resident blocks per multiprocessor by head_dim, the most that keep every value in registers
 MIN_BLOCKS = {64: 4, 128: 3, 256: 2}
+# the units of work of the ring (decode_plan.py): RING_UNITS for each RING_CHUNK tokens, which 4 warps attend at once
+RING_CHUNK = 64
+RING_UNITS = 2
 
 
 def is_supported(device: torch.device) -> bool:
@@ -29,17 +32,24 @@ def is_supported(device: torch.device) -> bool:
 
 
 def constants(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_pages: int
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_units: int
 ) -> dict[str, int]:
     """Return the constants of decode_sm90.cu for a format."""
     return nvrtc.format_constants(config, head_dim, num_kv_heads, is_bf16) | {
         "GROUP": group,
         "WINDOW": config.window_pages,
-        "SPLIT_PAGES": split_pages,
+        "RING_CHUNK": RING_CHUNK,
+        "RING_UNITS": RING_UNITS,
+        "SPLIT_UNITS": split_units,
         "STAGES": STAGES,
         "TILE_WARPS": TILE_WARPS,
         "MIN_BLOCKS": MIN_BLOCKS[head_dim],
     }
+
+
+def blocks_per_split(num_qo_heads: int, num_kv_heads: int) -> int:
+    """Return the blocks of a split: one for each KV head and 8 of its query heads."""
+    return num_kv_heads * -(-num_qo_heads // num_kv_heads // 8)
 
 
 def shared_bytes(defines: dict[str, int]) -> int:
@@ -49,9 +59,9 @@ def shared_bytes(defines: dict[str, int]) -> int:
 
 @lru_cache(maxsize=32)
 def _compiled(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_pages: int, device: int
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_units: int, device: int
 ) -> tuple[Any, int]:
-    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, split_pages)
+    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, split_units)
     kernel = nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device)
     size = shared_bytes(defines)
     kernel.set_shared_memory_config(size)
@@ -65,24 +75,23 @@ def decode(
     num_qo_heads: int,
     num_kv_heads: int,
     sm_scale_log2: float,
-    split_pages: int,
+    split_units: int,
 ) -> None:
     """Run the contract of `decode.decode`; the first call for a format compiles (about a second).
 
     Args:
         sm_scale_log2: factor of the scores times log2(e).
-        split_pages: pages of a split, 0 for an even share of the request.
+        split_units: units of a split, 0 for an even share of the request.
     """
     workspace = batch.workspace
     assert workspace is not None
     batch_size, head_dim, group = batch.rows.shape[0], cache.ring_k.shape[3], num_qo_heads // num_kv_heads
     is_bf16 = cache.ring_k.dtype == torch.bfloat16
     kernel, shared = _compiled(
-        config, head_dim, num_kv_heads, group, is_bf16, split_pages, cache.ring_k.device.index or 0
+        config, head_dim, num_kv_heads, group, is_bf16, split_units, cache.ring_k.device.index or 0
     )
-    splits = workspace.num_splits[batch_size - 1]
     kernel(
-        (splits, num_kv_heads * -(-group // 8), batch_size),
+        (workspace.max_splits[batch_size - 1], blocks_per_split(num_qo_heads, num_kv_heads), 1),
         (THREADS, 1, 1),
         [
             workspace.rotated_q,
@@ -93,12 +102,14 @@ def decode(
             batch.rows,
             batch.seq_lens,
             batch.exact_starts,
+            workspace.split_requests,
+            workspace.split_indptr,
             workspace.partial_out,
             workspace.partial_lse,
             batch.page_table.stride(0),
             # the launcher passes a Python float as a double
             struct.unpack("<i", struct.pack("<f", sm_scale_log2))[0],
-            splits,
+            batch_size,
         ],
         shared_mem=shared,
     )

@@ -8,75 +8,93 @@ import triton
 import triton.language as tl
 
 from kvarn_kernels.cache import DecodeBatch
+from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.rotate import hadamard_signs, unrotate
-from kvarn_kernels.tile_io import cast, narrow
+from kvarn_kernels.tile_io import cast
 
-BLOCK_ROWS = 16
+# elements of a program: this many partial results at a time
+RESULTS = 64
+# below this many heads of the step the programs are too few to fill the device unless they are small
+FEW_ROWS = 1024
 
 
-@triton.jit(do_not_specialize=["num_rows", "S"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _merge_kernel(
-    partial_out_ptr,  # [N, S, D] float32, N = B * Hq
-    partial_lse_ptr,  # [N, S] float32, base 2
-    out_ptr,  # [N, D] model dtype, written
+    partial_out_ptr,  # [S, Hq, D] float32
+    partial_lse_ptr,  # [S, Hq] float32, base 2
+    indptr_ptr,  # [B + 1] int32, first split of each request
+    out_ptr,  # [N, D] model dtype, N = B * Hq, written
     signs_ptr,  # [D, D] bfloat16
     num_rows,
-    S,
+    HQ: tl.constexpr,
     D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-    LSE_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, D)
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = r < num_rows
+    begin = tl.load(indptr_ptr + r // HQ, mask=valid, other=0)
+    count = tl.load(indptr_ptr + r // HQ + 1, mask=valid, other=0) - begin
+    most = tl.max(count, 0)
+    n, d = tl.arange(0, SPLITS), tl.arange(0, D)
+    # of the first of the splits n, n + SPLITS, ...
+    first = (begin[:, None] + n[None, :]).to(tl.int64) * HQ + (r % HQ)[:, None]
     # reduced once, after the loop: Triton 3.6 fails to compile a reduction into a running maximum for some layouts
-    largest = tl.full([BLOCK, LSE_BLOCK], float("-inf"), tl.float32)
-    n = tl.arange(0, LSE_BLOCK)
-    for start in tl.range(0, S, LSE_BLOCK):
-        seen = valid[:, None] & (start + n < S)[None, :]
-        lse = tl.load(partial_lse_ptr + (r * S)[:, None] + (start + n)[None, :], mask=seen, other=float("-inf"))
+    largest = tl.full([ROWS, SPLITS], float("-inf"), tl.float32)
+    for start in tl.range(0, most, SPLITS):
+        exists = start + n[None, :] < count[:, None]
+        lse = tl.load(partial_lse_ptr + first + start * HQ, mask=exists, other=float("-inf"))
         largest = tl.maximum(largest, lse)
-    m = tl.max(largest, 1)
-    m_safe = tl.where(m == float("-inf"), 0.0, m)
-    # with the maximum known, the loads of all splits are independent of each other
-    total = tl.zeros([BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK, D], tl.float32)
-    for start in tl.range(0, S, UNROLL):
-        for k in tl.static_range(UNROLL):
-            split = start + k
-            lse = tl.load(partial_lse_ptr + r * S + split, mask=narrow(valid, split < S), other=float("-inf"))
-            weight = tl.exp2(lse - m_safe)
-            # an empty split has written no output
-            used = lse > float("-inf")
-            x = tl.load(partial_out_ptr + ((r * S + split) * D)[:, None] + d[None, :], mask=used[:, None], other=0.0)
-            acc += x * weight[:, None]
-            total += weight
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out = unrotate(acc, signs_ptr, 0, D, D)
-    tl.store(out_ptr + (r * D)[:, None] + d[None, :], cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
+    m = tl.max(largest, 1)[:, None]
+    m = tl.where(m == float("-inf"), 0.0, m)
+    total = tl.zeros([ROWS, SPLITS], tl.float32)
+    acc = tl.zeros([ROWS, SPLITS, D], tl.float32)
+    for start in tl.range(0, most, SPLITS):
+        exists = start + n[None, :] < count[:, None]
+        at = first + start * HQ
+        lse = tl.load(partial_lse_ptr + at, mask=exists, other=float("-inf"))
+        x = tl.load(partial_out_ptr + (at * D)[:, :, None] + d[None, None, :], mask=exists[:, :, None], other=0.0)
+        weight = tl.exp2(lse - m)
+        acc += x * weight[:, :, None]
+        total += weight
+    l = tl.sum(total, 1)
+    x = tl.sum(acc, 1) / tl.where(l == 0.0, 1.0, l)[:, None]
+    # a matrix product takes 16 rows or more
+    COPIES: tl.constexpr = 16 // ROWS
+    x = tl.reshape(tl.broadcast_to(x[:, None, :], (ROWS, COPIES, D)), (16, D))
+    x = tl.reshape(unrotate(x, signs_ptr, 0, D, D), (ROWS, COPIES, D))
+    to_store = valid[:, None, None] & (tl.arange(0, COPIES) == 0)[None, :, None]
+    # a pointer for every copy, of which one is used
+    out = out_ptr + (r * D)[:, None, None] + (tl.arange(0, COPIES) * 0)[None, :, None] + d[None, None, :]
+    tl.store(out, cast(x, out_ptr.dtype.element_ty), mask=to_store)
 
 
-def merge(out: torch.Tensor, batch: DecodeBatch) -> None:
+def rows_of_program(num_rows: int, config: KVarNConfig) -> int:
+    """Return the query heads that a program merges. It sets the order of sums, which canonical presets keep."""
+    return 2 if num_rows < FEW_ROWS and not config.is_canonical else 16
+
+
+def merge(out: torch.Tensor, batch: DecodeBatch, config: KVarNConfig) -> None:
     """Combine the partial results in the workspace by their lse and write out = (sum) H.
 
     Args:
         out: [B, Hq, D] model dtype, contiguous, written.
-        batch: a step that `decode` has run.
+        batch: a step that `decode` has run, with the same config.
     """
     assert batch.workspace is not None, "the Triton form needs a DecodeWorkspace"
     batch_size, num_qo_heads, head_dim = out.shape
-    rows = batch_size * num_qo_heads
-    _merge_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+    num_rows = batch_size * num_qo_heads
+    rows = rows_of_program(num_rows, config)
+    _merge_kernel[(triton.cdiv(num_rows, rows),)](
         batch.workspace.partial_out,
         batch.workspace.partial_lse,
+        batch.workspace.split_indptr,
         out,
         hadamard_signs(head_dim, torch.bfloat16, out.device),
-        rows,
-        batch.workspace.num_splits[batch_size - 1],
+        num_rows,
+        HQ=num_qo_heads,
         D=head_dim,
-        BLOCK=BLOCK_ROWS,
-        UNROLL=4,
-        LSE_BLOCK=64,
+        ROWS=rows,
+        SPLITS=RESULTS // rows,
         num_warps=4,
     )

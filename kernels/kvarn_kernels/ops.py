@@ -67,6 +67,14 @@ def _has_flashinfer() -> bool:
     return importlib.util.find_spec("flashinfer") is not None
 
 
+def plan_decode(batch: DecodeBatch, config: KVarNConfig) -> None:
+    """Plan a decode step on the device: once before its first layer, outside of CUDA graphs."""
+    if batch.workspace is not None:
+        from kvarn_kernels import decode_plan
+
+        decode_plan.plan_decode(batch, config)
+
+
 def decode_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -84,7 +92,7 @@ def decode_attention(
         k, v: [B, Hk, D] likewise.
         out: [B, Hq, D] model dtype, written.
         cache: memory of this layer; the ring is written, and the records of full pages.
-        batch: the step; `config`: the preset; `sm_scale`: factor of the scores.
+        batch: the step, planned; `config`: the preset; `sm_scale`: factor of the scores.
     """
     if attention_form(q.device) == "torch":
         from kvarn_kernels import torch_form
@@ -97,7 +105,7 @@ def decode_attention(
 
     store_decode(q, k, v, cache, batch, config)
     decode(cache, batch, config, q.shape[1], k.shape[1], sm_scale)
-    merge(out, batch)
+    merge(out, batch, config)
 
 
 def extend_attention(

@@ -40,18 +40,6 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def narrow(mask, condition):
-    """Return the mask where a scalar condition holds, else nothing of it.
-
-    Triton interprets a block & a scalar as 32 bit, and from 3.9 on refuses that as a mask.
-    """
-    both = mask & condition
-    if is_interpreted():
-        both = both != 0
-    return both
-
-
-@triton.jit
 def _shift(x, AMOUNT: tl.constexpr):
     if AMOUNT > 0:
         x = x << AMOUNT

@@ -118,6 +118,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
             return
         if mode.is_decode():
             self._decode = self._buffers.fill(forward_batch, self.pool.tail.exact_starts)
+            ops.plan_decode(self._decode, self.config)
         else:
             batch = extend_batch(forward_batch, self.req_to_token, self.pool.tail.exact_starts)
             self._extend = self._plan_prefill(batch)

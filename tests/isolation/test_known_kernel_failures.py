@@ -8,8 +8,7 @@ import dataclasses
 import pytest
 import torch
 from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History
-from kvarn_kernels import decode as decode_module
-from kvarn_kernels import ops, reference, tile
+from kvarn_kernels import decode_plan, ops, reference, tile
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import make_workspace
@@ -78,36 +77,29 @@ def test_a_row_masked_in_a_whole_split_stays_finite(preset):
         assert error(out[b], history.output(n - 1, n, 0)[0]) < 1e-2, n
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_split_buffer_holds_every_batch_up_to_the_largest(preset):
-    """A small batch has more splits a request than a large one; the buffer was sized for the large one."""
-    config = KVarNConfig.from_preset(preset)
-    for max_batch in (1, 2, 7, 64, 257, 528):
-        workspace = make_workspace(max_batch, 8, 2, 64, 1024, config, torch.device("meta"))
-        most = max(size * 8 * workspace.num_splits[size - 1] for size in range(1, max_batch + 1))
-        assert workspace.partial_lse.shape[0] >= most
-        assert workspace.partial_out.shape == (workspace.partial_lse.shape[0], 64)
-
-
 def test_decode_writes_nothing_behind_the_split_buffer(monkeypatch):
     """The memory behind the buffer keeps its bytes at every batch size."""
     config = KVarNConfig.from_preset("kvarn")
-    # 8 programs for 2 heads: batches of 1 to 4 take 5, 3, 3 and 2 splits a request, so that 3 need the most
-    monkeypatch.setattr(decode_module, "TARGET_PROGRAMS", 8)
-    monkeypatch.setattr(decode_module, "MIN_SPLIT_PAGES", 1)
-    workspace = make_workspace(4, QO_HEADS, KV_HEADS, HEAD_DIM, 24, config, torch.device("cpu"))
-    assert workspace.num_splits == (5, 3, 3, 2)
+    # 8 programs for 2 heads: a batch of 5 has more splits than the largest
+    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 2)
+    monkeypatch.setattr(decode_plan, "MIN_SPLIT_UNITS", 1)
+    workspace = make_workspace(6, QO_HEADS, KV_HEADS, HEAD_DIM, 24, config, torch.device("cpu"))
+    assert workspace.max_splits == (4, 8, 12, 12, 20, 12)
     entries = workspace.partial_lse.shape[0]
-    lse, out = torch.full((entries + 64,), 7.0), torch.full((entries + 64, HEAD_DIM), 7.0)
-    guarded = dataclasses.replace(workspace, partial_lse=lse[:entries], partial_out=out[:entries])
-    for size in (1, 3, 4):
-        qkv, cache, batch, histories = decode_inputs(config, [5 * PAGE + 1, 3 * PAGE, 70, 9][:size])
+    lse, out = torch.full((entries + 8, QO_HEADS), 7.0), torch.full((entries + 8, QO_HEADS, HEAD_DIM), 7.0)
+    requests = torch.full((entries + 8,), 7, dtype=torch.int32)
+    guarded = dataclasses.replace(
+        workspace, partial_lse=lse[:entries], partial_out=out[:entries], split_requests=requests[:entries]
+    )
+    for size in (1, 5, 6):
+        qkv, cache, batch, histories = decode_inputs(config, [5 * PAGE + 1, 3 * PAGE, 70, 300, 9, 1][:size])
         got = torch.full_like(qkv[0], float("nan"))
         run_kernels(True, qkv, got, cache, dataclasses.replace(batch, workspace=guarded), config)
         for b, history in enumerate(histories):
             n = len(history.tokens)
             assert error(got[b], history.output(n - 1, n, 0)[0]) < 1e-2, (size, n)
-    assert (lse[entries:] == 7.0).all() and (out[entries:] == 7.0).all()
+        assert size != 5 or workspace.split_indptr[5] > workspace.max_splits[-1]
+    assert all((x[entries:] == 7).all() for x in (lse, out, requests))
 
 
 @pytest.mark.parametrize("poison", POISON.values(), ids=POISON)

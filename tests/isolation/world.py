@@ -473,6 +473,7 @@ def run_kernels(is_decode: bool, qkv: tuple, out: torch.Tensor, cache, batch, co
     if is_decode:
         attention = ops.decode_attention
         batch = dataclasses.replace(batch, workspace=batch.workspace or _workspace(batch, config))
+        ops.plan_decode(batch, config)
     previous = os.environ.get(ops.INTERPRET_ENV)
     os.environ[ops.INTERPRET_ENV] = "triton"
     try:
@@ -487,9 +488,16 @@ def run_kernels(is_decode: bool, qkv: tuple, out: torch.Tensor, cache, batch, co
 def _workspace(batch, config: KVarNConfig) -> DecodeWorkspace:
     size, max_pages = batch.page_table.shape
     workspace = make_workspace(size, QO_HEADS, KV_HEADS, HEAD_DIM, max_pages, config, batch.page_table.device)
+    poison(workspace)
+    return workspace
+
+
+def poison(workspace: DecodeWorkspace) -> None:
+    """Fill a workspace with NaN and with a plan that no step has."""
     for x in (workspace.rotated_q, workspace.partial_out, workspace.partial_lse):
         x.fill_(float("nan"))
-    return workspace
+    for x in (workspace.split_requests, workspace.split_indptr):
+        x.fill_(-1)
 
 
 # steps that the kernels have repeated: many lives begin alike, and a step takes the interpreter seconds

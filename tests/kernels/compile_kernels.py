@@ -27,7 +27,8 @@ from builders import make_cache, make_request, run_decode, run_extend
 from kvarn_kernels import prefill
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import make_workspace
-from kvarn_kernels.ops import decode_attention, extend_attention
+from kvarn_kernels.merge import FEW_ROWS
+from kvarn_kernels.ops import decode_attention, extend_attention, plan_decode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -51,8 +52,15 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     # the launches of the FlashInfer form need no FlashInfer
     prefill_workspace = prefill.make_workspace(*heads, head_dim, dtype, 8, torch.device("cpu"), MagicMock())
     run_extend(extend_attention, [request], [(100, 300)], cache, config, workspace=prefill_workspace)
-    workspace = make_workspace(4, *heads, head_dim, 64, config, torch.device("cpu"))
-    run_decode(decode_attention, [request], [299], cache, config, padding=3, workspace=workspace)
+
+    def decode(q, k, v, out, cache, batch, config, sm_scale):
+        plan_decode(batch, config)
+        decode_attention(q, k, v, out, cache, batch, config, sm_scale)
+
+    # the merge has a form for many heads
+    for size in (4, -(-FEW_ROWS // heads[0])):
+        workspace = make_workspace(size, *heads, head_dim, 64, config, torch.device("cpu"))
+        run_decode(decode, [request], [299], cache, config, padding=size - 1, workspace=workspace)
     return launches
 
 

@@ -16,11 +16,11 @@ from builders import (
     relative_rms,
     run_decode,
 )
-from kvarn_kernels import decode as decode_module
-from kvarn_kernels import torch_form
+from kvarn_kernels import decode_plan, torch_form
 from kvarn_kernels.cache import DecodeWorkspace
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.decode import decode, make_workspace, num_splits
+from kvarn_kernels.decode import decode, make_workspace
+from kvarn_kernels.decode_plan import plan_decode
 from kvarn_kernels.merge import merge
 from kvarn_kernels.store import store_decode
 
@@ -32,15 +32,18 @@ TOLERANCE = {dtype: bound + 1.5e-3 for dtype, bound in RELATIVE_RMS.items()}
 
 
 def kernels(q, k, v, out, cache, batch, config, sm_scale):
+    plan_decode(batch, config)
     store_decode(q, k, v, cache, batch, config)
     decode(cache, batch, config, q.shape[1], k.shape[1], sm_scale)
-    merge(out, batch)
+    merge(out, batch, config)
 
 
 def poisoned_workspace(batch_size, heads, head_dim, max_pages, config) -> DecodeWorkspace:
     workspace = make_workspace(batch_size, *heads, head_dim, max_pages, config, DEVICE)
     for x in (workspace.rotated_q, workspace.partial_out, workspace.partial_lse):
         x.fill_(float("nan"))
+    for x in (workspace.split_requests, workspace.split_indptr):
+        x.fill_(-1)
     return workspace
 
 
@@ -153,7 +156,9 @@ def decode_behind_others(others: int, tokens: int, config: KVarNConfig) -> torch
 
 
 @pytest.mark.parametrize("tokens", [2 * PAGE, 17 * PAGE + 3])
-def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens):
+def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens, monkeypatch):
+    # so few programs that a plan by the batch would differ
+    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 1)
     config = KVarNConfig.from_preset("kvarn_canonical")
     alone = decode_behind_others(0, tokens, config)
     assert all(torch.equal(decode_behind_others(others, tokens, config), alone) for others in (1, 4))
@@ -161,25 +166,10 @@ def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens):
 
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
 def test_decode_of_default_presets_agrees_within_a_thousandth_at_any_batch_size(preset, monkeypatch):
-    # so few programs that a batch of 1, 2 and 5 shares 5 pages in splits of 1, 2 and 3
-    monkeypatch.setattr(decode_module, "TARGET_PROGRAMS", 8)
-    monkeypatch.setattr(decode_module, "MIN_SPLIT_PAGES", 1)
+    # so few programs that a batch of 1, 2 and 5 takes splits of 2, 3 and 5 units and more
+    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(decode_plan, "MIN_SPLIT_UNITS", 1)
     config = KVarNConfig.from_preset(preset)
     alone = decode_behind_others(0, 6 * PAGE + 9, config)
     for others in (1, 4):
         assert relative_rms(decode_behind_others(others, 6 * PAGE + 9, config), alone) < 1e-3, others
-
-
-def test_num_splits_of_canonical_presets_ignores_the_batch():
-    config = KVarNConfig.from_preset("kvarn_canonical")
-    assert len({num_splits(b, 8, 1024, config) for b in (1, 7, 64, 256)}) == 1
-
-
-@pytest.mark.parametrize("max_pages", [1, 3, 64, 1024])
-@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
-def test_make_workspace_holds_every_batch_size(preset, max_pages):
-    config = KVarNConfig.from_preset(preset)
-    workspace = make_workspace(65, 8, 2, 64, max_pages, config, torch.device("meta"))
-    for size in range(1, 66):
-        assert size * 8 * workspace.num_splits[size - 1] <= workspace.partial_lse.shape[0]
-        assert workspace.num_splits[size - 1] >= 2

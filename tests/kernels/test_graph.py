@@ -48,6 +48,7 @@ def test_one_graph_serves_every_length_and_every_padding(preset):
     def step() -> None:
         ops.decode_attention(*inputs.values(), out, cache, batch, config, HEAD_DIM**-0.5)
 
+    ops.plan_decode(batch, config)
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -70,6 +71,7 @@ def test_one_graph_serves_every_length_and_every_padding(preset):
             batch.store_pages[slot] = used[-1]
             for name, x in inputs.items():
                 x[slot] = getattr(request, name)[position]
+        ops.plan_decode(batch, config)
         graph.replay()
         for slot, n in enumerate(live):
             assert relative_rms(out[slot], expected[n][begins[n] + count]) < TOLERANCE, (count, n)
@@ -94,6 +96,7 @@ def test_large_batches_match_the_oracle(preset):
     )
     q, k, v = (getattr(request, n)[-1:].expand(size, -1, -1).contiguous() for n in "qkv")
     out = torch.full_like(q, float("nan"))
+    ops.plan_decode(batch, config)
     ops.decode_attention(q, k, v, out, cache, batch, config, HEAD_DIM**-0.5)
     assert all(torch.equal(out[n], out[0]) for n in range(size))
     assert relative_rms(out[0], oracle(request, config, tokens - 1)[0]) < TOLERANCE
