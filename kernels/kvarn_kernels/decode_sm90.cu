@@ -493,20 +493,25 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
     query[n] = pack_half(f.x * down, f.y * down);
   }
   const Exponents e((u32)batch_size >> 31);
-  int stage = warp / TILE_WARPS % STAGES;
+  const int team = warp / TILE_WARPS;
+  int stage = 0;
   u32 parity = 0;
-  for (int p = begin + warp / TILE_WARPS; p < end; p += TEAMS) {
+  for (int p = begin; p < end; p++) {
+    // every warp waits for the records of the other teams too: a barrier tells only odd phases from even ones, so that
+    // a warp which skipped the phase between two of its own would take the first for the second, and read too early
     mbarrier_wait(&bars.full[stage], parity);
-    attend_record(st, shared_address(shared + stage * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
-    __syncwarp();
-    if (lane == 0) {
-      __threadfence_block();
-      // the last of the team to leave the buffer orders the next record into it
-      if (atomicAdd(&bars.left[stage], 1) % TILE_WARPS == TILE_WARPS - 1 && p + STAGES < end)
-        load_record(shared + stage * RECORD, record_of(p + STAGES), &bars.full[stage]);
+    if ((p - begin) % TEAMS == team) {
+      attend_record(st, shared_address(shared + stage * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
+      __syncwarp();
+      if (lane == 0) {
+        __threadfence_block();
+        // the last of the team to leave the buffer orders the next record into it
+        if (atomicAdd(&bars.left[stage], 1) % TILE_WARPS == TILE_WARPS - 1 && p + STAGES < end)
+          load_record(shared + stage * RECORD, record_of(p + STAGES), &bars.full[stage]);
+      }
+      __syncwarp();
     }
-    stage += TEAMS;
-    if (stage >= STAGES) { stage -= STAGES; parity ^= 1; }
+    if (++stage == STAGES) { stage = 0; parity ^= 1; }
   }
 
 #pragma unroll
