@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention over records, first rows and ring for sm_90 and newer; the same contract as decode.py.
 //
-// One block per split (decode_plan.py), KV head and 8 query heads. Whole records arrive by bulk copy in a ring of STAGES buffers. TILE_WARPS
-// warps share a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a split;
-// the last warp that leaves a buffer orders the next record into it. The layout of `tile.py` makes every shared-memory
-// load a 16-byte read of one matrix-instruction fragment:
+// One block per split (decode_plan.py), KV head and 8 query heads. Whole records arrive by bulk copy. A team of
+// TILE_WARPS warps shares a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a
+// split; the last warp that leaves a buffer orders the next record into it. Every team has a ring of STAGES buffers of
+// its own: a barrier tells only odd phases from even ones, so whoever waits for it must see every phase of it, and
+// nobody may be left behind by two. The layout of `tile.py` makes every shared-memory load a 16-byte read of one
+// matrix-instruction fragment:
 //
 //     scores^T [tokens, heads]   = codes [tokens, channels] x folded query [channels, heads]
 //     out^T    [channels, heads] = codes^T [channels, tokens] x folded weights [tokens, heads]
@@ -22,6 +24,7 @@ typedef unsigned char u8;
 constexpr int G = 128;
 constexpr int WARPS = 4;
 constexpr int TEAMS = WARPS / TILE_WARPS; // warps of a team share a tile
+constexpr int BUFFERS = TEAMS * STAGES;   // records in flight or being read
 constexpr int BLOCKS = 8 / TILE_WARPS;    // blocks of 16 tokens that a warp has of a tile
 constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_BITS / K_CB;
 constexpr int K_ROW_WORDS = D / K_CB;     // words of a row of key words
@@ -39,7 +42,7 @@ constexpr int RING_LEN = (WINDOW + 1) * G;
 constexpr float LAG = 4.0f;               // how far a score may exceed the kept maximum, log2
 #define MINUS_INF __int_as_float(0xff800000)
 
-struct Barriers { u64 full[STAGES]; u32 left[STAGES]; };
+struct Barriers { u64 full[BUFFERS]; u32 left[BUFFERS]; };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -436,10 +439,12 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   const int* pages = page_table + (long long)b * stride_page_table;
   auto record_of = [&](int p) { return records + ((long long)pages[p] * HK + head) * RECORD; };
   if (threadIdx.x == 0) {
-    for (int n = 0; n < STAGES; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
+    for (int n = 0; n < BUFFERS; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    for (int n = 0; n < STAGES && begin + n < end; n++)
-      load_record(shared + n * RECORD, record_of(begin + n), &bars.full[n]);
+    for (int n = 0; n < BUFFERS && begin + n < end; n++) {
+      const int buffer = n % TEAMS * STAGES + n / TEAMS;
+      load_record(shared + buffer * RECORD, record_of(begin + n), &bars.full[buffer]);
+    }
   }
   __syncthreads();
 
@@ -496,21 +501,18 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   const int team = warp / TILE_WARPS;
   int stage = 0;
   u32 parity = 0;
-  for (int p = begin; p < end; p++) {
-    // every warp waits for the records of the other teams too: a barrier tells only odd phases from even ones, so that
-    // a warp which skipped the phase between two of its own would take the first for the second, and read too early
-    mbarrier_wait(&bars.full[stage], parity);
-    if ((p - begin) % TEAMS == team) {
-      attend_record(st, shared_address(shared + stage * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
-      __syncwarp();
-      if (lane == 0) {
-        __threadfence_block();
-        // the last of the team to leave the buffer orders the next record into it
-        if (atomicAdd(&bars.left[stage], 1) % TILE_WARPS == TILE_WARPS - 1 && p + STAGES < end)
-          load_record(shared + stage * RECORD, record_of(p + STAGES), &bars.full[stage]);
-      }
-      __syncwarp();
+  for (int p = begin + team; p < end; p += TEAMS) {
+    const int buffer = team * STAGES + stage;
+    mbarrier_wait(&bars.full[buffer], parity);
+    attend_record(st, shared_address(shared + buffer * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
+    __syncwarp();
+    if (lane == 0) {
+      __threadfence_block();
+      // the last of the team to leave the buffer orders the next record into it
+      if (atomicAdd(&bars.left[buffer], 1) % TILE_WARPS == TILE_WARPS - 1 && p + BUFFERS < end)
+        load_record(shared + buffer * RECORD, record_of(p + BUFFERS), &bars.full[buffer]);
     }
+    __syncwarp();
     if (++stage == STAGES) { stage = 0; parity ^= 1; }
   }
 

@@ -15,10 +15,8 @@ from kvarn_kernels.config import KVarNConfig
 
 SOURCE = "decode_sm90.cu"
 THREADS = 128
-# records in flight per block: 2 hide the latency of memory (26 KB per multiprocessor), 1 is being read
-STAGES = 3
-# warps that share a tile: 2 need a quarter fewer instructions than 4 (H200, 64 x 16,384: 286 us against 334 us)
-TILE_WARPS = 2
+# what resident blocks share, and what each of them needs besides its records
+SHARED_OF_MULTIPROCESSOR, SHARED_BESIDES = 228 << 10, 1536
 # resident blocks per multiprocessor by head_dim, the most that keep every value in registers
 MIN_BLOCKS = {64: 4, 128: 3, 256: 2}
 # the units of work of the ring (decode_plan.py): RING_UNITS for each RING_CHUNK tokens, which 4 warps attend at once
@@ -31,18 +29,29 @@ def is_supported(device: torch.device) -> bool:
     return nvrtc.capability(device) >= (9, 0)
 
 
+def teams(record_bytes: int, head_dim: int) -> tuple[int, int]:
+    """Return (warps that share a tile, buffers for each team of them).
+
+    Two warps need a quarter fewer instructions for a tile than four (H200, 64 x 16,384: 286 us against 334 us); then
+    four records are in flight or being read, which the largest format has no memory for.
+    """
+    left = SHARED_OF_MULTIPROCESSOR // MIN_BLOCKS[head_dim] - SHARED_BESIDES
+    return (2, 2) if 4 * record_bytes <= left else (4, 3)
+
+
 def constants(
     config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_units: int
 ) -> dict[str, int]:
     """Return the constants of decode_sm90.cu for a format."""
+    tile_warps, stages = teams(config.record_bytes(head_dim), head_dim)
     return nvrtc.format_constants(config, head_dim, num_kv_heads, is_bf16) | {
         "GROUP": group,
         "WINDOW": config.window_pages,
         "RING_CHUNK": RING_CHUNK,
         "RING_UNITS": RING_UNITS,
         "SPLIT_UNITS": split_units,
-        "STAGES": STAGES,
-        "TILE_WARPS": TILE_WARPS,
+        "STAGES": stages,
+        "TILE_WARPS": tile_warps,
         "MIN_BLOCKS": MIN_BLOCKS[head_dim],
     }
 
@@ -53,8 +62,9 @@ def blocks_per_split(num_qo_heads: int, num_kv_heads: int) -> int:
 
 
 def shared_bytes(defines: dict[str, int]) -> int:
-    """Return the dynamic shared memory of a block: the records in flight, at the end the sums of 4 warps x 8 heads."""
-    return max(STAGES * defines["RECORD"], 4 * 8 * defines["D"] * 4)
+    """Return the dynamic shared memory of a block: the buffers of its 4 warps, at the end their sums of 8 heads."""
+    buffers = 4 // defines["TILE_WARPS"] * defines["STAGES"]
+    return max(buffers * defines["RECORD"], 4 * 8 * defines["D"] * 4)
 
 
 @lru_cache(maxsize=32)
