@@ -58,6 +58,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tenants", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=6, help="prompts of each tenant")
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[8, 16, 32, 48])
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of the load, after which no request is sent any more"
+    )
     parser.add_argument("--rows", type=int, default=24, help="--max-running-requests")
     parser.add_argument("--pool", type=int, default=6144, help="--max-total-tokens")
     parser.add_argument("--server-args", default=GPU_FLAGS if on_gpu else "", help="more flags of every server")
@@ -77,7 +80,7 @@ def command(args: argparse.Namespace, cache: str) -> list[str]:
     """Return the command that loads one cache."""
     flags = [*args.server_args.split(), *(["--page-size", "128", *args.stock_args.split()] * (cache == STOCK))]
     found = [sys.executable, str(SCRIPT), "--preset", cache, "--json", str(args.folder / f"{cache}.json")]
-    for name in ("model", "dtype", "requests", "tenants", "prompts", "rows", "pool", "limit"):
+    for name in ("model", "dtype", "requests", "tenants", "prompts", "rows", "pool", "limit", "seconds"):
         found += [f"--{name}", str(getattr(args, name))]
     found += ["--new-tokens", *map(str, args.new_tokens), f"--server-args={' '.join(flags)}"]
     # what differs is compared here
@@ -145,7 +148,7 @@ def main() -> int:
     started = time.monotonic()
     caches = [args.kvarn, STOCK]
     results = run(args, caches)
-    table = Table("", *caches, title=f"{args.requests} requests of {args.tenants} tenants, {args.model}, {args.dtype}")
+    table = Table("", *caches, title=f"up to {args.requests} requests of {args.tenants} tenants, {args.model}, {args.dtype}")
     for name in ROWS:
         table.add_row(name, *(str(results[cache][name]) for cache in caches))
     Console(width=100).print(table)

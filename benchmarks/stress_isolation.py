@@ -74,6 +74,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--at-once", action="store_true", help="start both servers together; needs cores and a small memory fraction"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of the load, after which no request is sent any more"
+    )
     parser.add_argument("--limit", type=int, default=3600, help="seconds until the run ends as failed")
     parser.add_argument("--json", type=Path, help="write the result here")
     return parser.parse_args()
@@ -172,7 +175,7 @@ def under_load(args: argparse.Namespace, url: str, prompts: list[Prompt], alone:
     """Run the load and judge it."""
     load = Load(prompts, args.requests, tuple(args.new_tokens), seed=args.seed)
     start = time.monotonic()
-    answers = asyncio.run(run(url, load))
+    answers = asyncio.run(run(url, load, args.seconds))
     seconds = time.monotonic() - start
     return judge(prompts, alone, answers) | {
         "seconds": round(seconds, 1),

@@ -117,20 +117,25 @@ async def send(client: httpx.AsyncClient, prompt: Prompt, answer: Answer, rid: s
     answer.seconds = time.monotonic() - started
 
 
-async def run(url: str, load: Load) -> list[Answer]:
-    """Run a load; return its answers."""
+async def run(url: str, load: Load, seconds: float = float("inf")) -> list[Answer]:
+    """Run a load; return its answers. After so many seconds no request is sent any more."""
     plan = load.plan()
+    sent: list[Answer] = []
+    end = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=None)
 
     async def tenant(number: int, mine: list[Answer], client: httpx.AsyncClient) -> None:
         for n, answer in enumerate(mine):
+            if time.monotonic() > end:
+                return
+            sent.append(answer)
             await send(client, load.prompts[answer.prompt], answer, f"tenant-{number}-{load.seed}-{n}")
 
     async with httpx.AsyncClient(
         base_url=url, timeout=HANG_SECONDS, limits=limits, trust_env=False
     ) as client:
         await asyncio.gather(*(tenant(number, mine, client) for number, mine in plan.items()))
-    return [answer for mine in plan.values() for answer in mine]
+    return sent
 
 
 @dataclass(frozen=True)

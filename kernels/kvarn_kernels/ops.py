@@ -16,9 +16,14 @@ from kvarn_kernels.config import KVarNConfig
 logger = logging.getLogger(__name__)
 
 INTERPRET_ENV = "KVARN_CPU_FORM"
-# fewer new tokens run the Triton kernel. H200, 256 on a prefix of 8,192, one layer of 32/8 heads: FlashInfer 261 us,
-# Triton 556 us (benchmarks/results/prefill.csv); fewer tokens were not measured
-FLASHINFER_TOKENS = 256
+# a step with fewer new tokens runs the Triton kernel, unless a request has a longer prefix than this. H100, one layer of
+# 32/8 heads, GPU time of FlashInfer and Triton (host time of a launched layer: about 700 and 400 us):
+#     256 new tokens on 8,192 cached   261 and   556 us (H200)
+#      64              on 512           47 and    60 us
+#      64              on 8,192        199 and   499 us
+#      64              on 32,768       688 and 1,902 us
+# With few tokens on a short prefix both wait for the host, Triton's form less so
+FLASHINFER_TOKENS, FLASHINFER_PREFIX = 256, 12_288
 
 
 def attention_form(device: torch.device) -> str:
@@ -41,12 +46,13 @@ def extend_form(
     head_dim: int,
     config: KVarNConfig,
     new_tokens: int = FLASHINFER_TOKENS,
+    longest_prefix: int = 0,
 ) -> str:
     """Return "torch", "triton" or "flashinfer": how an extend step of `new_tokens` tokens runs, all requests together.
 
-    FlashInfer attends at the speed of a 16-bit cache, after the past of the step was written out in 16 bits; a step
-    of few tokens does not pay for that and runs the Triton kernel, which reads the records themselves. So does
-    everything else that FlashInfer cannot do:
+    FlashInfer attends at the speed of a 16-bit cache, after the past of the step was written out in 16 bits. A step of
+    few tokens on short prefixes runs the Triton kernel, which reads the records themselves and costs the host less. So
+    does everything else that FlashInfer cannot do:
         - a canonical preset: its outputs have the same bits for a hit and a miss and for every chunking, and only the
           Triton kernel sums in an order that depends on the position alone;
         - another dtype than float16 and bfloat16, another head_dim than 64, 128 and 256, a host without FlashInfer
@@ -55,7 +61,9 @@ def extend_form(
     Called without `new_tokens` it tells whether any step can run on FlashInfer, so whether a workspace is needed.
     """
     form = attention_form(device)
-    if form == "torch" or device.type != "cuda" or new_tokens < FLASHINFER_TOKENS or config.is_canonical:
+    if form == "torch" or device.type != "cuda" or config.is_canonical:
+        return form
+    if new_tokens < FLASHINFER_TOKENS and longest_prefix < FLASHINFER_PREFIX:
         return form
     if dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128, 256) or not _has_flashinfer():
         return form

@@ -68,9 +68,9 @@ class KVarNAttentionBackend(compat.AttentionBackend):
             )
         return buffers
 
-    def _extend_form(self, *new_tokens: int) -> str:
+    def _extend_form(self, *step: int) -> str:
         pool = self.pool
-        return ops.extend_form(pool.records[0].device, pool.model_dtype, pool.head_dim, self.config, *new_tokens)
+        return ops.extend_form(pool.records[0].device, pool.model_dtype, pool.head_dim, self.config, *step)
 
     def _make_prefill_workspace(self) -> PrefillWorkspace | None:
         """Return the workspace of extend steps on FlashInfer, None where none can run on it."""
@@ -95,7 +95,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
 
     def _plan_prefill(self, batch: ExtendBatch) -> ExtendBatch:
         """Plan the step for all its layers if it runs on FlashInfer."""
-        if self._prefill is None or self._extend_form(batch.num_tokens) != "flashinfer":
+        if self._prefill is None or self._extend_form(batch.num_tokens, max(batch.prefix_lens_host)) != "flashinfer":
             return batch
         from kvarn_kernels.prefill import plan_prefill
 

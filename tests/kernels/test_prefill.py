@@ -184,6 +184,8 @@ def test_extend_form_says_what_runs_on_flashinfer(monkeypatch):
     cuda, bf16, enough = torch.device("cuda"), torch.bfloat16, ops.FLASHINFER_TOKENS
     assert ops.extend_form(cuda, bf16, 128, KVARN) == "flashinfer"
     assert ops.extend_form(cuda, bf16, 128, KVARN, enough - 1) == "triton"
+    assert ops.extend_form(cuda, bf16, 128, KVARN, 1, ops.FLASHINFER_PREFIX - 1) == "triton"
+    assert ops.extend_form(cuda, bf16, 128, KVARN, 1, ops.FLASHINFER_PREFIX) == "flashinfer"
     assert ops.extend_form(cuda, bf16, 128, CANONICAL) == "triton"
     assert ops.extend_form(cuda, torch.float32, 128, KVARN) == "triton"
     assert ops.extend_form(cuda, bf16, 96, KVARN) == "triton"
