@@ -148,7 +148,8 @@ def main() -> int:
     started = time.monotonic()
     caches = [args.kvarn, STOCK]
     results = run(args, caches)
-    table = Table("", *caches, title=f"up to {args.requests} requests of {args.tenants} tenants, {args.model}, {args.dtype}")
+    title = f"up to {args.requests} requests of {args.tenants} tenants, {args.model}, {args.dtype}"
+    table = Table("", *caches, title=title)
     for name in ROWS:
         table.add_row(name, *(str(results[cache][name]) for cache in caches))
     Console(width=100).print(table)

@@ -26,6 +26,7 @@ FUZZ = "tests/isolation/test_fuzz.py::test_every_read_is_of_the_requests_own_his
 KNOWN = "tests/isolation/test_known_failures.py"
 KNOWN_KERNELS = "tests/isolation/test_known_kernel_failures.py"
 DECODE, EXTEND = "tests/kernels/test_decode.py", "tests/kernels/test_extend.py"
+DECODE_ON_CPU = "tests/kernels/test_decode_on_cpu.py"
 DECODE_PLAN = "tests/kernels/test_decode_plan.py"
 PREFILL, PREFILL_PLAN = "tests/kernels/test_prefill.py", "tests/kernels/test_prefill_plan.py"
 DEQUANTISE = "tests/kernels/test_dequantise.py"
@@ -385,6 +386,20 @@ MUTATIONS = (
         "(tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK",
         "(tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * (RING_CHUNK - 1)",
         (DECODE,),
+    ),
+    Mutation(
+        "teams of warps share their record buffers (CUDA decode)",
+        f"{KERNELS}/decode_sm90.cu",
+        "const int buffer = team * STAGES + stage;",
+        "const int buffer = stage;",
+        (DECODE_ON_CPU,),
+    ),
+    Mutation(
+        "next record ordered by the first warp that leaves a buffer (CUDA decode)",
+        f"{KERNELS}/decode_sm90.cu",
+        "% TILE_WARPS == TILE_WARPS - 1",
+        "% TILE_WARPS == 0",
+        (DECODE_ON_CPU,),
     ),
     Mutation(
         "plan of the step before (no plan)",

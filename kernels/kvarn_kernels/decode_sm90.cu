@@ -44,11 +44,17 @@ constexpr float LAG = 4.0f;               // how far a score may exceed the kept
 
 struct Barriers { u64 full[BUFFERS]; u32 left[BUFFERS]; };
 
+#ifdef CUDA_ON_CPU
+#include "ptx_on_cpu.h"
+#else
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void mbarrier_init(u64* bar) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)) : "memory");
 }
+
+// barriers that one thread has initialised can be used by bulk copies
+__device__ __forceinline__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void mbarrier_wait(u64* bar, u32 parity) {
   asm volatile(
@@ -142,6 +148,8 @@ __device__ __forceinline__ void mma_exact(float (&c)[4], u32 a0, u32 a1, u32 a2,
   mma_half(c, a0, a1, a2, a3, b0, b1);
 #endif
 }
+
+#endif
 
 // The exponents that turn a masked field into offset + code. `zero` is 0, but the compiler cannot know it and keeps
 // them in registers: mask-or is then one instruction (with two constants it would be two).
@@ -415,7 +423,11 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
              int sm_scale_log2_bits, int batch_size) {
   const float sm_scale_log2 = __int_as_float(sm_scale_log2_bits);
   constexpr int HEAD_TILES = (GROUP + 7) / 8;
+#ifdef CUDA_ON_CPU
+  u8* shared = dynamic_shared;
+#else
   extern __shared__ __align__(128) u8 shared[];
+#endif
   __shared__ Barriers bars;
   __shared__ float warp_m[WARPS][8], warp_l[WARPS][8];
   const int split = blockIdx.x, head = blockIdx.y / HEAD_TILES, head_tile = blockIdx.y % HEAD_TILES;
@@ -440,7 +452,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   auto record_of = [&](int p) { return records + ((long long)pages[p] * HK + head) * RECORD; };
   if (threadIdx.x == 0) {
     for (int n = 0; n < BUFFERS; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_init();
     for (int n = 0; n < BUFFERS && begin + n < end; n++) {
       const int buffer = n % TEAMS * STAGES + n / TEAMS;
       load_record(shared + buffer * RECORD, record_of(begin + n), &bars.full[buffer]);

@@ -16,8 +16,8 @@ from kvarn_kernels.config import KVarNConfig
 logger = logging.getLogger(__name__)
 
 INTERPRET_ENV = "KVARN_CPU_FORM"
-# a step with fewer new tokens runs the Triton kernel, unless a request has a longer prefix than this. H100, one layer of
-# 32/8 heads, GPU time of FlashInfer and Triton (host time of a launched layer: about 700 and 400 us):
+# a step with fewer new tokens runs the Triton kernel, unless a request has a longer prefix than this. H100, one layer
+# of 32/8 heads, GPU time of FlashInfer and Triton (host time of a launched layer: about 700 and 400 us):
 #     256 new tokens on 8,192 cached   261 and   556 us (H200)
 #      64              on 512           47 and    60 us
 #      64              on 8,192        199 and   499 us

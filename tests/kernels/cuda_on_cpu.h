@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <random>
+#include <string>
 #include <ucontext.h>
 #include <vector>
 
@@ -18,7 +20,14 @@
 #define __launch_bounds__(...)
 
 struct Index { int x, y, z; };
+struct uint2 { unsigned int x, y; };
 struct uint4 { unsigned int x, y, z, w; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned int x, unsigned int y) { return {x, y}; }
+inline uint4 make_uint4(unsigned int x, unsigned int y, unsigned int z, unsigned int w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline Index threadIdx, blockIdx, gridDim;
 
 struct Barrier {
@@ -37,7 +46,17 @@ struct Block {
   std::function<void()> kernel;
   int any = 0;
 };
+// what a thread did that would hang or corrupt a GPU; ends the launch
+inline std::string failure;
 inline Block* block;
+// 0: warps run in turn; else some of them stand still for a while, at random
+inline unsigned schedule_seed = 0;
+
+inline void yield() {
+  const Index self = threadIdx;
+  swapcontext(&block->threads[self.x], &block->scheduler);
+  threadIdx = self;
+}
 
 inline void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
@@ -46,11 +65,7 @@ inline void wait(Barrier& barrier) {
     barrier.generation++;
     return;
   }
-  while (barrier.generation == generation) {
-    const Index self = threadIdx;
-    swapcontext(&block->threads[self.x], &block->scheduler);
-    threadIdx = self;
-  }
+  while (barrier.generation == generation) yield();
 }
 
 inline void __syncthreads() { wait(block->all); }
@@ -82,10 +97,16 @@ template <class T>
 T __shfl_sync(unsigned, T value, int lane, int width = 32) {
   return exchange(value, threadIdx.x % 32 / width * width + lane);
 }
+inline void __syncwarp() { wait(block->warps[threadIdx.x / 32]); }
+inline bool __any_sync(unsigned mask, bool value) {
+  for (int n = 1; n < 32; n *= 2) value |= __shfl_xor_sync(mask, value, n);
+  return value;
+}
 inline int __reduce_max_sync(unsigned mask, int value) {
   for (int n = 1; n < 32; n *= 2) value = std::max(value, __shfl_xor_sync(mask, value, n));
   return value;
 }
+inline unsigned atomicAdd(unsigned* target, unsigned value) { return (*target += value) - value; }
 inline void atomicMax(int* target, int value) { *target = std::max(*target, value); }
 
 inline float __int_as_float(int x) { float f; std::memcpy(&f, &x, 4); return f; }
@@ -125,7 +146,7 @@ inline void launch(Index grid, int threads, std::function<void()> kernel) {
         current.slots.resize(2 * threads);
         current.warps.assign(threads / 32, Barrier{32});
         current.all.size = threads;
-        current.stacks.assign(threads, std::vector<char>(1 << 15));
+        current.stacks.assign(threads, std::vector<char>(1 << 16));
         for (int n = 0; n < threads; n++) {
           ucontext_t& context = current.threads[n];
           getcontext(&context);
@@ -134,11 +155,18 @@ inline void launch(Index grid, int threads, std::function<void()> kernel) {
           context.uc_link = &current.scheduler;
           makecontext(&context, run_thread, 0);
         }
+        std::mt19937 random(schedule_seed);
+        std::vector<int> resting(threads / 32);
         for (int left = threads; left > 0;)
           for (int n = 0; n < threads; n++) {
-            if (current.done[n]) continue;
+            if (schedule_seed && n % 32 == 0) {
+              int& rest = resting[n / 32];
+              rest = rest ? rest - 1 : random() % 64 ? 0 : random() % 1000;
+            }
+            if (current.done[n] || resting[n / 32]) continue;
             threadIdx = {n, 0, 0};
             swapcontext(&current.scheduler, &current.threads[n]);
+            if (!failure.empty()) return;
             left -= current.done[n];
           }
       }
