@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench_capacity
 import bench_quality
 import compare_isolation
+import plot_decode
 from quality import caches, published, scores, texts
 
 
@@ -138,3 +139,13 @@ def test_compare_isolation_loads_both_caches_alike(monkeypatch, tmp_path):
     different = [(one, other) for one, other in zip(kvarn, stock, strict=True) if one != other]
     assert [one for one, _ in different[:2]] == ["kvarn_canonical", str(tmp_path / "kvarn_canonical.json")]
     assert len(different) == 3 and "--page-size 128" in different[2][1]
+
+
+def test_the_decode_plot_draws_the_published_rows(tmp_path):
+    gpu, figures = plot_decode.read(Path(__file__).parent.parent / "benchmarks/results/decode.csv")
+    assert "NVIDIA" in gpu and figures["kvarn"].keys() == figures["flashinfer_bf16"].keys()
+    plot_decode.draw(gpu, figures, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
+    (tmp_path / "empty.csv").write_text("gpu,provider\n")
+    with pytest.raises(ValueError, match="expected rows"):
+        plot_decode.read(tmp_path / "empty.csv")
