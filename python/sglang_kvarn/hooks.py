@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_kvarn import budget, compat, refusals, settings, tail
+from sglang_kvarn import budget, compat, refusals, report, settings, tail
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ HOOKS = (
     ),
     Hook(f"{_CONFIGURATOR}.resolve_max_num_reqs", "after", ("self", "token_capacity"), budget.cap_rows),
     Hook(f"{_CONFIGURATOR}._build_token_to_kv_pool", "around", _POOL_PARAMETERS, _build_pool),
+    Hook(
+        "managers.scheduler.Scheduler.get_internal_state",
+        "after",
+        ("self", "recv_req"),
+        report.add_to_server_info,
+    ),
     Hook("mem_cache.memory_pool.ReqToTokenPool.alloc", "around", ("self", "reqs"), tail.record_exact_starts),
 )
 

@@ -12,7 +12,7 @@ import torch
 from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
 
-from sglang_kvarn import budget, compat, hooks, refusals, settings
+from sglang_kvarn import budget, compat, hooks, refusals, report, settings
 from sglang_kvarn.tail import Tail
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ def build(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs:
     pool.tail.attach(req_to_token_pool)
     if compat.get_parallel().tp_rank == 0:
         _log(pool, budget.model_shape(configurator))
+        if configurator.server_args.enable_metrics:
+            report.export(pool)
     return pool
 
 

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a real server says about its cache over HTTP."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import httpx
+from rich.console import Console
+from sglang_kvarn import report
+from sglang_kvarn.demo import server as servers
+from tiny_model import prompt
+
+FLAGS = "--kv-cache-dtype kvarn_k2v2_g128 --dtype float32 --skip-tokenizer-init --skip-server-warmup --enable-metrics"
+FLAGS += " --max-total-tokens 2048 --max-running-requests 3 --log-level warning"
+
+
+def test_server_info_and_metrics_carry_the_sizes_of_the_cache(model):
+    port = servers.choose_port(None)
+    server = servers.Server(servers.launch_command(["--model-path", str(model), *FLAGS.split()], port), port)
+    try:
+        server.wait(Console(stderr=True))
+
+        def get(path: str) -> httpx.Response:
+            response = httpx.get(f"{server.url}/{path}", timeout=60, trust_env=False)
+            response.raise_for_status()
+            return response
+
+        body = {"input_ids": prompt(300, seed=1), "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
+        httpx.post(f"{server.url}/generate", json=body, timeout=120, trust_env=False).raise_for_status()
+        facts = get("server_info").json()["internal_states"][0]["kvarn"]
+        metrics = dict(re.findall(r'sglang:kvarn_(\w+)\{preset="kvarn_k2v2_g128"\} (\S+)', get("metrics").text))
+    finally:
+        server.stop()
+    # 300 tokens: two full pages stay in the prefix cache
+    assert facts.pop("pages_in_use") == 2 and facts.pop("preset") == "kvarn_k2v2_g128"
+    # three requests and the padding row
+    assert facts["pool_tokens"] == 2048 and facts["ring_rows"] == 4
+    assert facts["bytes_per_token"] > 0 and facts["ring_bytes"] > 0
+    assert {name: float(value) for name, value in metrics.items()} == facts and facts.keys() == report.GAUGES.keys()
+
+
+def test_other_caches_are_left_alone():
+    state = SimpleNamespace(internal_state={"a": 1})
+    scheduler = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: object()))
+    assert report.add_to_server_info(state, scheduler, None).internal_state == {"a": 1}
