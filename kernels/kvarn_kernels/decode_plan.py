@@ -33,6 +33,8 @@ RING_CHUNK = tl.constexpr(decode_sm90.RING_CHUNK)
 RING_UNITS = tl.constexpr(decode_sm90.RING_UNITS)
 # of an H100 or H200, where there is no GPU to ask
 MULTIPROCESSORS = 132
+# programs of the Triton kernel (2 warps) that a multiprocessor runs at once
+TRITON_PROGRAMS = 8
 # what wanted_splits plans with: units of a request, and units of time that a split takes besides its own
 TYPICAL_UNITS = 64
 SPLIT_OVERHEAD = 4
@@ -45,6 +47,13 @@ def multiprocessors() -> int:
     if not torch.cuda.is_available():
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def resident_programs(head_dim: int) -> int:
+    """Return the programs of the decode kernel that the current GPU runs at once."""
+    device = torch.device("cuda")
+    is_triton = torch.cuda.is_available() and not decode_sm90.is_supported(device)
+    return multiprocessors() * (TRITON_PROGRAMS if is_triton else decode_sm90.MIN_BLOCKS[head_dim])
 
 
 def split_units(config: KVarNConfig) -> int:
@@ -66,7 +75,7 @@ def wanted_splits(batch_size: int, programs_per_split: int, head_dim: int) -> in
     Args:
         programs_per_split: programs that a split takes, one per KV head and 8 query heads.
     """
-    resident = multiprocessors() * decode_sm90.MIN_BLOCKS[head_dim]
+    resident = resident_programs(head_dim)
 
     def cost(waves: int) -> float:
         per_request = waves * resident // programs_per_split // batch_size

@@ -93,7 +93,7 @@ def test_waves_are_full_or_as_many_as_requests(heads, head_dim):
     config = KVarNConfig.from_preset("kvarn")
     workspace = make_workspace(300, *heads, head_dim, MAX_PAGES, config, torch.device("meta"))
     programs = heads[1] * -(-heads[0] // heads[1] // 8)
-    resident = decode_plan.multiprocessors() * decode_plan.decode_sm90.MIN_BLOCKS[head_dim]
+    resident = decode_plan.resident_programs(head_dim)
     for size, wanted in enumerate(workspace.wanted_splits, 1):
         last = wanted * programs % resident
         assert wanted == size or last == 0 or last > resident - programs, size
@@ -109,3 +109,11 @@ def test_the_split_buffer_holds_every_batch_size(preset, max_pages):
     assert all(size <= most <= len(workspace.partial_out) for size, most in enumerate(workspace.max_splits, 1))
     assert len(workspace.split_requests) == len(workspace.partial_lse) == len(workspace.partial_out)
     assert len(workspace.split_indptr) == 66
+
+
+def test_gpus_without_the_cuda_kernel_run_more_programs_at_once(monkeypatch):
+    hopper = decode_plan.wanted_splits(1, 8, 128)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 108)
+    monkeypatch.setattr(decode_plan.decode_sm90, "is_supported", lambda device: False)
+    assert decode_plan.wanted_splits(1, 8, 128) == 108 * 8 // 8 > hopper
