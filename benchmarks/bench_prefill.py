@@ -26,7 +26,7 @@ from typing import Any
 import flashinfer
 import torch
 from bench_decode import versions
-from kvarn_kernels import ops, prefill, reference, store
+from kvarn_kernels import ops, prefill, reference, rotate, store
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig, preset_names
 from rows import append
@@ -195,7 +195,7 @@ def _timed(workspace: prefill.PrefillWorkspace) -> Iterator[dict[str, list]]:
         return call
 
     places = [
-        (store, "rotate_chunk", "rotate"),
+        (rotate, "rotate_chunk", "rotate"),
         (store, "encode_extend", "encode"),
         (store, "store_extend", "store"),
         (prefill, "dequantise", "dequantise"),

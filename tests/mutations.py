@@ -235,9 +235,8 @@ MUTATIONS = (
     Mutation(
         "ring written before the chunk is attended",
         f"{KERNELS}/ops.py",
-        "    rotated_k, rotated_v = rotate_chunk(k, k.dtype), rotate_chunk(v, v.dtype)\n",
-        "    rotated_k, rotated_v = rotate_chunk(k, k.dtype), rotate_chunk(v, v.dtype)\n"
-        "    store_extend(rotated_k, rotated_v, cache, batch)\n",
+        "    if batch.prefill is not None:\n",
+        "    store_extend(rotated_k, rotated_v, cache, batch)\n    if batch.prefill is not None:\n",
         (EXTEND, PREFILL),
     ),
     Mutation(

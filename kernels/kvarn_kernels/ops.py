@@ -139,9 +139,11 @@ def extend_attention(
 
         torch_form.extend_attention(q, k, v, out, cache, batch, config, sm_scale)
         return
-    from kvarn_kernels.store import encode_extend, rotate_chunk, store_extend
+    from kvarn_kernels.rotate import rotate_chunk
+    from kvarn_kernels.store import encode_extend, store_extend
 
-    rotated_k, rotated_v = rotate_chunk(k, k.dtype), rotate_chunk(v, v.dtype)
+    # FlashInfer attends in the model's frame
+    rotated_q, rotated_k, rotated_v = rotate_chunk(q if batch.prefill is None else None, k, v)
     # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
     encode_extend(rotated_k, rotated_v, cache, batch, config)
     if batch.prefill is not None:
@@ -151,6 +153,6 @@ def extend_attention(
     else:
         from kvarn_kernels.extend import extend
 
-        rotated_q = rotate_chunk(q, torch.float32)
+        assert rotated_q is not None
         extend(rotated_q, rotated_k, rotated_v, out, cache, batch, config, sm_scale)
     store_extend(rotated_k, rotated_v, cache, batch)

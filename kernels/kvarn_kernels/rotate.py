@@ -68,38 +68,18 @@ def _rotate_rows(
     tl.store(out, cast(rotated, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rotate_kernel(
-    x_ptr,  # [T, H, D] model dtype
-    out_ptr,  # [T, H, D] output dtype, written
+    q_ptr,  # [T, Hq, D] model dtype; not read where HQ is 0
+    k_ptr,  # [T, Hk, D]
+    v_ptr,  # [T, Hk, D]
+    rotated_q_ptr,  # [T, Hq, D] float32, written
+    k_out_ptr,  # [T, Hk, D] model dtype, written; the ring [R, RING_LEN, Hk, D] where RING_LEN is not 0
+    v_out_ptr,
     signs_ptr,  # [D, D] model dtype, +-1
-    num_rows,  # T * H
-    stride_x_token,
-    stride_x_head,
-    stride_out_token,
-    stride_out_head,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    _rotate_rows(
-        x_ptr, out_ptr, signs_ptr, None, None, tl.program_id(0), num_rows,
-        stride_x_token, stride_x_head, stride_out_token, stride_out_head, H, D, 0, BLOCK
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["batch_size"])
-def _rotate_step_kernel(
-    q_ptr,  # [B, Hq, D] model dtype
-    k_ptr,  # [B, Hk, D]
-    v_ptr,  # [B, Hk, D]
-    rotated_q_ptr,  # [B, Hq, D] float32, written
-    ring_k_ptr,  # [R, RING_LEN, Hk, D] model dtype, written
-    ring_v_ptr,
-    signs_ptr,  # [D, D] model dtype, +-1
-    rows_ptr,  # [B] int64
-    seq_lens_ptr,  # [B] int32
-    batch_size,
+    rows_ptr,  # [T] int64, row of the ring
+    seq_lens_ptr,  # [T] int32
+    num_tokens,
     stride_q_token,
     stride_q_head,
     stride_k_token,
@@ -112,49 +92,79 @@ def _rotate_step_kernel(
     RING_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    if tl.program_id(1) == 0:
-        _rotate_rows(
-            q_ptr, rotated_q_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, batch_size * HQ,
-            stride_q_token, stride_q_head, HQ * D, D, HQ, D, 0, BLOCK
-        )  # fmt: skip
-    elif block * BLOCK < batch_size * HK:
-        if tl.program_id(1) == 1:
+    block, tensor = tl.program_id(0), tl.program_id(1)
+    if tensor == 2:
+        if HQ > 0:
             _rotate_rows(
-                k_ptr, ring_k_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, batch_size * HK,
+                q_ptr, rotated_q_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, num_tokens * HQ,
+                stride_q_token, stride_q_head, HQ * D, D, HQ, D, 0, BLOCK
+            )  # fmt: skip
+    elif block * BLOCK < num_tokens * HK:
+        if tensor == 0:
+            _rotate_rows(
+                k_ptr, k_out_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, num_tokens * HK,
                 stride_k_token, stride_k_head, HK * D, D, HK, D, RING_LEN, BLOCK
             )  # fmt: skip
         else:
             _rotate_rows(
-                v_ptr, ring_v_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, batch_size * HK,
+                v_ptr, v_out_ptr, signs_ptr, rows_ptr, seq_lens_ptr, block, num_tokens * HK,
                 stride_v_token, stride_v_head, HK * D, D, HK, D, RING_LEN, BLOCK
             )  # fmt: skip
 
 
-def rotate(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Write x H to out.
-
-    Args:
-        x: [T, H, D], last dimension contiguous, model dtype.
-        out: [T, H, D] any float dtype, written.
-    """
-    tokens, heads, head_dim = x.shape
+def _launch(
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotated_q: torch.Tensor | None,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    rows: torch.Tensor | None,
+    seq_lens: torch.Tensor | None,
+    ring_len: int,
+) -> None:
+    tokens, kv_heads, head_dim = k.shape
     if tokens == 0:
         return
-    _rotate_kernel[(triton.cdiv(tokens * heads, BLOCK_ROWS),)](
-        x,
-        out,
-        hadamard_signs(head_dim, x.dtype, x.device),
-        tokens * heads,
-        x.stride(0),
-        x.stride(1),
-        out.stride(0),
-        out.stride(1),
-        H=heads,
+    qo_heads = 0 if q is None else q.shape[1]
+    _rotate_kernel[(triton.cdiv(tokens * max(qo_heads, kv_heads), BLOCK_ROWS), 2 if q is None else 3)](
+        q,
+        k,
+        v,
+        rotated_q,
+        k_out,
+        v_out,
+        hadamard_signs(head_dim, k.dtype, k.device),
+        rows,
+        seq_lens,
+        tokens,
+        0 if q is None else q.stride(0),
+        0 if q is None else q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        HQ=qo_heads,
+        HK=kv_heads,
         D=head_dim,
+        RING_LEN=ring_len,
         BLOCK=BLOCK_ROWS,
         num_warps=4,
     )
+
+
+def rotate_chunk(
+    q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Return q H in float32 and k H, v H in the model's dtype, all contiguous, in one launch.
+
+    Args:
+        q: [T, Hq, D], or None: it is not wanted; k, v: [T, Hk, D]; last dimension contiguous, model dtype.
+    """
+    rotated_q = None if q is None else torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    rotated_k, rotated_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    _launch(q, k, v, rotated_q, rotated_k, rotated_v, None, None, 0)
+    return rotated_q, rotated_k, rotated_v
 
 
 def rotate_step(
@@ -175,29 +185,4 @@ def rotate_step(
         ring_k, ring_v: [R, ring_len, Hk, D] contiguous; slot (seq_lens[b] - 1) % ring_len of row rows[b] is written.
         rows: int64 [B]; seq_lens: int32 [B], the new token included.
     """
-    batch_size, qo_heads, head_dim = q.shape
-    ring_len, kv_heads = ring_k.shape[1:3]
-    _rotate_step_kernel[(triton.cdiv(batch_size * qo_heads, BLOCK_ROWS), 3)](
-        q,
-        k,
-        v,
-        rotated_q,
-        ring_k,
-        ring_v,
-        hadamard_signs(head_dim, q.dtype, q.device),
-        rows,
-        seq_lens,
-        batch_size,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        HQ=qo_heads,
-        HK=kv_heads,
-        D=head_dim,
-        RING_LEN=ring_len,
-        BLOCK=BLOCK_ROWS,
-        num_warps=4,
-    )
+    _launch(q, k, v, rotated_q, ring_k, ring_v, rows, seq_lens, ring_k.shape[1])

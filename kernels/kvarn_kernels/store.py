@@ -10,7 +10,7 @@ import triton.language as tl
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.encode import encode_from_chunk, encode_from_ring
-from kvarn_kernels.rotate import rotate, rotate_step
+from kvarn_kernels.rotate import rotate_step
 
 
 def store_decode(
@@ -20,13 +20,6 @@ def store_decode(
     assert batch.workspace is not None, "the Triton form needs a DecodeWorkspace"
     rotate_step(q, k, v, batch.workspace.rotated_q, cache.ring_k, cache.ring_v, batch.rows, batch.seq_lens)
     encode_from_ring(cache, batch.rows, batch.seq_lens, batch.store_pages, config)
-
-
-def rotate_chunk(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return x H of a chunk [T, H, D] in dtype, contiguous."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rotate(x, out)
-    return out
 
 
 def encode_extend(

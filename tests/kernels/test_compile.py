@@ -15,7 +15,6 @@ HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 KERNELS = {
     "_rotate_kernel",
-    "_rotate_step_kernel",
     "_encode_ring_kernel",
     "_encode_chunk_kernel",
     "_store_kernel",

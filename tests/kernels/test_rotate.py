@@ -5,26 +5,30 @@ import pytest
 import torch
 from builders import DEVICE
 from kvarn_kernels import reference
-from kvarn_kernels.rotate import rotate, rotate_step
+from kvarn_kernels.rotate import rotate_chunk, rotate_step
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 7, 33])
-def test_rotate_matches_the_oracle(tokens, dtype, head_dim):
-    x = torch.randn(tokens, 5, head_dim).to(dtype).to(DEVICE)
-    out = torch.full((tokens, 5, head_dim), float("nan"), device=DEVICE)
-    rotate(x, out)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 33])
+def test_rotate_chunk_matches_the_oracle(tokens, dtype, head_dim):
+    qkv = torch.randn(tokens, 11, head_dim).to(dtype).to(DEVICE)
+    q, k, v = qkv[:, :5], qkv[:, 5:8], qkv[:, 8:]
+    rotated_q, *rotated = rotate_chunk(q, k, v)
     # the products are exact, so only the order of at most 256 float32 sums differs
-    torch.testing.assert_close(out.cpu(), reference.rotate(x.cpu()), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(rotated_q.cpu(), reference.rotate(q.cpu()), rtol=1e-6, atol=1e-5)
+    assert rotated_q.is_contiguous()
+    for x, got in zip((k, v), rotated, strict=True):
+        assert got.is_contiguous() and got.dtype == dtype
+        # one rounding to 8 or 11 bits
+        torch.testing.assert_close(got.cpu().float(), reference.rotate(x.cpu()), rtol=2**-8, atol=1e-5)
 
 
-def test_rotate_twice_gives_the_input_back():
-    x = torch.randn(4, 2, 128).half().to(DEVICE)
-    once, twice = torch.empty(4, 2, 128, device=DEVICE), torch.empty(4, 2, 128, device=DEVICE)
-    rotate(x, once)
-    rotate(once, twice)
-    torch.testing.assert_close(twice, x.float(), rtol=1e-5, atol=1e-5)
+def test_rotate_chunk_leaves_out_a_query_that_is_not_wanted():
+    q, k, v = (torch.randn(70, heads, 64).half().to(DEVICE) for heads in (4, 2, 2))
+    rotated_q, *rotated = rotate_chunk(None, k, v)
+    assert rotated_q is None
+    assert all(torch.equal(x, y) for x, y in zip(rotated, rotate_chunk(q, k, v)[1:], strict=True))
 
 
 def test_rotate_step_reads_strided_views_and_writes_ring_slots():
