@@ -32,6 +32,8 @@ SHAPES = {
 }
 # the aliases repeat one of the others
 PRESETS = [name for name in preset_names() if name not in ("kvarn", "kvarn_canonical")]
+# SGLang's --chunked-prefill-size on an 80 GB GPU
+CHUNK = 8192
 FIELDS = (
     *("model", "layers", "kv_heads", "head_dim", "kv_gib", "cache", "bytes_per_token", "requests"),
     *("ring_mib", "workspace_mib", "pool_tokens", "tokens_per_gib", "to_bf16", "to_fp8"),
@@ -71,7 +73,7 @@ def kvarn_row(
     rows, _ = choose_rows(memory, shape.row_bytes(config), requested)
     # one more row is the padding target of CUDA graphs
     ring = (rows + 1) * shape.row_bytes(config)
-    workspace = workspace_bytes(shape, config, torch.device("cuda"), torch.bfloat16, rows + 1, rows, context)
+    workspace = workspace_bytes(shape, config, torch.device("cuda"), torch.bfloat16, rows + 1, rows, context, CHUNK)
     pages = (memory - ring - workspace) // (shape.token_bytes(config) * config.tile_size)
     return {
         "bytes_per_token": shape.token_bytes(config),

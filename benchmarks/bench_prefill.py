@@ -34,7 +34,7 @@ from rows import append
 PAGE = 128
 DEVICE = torch.device("cuda")
 SHAPES = ["2048x0", "8192x0", "256x8192", "512x8192", "1024x8192", "2048x8192", "2048x32768", "2048x98304"]
-PARTS = ["rotate", "encode", "own", "dequantise", "past", "merge", "store"]
+PARTS = ["rotate", "encode", "dequantise", "attention", "merge", "store"]
 COLUMNS = [
     "gpu", "torch", "triton", "sglang", "flashinfer", "commit", "provider", "new", "prefix", "qo_heads", "kv_heads",
     "head_dim", "dtype", "median_us", "p20_us", "p80_us", "tflops", "ratio_to_flashinfer_bf16", "host_us", "plan_us",
@@ -199,8 +199,7 @@ def _timed(workspace: prefill.PrefillWorkspace) -> Iterator[dict[str, list]]:
         (store, "encode_extend", "encode"),
         (store, "store_extend", "store"),
         (prefill, "dequantise", "dequantise"),
-        (workspace.own, "run", "own"),
-        *((wrapper, "run", "past") for wrapper in workspace.past),
+        *((wrapper, "run", "attention") for wrapper in workspace.wrappers),
     ]
     saved = [(place, name, getattr(place, name)) for place, name, _ in places]
     library = workspace.library
@@ -236,7 +235,7 @@ def kvarn(problem: Problem, preset: str, form: str) -> Candidate:
     workspace = None
     if form == "flashinfer":
         heads = (shape.qo_heads, shape.kv_heads, shape.head_dim)
-        workspace = prefill.make_workspace(*heads, problem.q.dtype, shape.pages + 2, DEVICE)
+        workspace = prefill.make_workspace(*heads, problem.q.dtype, 2 * shape.pages, DEVICE)
 
     def plan() -> None:
         nonlocal batch

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the prefill workspace: pages of keys and values in the model's frame and dtype, from records and rings."""
+"""Fill the prefill workspace: pages of keys and values in the model's frame and dtype.
+
+Exact pages come from the chunk itself and, before it, from the ring, all others from their records.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,22 @@ def _unrotate_values(
     return dot(x, signs * channel_scale[:, None], tl.zeros([TOKENS, signs.shape[1]], tl.float32))
 
 
-@triton.jit(do_not_specialize=["num_windows"])
+@triton.jit
+def _finish(y, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Return y / sqrt(D), within the range of fp16 if that is the model's dtype."""
+    y = y * (1.0 / D**0.5)
+    if tl.float16 == DTYPE:
+        # quantisation may carry an element of the largest keys beyond it
+        y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+    return y
+
+
+@triton.jit(do_not_specialize=["num_exact"])
 def _dequantise_kernel(
     workspace_k_ptr,  # [M, Hk, G, D] model dtype, not rotated, written
     workspace_v_ptr,
+    k_ptr,  # [T, Hk, D] model dtype, not rotated
+    v_ptr,
     records_ptr,  # [P, Hk, RECORD] uint8
     firsts_ptr,  # the same memory in the dtype of the first rows
     ring_k_ptr,  # [R, RING_LEN, Hk, D] model dtype, rotated
@@ -64,9 +79,15 @@ def _dequantise_kernel(
     page_table_ptr,  # [B, P_max] int32
     rows_ptr,  # [B] int64
     prefix_lens_ptr,  # [B] int32
+    seq_lens_ptr,  # [B] int32
+    qo_indptr_ptr,  # [B + 1] int32
     exact_starts_ptr,  # [B] int32
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
     stride_page_table,
-    num_windows,
+    num_exact,
     HK: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
@@ -81,18 +102,29 @@ def _dequantise_kernel(
     first = part // (D // COLS) * BLOCK
     t, d, c = tl.arange(0, BLOCK), tl.arange(0, D), part % (D // COLS) * COLS + tl.arange(0, COLS)
     signs_at = d[:, None] * D + c[None, :]  # [D, COLS]
+    DTYPE: tl.constexpr = workspace_k_ptr.dtype.element_ty
     b = tl.load(requests_ptr + slot).to(tl.int64)
     page = tl.load(pages_ptr + slot)
     # a page that the request took from the prefix cache was never in its ring
-    if (slot < num_windows) & (page * G >= tl.load(exact_starts_ptr + b)):
+    if (slot < num_exact) & (page * G >= tl.load(exact_starts_ptr + b)):
+        prefix_len = tl.load(prefix_lens_ptr + b)
         position = page * G + first + t
-        source = ((tl.load(rows_ptr + b) * RING_LEN + position % RING_LEN) * HK + head)[:, None] * D + d[None, :]
-        exists = (position < tl.load(prefix_lens_ptr + b))[:, None]
+        token = tl.load(qo_indptr_ptr + b).to(tl.int64) + position - prefix_len
+        is_new = ((position >= prefix_len) & (position < tl.load(seq_lens_ptr + b)))[:, None]
         if is_value:
-            x = tl.load(ring_v_ptr + source, mask=exists, other=0.0)
+            source = v_ptr + token[:, None] * stride_v_token + head * stride_v_head + c[None, :]
         else:
-            x = tl.load(ring_k_ptr + source, mask=exists, other=0.0)
-        y = dot(x, tl.load(model_signs_ptr + signs_at), tl.zeros([BLOCK, COLS], tl.float32))
+            source = k_ptr + token[:, None] * stride_k_token + head * stride_k_head + c[None, :]
+        y = tl.load(source, mask=is_new, other=0.0).to(tl.float32)
+        if page * G + first < prefix_len:
+            is_old = (position < prefix_len)[:, None]
+            at = ((tl.load(rows_ptr + b) * RING_LEN + position % RING_LEN) * HK + head)[:, None] * D + d[None, :]
+            if is_value:
+                x = tl.load(ring_v_ptr + at, mask=is_old, other=0.0)
+            else:
+                x = tl.load(ring_k_ptr + at, mask=is_old, other=0.0)
+            old = dot(x, tl.load(model_signs_ptr + signs_at), tl.zeros([BLOCK, COLS], tl.float32))
+            y = tl.where(is_old, _finish(old, D, DTYPE), y)
     else:
         page_id = tl.load(page_table_ptr + b * stride_page_table + page).to(tl.int64)
         RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
@@ -107,11 +139,8 @@ def _dequantise_kernel(
             first_ptr += tile.k_first_index(D)
         if first == 0:
             y = _put_first(y, first_ptr, signs, D)
-    y = y * (1.0 / D**0.5)
-    if workspace_k_ptr.dtype.element_ty == tl.float16:
-        # quantisation may carry an element of the largest keys beyond the range of fp16
-        y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
-    y = cast(y, workspace_k_ptr.dtype.element_ty)
+        y = _finish(y, D, DTYPE)
+    y = cast(y, DTYPE)
     target = ((slot * HK + head) * G + first + t)[:, None] * D + c[None, :]
     if is_value:
         tl.store(workspace_v_ptr + target, y)
@@ -122,22 +151,25 @@ def _dequantise_kernel(
 def dequantise(
     workspace_k: torch.Tensor,
     workspace_v: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     requests: torch.Tensor,
     pages: torch.Tensor,
-    num_windows: int,
+    num_exact: int,
     cache: LayerCache,
     batch: ExtendBatch,
     config: KVarNConfig,
 ) -> None:
     """Write page pages[i] of request requests[i] to page i of the workspace, in the model's frame.
 
-    A window page that is not older than the exact start comes from the ring (the part before prefix_len; zeros
-    after it), every other page from its record. Elements are rounded to fp16 before and to the model's dtype after
-    the rotation, the exact first row of a record only after it.
+    An exact page that is not older than the exact start comes from the ring (positions before prefix_len), then from
+    k and v, and is zero from seq_len on; every other page comes from its record. Elements are rounded to fp16 before
+    and to the model's dtype after the rotation, the exact first row of a record only after it; k and v are copied.
 
     Args:
         workspace_k, workspace_v: [at least M, Hk, G, D] model dtype, contiguous, written.
-        requests, pages: int32 [M] on the device; the first num_windows are window pages.
+        k, v: [at least T, Hk, D] model dtype, not rotated, last dimension contiguous.
+        requests, pages: int32 [M] on the device; the first num_exact are exact pages.
         cache: read, the ring as it was before the chunk; batch: the step.
     """
     kv_heads, head_dim = cache.ring_k.shape[2:]
@@ -147,6 +179,8 @@ def dequantise(
     _dequantise_kernel[grid](
         workspace_k,
         workspace_v,
+        k,
+        v,
         cache.records,
         cache.records.view(first_row_dtype(cache.ring_k.dtype)),
         cache.ring_k,
@@ -158,9 +192,15 @@ def dequantise(
         batch.page_table,
         batch.rows,
         batch.prefix_lens,
+        batch.seq_lens,
+        batch.qo_indptr,
         batch.exact_starts,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
         batch.page_table.stride(0),
-        num_windows,
+        num_exact,
         HK=kv_heads,
         D=head_dim,
         G=config.tile_size,

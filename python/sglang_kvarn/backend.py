@@ -85,7 +85,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
                 pool.head_num,
                 pool.head_dim,
                 pool.model_dtype,
-                budget.past_pages(self.req_to_token.shape[0], self._buffers.page_table.shape[1]),
+                budget.step_pages(self.req_to_token.shape[0], self._buffers.page_table.shape[1]),
                 self.req_to_token.device,
             )
         except (RuntimeError, OSError) as error:

@@ -119,6 +119,7 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
         decode_batch_size(server_args, rows),
         rows,
         configurator.model_config.context_len,
+        chunk_tokens(server_args, configurator.model_config.context_len),
     )
     logger.info(
         "KVarN: %d requests at a time (%s), ring %.1f MiB, workspace %.1f MiB of %.1f MiB KV memory;"
@@ -147,9 +148,15 @@ def decode_batch_size(server_args: Any, rows: int) -> int:
     return max(rows + 1, graph.max_bs or 0) if graph.backend != "disabled" else rows + 1
 
 
-def past_pages(rows: int, context_pages: int) -> int:
-    """Return the most pages that an extend step reads from the workspace: all of every request, its window twice."""
-    return rows * (context_pages + 1)
+def step_pages(rows: int, context_pages: int) -> int:
+    """Return the most pages that an extend step reads: all of every request, exact and as records."""
+    return rows * 2 * context_pages
+
+
+def chunk_tokens(server_args: Any, context_len: int) -> int:
+    """Return the most new tokens of a request in one extend step."""
+    size = compat.resolved_arguments(server_args).chunked_prefill_size
+    return min(size, context_len) if size and size > 0 else context_len
 
 
 def workspace_bytes(
@@ -160,11 +167,13 @@ def workspace_bytes(
     decode_batch: int,
     rows: int,
     context_len: int,
+    chunk_len: int,
 ) -> int:
     """Return the bytes of the workspaces of decode and prefill; 0 where the torch form runs.
 
     Args:
-        dtype: the model's; decode_batch: the largest; rows: requests at a time; context_len: of the longest, in tokens.
+        dtype: the model's; decode_batch: the largest; rows: requests at a time; context_len: of the longest, in tokens;
+            chunk_len: the most new tokens of a request in a step.
     """
     total, heads, pages = 0, (shape.kv_heads, shape.head_dim), -(-context_len // config.tile_size) + 1
     if attention_form(device) == "triton":
@@ -175,5 +184,7 @@ def workspace_bytes(
     if extend_form(device, dtype, shape.head_dim, config) == "flashinfer":
         from kvarn_kernels import prefill
 
-        total += prefill.workspace_bytes(*heads, dtype.itemsize, past_pages(rows + 1, pages), pages + 1)
+        # the pages of a chunk and of its window count twice: exact, and as records for the pages after them
+        request_pages = pages + chunk_len // config.tile_size + 2
+        total += prefill.workspace_bytes(*heads, dtype.itemsize, step_pages(rows + 1, pages), request_pages)
     return total

@@ -71,7 +71,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
         out: torch.Tensor,
         lse: torch.Tensor,
         return_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> None:
         """Write softmax(q k^T * sm_scale * q_scale) v to out and the base-2 log sum of exp to lse."""
         k_cache, v_cache = paged_kv_cache
         assert q.shape == out.shape == (self.qo_indptr[-1], self.heads[0], self.head_dim)
@@ -89,7 +89,6 @@ class BatchPrefillWithPagedKVCacheWrapper:
                 scores = scores.masked_fill(hidden.triu(length - queries + 1), float("-inf"))
             out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(self.dtype)
             lse[rows] = (scores.logsumexp(-1) / torch.log(torch.tensor(2.0))).T.float()
-        return out, lse
 
 
 def merge_state_in_place(

@@ -30,14 +30,18 @@ def batch_of(request, prefix: int, seq: int) -> ExtendBatch:
     )
 
 
-def filled(cache, request, config, prefix: int, numbers: list[int], num_windows: int):
-    """Return the workspace (keys, values), each [M, Hk, G, D], one page of NaN beyond what is asked for."""
+def filled(cache, request, config, prefix: int, numbers: list[int], num_exact: int):
+    """Return the workspace (keys, values), each [M, Hk, G, D], one page of NaN beyond what is asked for.
+
+    The new tokens are those of the request after the prefix; the rows after them are NaN.
+    """
     kv_heads, head_dim = cache.ring_k.shape[2:]
     shape = (len(numbers) + 1, kv_heads, PAGE, head_dim)
     keys, values = (torch.full(shape, float("nan"), dtype=request.k.dtype, device=DEVICE) for _ in range(2))
     pages = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
-    batch = batch_of(request, prefix, prefix + 1)
-    dequantise(keys, values, torch.zeros_like(pages), pages, num_windows, cache, batch, config)
+    batch = batch_of(request, prefix, len(request.k))
+    k, v = (torch.cat([x[prefix:], torch.full_like(x[:PAGE], float("nan"))]) for x in (request.k, request.v))
+    dequantise(keys, values, k, v, torch.zeros_like(pages), pages, num_exact, cache, batch, config)
     assert keys[-1].isnan().all() and values[-1].isnan().all()
     return keys[:-1], values[:-1]
 
@@ -61,7 +65,7 @@ def test_dequantise_matches_the_decoded_records(preset, head_dim, dtype):
     prefill(torch_form.extend_attention, request, [3 * PAGE], cache, config)
     for ring in (cache.ring_k, cache.ring_v):
         ring.fill_(float("nan"))
-    got = filled(cache, request, config, 3 * PAGE, [2, 0, 1, 0], num_windows=0)
+    got = filled(cache, request, config, 3 * PAGE, [2, 0, 1, 0], num_exact=0)
     records = cache.records[[request.pages[n] for n in (2, 0, 1, 0)]]
     for x, decoded in zip(got, reference.decode_tile(records, config, head_dim), strict=True):
         expected = reference.rotate(decoded)
@@ -73,18 +77,19 @@ def test_dequantise_matches_the_decoded_records(preset, head_dim, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.bfloat16, 128)])
-def test_dequantise_takes_window_pages_from_the_ring(dtype, head_dim):
-    request = make_request(2 * PAGE + 45, (2, 1), head_dim, dtype, row=2)
+def test_dequantise_takes_exact_pages_from_the_ring_and_then_from_the_chunk(dtype, head_dim):
+    request = make_request(4 * PAGE + 7, (2, 1), head_dim, dtype, row=2)
     cache = make_cache(KVARN, 1, head_dim, dtype, pages=8, rows=3)
     prefix = 2 * PAGE + 44
     prefill(torch_form.extend_attention, request, [prefix], cache, KVARN)
     cache.records[request.pages[1]] = 0xFF
-    keys, values = filled(cache, request, KVARN, prefix, [1, 2, 0], num_windows=2)
+    keys, values = filled(cache, request, KVARN, prefix, [1, 2, 3, 4, 0], num_exact=4)
     for x, exact in ((keys, request.k), (values, request.v)):
         # rotated, rounded, rotated back and rounded again
         assert relative_rms(x[0, 0], exact[PAGE : 2 * PAGE, 0]) < 2 * BOUND[dtype]
         assert relative_rms(x[1, 0, :44], exact[2 * PAGE : prefix, 0]) < 2 * BOUND[dtype]
-        assert x[1, 0, 44:].eq(0).all() and x[2].isfinite().all()
+        assert torch.equal(x[1:4, 0].flatten(0, 1)[44 : len(exact) - 2 * PAGE], exact[prefix:, 0])
+        assert x[3, 0, 7:].eq(0).all() and x[4].isfinite().all()
 
 
 def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records():
@@ -93,8 +98,8 @@ def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records():
     prefill(torch_form.extend_attention, request, [2 * PAGE + 44], cache, KVARN)
     request.exact_start = 2 * PAGE
     cache.ring_k[2, PAGE:], cache.ring_v[2, PAGE:] = float("nan"), float("nan")
-    windows = filled(cache, request, KVARN, 2 * PAGE + 44, [1, 2], num_windows=2)
-    records = filled(cache, request, KVARN, 2 * PAGE + 44, [1], num_windows=0)
+    windows = filled(cache, request, KVARN, 2 * PAGE + 44, [1, 2], num_exact=2)
+    records = filled(cache, request, KVARN, 2 * PAGE + 44, [1], num_exact=0)
     for window, record in zip(windows, records, strict=True):
         assert torch.equal(window[0], record[0]) and window.isfinite().all()
 

@@ -19,6 +19,7 @@ def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **cha
     args = SimpleNamespace(
         kv_cache_dtype=preset,
         max_running_requests=requested,
+        chunked_prefill_size=256,
         cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(backend="disabled", max_bs=None)),
     )
     model = SimpleNamespace(
@@ -119,9 +120,15 @@ def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
     kvc = configurator("kvarn", requested=4)
     left = budget.charge_fixed_bytes(GIB, kvc, 0)
     ring = 5 * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
-    # 5 rows of 33 pages, one of them twice
-    pages = 5 * 34 * 2 * 128 * 2 * 64 * 2
-    assert GIB - left - ring == prefill.workspace_bytes(2, 64, 2, 5 * 34, 34) == pages + 2 * prefill.WRAPPER_BYTES
+    # 5 rows of 33 pages, exact and as records; a request reads those of its chunk and two more twice
+    pages = 5 * 66 * 2 * 128 * 2 * 64 * 2
+    charged = prefill.workspace_bytes(2, 64, 2, 5 * 66, 33 + 4)
+    assert GIB - left - ring == charged == pages + 2 * prefill.WRAPPER_BYTES
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(256, 256), (10**6, 4096), (-1, 4096), (None, 4096)])
+def test_chunk_tokens_are_at_most_a_context(size, tokens):
+    assert budget.chunk_tokens(SimpleNamespace(chunked_prefill_size=size), 4096) == tokens
 
 
 @pytest.mark.parametrize("graph_rows", [None, 3, 64])
