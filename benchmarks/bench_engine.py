@@ -2,13 +2,16 @@
 """The whole engine, cache against cache: pool tokens, time to first token, time per token, equal greedy tokens.
 
     python benchmarks/bench_engine.py --model qwen3-8b-dummy --caches bf16 kvarn --shapes 1x8192 1x32768 8x32768
+    python benchmarks/bench_engine.py --model qwen3-8b-dummy --caches bf16 kvarn --prefills 2048+0 2048+32768
     python benchmarks/bench_engine.py --model smollm2 --caches bf16 kvarn kvarn_k4v4_g128 --prompts
 
 Every cache gets an engine of its own in a process of its own, one after the other, with the same memory fraction.
 A shape BATCHxCONTEXT feeds BATCH random prompts of CONTEXT tokens three times: to the first token (nothing cached),
 to the first token again (all full pages cached), and to 65 tokens; the time per token is the difference of the last
-two over 64. Dummy weights give true speeds and sizes, not texts. --prompts adds three chats and one long prompt with
-a second turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache.
+two over 64. --prefills NEW+CACHED sends NEW random tokens on top of CACHED ones that the prefix cache holds, --repeats
+times, each time other new tokens: one request at a time, to its first token. Dummy weights give true speeds and sizes,
+not texts. --prompts adds three chats and one long prompt with a second turn on top of it, greedy, and counts the tokens
+until the first one that differs from the first cache.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -110,6 +114,32 @@ def measure_shape(engine: Any, batch: int, context: int, seed: int) -> list[tupl
     ]
 
 
+def measure_prefill(engine: Any, new: int, cached: int, repeats: int) -> list[tuple[str, float, str]]:
+    """Return (quantity, value, unit) of requests of `new` tokens on `cached` ones in the prefix cache."""
+    draw = random.Random(new + cached)
+    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+    prefix = [draw.randrange(3, 30_000) for _ in range(cached)]
+    if prefix:
+        engine.generate(input_ids=prefix, sampling_params=sampling)
+    times, hits = [], set()
+    for n in range(repeats + 1):
+        prompt = prefix + [draw.randrange(3, 30_000) for _ in range(new)]
+        started = time.perf_counter()
+        answer = engine.generate(input_ids=prompt, sampling_params=sampling)
+        # the first one may meet a batch size for the first time
+        if n:
+            times.append((time.perf_counter() - started) * 1e3)
+            hits.add(answer["meta_info"]["cached_tokens"])
+    assert hits == {cached}, f"expected {cached} cached tokens, got {hits}: --prefills takes whole pages of 128"
+    times.sort()
+    name = f"{new}+{cached} time to first token"
+    return [
+        (name, statistics.median(times), "ms"),
+        (f"{name}, p20", times[len(times) // 5], "ms"),
+        (f"{name}, p80", times[len(times) * 4 // 5], "ms"),
+    ]
+
+
 def greedy_answers(engine: Any, folder: str) -> dict[str, list[int]]:
     """Return greedy tokens of three chats, a long prompt and a turn on top of it (a prefix hit)."""
     from transformers import AutoTokenizer
@@ -144,13 +174,15 @@ def run_one(args: argparse.Namespace) -> None:
     engine = sglang.Engine(**arguments)
     rows: list[tuple[str, float, str]] = [("start-up", time.perf_counter() - started, "s")]
     rows.append(("pool", engine.get_server_info()["max_total_num_tokens"], "tokens"))
-    if args.shapes:
+    if args.shapes or args.prefills:
         # builds and first launches are no part of any figure
         engine.generate(input_ids=[[5] * 300], sampling_params={"temperature": 0, "max_new_tokens": 4})
     for seed, shape in enumerate(args.shapes):
         batch, context = (int(n) for n in shape.split("x"))
         measure_shape(engine, batch, context, seed=1000 + seed)
         rows += measure_shape(engine, batch, context, seed)
+    for shape in args.prefills:
+        rows += measure_prefill(engine, *(int(n) for n in shape.split("+")), args.repeats)
     answers = greedy_answers(engine, arguments["model_path"]) if args.prompts else {}
     print(MARK + json.dumps({"rows": rows, "answers": answers}), flush=True)
     engine.shutdown()
@@ -186,6 +218,8 @@ def parse() -> argparse.Namespace:
     choices = ["bf16", "fp8_e4m3", *preset_names()]
     parser.add_argument("--caches", nargs="+", default=["bf16", "kvarn"], choices=choices)
     parser.add_argument("--shapes", nargs="*", default=[], help="BATCHxCONTEXT ...")
+    parser.add_argument("--prefills", nargs="*", default=[], help="NEW+CACHED ..., CACHED a multiple of 128")
+    parser.add_argument("--repeats", type=int, default=7, help="requests of each prefill, default %(default)s")
     parser.add_argument("--prompts", action="store_true", help="compare greedy answers with those of the first cache")
     parser.add_argument("--dtype", default="bfloat16", help="of the model on a GPU, default %(default)s")
     parser.add_argument("--mem-fraction", type=float, default=0.8, help="of a GPU, default %(default)s")

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import struct
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from kvarn_kernels import nvrtc
 from kvarn_kernels.cache import DecodeBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.launch import CudaLauncher, current_stream
 
 SOURCE = "decode_sm90.cu"
 THREADS = 128
@@ -70,12 +69,9 @@ def shared_bytes(defines: dict[str, int]) -> int:
 @lru_cache(maxsize=32)
 def _compiled(
     config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, split_units: int, device: int
-) -> tuple[Any, int]:
+) -> CudaLauncher:
     defines = constants(config, head_dim, num_kv_heads, group, is_bf16, split_units)
-    kernel = nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device)
-    size = shared_bytes(defines)
-    kernel.set_shared_memory_config(size)
-    return kernel, size
+    return nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device, THREADS, shared_bytes(defines))
 
 
 def decode(
@@ -97,29 +93,25 @@ def decode(
     assert workspace is not None
     batch_size, head_dim, group = batch.rows.shape[0], cache.ring_k.shape[3], num_qo_heads // num_kv_heads
     is_bf16 = cache.ring_k.dtype == torch.bfloat16
-    kernel, shared = _compiled(
+    kernel = _compiled(
         config, head_dim, num_kv_heads, group, is_bf16, split_units, cache.ring_k.device.index or 0
     )
     kernel(
         (workspace.max_splits[batch_size - 1], blocks_per_split(num_qo_heads, num_kv_heads), 1),
-        (THREADS, 1, 1),
-        [
-            workspace.rotated_q,
-            cache.records,
-            cache.ring_k,
-            cache.ring_v,
-            batch.page_table,
-            batch.rows,
-            batch.seq_lens,
-            batch.exact_starts,
-            workspace.split_requests,
-            workspace.split_indptr,
-            workspace.partial_out,
-            workspace.partial_lse,
-            batch.page_table.stride(0),
-            # the launcher passes a Python float as a double
-            struct.unpack("<i", struct.pack("<f", sm_scale_log2))[0],
-            batch_size,
-        ],
-        shared_mem=shared,
+        current_stream(cache.records.device),
+        workspace.rotated_q,
+        cache.records,
+        cache.ring_k,
+        cache.ring_v,
+        batch.page_table,
+        batch.rows,
+        batch.seq_lens,
+        batch.exact_starts,
+        workspace.split_requests,
+        workspace.split_indptr,
+        workspace.partial_out,
+        workspace.partial_lse,
+        batch.page_table.stride(0),
+        sm_scale_log2,
+        batch_size,
     )

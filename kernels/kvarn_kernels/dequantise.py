@@ -13,6 +13,7 @@ import triton.language as tl
 from kvarn_kernels import tile
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.launch import TritonLauncher
 from kvarn_kernels.reference import first_row_dtype
 from kvarn_kernels.rotate import hadamard_signs
 from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
@@ -62,7 +63,7 @@ def _finish(y, D: tl.constexpr, DTYPE: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["num_exact"])
+@triton.jit(do_not_specialize=["stride_page_table", "num_exact"])
 def _dequantise_kernel(
     workspace_k_ptr,  # [M, Hk, G, D] model dtype, not rotated, written
     workspace_v_ptr,
@@ -148,6 +149,9 @@ def _dequantise_kernel(
         tl.store(workspace_k_ptr + target, y)
 
 
+_dequantise_launcher = TritonLauncher(_dequantise_kernel)
+
+
 def dequantise(
     workspace_k: torch.Tensor,
     workspace_v: torch.Tensor,
@@ -176,7 +180,8 @@ def dequantise(
     # the sums take 32 or 64 registers of a thread, the operands at most 160 KiB of shared memory
     block, cols, warps = {64: (128, 64, 4), 128: (128, 128, 8), 256: (64, 128, 8)}[head_dim]
     grid = (len(pages), kv_heads, 2 * (config.tile_size // block) * (head_dim // cols))
-    _dequantise_kernel[grid](
+    _dequantise_launcher(
+        grid,
         workspace_k,
         workspace_v,
         k,
@@ -201,13 +206,13 @@ def dequantise(
         v.stride(1),
         batch.page_table.stride(0),
         num_exact,
-        HK=kv_heads,
-        D=head_dim,
-        G=config.tile_size,
-        K_BITS=config.k_bits,
-        V_BITS=config.v_bits,
-        RING_LEN=config.ring_len,
-        BLOCK=block,
-        COLS=cols,
+        kv_heads,
+        head_dim,
+        config.tile_size,
+        config.k_bits,
+        config.v_bits,
+        config.ring_len,
+        block,
+        cols,
         num_warps=warps,
     )

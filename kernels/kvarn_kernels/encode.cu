@@ -59,7 +59,8 @@ __device__ __forceinline__ float ratio_of(double power, double overlap) {
   return clamp(overlap > 0.0 ? (float)(power / overlap) : 1.0f, 0.25f, 4.0f);
 }
 
-// an integer below 2^32 as a double, without the slow conversion
+// the floor of 0 <= x < 2^23, and an integer below 2^32 as a double, without the slow conversions (16 a cycle)
+__device__ __forceinline__ u32 floor_of(float x) { return (u32)__float_as_int(__fadd_rz(x, 0x1p23f)) & 0x7fffffu; }
 __device__ __forceinline__ double to_double(u32 n) { return __hiloint2double(0x43300000, n) - 4503599627370496.0; }
 
 // where the rows of a page are: in the ring for positions below ring_end, else in the chunk
@@ -282,7 +283,7 @@ struct Side {
           [&](int i, int j) {
             if (!is_valid(j)) return;
             const float scaled = __fmul_rn(__fsub_rn(balanced(i, j, inverse), low[i]), row[i]);
-            const u32 code = (u32)clamp(floorf(__fadd_rn(scaled, 0.5f)), 0.0f, LEVELS);
+            const u32 code = floor_of(clamp(__fadd_rn(scaled, 0.5f), 0.0f, LEVELS));
             const double e = (double)scaled;
             quads[0][i % 4] += e;
             quads[1][i % 4] += e * to_double(code);

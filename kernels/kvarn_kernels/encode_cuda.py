@@ -11,6 +11,7 @@ import torch
 from kvarn_kernels import nvrtc, tile
 from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.launch import CudaLauncher, current_stream
 from kvarn_kernels.reference.quantiser import FIRST_REACH, ROUNDS
 
 SOURCE = "encode.cu"
@@ -46,12 +47,14 @@ def threads(head_dim: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _compiled(kernel: str, config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, device: int) -> Any:
+def _compiled(
+    kernel: str, config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, device: int
+) -> CudaLauncher:
     defines = constants(config, head_dim, num_kv_heads, is_bf16) | selection(kernel)
-    return nvrtc.compile_kernel(SOURCE, kernel, defines, device)
+    return nvrtc.compile_kernel(SOURCE, kernel, defines, device, threads(head_dim))
 
 
-def _kernel(name: str, cache: LayerCache, config: KVarNConfig) -> Any:
+def _kernel(name: str, cache: LayerCache, config: KVarNConfig) -> CudaLauncher:
     kv_heads, head_dim = cache.ring_k.shape[2:]
     is_bf16 = cache.ring_k.dtype == torch.bfloat16
     return _compiled(name, config, head_dim, kv_heads, is_bf16, cache.ring_k.device.index or 0)
@@ -66,11 +69,16 @@ def encode_from_ring(
     config: KVarNConfig,
 ) -> None:
     """Run the contract of `encode.encode_from_ring`; the requests are shared by `slices` blocks per side."""
-    kv_heads, head_dim = cache.ring_k.shape[2:]
     _kernel("kvarn_encode_ring", cache, config)(
-        (2 * kv_heads, slices, 1),
-        (threads(head_dim), 1, 1),
-        [cache.records, cache.ring_k, cache.ring_v, rows, seq_lens, store_pages, rows.shape[0]],
+        (2 * cache.ring_k.shape[2], slices, 1),
+        current_stream(cache.records.device),
+        cache.records,
+        cache.ring_k,
+        cache.ring_v,
+        rows,
+        seq_lens,
+        store_pages,
+        rows.shape[0],
     )
 
 
@@ -87,12 +95,18 @@ def encode_from_chunk(
     config: KVarNConfig,
 ) -> None:
     """Run the contract of `encode.encode_from_chunk`."""
-    kv_heads, head_dim = cache.ring_k.shape[2:]
     _kernel("kvarn_encode_chunk", cache, config)(
-        (2 * kv_heads, max_full_pages, rows.shape[0]),
-        (threads(head_dim), 1, 1),
-        [
-            cache.records, cache.ring_k, cache.ring_v, k, v, rows, prefix_lens, seq_lens, qo_indptr, page_table,
-            page_table.stride(0),
-        ],
-    )  # fmt: skip
+        (2 * cache.ring_k.shape[2], max_full_pages, rows.shape[0]),
+        current_stream(cache.records.device),
+        cache.records,
+        cache.ring_k,
+        cache.ring_v,
+        k,
+        v,
+        rows,
+        prefix_lens,
+        seq_lens,
+        qo_indptr,
+        page_table,
+        page_table.stride(0),
+    )

@@ -18,6 +18,7 @@ from kvarn_kernels import tile
 from kvarn_kernels.attend import LOG2_E, attend_exact, normalise_query, weigh
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.launch import TritonLauncher
 from kvarn_kernels.reference import first_row_dtype
 from kvarn_kernels.rotate import hadamard_signs, unrotate
 from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
@@ -26,7 +27,7 @@ from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
 FIRST_BLOCK = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_page_table", "num_tiles"])
 def _extend_kernel(
     q_ptr,  # [T, Hq, D] float32, rotated
     chunk_k_ptr,  # [T, Hk, D] model dtype, rotated
@@ -131,6 +132,9 @@ def _extend_kernel(
         tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
+_extend_launcher = TritonLauncher(_extend_kernel)
+
+
 def block_sizes(group: int, head_dim: int) -> tuple[int, int, int]:
     """Return (query tokens of a tile, keys of a block, warps); they depend on the model only."""
     rows, keys, warps = {64: (128, 128, 8), 128: (128, 64, 8), 256: (64, 64, 8)}[head_dim]
@@ -165,7 +169,8 @@ def extend(
     num_tiles = max((triton.cdiv(seq, block_q) - prefix // block_q for prefix, seq in lens), default=0)
     if num_tiles == 0:
         return
-    _extend_kernel[(num_tiles, kv_heads, batch.rows.shape[0])](
+    _extend_launcher(
+        (num_tiles, kv_heads, batch.rows.shape[0]),
         rotated_q,
         rotated_k,
         rotated_v,
@@ -184,17 +189,17 @@ def extend(
         batch.page_table.stride(0),
         sm_scale * LOG2_E,
         num_tiles,
-        HK=kv_heads,
-        GROUP=group,
-        GROUP_ROWS=triton.next_power_of_2(group),
-        BLOCK_Q=block_q,
-        BLOCK_KV=block_kv,
-        FIRST_BLOCK=FIRST_BLOCK,
-        D=head_dim,
-        G=config.tile_size,
-        K_BITS=config.k_bits,
-        V_BITS=config.v_bits,
-        WINDOW=config.window_pages,
-        STAGES=2,
+        kv_heads,
+        group,
+        triton.next_power_of_2(group),
+        block_q,
+        block_kv,
+        FIRST_BLOCK,
+        head_dim,
+        config.tile_size,
+        config.k_bits,
+        config.v_bits,
+        config.window_pages,
+        2,
         num_warps=warps,
     )

@@ -12,6 +12,7 @@ import torch
 
 from kvarn_kernels import tile
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.launch import CudaLauncher
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,15 @@ def source(name: str, defines: dict[str, Any]) -> str:
     return "\n".join([*lines, (Path(__file__).parent / name).read_text()])
 
 
-def compile_kernel(name: str, kernel: str, defines: dict[str, Any], device: int) -> Any:
-    """Return a launchable kernel of file `name` for a device; takes about a second."""
+def compile_kernel(
+    name: str, kernel: str, defines: dict[str, Any], device: int, threads: int, shared_bytes: int = 0
+) -> CudaLauncher:
+    """Return a launchable kernel of file `name` for a device; takes seconds.
+
+    Args:
+        threads: of a block; shared_bytes: dynamic shared memory of a block.
+    """
     major, minor = torch.cuda.get_device_capability(device)
-    return torch.cuda._compile_kernel(source(name, defines), kernel, compute_capability=f"{major}{minor}")
+    loaded = torch.cuda._compile_kernel(source(name, defines), kernel, compute_capability=f"{major}{minor}")
+    loaded.set_shared_memory_config(shared_bytes)
+    return CudaLauncher(loaded, torch.cuda._utils._get_gpu_runtime_library(), threads, shared_bytes)

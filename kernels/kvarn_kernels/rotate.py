@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvarn_kernels.launch import TritonLauncher
 from kvarn_kernels.reference.hadamard import _signs
 from kvarn_kernels.tile_io import cast, dot
 
@@ -112,6 +113,9 @@ def _rotate_kernel(
             )  # fmt: skip
 
 
+_rotate_launcher = TritonLauncher(_rotate_kernel)
+
+
 def _launch(
     q: torch.Tensor | None,
     k: torch.Tensor,
@@ -127,7 +131,8 @@ def _launch(
     if tokens == 0:
         return
     qo_heads = 0 if q is None else q.shape[1]
-    _rotate_kernel[(triton.cdiv(tokens * max(qo_heads, kv_heads), BLOCK_ROWS), 2 if q is None else 3)](
+    _rotate_launcher(
+        (triton.cdiv(tokens * max(qo_heads, kv_heads), BLOCK_ROWS), 2 if q is None else 3, 1),
         q,
         k,
         v,
@@ -144,11 +149,11 @@ def _launch(
         k.stride(1),
         v.stride(0),
         v.stride(1),
-        HQ=qo_heads,
-        HK=kv_heads,
-        D=head_dim,
-        RING_LEN=ring_len,
-        BLOCK=BLOCK_ROWS,
+        qo_heads,
+        kv_heads,
+        head_dim,
+        ring_len,
+        BLOCK_ROWS,
         num_warps=4,
     )
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.encode import encode_from_chunk, encode_from_ring
+from kvarn_kernels.launch import TritonLauncher
 from kvarn_kernels.rotate import rotate_step
 
 
@@ -71,6 +72,9 @@ def _store_kernel(
     tl.store(ring_v_ptr + target, tl.load(v_ptr + source, mask=mask, other=0.0), mask=mask)
 
 
+_store_launcher = TritonLauncher(_store_kernel)
+
+
 def store_extend(rotated_k: torch.Tensor, rotated_v: torch.Tensor, cache: LayerCache, batch: ExtendBatch) -> None:
     """Copy the newest ring_len tokens of each request's chunk into its ring.
 
@@ -84,7 +88,8 @@ def store_extend(rotated_k: torch.Tensor, rotated_v: torch.Tensor, cache: LayerC
         return
     width = rotated_k.shape[1] * rotated_k.shape[2]
     block, block_width = 16, min(1024, triton.next_power_of_2(width))
-    _store_kernel[(batch.rows.shape[0], triton.cdiv(newest, block), triton.cdiv(width, block_width))](
+    _store_launcher(
+        (batch.rows.shape[0], triton.cdiv(newest, block), triton.cdiv(width, block_width)),
         rotated_k,
         rotated_v,
         cache.ring_k,
@@ -93,9 +98,9 @@ def store_extend(rotated_k: torch.Tensor, rotated_v: torch.Tensor, cache: LayerC
         batch.prefix_lens,
         batch.seq_lens,
         batch.qo_indptr,
-        RING_LEN=ring_len,
-        WIDTH=width,
-        BLOCK_WIDTH=block_width,
-        BLOCK=block,
+        ring_len,
+        width,
+        block_width,
+        block,
         num_warps=4,
     )

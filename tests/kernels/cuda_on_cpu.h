@@ -120,6 +120,12 @@ inline double __hiloint2double(int high, int low) {
 inline float from_half(unsigned short h) { _Float16 x; std::memcpy(&x, &h, 2); return x; }
 inline unsigned short to_half(float f) { _Float16 x = f; unsigned short h; std::memcpy(&h, &x, 2); return h; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+// towards zero, of a sum whose exact value a double holds
+inline float __fadd_rz(float a, float b) {
+  const double exact = (double)a + b;
+  const float f = (float)exact;
+  return std::fabs((double)f) > std::fabs(exact) ? std::nextafter(f, 0.0f) : f;
+}
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
