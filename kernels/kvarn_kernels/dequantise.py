@@ -18,6 +18,9 @@ from kvarn_kernels.reference import first_row_dtype
 from kvarn_kernels.rotate import hadamard_signs
 from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
 
+# head_dim -> tokens and channels of a program, warps
+BLOCKS = {64: (128, 64, 4), 128: (64, 128, 8), 256: (64, 128, 8)}
+
 
 @triton.jit
 def _put_first(y, first_ptr, signs, D: tl.constexpr):
@@ -177,8 +180,7 @@ def dequantise(
         cache: read, the ring as it was before the chunk; batch: the step.
     """
     kv_heads, head_dim = cache.ring_k.shape[2:]
-    # the sums take 32 or 64 registers of a thread, the operands at most 160 KiB of shared memory
-    block, cols, warps = {64: (128, 64, 4), 128: (128, 128, 8), 256: (64, 128, 8)}[head_dim]
+    block, cols, warps = BLOCKS[head_dim]
     grid = (len(pages), kv_heads, 2 * (config.tile_size // block) * (head_dim // cols))
     _dequantise_launcher(
         grid,

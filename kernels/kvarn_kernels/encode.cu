@@ -2,9 +2,9 @@
 // Encode pages into records, CUDA form; the contract and the bytes of encode.py.
 //
 // One block encodes one side (keys or values) of a page and KV head. T[ROWS, COLS] is the transposed keys (rows are
-// channels) or the values (rows are tokens); a thread keeps a patch of 8 x 8 elements in registers for the whole
-// time. A sum over a row is a few shuffles among the LANES threads that share its group of rows, a sum over a column
-// goes through shared memory. As in the oracle, elementwise arithmetic is float32 without contraction (the
+// channels) or the values (rows are tokens); a thread keeps a patch of 8 channels x TB tokens in registers for the
+// whole time. A sum over a row is a few shuffles among the LANES threads that share its group of rows, a sum over a
+// column goes through shared memory. As in the oracle, elementwise arithmetic is float32 without contraction (the
 // intrinsics below) and sums are float64, so that their order does not reach a byte.
 //
 // The constants in capitals that are not set here come from encode_cuda.py.
@@ -14,7 +14,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 
 constexpr int G = 128;
-constexpr int THREADS = 2 * D;
+constexpr int THREADS = D / 8 * (G / TB);
 constexpr int TABLE_ROW = D + 4;  // bytes of a token in the table of codes; 4 more keep its columns apart in the banks
 constexpr u32 ALL = 0xffffffffu;
 constexpr float LARGEST = 4194304.0f;
@@ -78,15 +78,16 @@ struct Source {
 template <bool KEYS>
 struct Side {
   static constexpr int ROWS = KEYS ? D : G, COLS = KEYS ? G : D;
-  static constexpr int LANES = COLS / 8, GROUPS = ROWS / 8;
+  static constexpr int RB = KEYS ? 8 : TB, CB = KEYS ? TB : 8;  // rows and columns of a patch
+  static constexpr int LANES = COLS / CB, GROUPS = ROWS / RB;
   static constexpr int BITS = KEYS ? K_BITS : V_BITS, LEVELS = (1 << BITS) - 1, ROUNDS = KEYS ? K_ROUNDS : V_ROUNDS;
   // token 0 is left out: a column of the keys, a row of the values
   static constexpr double ROW_COUNT = KEYS ? G - 1 : D, COL_COUNT = KEYS ? D : G - 1;
 
   double* sums;     // shared [GROUPS][COLS]
-  float* cross;     // shared [COLS], column 8 x + j at LANES j + x
-  int x, y;         // columns 8 x + j, rows 8 y + i of this thread
-  u32 t[8][4];      // pairs of channels of 8 tokens
+  float* cross;     // shared [COLS], column CB x + j at LANES j + x
+  int x, y;         // columns CB x + j, rows RB y + i of this thread
+  u32 t[TB][4];     // pairs of channels of TB tokens
 
   __device__ Side(double* sums, float* cross)
       : sums(sums), cross(cross), x(threadIdx.x % LANES), y(threadIdx.x / LANES) {}
@@ -95,8 +96,8 @@ struct Side {
 
   __device__ void load(const Source& source) {
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
-      const int token = 8 * (KEYS ? x : y) + n;
+    for (int n = 0; n < TB; n++) {
+      const int token = TB * (KEYS ? x : y) + n;
       const uint4 raw = *(const uint4*)(source.row(token) + 8 * (KEYS ? y : x));
       const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -115,8 +116,8 @@ struct Side {
 #endif
   }
 
-  // the row of its group that a thread finishes
-  __device__ int own_row() const { return (x & 4) | (x & 1) << 1 | (x & 2) >> 1; }
+  // the row of its group that a thread finishes; with 4 rows in a group, lanes 4 apart finish the same one
+  __device__ int own_row() const { return (x & (RB - 4)) | (x & 1) << 1 | (x & 2) >> 1; }
 
   // the value that the owner of row i has
   template <class T>
@@ -155,17 +156,17 @@ struct Side {
   }
 
   // total of partial sums per own column: that of column threadIdx.x (in the order of `cross`), for the first COLS threads
-  __device__ double col_total(const double (&v)[8]) const {
+  __device__ double col_total(const double (&v)[CB]) const {
     __syncthreads();  // the sums before have been read
 #pragma unroll
-    for (int j = 0; j < 8; j++) sums[y * COLS + j * LANES + x] = v[j];
+    for (int j = 0; j < CB; j++) sums[y * COLS + j * LANES + x] = v[j];
     __syncthreads();
-    double total = 0.0;
+    double parts[4] = {0.0, 0.0, 0.0, 0.0};
     if (threadIdx.x < COLS) {
 #pragma unroll
-      for (int n = 0; n < GROUPS; n++) total += sums[n * COLS + threadIdx.x];
+      for (int n = 0; n < GROUPS; n++) parts[n % 4] += sums[n * COLS + threadIdx.x];
     }
-    return total;
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
   }
 
   // call body(i, j) for all elements, row by row, and after every 4 rows finish(whether the own row is among them);
@@ -173,54 +174,57 @@ struct Side {
   template <class Body, class Finish>
   __device__ void for_each(Body body, Finish finish) {
 #pragma unroll
-    for (int n = 0; n < 8; n++)
+    for (int n = 0; n < TB; n++)
 #pragma unroll
       for (int m = 0; m < 4; m++) asm volatile("" : "+r"(t[n][m]));
 #pragma unroll
-    for (int quad = 0; quad < 8; quad += 4) {
+    for (int quad = 0; quad < RB; quad += 4) {
 #pragma unroll
       for (int i = quad; i < quad + 4; i++)
 #pragma unroll
-        for (int j = 0; j < 8; j++) body(i, j);
-      finish((x & 4) == quad);
+        for (int j = 0; j < CB; j++) body(i, j);
+      finish((x & (RB - 4)) == quad);
     }
   }
 
   // publish the cross scales of the first COLS threads, load those of the own columns
-  __device__ void share_cross(float own, float (&mine)[8], float (&inverse)[8]) {
+  __device__ void share_cross(float own, float (&mine)[CB], float (&inverse)[CB]) {
     if (threadIdx.x < COLS) cross[threadIdx.x] = own;
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < 8; j++) { mine[j] = cross[j * LANES + x]; inverse[j] = __frcp_rn(mine[j]); }
+    for (int j = 0; j < CB; j++) { mine[j] = cross[j * LANES + x]; inverse[j] = __frcp_rn(mine[j]); }
   }
 
-  __device__ void share_rows(float own_low, float own_step, float (&low)[8], float (&step)[8]) const {
+  __device__ void share_rows(float own_low, float own_step, float (&low)[RB], float (&step)[RB]) const {
 #pragma unroll
-    for (int i = 0; i < 8; i++) { low[i] = of_row(own_low, i); step[i] = of_row(own_step, i); }
+    for (int i = 0; i < RB; i++) { low[i] = of_row(own_low, i); step[i] = of_row(own_step, i); }
   }
 
   // code * step + low
-  __device__ static float row_value(const u32 (&codes)[8], const float (&low)[8], const float (&step)[8], int i, int j) {
+  __device__ static float row_value(const u32 (&codes)[RB], const float (&low)[RB], const float (&step)[RB], int i,
+                                    int j) {
     return __fadd_rn(__fmul_rn((float)(codes[i] >> (4 * j) & 15u), step[i]), low[i]);
   }
 
-  __device__ double overlap(const u32 (&codes)[8], const float (&low)[8], const float (&step)[8],
-                            const float (&mine)[8], int i, int j) const {
+  __device__ double overlap(const u32 (&codes)[RB], const float (&low)[RB], const float (&step)[RB],
+                            const float (&mine)[CB], int i, int j) const {
     return (double)__fmul_rn(row_value(codes, low, step, i, j), mine[j]) * (double)element(i, j);
   }
 
-  __device__ float balanced(int i, int j, const float (&inverse)[8]) const {
+  __device__ float balanced(int i, int j, const float (&inverse)[CB]) const {
     return __fmul_rn(element(i, j), inverse[j]);
   }
 
   // codes (4 bits each, column j at bit 4 j), scales, zeros and cross scales; returns through the arguments
-  __device__ void quantise(u32 (&codes)[8], float& own_scale, float& own_zero, float& own_cross, int* shared_max) {
+  __device__ void quantise(u32 (&codes)[RB], float& own_scale, float& own_zero, float& own_cross, int* shared_max) {
     // `mine`: cross scales of the own columns, `inverse`: 1 / mine
-    float row[8], mine[8], inverse[8];
-    double v[8], quads[2][4], row_total = 0.0, row_power = 0.0;
+    float row[RB], mine[CB], inverse[CB];
+    double v[CB], quads[2][4], row_total = 0.0, row_power = 0.0;
     const auto clear = [&] {
 #pragma unroll
-      for (int n = 0; n < 8; n++) v[n] = quads[n / 4][n % 4] = 0.0;
+      for (int n = 0; n < CB; n++) v[n] = 0.0;
+#pragma unroll
+      for (int n = 0; n < 8; n++) quads[n / 4][n % 4] = 0.0;
     };
     clear();
     for_each(
@@ -237,11 +241,11 @@ struct Side {
     const double col_power = col_total(v);
     const float own_inverse = __frcp_rn(std_of(row_total, row_power, ROW_COUNT));
 #pragma unroll
-    for (int i = 0; i < 8; i++) row[i] = of_row(own_inverse, i);
-    double squares[8];
+    for (int i = 0; i < RB; i++) row[i] = of_row(own_inverse, i);
+    double squares[CB];
     clear();
 #pragma unroll
-    for (int j = 0; j < 8; j++) squares[j] = 0.0;
+    for (int j = 0; j < CB; j++) squares[j] = 0.0;
     for_each(
         [&](int i, int j) {
           const double e = (double)__fmul_rn(element(i, j), row[i]);
@@ -269,13 +273,13 @@ struct Side {
     own_low = __fsub_rn(__fmul_rn(__fadd_rn(own_low, own_high), 0.5f), reach);
     float own_step = __fmul_rn(reach, (float)(2.0 / LEVELS));
 
-    float low[8], step[8];
+    float low[RB], step[RB];
 #pragma unroll 1
     for (int round = 0; round <= ROUNDS; round++) {
       // codes of the range of each row
       const float own_inverse_step = own_step > 0.0f ? __frcp_rn(own_step) : 0.0f;
 #pragma unroll
-      for (int i = 0; i < 8; i++) { low[i] = of_row(own_low, i); row[i] = of_row(own_inverse_step, i); codes[i] = 0; }
+      for (int i = 0; i < RB; i++) { low[i] = of_row(own_low, i); row[i] = of_row(own_inverse_step, i); codes[i] = 0; }
       double x_sum = 0.0, products = 0.0;
       u32 code_sums = 0, counts[4] = {0u, 0u, 0u, 0u};  // sum of codes | sum of squares << 12
       clear();
@@ -355,31 +359,31 @@ struct Side {
 
   __device__ void encode(const Source& source, u8* record, int* shared_max) {
     load(source);
-    u32 codes[8];
+    u32 codes[RB];
     float scale, zero, own_cross;
     quantise(codes, scale, zero, own_cross, shared_max);
     u16* halves = (u16*)(record + SCALES_OFFSET);
-    if (x < 8) {
-      const int row = 8 * y + own_row();
+    if (x < RB) {
+      const int row = RB * y + own_row();
       halves[(KEYS ? K_CHANNEL_SCALE : V_TOKEN_SCALE) + row] = saturated_half(scale);
       halves[(KEYS ? K_CHANNEL_ZERO : V_TOKEN_ZERO) + row] = saturated_half(zero);
     }
     if (threadIdx.x < COLS)
-      halves[(KEYS ? K_TOKEN_SCALE : V_CHANNEL_SCALE) + 8 * (threadIdx.x % LANES) + threadIdx.x / LANES] =
+      halves[(KEYS ? K_TOKEN_SCALE : V_CHANNEL_SCALE) + CB * (threadIdx.x % LANES) + threadIdx.x / LANES] =
           saturated_half(own_cross);
     if (threadIdx.x < D) halves[(KEYS ? K_FIRST : V_FIRST) + threadIdx.x] = source.row(0)[threadIdx.x];
 
     u8* table = (u8*)sums;  // codes; every sum has been read before the last two barriers
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
-      // channels 8 * (y or x) + m of token 8 * (x or y) + n
+    for (int n = 0; n < TB; n++) {
+      // channels 8 * (y or x) + m of token TB * (x or y) + n
       u32 four[2] = {0u, 0u};
 #pragma unroll
       for (int m = 0; m < 8; m++) {
         const u32 code = KEYS ? codes[m] >> (4 * n) & 15u : codes[n] >> (4 * m) & 15u;
         four[m / 4] |= code << (m % 4 * 8);
       }
-      u32* target = (u32*)(table + (8 * (KEYS ? x : y) + n) * TABLE_ROW + 8 * (KEYS ? y : x));
+      u32* target = (u32*)(table + (TB * (KEYS ? x : y) + n) * TABLE_ROW + 8 * (KEYS ? y : x));
       target[0] = four[0];
       target[1] = four[1];
     }
@@ -412,7 +416,8 @@ struct Side {
 
 // side 2 h: keys of KV head h, 2 h + 1: values. The ring and chunk pointers are those of head 0.
 __device__ void encode_side(int side, u8* records, long long page_id, Source k, Source v) {
-  __shared__ double sums[G * TABLE_ROW / 8];
+  constexpr int SUMS = D * G / TB, TABLE = G * TABLE_ROW / 8;
+  __shared__ double sums[SUMS > TABLE ? SUMS : TABLE];
   __shared__ float cross[D > G ? D : G];
   __shared__ int shared_max[2];
   const int head = side / 2;
@@ -430,7 +435,7 @@ __device__ void encode_side(int side, u8* records, long long page_id, Source k, 
 
 #if ENCODE_RING
 // grid (2 HK, SLICES): slice s encodes the last page of the requests s, s + SLICES, ... whose token fills it
-extern "C" __global__ void __launch_bounds__(THREADS, 256 / D)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 kvarn_encode_ring(u8* __restrict__ records, const u16* __restrict__ ring_k, const u16* __restrict__ ring_v,
                   const long long* __restrict__ rows, const int* __restrict__ seq_lens,
                   const int* __restrict__ store_pages, int batch_size) {
@@ -454,7 +459,7 @@ kvarn_encode_ring(u8* __restrict__ records, const u16* __restrict__ ring_k, cons
 
 #if ENCODE_CHUNK
 // grid (2 HK, pages, B): every page that the new tokens of a request complete
-extern "C" __global__ void __launch_bounds__(THREADS, 256 / D)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 kvarn_encode_chunk(u8* __restrict__ records, const u16* __restrict__ ring_k, const u16* __restrict__ ring_v,
                    const u16* __restrict__ chunk_k, const u16* __restrict__ chunk_v,
                    const long long* __restrict__ rows, const int* __restrict__ prefix_lens,

@@ -16,6 +16,8 @@ from kvarn_kernels.reference.quantiser import FIRST_REACH, ROUNDS
 
 SOURCE = "encode.cu"
 KERNELS = ("kvarn_encode_ring", "kvarn_encode_chunk")
+PATCH_TOKENS = {64: 4, 128: 4, 256: 8}
+MIN_BLOCKS = {64: 4, 128: 2, 256: 1}
 
 
 def is_supported(cache: LayerCache) -> bool:
@@ -33,6 +35,8 @@ def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bo
         "K_REACH": f"{0.5 * FIRST_REACH[k_bits]}f",
         "V_REACH": f"{0.5 * FIRST_REACH[v_bits]}f",
         "HEADER": int(tile.header(is_bf16)),
+        "TB": PATCH_TOKENS[head_dim],
+        "MIN_BLOCKS": MIN_BLOCKS[head_dim],
     }
 
 
@@ -42,8 +46,8 @@ def selection(*kernels: str) -> dict[str, Any]:
 
 
 def threads(head_dim: int) -> int:
-    """Return the threads of a block: 64 elements of a side each."""
-    return 2 * head_dim
+    """Return the threads of a block, each with 8 channels of PATCH_TOKENS tokens of a side."""
+    return head_dim // 8 * (tile.TILE_SIZE // PATCH_TOKENS[head_dim])
 
 
 @lru_cache(maxsize=32)
