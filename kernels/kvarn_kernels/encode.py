@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encode full pages into records; byte for byte what `reference.encode_tile` gives.
 
-The Triton kernels below are the portable form; on CUDA encode.cu runs, with the same bytes (H200, 8,192 tokens of 8
-KV heads of 128: 224 us, encode_us in benchmarks/results/prefill.csv, against 855 us).
+The Triton kernels below are the portable form; on CUDA encode.cu runs, with the same bytes (8,192 tokens of 8 KV heads
+of 128: 184 us on an H100, encode_us in benchmarks/results/prefill.csv, against 855 us on an H200).
 """
 
 from __future__ import annotations

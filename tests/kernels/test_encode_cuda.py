@@ -128,5 +128,6 @@ def test_it_compiles_into_registers(kernel, preset, head_dim, is_bf16, tmp_path)
     defines = encode_cuda.constants(KVarNConfig.from_preset(preset), head_dim, 8, is_bf16)
     source = nvrtc.source(encode_cuda.SOURCE, defines | encode_cuda.selection(kernel))
     registers, stack = registers_and_stack(compiled(source, kernel, "90"), tmp_path)
-    # what is spilled is about one access in ten; one block a multiprocessor without spills hides less latency
-    assert registers <= 128 and stack <= 640, (registers, stack)
+    # 8 tokens of a thread do not fit: about one access in ten is a spill
+    limit = 640 if head_dim == 256 else 96
+    assert registers <= 128 and stack <= limit, (registers, stack)
