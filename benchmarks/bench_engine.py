@@ -8,7 +8,7 @@
 Every cache gets an engine of its own in a process of its own, one after the other, with the same memory fraction.
 A shape BATCHxCONTEXT feeds BATCH random prompts of CONTEXT tokens three times: to the first token (nothing cached),
 to the first token again (all full pages cached), and to 65 tokens; the time per token is the difference of the last
-two over 64. --prefills NEW+CACHED sends NEW random tokens on top of CACHED ones that the prefix cache holds, --repeats
+two over 64. Shapes of up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED ones that the prefix cache holds, --repeats
 times, each time other new tokens: one request at a time, to its first token. Dummy weights give true speeds and sizes,
 not texts. --prompts adds three chats and one long prompt with a second turn on top of it, greedy, and counts the tokens
 until the first one that differs from the first cache.
@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,8 @@ CHATS = (
     "Write a short story about a robot that learns to paint.",
 )
 DECODED = 64
+# tokens of a shape up to which it runs once before it is measured; what a larger one needs has run by then
+WARMED_UP = 100_000
 COLUMNS = ["device", "torch", "sglang", "model", "cache", "mem_fraction", "quantity", "value", "unit"]
 MARK = "BENCH_ENGINE "
 
@@ -87,6 +90,15 @@ def model_folder(model: str) -> str:
     from sglang_kvarn import smollm2
 
     return str(smollm2.prepare())
+
+
+def memory_used() -> float | None:
+    """Return the MiB in use on the GPU, by all processes; None without one."""
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if shutil.which(command[0]) is None:
+        return None
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def measure_shape(engine: Any, batch: int, context: int, seed: int) -> list[tuple[str, float, str]]:
@@ -174,15 +186,20 @@ def run_one(args: argparse.Namespace) -> None:
     engine = sglang.Engine(**arguments)
     rows: list[tuple[str, float, str]] = [("start-up", time.perf_counter() - started, "s")]
     rows.append(("pool", engine.get_server_info()["max_total_num_tokens"], "tokens"))
+    if used := memory_used():
+        rows.append(("memory used before the first request", used, "MiB"))
     if args.shapes or args.prefills:
         # builds and first launches are no part of any figure
         engine.generate(input_ids=[[5] * 300], sampling_params={"temperature": 0, "max_new_tokens": 4})
     for seed, shape in enumerate(args.shapes):
         batch, context = (int(n) for n in shape.split("x"))
-        measure_shape(engine, batch, context, seed=1000 + seed)
+        if batch * context <= WARMED_UP:
+            measure_shape(engine, batch, context, seed=1000 + seed)
         rows += measure_shape(engine, batch, context, seed)
     for shape in args.prefills:
         rows += measure_prefill(engine, *(int(n) for n in shape.split("+")), args.repeats)
+    if used := memory_used():
+        rows.append(("memory used after all requests", used, "MiB"))
     answers = greedy_answers(engine, arguments["model_path"]) if args.prompts else {}
     print(MARK + json.dumps({"rows": rows, "answers": answers}), flush=True)
     engine.shutdown()
