@@ -8,10 +8,11 @@
 Every cache gets an engine of its own in a process of its own, one after the other, with the same memory fraction.
 A shape BATCHxCONTEXT feeds BATCH random prompts of CONTEXT tokens three times: to the first token (nothing cached),
 to the first token again (all full pages cached), and to 65 tokens; the time per token is the difference of the last
-two over 64. Shapes of up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED ones that the prefix cache holds, --repeats
-times, each time other new tokens: one request at a time, to its first token. Dummy weights give true speeds and sizes,
-not texts. --prompts adds three chats and one long prompt with a second turn on top of it, greedy, and counts the tokens
-until the first one that differs from the first cache.
+two over 64. Shapes of up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random
+tokens on top of CACHED ones that the prefix cache holds, --repeats times, each time other new tokens: one request at a
+time, to its first token. Dummy weights give true speeds and sizes, not texts. --prompts adds three chats and one long
+prompt with a second turn on top of it, greedy, and counts the tokens until the first one that differs from the first
+cache.
 """
 
 from __future__ import annotations
