@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 INTERPRET_ENV = "KVARN_CPU_FORM"
 # a step with fewer new tokens runs the Triton kernel, unless a request has a longer prefix than this. H100, one layer
-# of 32/8 heads, GPU time of FlashInfer and Triton (host time of a launched layer: about 700 and 400 us):
-#     256 new tokens on 8,192 cached   261 and   556 us (H200)
-#      64              on 512           47 and    60 us
-#      64              on 8,192        199 and   499 us
-#      64              on 32,768       688 and 1,902 us
-# With few tokens on a short prefix both wait for the host, Triton's form less so
-FLASHINFER_TOKENS, FLASHINFER_PREFIX = 256, 12_288
+# of 32/8 heads, GPU time of FlashInfer and Triton:
+#      64 new tokens on    512 cached    47 and    60 us
+#     128              on  8,192        210 and   551 us
+#      64              on 32,768        688 and 1,902 us
+# The host needs about 300 us a layer for FlashInfer's form (8,192 cached: 315), some 100 more than for Triton's, so that
+# a step on a short prefix waits for the host in both: they are about equal at 6K
+FLASHINFER_TOKENS, FLASHINFER_PREFIX = 256, 6_144
 
 
 def attention_form(device: torch.device) -> str:
