@@ -130,11 +130,11 @@ def test_extras_of_the_readme_exist():
     assert {"sglang", "demo", "test"} <= set(PROJECT["optional-dependencies"])
 
 
-def test_extra_sglang_takes_the_tested_versions_and_no_other():
+def test_extra_sglang_takes_the_versions_that_compat_takes_and_no_other():
     (requirement,) = PROJECT["optional-dependencies"]["sglang"]
     versions = [f"0.5.{minor}" for minor in range(30)]
     accepted = tuple(SpecifierSet(requirement.removeprefix("sglang")).filter(versions))
-    assert accepted == compat.TESTED_VERSIONS
+    assert accepted == tuple(sorted(compat.TESTED_VERSIONS + compat.BOOTED_VERSIONS))
 
 
 def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
@@ -178,3 +178,5 @@ def test_ci_and_readme_name_the_tested_versions():
     script, readme = (ROOT / ".ci" / "run").read_text(), (ROOT / "README.md").read_text()
     for version in compat.TESTED_VERSIONS:
         assert version in script and f"| {version} |" in readme
+    for version in compat.BOOTED_VERSIONS:
+        assert version not in script and f"| {version} |" in readme

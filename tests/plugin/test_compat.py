@@ -13,7 +13,19 @@ def test_check_version_takes_tested_versions(monkeypatch, found):
     compat.check_version()
 
 
-@pytest.mark.parametrize("found", ["0.4.9", "0.5.17", "0.5.20", "0.5.23.dev4", "0.5.24", "0.6.0", None])
+@pytest.mark.parametrize("found", [*compat.BOOTED_VERSIONS, "0.5.18.post1", "0.5.20+cu130"])
+def test_check_version_takes_a_version_that_was_run_by_hand_and_says_so(monkeypatch, found):
+    monkeypatch.delenv(compat.UNTESTED_ENV, raising=False)
+    monkeypatch.setattr(compat, "version", lambda: found)
+    lines: list[str] = []
+    monkeypatch.setattr(compat.logger, "warning", lambda text, *args: lines.append(text % args))
+    compat.check_version()
+    (line,) = lines
+    assert f"SGLang {found} boots and generates" in line and "\n" not in line
+    assert all(version in line for version in compat.TESTED_VERSIONS)
+
+
+@pytest.mark.parametrize("found", ["0.4.9", "0.5.17", "0.5.19", "0.5.23.dev4", "0.5.24", "0.6.0", None])
 def test_check_version_says_what_was_found_what_is_tested_and_how_to_override(monkeypatch, found):
     monkeypatch.delenv(compat.UNTESTED_ENV, raising=False)
     monkeypatch.setattr(compat, "version", lambda: found)
