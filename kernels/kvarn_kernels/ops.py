@@ -21,7 +21,7 @@ INTERPRET_ENV = "KVARN_CPU_FORM"
 #      64 new tokens on    512 cached    47 and    60 us
 #     128              on  8,192        210 and   551 us
 #      64              on 32,768        688 and 1,902 us
-# The host needs about 300 us a layer for FlashInfer's form (8,192 cached: 315), some 100 more than for Triton's, so that
+# The host needs about 300 us a layer for FlashInfer (8,192 cached: 315), some 100 more than for Triton, so that
 # a step on a short prefix waits for the host in both: they are about equal at 6K
 FLASHINFER_TOKENS, FLASHINFER_PREFIX = 256, 6_144
 
