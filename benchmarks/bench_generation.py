@@ -26,6 +26,7 @@ import random
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import engines
@@ -99,10 +100,12 @@ def run_one(args: argparse.Namespace) -> None:
 
     folder = engines.model_folder(args.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    started = monotonic()
     engine = sglang.Engine(**engine_arguments(args, folder))
     answers = runs.answer_tasks(engine, tokenizer, make_tasks(args, tokenizer), args.samples, args.temperature)
     answers += runs.hold_conversations(engine, tokenizer, make_conversations(args, tokenizer))
-    engines.report_result({"answers": [asdict(answer) for answer in answers]})
+    seconds = monotonic() - started
+    engines.report_result({"answers": [asdict(answer) for answer in answers], "seconds": seconds})
     engine.shutdown()
 
 
@@ -113,17 +116,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--model", default="smollm2", help="smollm2 or a folder, default %(default)s")
-    caches = ["bf16", "fp8_e4m3", "kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
+    caches = ["bf16", "kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128", "fp8_e4m3"]
     option("--caches", nargs="+", default=caches, choices=engines.CACHES, metavar="C", help="default %(default)s")
     lengths = [1024, 2048, 4096, 8000] if cuda else [512, 1024, 2048]
     option("--needle-tokens", type=int, nargs="*", default=lengths, help="prompt tokens, default %(default)s")
     option("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9], help="default %(default)s")
-    option("--prompts", type=int, default=32 if cuda else 6, help="of every other task, default %(default)s")
+    option("--prompts", type=int, default=32 if cuda else 5, help="of every other task, default %(default)s")
     option("--go-on", type=int, default=1024, help="tokens of a text to go on from, default %(default)s")
     option("--samples", type=int, default=4 if cuda else 1, help="per prompt, default %(default)s")
     option("--temperature", type=float, default=0.7, help="of samples, default %(default)s")
-    option("--conversations", type=int, default=16 if cuda else 4, help="default %(default)s")
-    option("--turns", type=int, default=4, help="of a conversation, default %(default)s")
+    option("--conversations", type=int, default=16 if cuda else 3, help="default %(default)s")
+    option("--turns", type=int, default=3, help="of a conversation, default %(default)s")
     option("--seed", type=int, default=0, help="of prompts and samples, default %(default)s")
     dtype = "bfloat16" if cuda else "float32"
     option("--dtype", default=dtype, help="of the model, default %(default)s")
@@ -136,19 +139,33 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def collect(args: argparse.Namespace) -> dict[str, list[Answer]]:
-    """Run every cache and return its answers; a cache without a result is left out."""
+def measure(args: argparse.Namespace, common: dict[str, Any]) -> tuple[dict[str, list[Answer]], list[dict[str, Any]]]:
+    """Run every cache and return answers and rows; a cache without a result is left out.
+
+    The rows of a cache are in --csv as soon as it is done.
+
+    Raises:
+        SystemExit: the first cache gave no answers, so there is nothing to compare with.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
-    found = {}
+    found: dict[str, list[Answer]] = {}
+    rows = []
     for cache in args.caches:
         with console.status(cache) as status:
             result = engines.run_alone(cache, args.timeout, lambda text, s=status, c=cache: s.update(f"{c}: {text}"))
-        if result is not None:
-            found[cache] = [Answer(**answer) for answer in result["answers"]]
-            console.print(f"{cache}: {len(found[cache])} answers", highlight=False)
-    return found
+        if result is None and not found:
+            raise SystemExit(f"expected answers of {cache}, the first cache, got none: see its log")
+        if result is None:
+            continue
+        found[cache] = [Answer(**answer) for answer in result["answers"]]
+        own = summarise(found[cache], found[args.caches[0]])
+        rows += [common | {"cache": cache} | row for row in own]
+        if args.csv:
+            append(args.csv, list(report.COLUMNS), rows[-len(own) :])
+        console.print(f"{cache}: {len(found[cache])} answers, {result['seconds']:.0f} s", highlight=False)
+    return found, rows
 
 
 def main() -> int:
@@ -156,17 +173,8 @@ def main() -> int:
     if args.one:
         run_one(args)
         return 0
-    found = collect(args)
-    if args.caches[0] not in found:
-        print(f"{args.caches[0]} gave no answers, so there is nothing to compare with", file=sys.stderr)
-        return 1
     common = engines.device_facts() | {"model": args.model, "dtype": args.dtype, "seed": args.seed}
-    baseline = found[args.caches[0]]
-    rows = [
-        common | {"cache": cache} | row for cache, answers in found.items() for row in summarise(answers, baseline)
-    ]
-    if args.csv:
-        append(args.csv, list(report.COLUMNS), rows)
+    found, rows = measure(args, common)
     if args.json:
         answers = {cache: [asdict(answer) for answer in own] for cache, own in found.items()}
         print(json.dumps(common | {"rows": rows, "answers": answers}))
