@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_generation
 import engines
-from generation import chats, runs, tasks
+from generation import chats, report, runs, tasks
 from generation.scoring import Answer, summarise
 
 
@@ -120,6 +120,28 @@ def test_summary_compares_hit_and_miss_of_one_cache():
     assert found["hit", "agreement"]["value"] == 2 and found["miss", "agreement"]["value"] == 1
     assert found["hit", "correct"]["value"] == 1 and found["miss", "correct"]["value"] == 0
     assert found["hit", "correct"]["cached_tokens"] == 384
+
+
+def test_summary_tells_needles_apart_by_depth_over_all_lengths():
+    texts = {0.1: " 4831.", 0.9: " 17."}
+    own = [answer(section=f"needle {n}", depth=depth, text=texts[depth]) for n in (1, 2) for depth in texts]
+    found = {row["quantity"]: (row["value"], row["of"]) for row in summarise(own, own) if "depth" in row["quantity"]}
+    assert found == {"correct at depth 0.1": (2, 2), "correct at depth 0.9": (0, 2)}
+
+
+def test_report_adds_up_the_right_answers_of_a_mode(capsys):
+    base = [answer(), answer(section="table", prompt_tokens=300), answer(mode="sampled", text=" 17.")]
+    own = [answer(text=" 17."), answer(section="table", prompt_tokens=300), answer(mode="sampled")]
+    rows = [{"cache": "bf16"} | row for row in summarise(base, base)]
+    rows += [{"cache": "kvarn"} | row for row in summarise(own, base)]
+    found = [(*(row[key] for key in ("cache", "mode", "value", "of", "prompt_tokens")),) for row in report.totals(rows)]
+    assert found == [
+        *(("bf16", "greedy", 2, 2, 400), ("bf16", "sampled", 0, 1, 500)),
+        *(("kvarn", "greedy", 1, 2, 400), ("kvarn", "sampled", 1, 1, 500)),
+    ]
+    report.show(rows, "title")
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if "all of these" in x and "greedy" in x)
+    assert line.index("2 of 2") < line.index("1 of 2")
 
 
 class FakeEngine:

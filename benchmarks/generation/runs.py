@@ -25,7 +25,7 @@ def _ask(
     for task, output in zip(tasks, outputs, strict=True):
         ids, meta = output["output_ids"], output["meta_info"]
         counts = (meta["prompt_tokens"], meta["cached_tokens"])
-        answers.append(Answer(task.section, mode, task.expected, ids, tokenizer.decode(ids), *counts))
+        answers.append(Answer(task.section, mode, task.expected, ids, tokenizer.decode(ids), *counts, task.depth))
     return answers
 
 

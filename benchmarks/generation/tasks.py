@@ -32,12 +32,14 @@ class Task:
         prompt: token ids.
         expected: the answer that counts as correct; None where only the agreement of caches is measured.
         new_tokens: tokens to generate.
+        depth: of a needle, 0 (beginning) .. 1 (end).
     """
 
     section: str
     prompt: list[int]
     expected: str | None
     new_tokens: int
+    depth: float | None = None
 
 
 def story(encode: Encode, length: int, fact: str, depth: float, draw: random.Random) -> list[int]:
@@ -62,7 +64,7 @@ def needle(encode: Encode, length: int, depth: float, draw: random.Random) -> Ta
     question = encode(f"\n\nThe secret number of the {name} is")
     fact = f" The secret number of the {name} is {answer}."
     body = story(encode, length - len(head) - len(question), fact, depth, draw)
-    return Task(f"needle, {length} tokens", head + body + question, answer, 6)
+    return Task(f"needle, {length} tokens", head + body + question, answer, 6, depth)
 
 
 def table(encode: Encode, entries: int, draw: random.Random) -> Task:
