@@ -2,7 +2,8 @@
 """What served models write with each cache: right answers, and how long greedy answers agree with the first cache's.
 
     python benchmarks/bench_generation.py [--model smollm2|DIR] [--caches bf16 kvarn ...] [--needle-tokens N ...]
-        [--prompts N] [--samples N] [--temperature T] [--turns N] [--csv FILE] [--json]
+        [--needles N] [--prompts N] [--samples N] [--temperature T] [--turns N] [--csv FILE] [--json]
+    python benchmarks/bench_generation.py --needle-tokens 4096 8000 --depths 0.1 0.5 0.9
 
 Every cache gets an engine of its own in a process of its own, and the same prompts, which a seeded generator makes
 (generation.tasks, generation.chats); texts to go on from are pieces of files of Python (quality.texts).
@@ -52,7 +53,7 @@ def make_tasks(args: argparse.Namespace, tokenizer: Any) -> list[tasks.Task]:
     made = []
     for length in args.needle_tokens:
         own = draw(length)
-        made += [tasks.needle(encode, length, depth, own) for depth in args.depths]
+        made += [tasks.needle(encode, length, depth, own) for depth in args.depths for _ in range(args.needles)]
     for name, make in (
         ("table", lambda own: tasks.table(encode, 40, own)),
         *((f"sums {n}", lambda own, n=n: tasks.sums(encode, n, 50, own)) for n in (1, 10)),
@@ -121,6 +122,7 @@ def parse() -> argparse.Namespace:
     lengths = [1024, 2048, 4096, 8000] if cuda else [512, 1024, 2048]
     option("--needle-tokens", type=int, nargs="*", default=lengths, help="prompt tokens, default %(default)s")
     option("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9], help="default %(default)s")
+    option("--needles", type=int, default=4 if cuda else 1, help="per length and depth, default %(default)s")
     option("--prompts", type=int, default=32 if cuda else 5, help="of every other task, default %(default)s")
     option("--go-on", type=int, default=1024, help="tokens of a text to go on from, default %(default)s")
     option("--samples", type=int, default=4 if cuda else 1, help="per prompt, default %(default)s")

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import csv
 import random
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +91,7 @@ def test_prompts_depend_on_the_seed_and_on_no_other_option(monkeypatch):
         return {"input_ids": encode(text)}
 
     def prompts(seed: int, needle_tokens: list[int]) -> list[tasks.Task]:
-        args = SimpleNamespace(seed=seed, needle_tokens=needle_tokens, depths=[0.5], prompts=2, go_on=0)
+        args = SimpleNamespace(seed=seed, needle_tokens=needle_tokens, depths=[0.5], needles=1, prompts=2, go_on=0)
         return bench_generation.make_tasks(args, tokenizer)
 
     one, same, other = prompts(0, [2000]), prompts(0, [1000, 2000]), prompts(1, [2000])
@@ -210,6 +211,38 @@ def test_engine_process_reports_fails_and_is_ended(tmp_path, monkeypatch, capsys
     assert engines.run_alone("fp8_e4m3", 60) is None
     assert "no such engine" in capsys.readouterr().err
     assert engines.run_alone("kvarn", 2) is None
+
+
+def measure_with(results: dict[str, list[Answer] | None], tmp_path: Path, monkeypatch) -> tuple[int, list[dict]]:
+    """Return the exit status and the CSV of a run whose engines give these answers."""
+    target = tmp_path / "rows.csv"
+    monkeypatch.setattr(sys, "argv", ["bench_generation.py", "--caches", *results, "--csv", str(target)])
+
+    def run_alone(cache: str, timeout: float, show: object) -> dict | None:
+        own = results[cache]
+        return own and {"answers": [asdict(x) for x in own], "seconds": 1.0}
+
+    monkeypatch.setattr(engines, "run_alone", run_alone)
+    status = bench_generation.main()
+    with target.open() as file:
+        return status, list(csv.DictReader(file))
+
+
+def test_run_writes_a_row_per_cache_and_quantity(tmp_path, monkeypatch):
+    results = {"bf16": [answer()], "kvarn": [answer(ids=[1, 9], text=" 17.")]}
+    status, rows = measure_with(results, tmp_path, monkeypatch)
+    found = [(row["cache"], row["quantity"], row["value"], row["of"], row["unit"]) for row in rows]
+    assert status == 0 and found == [
+        *(("bf16", "correct", "1", "1", "answers"), ("bf16", "agreement", "3.0", "3.0", "tokens")),
+        *(("kvarn", "correct", "0", "1", "answers"), ("kvarn", "agreement", "1.0", "3.0", "tokens")),
+    ]
+
+
+def test_run_fails_without_a_cache_and_ends_without_the_first(tmp_path, monkeypatch):
+    status, rows = measure_with({"bf16": [answer()], "kvarn": None}, tmp_path, monkeypatch)
+    assert status == 1 and {row["cache"] for row in rows} == {"bf16"}
+    with pytest.raises(SystemExit, match="expected answers of bf16, the first cache"):
+        measure_with({"bf16": None, "kvarn": [answer()]}, tmp_path, monkeypatch)
 
 
 def test_bf16_cache_is_16_bit_beside_a_float32_model():
