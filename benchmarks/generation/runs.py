@@ -34,8 +34,9 @@ def answer_tasks(
 ) -> list[Answer]:
     """Answer each section greedily with nothing cached, then draw samples where an answer is known.
 
-    A sampled request finds its prompt in the prefix cache. SGLang draws from one generator per engine, seeded by
-    random_seed, so the draws of a cache depend on the order of the requests, which is the same for all caches.
+    A sampled request finds its prompt in the prefix cache. SGLang seeds one generator per engine (random_seed); which
+    draw a request gets depends on how the scheduler batches, so two runs differ: bf16 had 1 and then 2 of 3 needles.
+    A seed per request (sampling_seed) needs the deterministic mode, which a kvarn cache refuses.
     """
     answers = []
     for section, group in groupby(tasks, key=lambda task: task.section):
