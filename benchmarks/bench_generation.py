@@ -15,9 +15,10 @@ sums            with a fixed second number, after examples
 instruction     first, last or all words of a list, or the animal in it, after examples
 go on           no right answer: only how many leading tokens equal the first cache's
 
-An answer is correct if it is the expected one to the letter. Prompts and greedy answers are the same in every run;
-samples are not, although seeded (generation.runs). On a CPU the model runs in float32, the bf16 cache holds
-bfloat16 all the same, and the presets' exact tokens are float32, where a GPU's are 16 bit.
+An answer is correct if it is the expected one to the letter. Prompts are the same in every run, and greedy answers but
+for the rounding of another batch; samples differ from run to run, although seeded (generation.runs). On a CPU the
+model runs in float32, the bf16 cache holds bfloat16 all the same, and the presets' exact tokens are float32, where a
+GPU's are 16 bit.
 """
 
 from __future__ import annotations
