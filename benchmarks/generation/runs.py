@@ -13,13 +13,9 @@ from generation.scoring import Answer
 from generation.tasks import Task
 
 
-def _ask(
-    engine: Any, tokenizer: Any, tasks: list[Task], mode: str, temperature: float = 0.0
-) -> list[Answer]:
+def _ask(engine: Any, tokenizer: Any, tasks: list[Task], mode: str, temperature: float = 0.0) -> list[Answer]:
     """Send tasks together and return their answers in order."""
-    sampling = [
-        {"temperature": temperature, "max_new_tokens": task.new_tokens, "ignore_eos": True} for task in tasks
-    ]
+    sampling = [{"temperature": temperature, "max_new_tokens": task.new_tokens, "ignore_eos": True} for task in tasks]
     outputs = engine.generate(input_ids=[task.prompt for task in tasks], sampling_params=sampling)
     answers = []
     for task, output in zip(tasks, outputs, strict=True):
@@ -29,9 +25,7 @@ def _ask(
     return answers
 
 
-def answer_tasks(
-    engine: Any, tokenizer: Any, tasks: Iterable[Task], samples: int, temperature: float
-) -> list[Answer]:
+def answer_tasks(engine: Any, tokenizer: Any, tasks: Iterable[Task], samples: int, temperature: float) -> list[Answer]:
     """Answer each section greedily with nothing cached, then draw samples where an answer is known.
 
     A sampled request finds its prompt in the prefix cache. SGLang seeds one generator per engine (random_seed); which

@@ -70,9 +70,7 @@ def test_prefix_hit_on_decoded_pages_gives_the_tokens_of_a_miss(engine):
 
 def test_conversations_of_the_benchmark_hit_the_cache_and_then_miss_it(engine):
     whole = [prompt(600, seed=seed) for seed in (30, 31)]
-    conversations = [
-        [tasks.Task("turns", tokens[:length], "", NEW) for length in (200, 400, 600)] for tokens in whole
-    ]
+    conversations = [[tasks.Task("turns", tokens[:length], "", NEW) for length in (200, 400, 600)] for tokens in whole]
     found = runs.hold_conversations(engine, SimpleNamespace(decode=str), conversations)
     hits, misses = found[: len(found) // 2], found[len(found) // 2 :]
     assert [answer.cached_tokens for answer in hits] == [0, 0, 128, 128, 384, 384]
