@@ -24,13 +24,12 @@ import random
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from kvarn_kernels.config import preset_names
+import engines
 from rows import append
 
 QWEN3_8B = {
@@ -49,7 +48,6 @@ DECODED = 64
 # tokens of a shape up to which it runs once before it is measured; what a larger one needs has run by then
 WARMED_UP = 100_000
 COLUMNS = ["device", "torch", "sglang", "model", "cache", "mem_fraction", "quantity", "value", "unit"]
-MARK = "BENCH_ENGINE "
 
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,23 +72,8 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         (folder / "config.json").write_text(json.dumps(QWEN3_8B))
         chosen |= {"model_path": str(folder), "load_format": "dummy", "context_length": 140_000}
     else:
-        chosen["model_path"] = model_folder(args.model)
-    if args.one == "bf16":
-        chosen |= {"attention_backend": args.bf16_backend, "page_size": 128}
-    elif args.one == "fp8_e4m3":
-        chosen |= {"attention_backend": args.bf16_backend, "page_size": 128, "kv_cache_dtype": "fp8_e4m3"}
-    else:
-        chosen["kv_cache_dtype"] = args.one
-    return chosen
-
-
-def model_folder(model: str) -> str:
-    """Return the folder of a model; "smollm2" is prepared if it is not there."""
-    if model != "smollm2":
-        return model
-    from sglang_kvarn import smollm2
-
-    return str(smollm2.prepare())
+        chosen["model_path"] = engines.model_folder(args.model)
+    return chosen | engines.cache_arguments(args.one, args.bf16_backend)
 
 
 def memory_used() -> float | None:
@@ -202,39 +185,14 @@ def run_one(args: argparse.Namespace) -> None:
     if used := memory_used():
         rows.append(("memory used after all requests", used, "MiB"))
     answers = greedy_answers(engine, arguments["model_path"]) if args.prompts else {}
-    print(MARK + json.dumps({"rows": rows, "answers": answers}), flush=True)
+    engines.report_result({"rows": rows, "answers": answers})
     engine.shutdown()
-
-
-def agreement(first: list[int], other: list[int]) -> int:
-    """Return how many leading tokens are equal."""
-    return next((n for n, (a, b) in enumerate(zip(first, other, strict=False)) if a != b), min(len(first), len(other)))
-
-
-def measure(args: argparse.Namespace, cache: str) -> dict[str, Any] | None:
-    """Run one cache in a process of its own; None (and the end of its log) if it fails or takes too long."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", cache]
-    with tempfile.NamedTemporaryFile("w+", suffix=f"-{cache}.log", delete=False) as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(timeout=args.timeout)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-            os.killpg(process.pid, 9)
-            if isinstance(error, KeyboardInterrupt):
-                raise
-        lines = Path(log.name).read_text(errors="replace").splitlines()
-    found = [line for line in lines if line.startswith(MARK)]
-    if not found:
-        print(f"{cache}: no result, the log is {log.name} and ends with", *lines[-15:], sep="\n  ", file=sys.stderr)
-        return None
-    return json.loads(found[-1][len(MARK) :])
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, qwen3-8b-dummy or a folder, default %(default)s")
-    choices = ["bf16", "fp8_e4m3", *preset_names()]
-    parser.add_argument("--caches", nargs="+", default=["bf16", "kvarn"], choices=choices)
+    parser.add_argument("--caches", nargs="+", default=["bf16", "kvarn"], choices=engines.CACHES)
     parser.add_argument("--shapes", nargs="*", default=[], help="BATCHxCONTEXT ...")
     parser.add_argument("--prefills", nargs="*", default=[], help="NEW+CACHED ..., CACHED a multiple of 128")
     parser.add_argument("--repeats", type=int, default=7, help="requests of each prefill, default %(default)s")
@@ -246,7 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-prefill-graph", action="store_true", help="start faster, prefill without CUDA graphs")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one cache, default %(default)s")
     parser.add_argument("--csv", type=Path, help="append rows to this file")
-    parser.add_argument("--one", choices=choices, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=engines.CACHES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -255,16 +213,11 @@ def main() -> None:
     if args.one:
         run_one(args)
         return
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    from importlib.metadata import version
-
-    common = {"device": device, "torch": torch.__version__, "sglang": version("sglang"), "model": args.model}
+    common = engines.device_facts() | {"model": args.model}
     baseline: dict[str, list[int]] | None = None
     written = []
     for cache in args.caches:
-        result = measure(args, cache)
+        result = engines.run_alone(cache, args.timeout)
         if result is None:
             continue
         rows = result["rows"]
@@ -272,7 +225,8 @@ def main() -> None:
             baseline = result["answers"]
         else:
             for name, tokens in result["answers"].items():
-                rows.append((f"equal tokens of {len(baseline[name])}: {name}", agreement(baseline[name], tokens), ""))
+                equal = engines.agreement(baseline[name], tokens)
+                rows.append((f"equal tokens of {len(baseline[name])}: {name}", equal, ""))
         for quantity, value, unit in rows:
             print(f"{cache:26} {quantity:50} {value:14,.3f} {unit}", flush=True)
             row = {"cache": cache, "mem_fraction": args.mem_fraction, "quantity": quantity, "value": value}

@@ -3,11 +3,16 @@
 
     python benchmarks/bench_quality.py [--model smollm2|DIR] [--text NAME|FILE ...] [--preset P ...]
         [--context N] [--judge-from N] [--csv FILE] [--plot FILE] [--json]
+    python benchmarks/bench_quality.py --hard --dtype bfloat16
+    python benchmarks/bench_quality.py --head-dim 128 256
 
 Texts are fed token by token in effect (teacher-forced: the position rule makes one pass over a text read what
 token by token would read). Presets run the encode and attention path of a server, the kernels on a GPU and
 the torch form on a CPU; fp8, the published method and plain min / max codes are simulated beside it. The
 model runs in float32, so that only the cache makes a difference; q, k and v enter the cache in --dtype.
+
+--hard and --head-dim measure the same model in forms that compute the same (quality.hard, quality.heads), each cache
+beside itself on the model as it is. --hard in float16 leaves out what only bfloat16 can hold.
 """
 
 from __future__ import annotations
@@ -17,60 +22,24 @@ import csv
 import json
 import platform
 import sys
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from engines import model_folder
 from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig, preset_names
-from quality import caches, texts
+from quality import caches, compare, frames, hard, heads, texts
+from quality.model import Model
 from quality.scores import Scores
 
-ATTENTION = "bench_quality"
 ALIASES = {name: KVarNConfig.from_preset(name).name for name in preset_names()}
 FIELDS = (
     *("cache", "bytes_per_token", "context", "positions", "kl_mean", "kl_median", "kl_p99", "flips"),
     *("perplexity", "perplexity_16bit", "seconds"),
 )
-
-
-class Model:
-    """A causal language model whose attention can be given any cache."""
-
-    def __init__(self, folder: str, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-
-        AttentionInterface.register(ATTENTION, self._attention)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.network = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=ATTENTION
-        ).to(device)
-        self.device, self.dtype = device, dtype
-        self.attend = caches.unquantised().attend
-        config = self.network.config.get_text_config()
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-    def _attention(
-        self,
-        module: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Any,
-        scaling: float,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Attend [1, H, T, D] after RoPE with the cache in `self.attend`: [1, T, Hq, D]."""
-        own = (x[0].transpose(0, 1).to(self.dtype).contiguous() for x in (q, k, v))
-        return self.attend(*own, scaling)[None].to(q.dtype), None
-
-    @torch.inference_mode()
-    def logits(self, tokens: list[int], attend: caches.Attend) -> torch.Tensor:
-        """Return the logits [T, V] of a text with a cache."""
-        self.attend = attend
-        ids = torch.tensor([tokens], device=self.device)
-        return self.network(ids, use_cache=False).logits[0]
 
 
 def check(rows: list[caches.Cache], device: torch.device) -> None:
@@ -98,10 +67,10 @@ def check(rows: list[caches.Cache], device: torch.device) -> None:
 
 
 def measure(
-    model: Model, rows: list[caches.Cache], pieces: list[texts.Text], progress: Any
-) -> tuple[dict[str, Scores], float]:
-    """Return the scores of each row over all texts, and the seconds of the unquantised passes."""
-    scores = {row.name: Scores() for row in rows}
+    model: Model, rows: list[caches.Cache], inputs: list[frames.Frame], pieces: list[texts.Text], progress: Any
+) -> tuple[dict[tuple[str, str], Scores], float]:
+    """Return the scores of each frame and row over all texts, and the seconds of the unquantised passes."""
+    scores = {(frame.name, row.name): Scores() for frame in inputs for row in rows}
     exact_seconds = 0.0
     for piece in pieces:
         tokens = torch.tensor(piece.tokens, device=model.device)
@@ -109,30 +78,35 @@ def measure(
         started = perf_counter()
         exact = model.logits(piece.tokens, caches.unquantised().attend)
         exact_seconds += perf_counter() - started
-        for row in rows:
-            progress.update(f"{piece.name}: {row.name}")
-            started = perf_counter()
-            logits = model.logits(piece.tokens, row.attend)
-            scores[row.name].seconds += perf_counter() - started
-            scores[row.name].add(exact, logits, tokens)
-            seconds = perf_counter() - started
-            progress.console.print(f"{piece.name}: {row.name} {seconds:.1f} s", highlight=False)
+        for frame, row in product(inputs, rows):
+            what = f"{piece.name}, {frame.name}: {row.name}"
+            progress.update(what)
+            started, own = perf_counter(), scores[frame.name, row.name]
+            logits = model.logits(piece.tokens, row.attend, frame)
+            own.seconds += perf_counter() - started
+            own.add(exact, logits, tokens)
+            progress.console.print(f"{what} {perf_counter() - started:.1f} s", highlight=False)
     return scores, exact_seconds
 
 
 def collect(
-    rows: list[caches.Cache], scores: dict[str, Scores], head_dim: int, context: int, judge_from: int
+    rows: list[caches.Cache],
+    scores: dict[tuple[str, str], Scores],
+    head_dim: int,
+    context: int,
+    judge_from: int,
 ) -> list[dict[str, Any]]:
-    """Return one record per row: the judged positions, and every bucket of positions."""
+    """Return one record per row on the untouched model: the judged positions, and every bucket of positions."""
+    own = {row.name: scores[frames.UNTOUCHED.name, row.name] for row in rows}
     return [
         {
             "cache": row.name,
             "bytes_per_token": row.bytes_per_token(head_dim),
             "context": context,
             "positions": f"{judge_from}-{context}",
-            **scores[row.name].summary(judge_from, context),
-            "buckets": scores[row.name].buckets(context),
-            "seconds": round(scores[row.name].seconds, 2),
+            **own[row.name].summary(judge_from, context),
+            "buckets": own[row.name].buckets(context),
+            "seconds": round(own[row.name].seconds, 2),
         }
         for row in rows
     ]
@@ -198,6 +172,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="where a text begins (default: %(default)s)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="of q, k and v")
     parser.add_argument("--csv", type=Path, help="write one line per row and bucket here")
+    parser.add_argument("--hard", action="store_true", help="also with inputs that are hard to quantise")
+    parser.add_argument(
+        "--head-dim", type=int, nargs="+", default=[], metavar="D", help="also with heads of 128 or 256 channels"
+    )
     parser.add_argument("--plot", type=Path, help="draw KL against bytes per token here")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser.parse_args()
@@ -214,6 +192,31 @@ def write_csv(results: list[dict[str, Any]], target: Path) -> None:
                 writer.writerow({**row, "positions": positions, **figures})
 
 
+def choose_rows(options: argparse.Namespace, judge_from: int) -> list[caches.Cache]:
+    """Return the caches to measure; beside other inputs, the 16-bit cache is a row of its own."""
+    known = caches.all_caches(prompt=-(-judge_from // caches.PAGE) * caches.PAGE)
+    compared = options.hard or options.head_dim
+    names = options.preset or (compare.CACHES if compared else known)
+    rows = [known[name] for name in dict.fromkeys(ALIASES.get(name, name) for name in names)]
+    return [caches.unquantised(), *rows] if compared else rows
+
+
+def choose_inputs(options: argparse.Namespace, model: Model) -> list[frames.Frame]:
+    """Return the frames to measure, the untouched model first.
+
+    Raises:
+        SystemExit: a frame changes what attention computes, so no figure would mean anything.
+    """
+    made = hard.frames(model.kv_heads, model.head_dim) if options.hard else []
+    made += [heads.widened(model.head_dim, width) for width in options.head_dim]
+    for frame in made:
+        # the greatest biases move scores by some hundred, in float64
+        if not (error := frames.error(frame, model.kv_heads, model.head_dim)) < 1e-9:
+            raise SystemExit(f"expected {frame.name} to leave attention as it is, relative RMS {error:.2e}")
+    fitting = [frame for frame in made if options.dtype == "bfloat16" or not frame.needs_bf16]
+    return [frames.UNTOUCHED, *fitting]
+
+
 def main() -> None:
     """Check, measure, and write what was asked for."""
     options = parse_arguments()
@@ -221,22 +224,23 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge_from = options.context // 2 if options.judge_from is None else options.judge_from
-    known = caches.all_caches(prompt=-(-judge_from // caches.PAGE) * caches.PAGE)
-    wanted = dict.fromkeys(ALIASES.get(name, name) for name in options.preset or known)
-    rows = [known[name] for name in wanted]
+    rows = choose_rows(options, judge_from)
     with Console(file=sys.stderr).status("check") as progress:
         check(rows, device)
-        folder = options.model
-        if folder == "smollm2":
-            from sglang_kvarn import smollm2
-
-            folder = str(smollm2.prepare())
+        folder = model_folder(options.model)
         model = Model(folder, device, getattr(torch, options.dtype))
+        inputs = choose_inputs(options, model)
         pieces = [texts.load(name, options.context, options.seed, model.tokenizer) for name in options.text]
-        scores, exact_seconds = measure(model, rows, pieces, progress)
-    results = collect(rows, scores, model.head_dim, options.context, judge_from)
+        scores, exact_seconds = measure(model, rows, inputs, pieces, progress)
     title = f"{Path(folder).name}, {len(pieces)} texts of {options.context} tokens, judged from {judge_from}"
-    if options.csv:
+    if compared := len(inputs) > 1:
+        title += f", q, k and v in {options.dtype}"
+        results = compare.collect(scores, rows, inputs, model.head_dim, (judge_from, options.context))
+    else:
+        results = collect(rows, scores, model.head_dim, options.context, judge_from)
+    if options.csv and compared:
+        compare.write_csv(results, options.dtype, options.csv)
+    elif options.csv:
         write_csv(results, options.csv)
     if options.plot:
         plot(results, title, options.plot)
@@ -247,7 +251,7 @@ def main() -> None:
         seconds = {"seconds_16bit": round(exact_seconds, 2)}
         print(json.dumps({"title": title, **facts, **seconds, "texts": sources, "rows": results}))
     else:
-        show(results, title)
+        (compare.show if compared else show)(results, title)
         for piece in pieces:
             print(f"{piece.name}: {piece.source}")
 

@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
+import engines
 import httpx
 import kvarn_kernels
 import sglang_kvarn
@@ -89,11 +90,7 @@ def model_folder(name: str, work: Path) -> str:
         import tiny_model
 
         return tiny_model.save(work)
-    if name == "smollm2":
-        from sglang_kvarn import smollm2
-
-        return str(smollm2.prepare())
-    return name
+    return engines.model_folder(name)
 
 
 def server_flags(args: argparse.Namespace, folder: str) -> list[str]:

@@ -21,6 +21,7 @@ class Scores:
         flipped: 1.0 where the most likely next token differs.
         loss, exact_loss: negative log-likelihood of the text's next token, with and without the cache.
         seconds: time of the forward passes.
+        finite: whether every logit was.
     """
 
     divergence: list[torch.Tensor] = field(default_factory=list)
@@ -28,9 +29,11 @@ class Scores:
     loss: list[torch.Tensor] = field(default_factory=list)
     exact_loss: list[torch.Tensor] = field(default_factory=list)
     seconds: float = 0.0
+    finite: bool = True
 
     def add(self, exact: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         """Add one text: logits [T, V] without and with the cache, and its tokens int64 [T]."""
+        self.finite = self.finite and bool(logits.isfinite().all())
         scores = [_score(exact[i : i + 256], logits[i : i + 256]) for i in range(0, len(tokens), 256)]
         divergence, flipped = (torch.cat(x) for x in zip(*scores, strict=True))
         self.divergence.append(divergence)

@@ -4,9 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_model import answers, expected, flush, prompt
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from generation import runs, tasks
 
 PRESET = "kvarn_canonical"
 NEW = 12
@@ -59,6 +66,16 @@ def test_prefix_hit_on_decoded_pages_gives_the_tokens_of_a_miss(engine):
     flush(engine)
     (miss,) = answers(engine, [longer], NEW)
     assert miss["cached"] == 0 and hit["tokens"] == miss["tokens"]
+
+
+def test_conversations_of_the_benchmark_hit_the_cache_and_then_miss_it(engine):
+    whole = [prompt(600, seed=seed) for seed in (30, 31)]
+    conversations = [[tasks.Task("turns", tokens[:length], "", NEW) for length in (200, 400, 600)] for tokens in whole]
+    found = runs.hold_conversations(engine, SimpleNamespace(decode=str), conversations)
+    hits, misses = found[: len(found) // 2], found[len(found) // 2 :]
+    assert [answer.cached_tokens for answer in hits] == [0, 0, 128, 128, 384, 384]
+    assert not any(answer.cached_tokens for answer in misses)
+    assert [answer.ids for answer in hits] == [answer.ids for answer in misses]
 
 
 def test_more_requests_than_rows_are_all_answered_as_alone(engine):

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's side: send tasks and conversations, return answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import engines
+
+from generation.scoring import Answer
+from generation.tasks import Task
+
+
+def _ask(engine: Any, tokenizer: Any, tasks: list[Task], mode: str, temperature: float = 0.0) -> list[Answer]:
+    """Send tasks together and return their answers in order."""
+    sampling = [{"temperature": temperature, "max_new_tokens": task.new_tokens, "ignore_eos": True} for task in tasks]
+    outputs = engine.generate(input_ids=[task.prompt for task in tasks], sampling_params=sampling)
+    answers = []
+    for task, output in zip(tasks, outputs, strict=True):
+        ids, meta = output["output_ids"], output["meta_info"]
+        counts = (meta["prompt_tokens"], meta["cached_tokens"])
+        answers.append(Answer(task.section, mode, task.expected, ids, tokenizer.decode(ids), *counts, task.depth))
+    return answers
+
+
+def answer_tasks(engine: Any, tokenizer: Any, tasks: Iterable[Task], samples: int, temperature: float) -> list[Answer]:
+    """Answer each section greedily with nothing cached, then draw samples where an answer is known.
+
+    A sampled request finds its prompt in the prefix cache. SGLang seeds one generator per engine (random_seed); which
+    draw a request gets depends on how the scheduler batches, so two runs differ: bf16 had 1 and then 2 of 3 needles.
+    A seed per request (sampling_seed) needs the deterministic mode, which a kvarn cache refuses.
+    """
+    answers = []
+    for section, group in groupby(tasks, key=lambda task: task.section):
+        own = list(group)
+        engines.report_progress(section)
+        engines.flush(engine)
+        answers += _ask(engine, tokenizer, own, "greedy")
+        if own[0].expected is not None:
+            for _ in range(samples):
+                answers += _ask(engine, tokenizer, own, "sampled", temperature)
+    return answers
+
+
+def hold_conversations(engine: Any, tokenizer: Any, conversations: list[list[Task]]) -> list[Answer]:
+    """Hold conversations side by side, turn by turn, then ask every turn again with an empty prefix cache."""
+    turns = [list(tasks) for tasks in zip(*conversations, strict=True)]
+    answers = []
+    engines.flush(engine)
+    for number, tasks in enumerate(turns, 1):
+        engines.report_progress(f"conversation, turn {number} of {len(turns)}")
+        answers += _ask(engine, tokenizer, tasks, "hit")
+    for number, tasks in enumerate(turns, 1):
+        engines.report_progress(f"conversation without prefix hits, turn {number} of {len(turns)}")
+        engines.flush(engine)
+        answers += _ask(engine, tokenizer, tasks, "miss")
+    return answers

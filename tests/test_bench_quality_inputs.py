@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench_quality --hard and --head-dim: the forms of a model that compute the same, and what caches make of them."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import bench_quality
+from quality import caches, compare, frames, hard, heads
+from quality.scores import Scores
+
+HARD = {frame.name: frame for frame in hard.frames(2, 64)}
+WIDE = {frame.name: frame for frame in (heads.widened(64, 128), heads.widened(64, 256))}
+# more than two pages, so that the last one reads the first one from its records
+TOKENS = 300
+
+
+def attention_error(frame: frames.Frame, cache: caches.Cache, inputs: list[torch.Tensor]) -> float:
+    """Return the relative RMS error of a cache in bfloat16 against exact attention; inf if an output is not finite."""
+    expected = caches.unquantised().attend(*inputs, 0.125)
+    got = frame.leave(cache.attend(*(x.bfloat16().contiguous() for x in frame.enter(*inputs)), 0.125))
+    return ((got - expected).norm() / expected.norm()).item() if got.isfinite().all() else float("inf")
+
+
+@pytest.fixture
+def inputs() -> list[torch.Tensor]:
+    """Return random q, k and v of 300 tokens, two query heads and one KV head."""
+    return [torch.randn(TOKENS, count, 64) for count in (2, 1, 1)]
+
+
+@pytest.mark.parametrize("frame", [*HARD.values(), *WIDE.values()], ids=[*HARD, *WIDE])
+def test_frame_leaves_exact_attention_as_it_is(frame):
+    assert frames.error(frame, 2, 64) < 1e-9
+
+
+@pytest.mark.parametrize("frame", HARD.values(), ids=HARD)
+def test_hard_frame_changes_what_the_cache_holds(frame):
+    q, k, v = (torch.randn(8, count, 64) for count in (6, 2, 2))
+    _, hard_k, hard_v = frame.enter(q, k, v)
+    changed = (hard_k != k).any(0) | (hard_v != v).any(0)
+    assert changed.sum(-1).tolist() == ([64, 64] if frame.needs_bf16 else [4, 4])
+
+
+def test_hard_magnitudes_are_beyond_fp16():
+    _, k, v = HARD["keys, values x 2^15"].enter(*(torch.randn(64, count, 64) for count in (6, 2, 2)))
+    assert k.half().isinf().any() and v.half().isinf().any()
+    q, _, _ = HARD["queries x 2^15"].enter(*(torch.randn(64, count, 64) for count in (6, 2, 2)))
+    assert q.half().isinf().any()
+
+
+def test_wide_head_holds_its_own_head_and_the_next_ones():
+    q, k, v = (torch.randn(5, count, 64) for count in (9, 3, 3))
+    wide_q, wide_k, _ = heads.widened(64, 128).enter(q, k, v)
+    assert torch.equal(wide_k[:, 2], torch.cat([k[:, 2], k[:, 0]], -1))
+    assert torch.equal(wide_q[..., :64], q) and not wide_q[..., 64:].any()
+    with pytest.raises(ValueError, match="multiple of the model's head_dim"):
+        heads.widened(64, 96)
+
+
+@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["keys, values x 2^15", "queries x 2^15"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="chooses between the forms of a CPU")
+def test_magnitudes_beyond_fp16_change_no_error(form, name, inputs, monkeypatch):
+    monkeypatch.setenv("KVARN_CPU_FORM", form)
+    (frame,) = (frame for frame in hard.frames(1, 64) if frame.name == name)
+    plain = attention_error(frames.UNTOUCHED, caches.kvarn("kvarn"), inputs)
+    # powers of two: the codes are the same, scales differ in their exponents
+    assert attention_error(frame, caches.kvarn("kvarn"), inputs) == pytest.approx(plain, rel=1e-3)
+    assert plain < 0.1
+
+
+@pytest.mark.parametrize("preset", ["kvarn_k4v2_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
+def test_key_biases_cost_no_more_than_they_cost_a_bf16_cache(preset, inputs):
+    (frame,) = (frame for frame in hard.frames(1, 64) if frame.name == "4 key channels + 100")
+    cache = caches.kvarn(preset)
+    biased, plain = (attention_error(x, cache, inputs) for x in (frame, frames.UNTOUCHED))
+    # bfloat16 rounds a bias of 100 in steps of a half
+    rounding = attention_error(frame, caches.unquantised(), inputs)
+    assert biased < 2 * max(plain, rounding)
+    assert biased < 0.5 * attention_error(frame, caches.fp8(), inputs)
+
+
+@pytest.mark.parametrize("width", [128, 256])
+def test_wide_heads_are_as_accurate_as_the_models_own(width):
+    # two KV heads and three channels that differ in magnitude between them
+    q, k, v = (torch.randn(TOKENS, count, 64) for count in (4, 2, 2))
+    for x in (k, v):
+        x[:, 0, :3] *= 4
+    both = (frames.UNTOUCHED, heads.widened(64, width))
+    plain, wide = (attention_error(frame, caches.kvarn("kvarn"), [q, k, v]) for frame in both)
+    assert wide < 1.5 * plain and plain < 0.2
+
+
+def quality_options(**changes: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"hard": True, "head_dim": [], "preset": None, "dtype": "bfloat16"} | changes)
+
+
+def test_quality_refuses_inputs_that_change_attention(monkeypatch):
+    model = SimpleNamespace(kv_heads=2, head_dim=64)
+    monkeypatch.setattr(hard, "frames", lambda *_: [replace(HARD["4 value channels + 1"], leave=lambda out: out)])
+    with pytest.raises(SystemExit, match=r"4 value channels \+ 1 to leave attention as it is"):
+        bench_quality.choose_inputs(quality_options(), model)
+
+
+def test_quality_leaves_out_what_float16_cannot_hold():
+    model = SimpleNamespace(kv_heads=2, head_dim=64)
+    names = [frame.name for frame in bench_quality.choose_inputs(quality_options(dtype="float16"), model)]
+    assert names == ["untouched", *(name for name, frame in HARD.items() if not frame.needs_bf16)]
+
+
+def test_quality_adds_the_16_bit_cache_to_other_inputs_only():
+    assert bench_quality.choose_rows(quality_options(), 128)[0].name == "16-bit"
+    assert "16-bit" not in [row.name for row in bench_quality.choose_rows(quality_options(hard=False), 128)]
+
+
+def test_comparison_divides_by_the_same_cache_on_the_untouched_model(tmp_path):
+    exact, tokens = torch.randn(8, 50), torch.randint(50, (8,))
+    row, wide = caches.kvarn("kvarn"), heads.widened(64, 128)
+    scores = {(frame.name, row.name): Scores() for frame in (frames.UNTOUCHED, wide)}
+    scores["untouched", row.name].add(exact, exact + 0.1 * torch.randn(8, 50), tokens)
+    scores[wide.name, row.name].add(exact, exact + torch.randn(8, 50), tokens)
+    plain, other = compare.collect(scores, [row], [frames.UNTOUCHED, wide], 64, (2, 8))
+    assert plain["kl_ratio"] == 1 and plain["bytes_per_token"] == 59 and other["bytes_per_token"] == 112
+    assert other["kl_ratio"] == pytest.approx(other["kl_mean"] / plain["kl_mean"]) and other["kl_ratio"] > 10
+    compare.write_csv([plain, other], "float16", tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open() as file:
+        assert [line["inputs"] for line in csv.DictReader(file)] == ["untouched", "heads of 128"]
+
+
+def test_scores_say_when_a_logit_is_not_finite():
+    exact, tokens = torch.randn(8, 50), torch.randint(50, (8,))
+    broken = exact.clone()
+    broken[3, 7] = float("nan")
+    scores = Scores()
+    scores.add(exact, exact, tokens)
+    assert scores.finite
+    scores.add(exact, broken, tokens)
+    assert not scores.finite
