@@ -29,6 +29,7 @@ DECODE, EXTEND = "tests/kernels/test_decode.py", "tests/kernels/test_extend.py"
 DECODE_ON_CPU = "tests/kernels/test_decode_on_cpu.py"
 DECODE_PLAN = "tests/kernels/test_decode_plan.py"
 PREFILL, PREFILL_PLAN = "tests/kernels/test_prefill.py", "tests/kernels/test_prefill_plan.py"
+LAUNCH = "tests/kernels/test_launch.py"
 DEQUANTISE = "tests/kernels/test_dequantise.py"
 ENCODE, REFERENCE = "tests/kernels/test_encode.py", "tests/kernels/test_reference.py"
 TORCH = "tests/kernels/test_torch_form.py"
@@ -357,6 +358,27 @@ MUTATIONS = (
         "source = v_ptr + token[:, None] * stride_v_token",
         "source = v_ptr + token[:, None] * stride_k_token",
         (PREFILL,),
+    ),
+    Mutation(
+        "tokens after the end of a request read as its own (workspace)",
+        f"{KERNELS}/dequantise.py",
+        "((position >= prefix_len) & (position < tl.load(seq_lens_ptr + b)))[:, None]",
+        "(position >= prefix_len)[:, None]",
+        (DEQUANTISE,),
+    ),
+    Mutation(
+        "queries of a page see its later tokens",
+        f"{KERNELS}/prefill.py",
+        "_plan_call(wrapper, segment.call, workspace, segment.causal)",
+        "_plan_call(wrapper, segment.call, workspace, False)",
+        (PREFILL,),
+    ),
+    Mutation(
+        "unaligned tensor launched as an aligned one",
+        f"{KERNELS}/launch.py",
+        "x.data_ptr() & 15",
+        "0",
+        (LAUNCH,),
     ),
     Mutation(
         "segment planned on the wrapper of another",
