@@ -299,8 +299,8 @@ MUTATIONS = (
     Mutation(
         "no exact window (prefill plan)",
         f"{KERNELS}/prefill_plan.py",
-        "records = (number - config.window_pages).clamp_min(0)",
-        "records = number.clamp_min(0)",
+        "records = np.maximum(number - config.window_pages, 0)",
+        "records = number",
         (PREFILL_PLAN, PREFILL),
     ),
     Mutation(
