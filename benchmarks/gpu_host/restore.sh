@@ -31,9 +31,10 @@ for folder in "$nvidia"/*/; do
     [ -e "$site/nvidia/$name" ] || ln -s "$nvidia/$name" "$site/nvidia/$name"
 done
 
+# the second folder is what a .pth file of CUTLASS adds where pip installs it; SGLang's Qwen models import it.
 # torch was built with cuDNN 9.24 and its Python check refuses an older minor version, which no text model calls
 cat >"$site/env.sh" <<END
-export PYTHONPATH=$site\${PYTHONPATH:+:\$PYTHONPATH} PYTORCH_SKIP_CUDNN_COMPATIBILITY_CHECK=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$site:$site/nvidia_cutlass_dsl/dsl_packages\${PYTHONPATH:+:\$PYTHONPATH} PYTORCH_SKIP_CUDNN_COMPATIBILITY_CHECK=1 PYTHONUNBUFFERED=1
 END
 cp SHA256SUMS "$site"
 echo "$site is complete: . $site/env.sh"
