@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,8 @@ def run_alone(cache: str, timeout: float, show: Callable[[str], None] = lambda t
     Returns:
         None if there is no result; then the end of the log is printed.
     """
+    # the engine is in a process group of its own, which ends in `finally`
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     command = [sys.executable, sys.argv[0], *sys.argv[1:], "--one", cache]
     deadline = time.monotonic() + timeout
     with tempfile.NamedTemporaryFile("w+", suffix=f"-{cache}.log", delete=False) as log:

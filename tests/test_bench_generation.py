@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,6 +215,26 @@ def test_engine_process_reports_fails_and_is_ended(tmp_path, monkeypatch, capsys
     assert engines.run_alone("fp8_e4m3", 60) is None
     assert "no such engine" in capsys.readouterr().err
     assert engines.run_alone("kvarn", 2) is None
+
+
+def test_run_alone_ends_the_engine_when_it_is_ended_itself(tmp_path):
+    script, pid = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(
+        f"import os, sys, time; sys.path.insert(0, {str(Path(engines.__file__).parent)!r}); import engines\n"
+        f"if '--one' in sys.argv: open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)\n"
+        "engines.run_alone('kvarn', 60)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)])
+    try:
+        deadline = time.monotonic() + 30
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+    finally:
+        process.kill()
 
 
 def measure_with(results: dict[str, list[Answer] | None], tmp_path: Path, monkeypatch) -> tuple[int, list[dict]]:
