@@ -2,7 +2,7 @@
 """What each preset costs in accuracy: a model's predictions with it against those with an unquantised cache.
 
     python benchmarks/bench_quality.py [--model smollm2|DIR] [--text NAME|FILE ...] [--preset P ...]
-        [--context N] [--judge-from N] [--csv FILE] [--plot FILE] [--json]
+        [--context N] [--judge-from N] [--window N ...] [--csv FILE] [--plot FILE] [--json]
     python benchmarks/bench_quality.py --hard --dtype bfloat16
     python benchmarks/bench_quality.py --head-dim 128 256
 
@@ -43,20 +43,19 @@ FIELDS = (
 
 
 def check(rows: list[caches.Cache], device: torch.device) -> None:
-    """Compare the presets' attention with the oracle, and the simulation with torch's, on 300 random tokens.
+    """Compare the presets' attention with the oracle, and the simulation with torch's, on 500 random tokens.
 
     Raises:
         SystemExit: they differ, so no figure would mean anything.
     """
     torch.manual_seed(0)
-    q, k, v = (torch.randn(300, heads, 64, device=device).half() for heads in (6, 2, 2))
+    q, k, v = (torch.randn(500, heads, 64, device=device).half() for heads in (6, 2, 2))
     heads_first = (x.float().transpose(0, 1)[None] for x in (q, k, v))
     causal = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
     pairs = [("16-bit", caches.unquantised().attend(q, k, v, 0.125), causal[0].transpose(0, 1))]
     for row in rows:
-        if row.name in ALIASES:
-            config = KVarNConfig.from_preset(row.name)
-            pairs.append((row.name, row.attend(q, k, v, 0.125), reference.attention(q, k, v, config)))
+        if row.config is not None:
+            pairs.append((row.name, row.attend(q, k, v, 0.125), reference.attention(q, k, v, row.config)))
     for name, got, expected in pairs:
         error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
         # 4e-4 is the rounding of an fp16 output
@@ -176,6 +175,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--head-dim", type=int, nargs="+", default=[], metavar="D", help="also with heads of 128 or 256 channels"
     )
+    parser.add_argument(
+        "--window", type=int, nargs="+", default=[], metavar="N", help="the presets also with N pages read exactly"
+    )
     parser.add_argument("--plot", type=Path, help="draw KL against bytes per token here")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser.parse_args()
@@ -198,6 +200,8 @@ def choose_rows(options: argparse.Namespace, judge_from: int) -> list[caches.Cac
     compared = options.hard or options.head_dim
     names = options.preset or (compare.CACHES if compared else known)
     rows = [known[name] for name in dict.fromkeys(ALIASES.get(name, name) for name in names)]
+    windows = [caches.kvarn(row.name, n) for row in rows if row.config is not None for n in options.window]
+    rows += [row for row in windows if row.config != known[row.name.split()[0]].config]
     return [caches.unquantised(), *rows] if compared else rows
 
 

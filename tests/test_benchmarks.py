@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,14 +46,15 @@ def test_capacity_of_qwen3_8b_is_that_of_its_bytes():
 
 
 def test_quality_check_passes_for_every_cache():
-    bench_quality.check(list(caches.all_caches(0).values()), torch.device("cpu"))
+    windows = [caches.kvarn("kvarn_k2v2_g128", window_pages) for window_pages in (0, 2)]
+    bench_quality.check([*caches.all_caches(0).values(), *windows], torch.device("cpu"))
 
 
 def test_quality_check_refuses_a_wrong_attention():
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
         return caches.kvarn("kvarn").attend(q, k, v, sm_scale * 1.01)
 
-    wrong = caches.Cache("kvarn_k4v2_g128", lambda head_dim: 59, attend)
+    wrong = dataclasses.replace(caches.kvarn("kvarn"), attend=attend)
     with pytest.raises(SystemExit, match="to agree with the oracle"):
         bench_quality.check([wrong], torch.device("cpu"))
 

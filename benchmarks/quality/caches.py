@@ -5,7 +5,7 @@ token."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from kvarn_kernels import reference
@@ -29,11 +29,13 @@ class Cache:
         bytes_per_token: per token and KV head at a head_dim; what a long context costs, rings and exact first
             pages not counted.
         attend: the attention of a model that has this cache.
+        config: of a preset.
     """
 
     name: str
     bytes_per_token: Callable[[int], float]
     attend: Attend
+    config: KVarNConfig | None = None
 
 
 def attend_pages(
@@ -99,10 +101,16 @@ def fp8() -> Cache:
     return Cache("fp8_e4m3", lambda head_dim: 2 * head_dim, attend)
 
 
-def kvarn(name: str) -> Cache:
-    """Return a preset, run as it is served: `ops.extend_attention`, the kernels on a GPU and torch on a
-    CPU."""
+def kvarn(name: str, window_pages: int | None = None) -> Cache:
+    """Return a preset, run as it is served: `ops.extend_attention`, the kernels on a GPU and torch on a CPU.
+
+    Args:
+        window_pages: another exact window than the preset's, to see what it is worth; a request's ring has a page
+            more than that.
+    """
     config = KVarNConfig.from_preset(name)
+    if window_pages is not None:
+        config = replace(config, name=f"{config.name} window {window_pages}", window_pages=window_pages)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
         tokens, kv_heads, head_dim = k.shape
@@ -128,7 +136,7 @@ def kvarn(name: str) -> Cache:
         extend_attention(q, k, v, out, LayerCache(records, *ring), batch, config, sm_scale)
         return out.float()
 
-    return Cache(config.name, config.bytes_per_token, attend)
+    return Cache(config.name, config.bytes_per_token, attend, config)
 
 
 def _tiles(x: torch.Tensor) -> torch.Tensor:
