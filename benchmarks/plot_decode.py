@@ -3,7 +3,7 @@
 
     python benchmarks/plot_decode.py benchmarks/results/decode.csv benchmarks/results/decode.png
 
-Rows of one GPU, the latest of each provider and shape.
+Rows of one GPU with 32/8 heads of 128, the latest of each provider and shape.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
+
+HEADS, HEADS_DRAWN = ("qo_heads", "kv_heads", "head_dim"), ("32", "8", "128")
 
 
 def read(path: Path) -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
@@ -20,9 +22,9 @@ def read(path: Path) -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
         ValueError: no rows.
     """
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if tuple(row[name] for name in HEADS) == HEADS_DRAWN]
     if not rows:
-        raise ValueError(f"expected rows of bench_decode.py --csv, got none in {path}")
+        raise ValueError(f"expected rows of bench_decode.py --csv with 32/8 heads of 128, got none in {path}")
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         if row["gpu"] == rows[-1]["gpu"]:

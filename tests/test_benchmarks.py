@@ -17,6 +17,7 @@ import bench_capacity
 import bench_quality
 import compare_isolation
 import plot_decode
+import plot_prefill
 from quality import caches, published, scores, texts
 
 
@@ -146,8 +147,24 @@ def test_compare_isolation_loads_both_caches_alike(monkeypatch, tmp_path):
 def test_the_decode_plot_draws_the_published_rows(tmp_path):
     gpu, figures = plot_decode.read(Path(__file__).parent.parent / "benchmarks/results/decode.csv")
     assert "NVIDIA" in gpu and figures["kvarn"].keys() == figures["flashinfer_bf16"].keys()
+    # rows of other heads stand in the same file
+    assert figures["kvarn"]["64 x 16,320"]["median_us"] > 350
     plot_decode.draw(gpu, figures, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").stat().st_size > 10_000
     (tmp_path / "empty.csv").write_text("gpu,provider\n")
     with pytest.raises(ValueError, match="expected rows"):
         plot_decode.read(tmp_path / "empty.csv")
+
+
+def test_the_prefill_plot_draws_the_published_rows(tmp_path):
+    title, times = plot_prefill.read(Path(__file__).parent.parent / "benchmarks/results/engine_prefill_8b.csv")
+    assert "H100" in title and list(times) == ["bf16", "kvarn"] and "2048+32768" in times["kvarn"]
+    plot_prefill.draw(title, times, tmp_path / "prefill.png")
+    assert (tmp_path / "prefill.png").stat().st_size > 10_000
+
+
+def test_the_prefill_plot_refuses_a_cache_without_a_baseline(tmp_path):
+    rows = ["device,model,cache,quantity,value", "H100,8b,kvarn,2048+0 time to first token,60.5"]
+    (tmp_path / "one.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="expected the same shapes of bf16"):
+        plot_prefill.read(tmp_path / "one.csv")
