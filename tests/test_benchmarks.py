@@ -51,6 +51,15 @@ def test_quality_check_passes_for_every_cache():
     bench_quality.check([*caches.all_caches(0).values(), *windows], torch.device("cpu"))
 
 
+def test_simulated_widths_of_a_preset_read_what_the_preset_reads():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(500, heads, 64).half() for heads in (6, 2, 2))
+    preset, simulated = caches.kvarn("kvarn"), caches.simulated(4, 2)
+    assert simulated.bytes_per_token(64) == preset.bytes_per_token(64) == 59
+    # 4e-4 is the rounding of an fp16 output
+    assert relative_error(simulated.attend(q, k, v, 0.125), preset.attend(q, k, v, 0.125)) < 1e-3
+
+
 def test_quality_check_refuses_a_wrong_attention():
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
         return caches.kvarn("kvarn").attend(q, k, v, sm_scale * 1.01)

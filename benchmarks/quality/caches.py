@@ -178,15 +178,16 @@ def published_kvarn(k_bits: int, v_bits: int, prompt: int) -> Cache:
     return Cache(f"published_k{k_bits}v{v_bits}", bytes_per_token, attend)
 
 
-def min_max(name: str) -> Cache:
-    """Return a preset with plain min / max codes instead of the clipped, unbiased ones, all else equal."""
-    config = KVarNConfig.from_preset(name)
+def _read_back(
+    name: str,
+    config: KVarNConfig,
+    bytes_per_token: Callable[[int], float],
+    read: Callable[[torch.Tensor, int], torch.Tensor],
+) -> Cache:
+    """Return a cache that follows the position rule and reads what `read` makes of a side's tiles and bits."""
 
     def is_exact(page: int, keys: torch.Tensor) -> torch.Tensor:
         return keys >= page - config.window_pages
-
-    def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
-        return published.quantise(tiles, bits, 1.0, reference.cross_scale(tiles))
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
         q, k, v = (reference.rotate(x).to(x.dtype) for x in (q, k, v))
@@ -197,7 +198,32 @@ def min_max(name: str) -> Cache:
         cached = (_replace_pages(k, k_tiles), _replace_pages(v, v_tiles))
         return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale))
 
-    return Cache(f"min_max_{config.name.removeprefix('kvarn_')}", config.bytes_per_token, attend)
+    return Cache(name, bytes_per_token, attend)
+
+
+def min_max(name: str) -> Cache:
+    """Return a preset with plain min / max codes instead of the clipped, unbiased ones, all else equal."""
+    config = KVarNConfig.from_preset(name)
+
+    def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+        return published.quantise(tiles, bits, 1.0, reference.cross_scale(tiles))
+
+    return _read_back(f"min_max_{config.name.removeprefix('kvarn_')}", config, config.bytes_per_token, read)
+
+
+def simulated(k_bits: int, v_bits: int) -> Cache:
+    """Return what a preset of other bit widths would be: the encoder's codes and scales, in no record."""
+    config = KVarNConfig(f"simulated_k{k_bits}v{v_bits}", k_bits, v_bits)
+
+    def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+        side = reference.quantise_side(tiles, bits)
+        return (side.codes * side.scale[..., None] + side.zero[..., None]) * side.cross[..., None, :]
+
+    def bytes_per_token(head_dim: int) -> float:
+        # scales and the exact first token as in every record
+        return head_dim * (k_bits + v_bits) / 8 + 10 * head_dim / PAGE + 6
+
+    return _read_back(config.name, config, bytes_per_token, read)
 
 
 def all_caches(prompt: int) -> dict[str, Cache]:
@@ -212,5 +238,6 @@ def all_caches(prompt: int) -> dict[str, Cache]:
         fp8(),
         *(published_kvarn(*bits, prompt) for bits in ((4, 2), (4, 4), (2, 2))),
         min_max("kvarn_k2v2_g128"),
+        *(simulated(*bits) for bits in ((3, 2), (3, 3), (4, 3))),
     ]
     return {row.name: row for row in rows}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 # bits -> part of a row's range that the first codes span (exact in float32), and how often scales and codes are
-# fitted to each other
-FIRST_REACH = {2: 0.75, 4: 1.0}
-ROUNDS = {2: 3, 4: 2}
+# fitted to each other; no preset has 3 bits (benchmarks/quality/caches.py simulates them)
+FIRST_REACH = {2: 0.75, 3: 1.0, 4: 1.0}
+ROUNDS = {2: 3, 3: 3, 4: 2}
 # larger magnitudes saturate: fp16 scales then stay below 2^9, which attend.py relies on
 LARGEST_INPUT = 2.0**22
 
