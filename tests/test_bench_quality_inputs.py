@@ -101,7 +101,8 @@ def test_wide_heads_are_as_accurate_as_the_models_own(width):
 
 
 def quality_options(**changes: object) -> SimpleNamespace:
-    return SimpleNamespace(**{"hard": True, "head_dim": [], "window": [], "preset": None, "dtype": "bfloat16"} | changes)
+    default = {"hard": True, "head_dim": [], "window": [], "preset": None, "dtype": "bfloat16"}
+    return SimpleNamespace(**default | changes)
 
 
 def test_quality_refuses_inputs_that_change_attention(monkeypatch):
