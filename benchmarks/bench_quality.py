@@ -149,7 +149,9 @@ def plot(results: list[dict[str, Any]], title: str, target: Path) -> None:
         colour = "tab:blue" if name in ALIASES else "tab:orange" if name.startswith("fp8") else "tab:grey"
         axes.plot(row["bytes_per_token"], row["kl_mean"], marker, color=colour)
         label = name.removeprefix("kvarn_").replace("_g128", "")
-        place = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": 8}
+        # presets and what they are compared with lie close to each other
+        side = {"xytext": (6, -3)} if colour != "tab:grey" else {"xytext": (-6, -3), "ha": "right"}
+        place = {**side, "textcoords": "offset points", "fontsize": 8}
         axes.annotate(label, (row["bytes_per_token"], row["kl_mean"]), **place)
     axes.set(xlabel="bytes per token and KV head", ylabel="mean KL to the 16-bit cache (nats)", yscale="log")
     axes.set_title(title, fontsize=9)
