@@ -17,8 +17,9 @@ from typing import Any
 
 from kvarn_kernels.config import preset_names
 
-# 16 bit, 8 bit, and what the plugin adds
-CACHES = ["bf16", "fp8_e4m3", *preset_names()]
+# 16 bit and 8 bit, and what the plugin adds
+STOCK = ("bf16", "fp8_e4m3")
+CACHES = (*STOCK, *preset_names())
 RESULT, PROGRESS = "BENCH_RESULT ", "BENCH_PROGRESS "
 
 
@@ -46,7 +47,7 @@ def cache_arguments(cache: str, backend: str | None) -> dict[str, Any]:
         cache: one of `CACHES`; bf16 is the dtype of the model, SGLang's default.
         backend: attention backend of bf16 and fp8_e4m3; None leaves it to SGLang.
     """
-    if cache not in ("bf16", "fp8_e4m3"):
+    if cache not in STOCK:
         return {"kv_cache_dtype": cache}
     chosen: dict[str, Any] = {"page_size": 128} | ({"attention_backend": backend} if backend else {})
     return chosen if cache == "bf16" else chosen | {"kv_cache_dtype": cache}

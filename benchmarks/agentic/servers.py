@@ -11,11 +11,9 @@ import tempfile
 from pathlib import Path
 
 from bench_engine import QWEN3_8B
-from kvarn_kernels.config import preset_names
+from engines import CACHES, STOCK
 
 ROOT = Path(__file__).resolve().parents[2]
-STOCK = ("bf16", "fp8_e4m3")
-CACHES = (*STOCK, *preset_names())
 DUMMY = "qwen3-8b-dummy"
 CONTEXT = 140_000
 

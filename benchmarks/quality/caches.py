@@ -178,12 +178,7 @@ def published_kvarn(k_bits: int, v_bits: int, prompt: int) -> Cache:
     return Cache(f"published_k{k_bits}v{v_bits}", bytes_per_token, attend)
 
 
-def _read_back(
-    name: str,
-    config: KVarNConfig,
-    bytes_per_token: Callable[[int], float],
-    read: Callable[[torch.Tensor, int], torch.Tensor],
-) -> Cache:
+def _read_back(config: KVarNConfig, read: Callable[[torch.Tensor, int], torch.Tensor]) -> Cache:
     """Return a cache that follows the position rule and reads what `read` makes of a side's tiles and bits."""
 
     def is_exact(page: int, keys: torch.Tensor) -> torch.Tensor:
@@ -198,7 +193,7 @@ def _read_back(
         cached = (_replace_pages(k, k_tiles), _replace_pages(v, v_tiles))
         return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale))
 
-    return Cache(name, bytes_per_token, attend)
+    return Cache(config.name, config.bytes_per_token, attend)
 
 
 def min_max(name: str) -> Cache:
@@ -208,22 +203,16 @@ def min_max(name: str) -> Cache:
     def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
         return published.quantise(tiles, bits, 1.0, reference.cross_scale(tiles))
 
-    return _read_back(f"min_max_{config.name.removeprefix('kvarn_')}", config, config.bytes_per_token, read)
+    return _read_back(replace(config, name=f"min_max_{config.name.removeprefix('kvarn_')}"), read)
 
 
 def simulated(k_bits: int, v_bits: int) -> Cache:
     """Return what a preset of other bit widths would be: the encoder's codes and scales, in no record."""
-    config = KVarNConfig(f"simulated_k{k_bits}v{v_bits}", k_bits, v_bits)
-
     def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
         side = reference.quantise_side(tiles, bits)
         return (side.codes * side.scale[..., None] + side.zero[..., None]) * side.cross[..., None, :]
 
-    def bytes_per_token(head_dim: int) -> float:
-        # scales and the exact first token as in every record
-        return head_dim * (k_bits + v_bits) / 8 + 10 * head_dim / PAGE + 6
-
-    return _read_back(config.name, config, bytes_per_token, read)
+    return _read_back(KVarNConfig(f"simulated_k{k_bits}v{v_bits}", k_bits, v_bits), read)
 
 
 def all_caches(prompt: int) -> dict[str, Cache]:

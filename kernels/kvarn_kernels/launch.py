@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch kernels with little work on the host, which a prefill step of few tokens waits for.
 
-An extend step launches a handful of kernels in each layer, outside of CUDA graphs. On the host of an H100 a call of a
-Triton kernel with 30 arguments took 55 us inside an engine, one of torch's loader for CUDA C++ 90 us.
+An extend step launches a handful of kernels in each layer, outside of CUDA graphs. On the host of an H100, in a loop, a
+call of a Triton kernel with 20 arguments took 22 us, of what it compiled to 12 us, and of torch's loader for CUDA C++
+47 us; with this module a layer of prefill took 220 to 315 us instead of 550 to 615.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ INTERPRET_ENV = "KVARN_CPU_FORM"
 #      64 new tokens on    512 cached    47 and    60 us
 #     128              on  8,192        210 and   551 us
 #      64              on 32,768        688 and 1,902 us
-# The host needs about 300 us a layer for FlashInfer (8,192 cached: 315), some 100 more than for Triton, so that
-# a step on a short prefix waits for the host in both: they are about equal at 6K
+# The host needs 315 us a layer for FlashInfer at 8,192 cached, and for Triton one launch and a plan less, so that a
+# step on a short prefix waits for the host in both. Where they meet, between 512 and 8,192, is interpolated
 FLASHINFER_TOKENS, FLASHINFER_PREFIX = 256, 6_144
 
 
