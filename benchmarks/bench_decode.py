@@ -25,11 +25,15 @@ import triton
 from kvarn_kernels import ops, reference
 from kvarn_kernels.cache import DecodeBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig, preset_names
-from kvarn_kernels.decode import make_workspace
+from kvarn_kernels.decode import decode, make_workspace
+from kvarn_kernels.merge import merge
+from kvarn_kernels.store import store_decode
 from rows import append
 
 PAGE = 128
 DEVICE = torch.device("cuda")
+# rotate + store + encode-if-full, attention over records and ring, merge + un-rotate
+PARTS = ["store", "attend", "merge"]
 SHAPES = ["64x16384", "32x32768", "8x32768", "1x131072", "1x32768", "64x1024"]
 COLUMNS = [
     "gpu", "torch", "triton", "sglang", "flashinfer", "commit", "provider", "batch", "context", "qo_heads", "kv_heads",
@@ -108,17 +112,21 @@ class Problem:
 
 @dataclass
 class Candidate:
-    """A provider made ready: run(layer) writes out; its bytes are those of the context it must read."""
+    """A provider made ready: run(layer) writes out; its bytes are those of the context it must read.
+
+    expected(b) is what the first and the last request are checked against; None for a part of a layer.
+    """
 
     run: Callable[[int], None]
     out: torch.Tensor
     layers: int
     bytes: int
-    expected: Callable[[int], torch.Tensor]
+    expected: Callable[[int], torch.Tensor] | None
     tolerance: float
 
 
-def kvarn_candidate(problem: Problem, preset: str) -> Candidate:
+def kvarn_candidate(problem: Problem, preset: str, part: str = "") -> Candidate:
+    """Return a preset made ready: what a layer runs, or one of `PARTS` of it, whose bytes are not counted."""
     shape, config = problem.shape, KVarNConfig.from_preset(preset)
     page_table = problem.physical_pages()
     count, heads, head_dim = page_table.numel() + 1, shape.kv_heads, shape.head_dim
@@ -156,6 +164,18 @@ def kvarn_candidate(problem: Problem, preset: str) -> Candidate:
         ops.decode_attention(
             problem.q, problem.k_new, problem.v_new, out, caches[layer], batch, config, head_dim**-0.5
         )
+
+    def run_part(layer: int) -> None:
+        if part == "store":
+            store_decode(problem.q, problem.k_new, problem.v_new, caches[layer], batch, config)
+        elif part == "attend":
+            decode(caches[layer], batch, config, shape.qo_heads, heads, head_dim**-0.5)
+        else:
+            merge(out, batch, config)
+
+    if part:
+        run(0)
+        return Candidate(run_part, out, layers, 0, None, math.inf)
 
     def expected(b: int) -> torch.Tensor:
         return reference.attention(problem.q[b : b + 1], *problem.keys_values(b), config)[0]
@@ -262,6 +282,7 @@ def check(candidate: Candidate, shape: Shape) -> float:
     candidate.out.fill_(float("nan"))
     candidate.run(0)
     torch.cuda.synchronize()
+    assert candidate.expected is not None, "a part has no result of its own"
     rows = sorted({0, shape.batch - 1})
     expected = torch.stack([candidate.expected(b) for b in rows])
     got = candidate.out[rows].float()
@@ -334,8 +355,9 @@ def measure(name: str, candidates: list[Candidate], shape: Shape, args: argparse
     """Return the row of the fastest correct candidate of a provider; None if a check is red."""
     best: dict | None = None
     for candidate in candidates:
-        error = check(candidate, shape) if args.check else float("nan")
-        if args.check and not error < candidate.tolerance:
+        checked = args.check and candidate.expected is not None
+        error = check(candidate, shape) if checked else float("nan")
+        if checked and not error < candidate.tolerance:
             print(f"{name}: relative error {error:.2e} above {candidate.tolerance:.0e}, not timed", file=sys.stderr)
             return None
         times = sorted(graph_times(candidate, args.replays))
@@ -362,7 +384,9 @@ def providers(args: argparse.Namespace) -> dict[str, Callable[[Problem], list[Ca
     }
     chosen = {name: baselines[name] for name in baselines if name in args.baselines}
     for preset in args.presets:
-        chosen[preset] = lambda problem, preset=preset: [kvarn_candidate(problem, preset)]
+        for part in ["", *(PARTS if args.parts else [])]:
+            name = f"{preset} {part}".rstrip()
+            chosen[name] = lambda problem, preset=preset, part=part: [kvarn_candidate(problem, preset, part)]
     return chosen
 
 
@@ -374,6 +398,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="*", default=["kvarn"], choices=preset_names())
     all_baselines = ["flashinfer_bf16", "flashinfer_fp8", "sglang_triton_bf16"]
     parser.add_argument("--baselines", nargs="*", default=all_baselines, choices=all_baselines)
+    parser.add_argument("--parts", action="store_true", help="also time the three steps of a layer of each preset")
     parser.add_argument("--replays", type=int, default=20, help="timed graph replays, default %(default)s")
     parser.add_argument("--no-check", dest="check", action="store_false", help="time without checking first")
     parser.add_argument(
