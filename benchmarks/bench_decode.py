@@ -368,10 +368,9 @@ def measure(name: str, candidates: list[Candidate], shape: Shape, args: argparse
                 "median_us": median,
                 "p20_us": times[len(times) // 5],
                 "p80_us": times[len(times) * 4 // 5],
-                "bytes": candidate.bytes,
-                "gb_per_s": candidate.bytes / median / 1e3,
-                "relative_error": error,
             }
+            if candidate.bytes:
+                best |= {"bytes": candidate.bytes, "gb_per_s": candidate.bytes / median / 1e3, "relative_error": error}
     return best
 
 
@@ -436,16 +435,16 @@ def main() -> None:
             bar = row["median_us"] if name == "flashinfer_bf16" else bar
             row |= common | {
                 "batch": batch, "context": shape.context, "qo_heads": qo_heads, "kv_heads": kv_heads,
-                "head_dim": args.head_dim, "dtype": "bfloat16", "copy_share": row["gb_per_s"] * 1e9 / bandwidth,
-                "ratio_to_flashinfer_bf16": bar / row["median_us"] if bar else "",
+                "head_dim": args.head_dim, "dtype": "bfloat16",
             }  # fmt: skip
+            said = f"{text:>10} {name:24} {row['median_us']:9.1f} us"
+            if "bytes" in row:
+                share, ratio = row["gb_per_s"] * 1e9 / bandwidth, bar / row["median_us"] if bar else ""
+                row |= {"copy_share": share, "ratio_to_flashinfer_bf16": ratio}
+                said += f" {row['gb_per_s']:7.0f} GB/s {share:5.0%} of copy "
+                said += (f"{ratio:5.2f}x" if bar else "     -") + f"  error {row['relative_error']:.1e}"
+            print(said, flush=True)
             rows.append(row)
-            ratio = f"{bar / row['median_us']:5.2f}x" if bar else "     -"
-            print(
-                f"{text:>10} {name:24} {row['median_us']:9.1f} us {row['gb_per_s']:7.0f} GB/s "
-                f"{row['copy_share']:5.0%} of copy {ratio}  error {row['relative_error']:.1e}",
-                flush=True,
-            )
         if args.csv:
             append(args.csv, COLUMNS, rows)
 
