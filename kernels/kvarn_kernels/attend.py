@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kvarn_kernels import tile
-from kvarn_kernels.tile_io import cast, dot, unpack_pair
+from kvarn_kernels.tile_io import cast, dot, load_value_words, unpack_pair, unpack_planes
 
 # weights up to 2^4 keep small ones above the subnormals of fp16; times a value scale below 2^9 and its 2^b they stay
 # below 65,504
@@ -146,7 +146,7 @@ def attend_record(
     KW: tl.constexpr = D // KCB
     VW: tl.constexpr = D // VCB
     K_FIELDS: tl.constexpr = 32 // K_BITS
-    V_FIELDS: tl.constexpr = 32 // V_BITS
+    V_FIELDS: tl.constexpr = 4 * VCB
     SUBS: tl.constexpr = 4 // KTB  # word rows of 4 tokens
     words_ptr = record.to(tl.pointer_type(tl.int32))
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
@@ -198,10 +198,13 @@ def attend_record(
         weights = weights + (operand,)
     zero = tl.sum(zero, 1)
     values = words_ptr + tile.v_codes_offset(D, K_BITS) // 4
-    words = tl.load(values + tile.v_word_index(t[:, None], vw[None, :], VW))  # [32, VW]
+    words, tops = load_value_words(values, t[:, None], vw[None, :], D, V_BITS)  # [32, VW]
     partial = zero_blocks(VCB, M, VW)
     for n in tl.static_range(V_FIELDS // 2):
-        low, high = unpack_pair(words, n, V_BITS)
+        if V_BITS == 3:
+            low, high = unpack_planes(words, tops, n)
+        else:
+            low, high = unpack_pair(words, n, V_BITS)
         block = dot(weights[2 * (n // VCB)], low, partial[n % VCB])
         block = dot(weights[2 * (n // VCB) + 1], high, block)
         partial = replace(partial, n % VCB, block)

@@ -32,11 +32,12 @@ constexpr int K_LANE_WORDS = K_ROW_WORDS / 4;
 constexpr int K_PAIRS = K_CB / 2;         // pairs of channels in a word, per token
 constexpr int PAIRS = D / 8;              // pairs of channels of a lane: channels D / 4 * q ...
 constexpr int STEPS = D / 16;             // depth-16 steps over the channels
-constexpr int V_CB = V_CHANNEL_BLOCKS;
+constexpr int V_CB = V_CHANNEL_BLOCKS;    // of 3-bit codes: of the low plane
 constexpr int V_WIDTH = D / V_CB;         // words of a row of value words
 constexpr int V_LANE_WORDS = V_WIDTH / 8;
 constexpr int V_VECTOR = V_LANE_WORDS < 4 ? V_LANE_WORDS : 4;  // words of one load
 constexpr int V_LOADS = V_LANE_WORDS / V_VECTOR;
+constexpr int V_VECTORS = V_WIDTH / V_VECTOR;
 constexpr int TILES = D / 16;             // blocks of 16 channels of the output
 constexpr int RING_LEN = (WINDOW + 1) * G;
 constexpr float LAG = 4.0f;               // how far a score may exceed the kept maximum, log2
@@ -182,6 +183,19 @@ __device__ constexpr u32 minus_offset_pair(int n) {  // -offset as an fp16 pair
                    : n % 4 == 0 ? 0xD400D400u : n % 4 == 2 ? 0xC400C400u : 0xCC00CC00u;
 }
 
+// as unpack; `top` has the top bits of 3-bit codes, that of field n at bit 2 n of each half
+template <int BITS>
+__device__ __forceinline__ u32 unpack_value(u32 w, u32 top, int n, const Exponents& e) {
+  if (BITS != 3) return unpack<BITS>(w, n, e);
+  u32 x = n < 2 ? w << 4 : n < 4 ? w : n < 6 ? w >> 4 : w >> 8;
+  u32 y = n < 2 ? top << 6 : n < 4 ? top << 2 : n < 6 ? top >> 2 : top >> 6;
+  return n % 2 == 0 ? ((x & 0x00300030u) | e.x64) | (y & 0x00400040u) : ((x & 0x00C000C0u) | e.x16) | (y & 0x01000100u);
+}
+template <int BITS>
+__device__ constexpr float value_offset(int n) {
+  return BITS != 3 ? offset<BITS>(n) : n % 2 == 0 ? 64.f : 16.f;
+}
+
 struct State {
   float m[2], l[2];        // heads 2 q and 2 q + 1; l is this lane's share
   float acc[TILES][4];     // channels (c, c + 1) of `channel_of` x heads (2 q, 2 q + 1)
@@ -207,6 +221,17 @@ __device__ __forceinline__ void raise(State& st, float largest0, float largest1)
     st.l[h] *= alpha;
 #pragma unroll
     for (int n = 0; n < TILES; n++) { st.acc[n][h] *= alpha; st.acc[n][h + 2] *= alpha; }
+  }
+}
+
+// the words V_VECTOR * vector ... of a row of value words that begins at `row`
+__device__ __forceinline__ void load_words(u32 (&w)[V_VECTOR], u32 row, int vector) {
+  if (V_VECTOR == 4) {
+    uint4 x = lds128(row + 64 * vector);
+    w[0] = x.x; w[1] = x.y; w[V_VECTOR - 2] = x.z; w[V_VECTOR - 1] = x.w;
+  } else {
+    uint2 x = lds64(row + (64 * (vector / 2) + 8 * (vector % 2)));
+    w[0] = x.x; w[1] = x.y;
   }
 }
 
@@ -291,18 +316,19 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
   }
   // value words: rows 4 (BLOCKS warp + t) + q, blocks of 4 x 4 words
   u32 values = record + V_CODES_OFFSET + 16 * BLOCKS * warp * V_WIDTH + 16 * q;
+  u32 tops_at = record + V_CODES_OFFSET + 4 * V_TOP_INDEX + 16 * BLOCKS * warp * (V_WIDTH / 2) + 16 * q;
 #pragma unroll
   for (int load = 0; load < V_LOADS; load++) {
-    u32 w[BLOCKS][V_VECTOR];
+    u32 w[BLOCKS][V_VECTOR], tops[BLOCKS][V_VECTOR];
 #pragma unroll
     for (int t = 0; t < BLOCKS; t++) {
-      u32 at = values + 16 * t * V_WIDTH + (V_VECTOR == 4 ? 64 * (g + 8 * load) : 64 * (g / 2) + 8 * (g % 2));
-      if (V_VECTOR == 4) {
-        uint4 x = lds128(at);
-        w[t][0] = x.x; w[t][1] = x.y; w[t][V_VECTOR - 2] = x.z; w[t][V_VECTOR - 1] = x.w;
-      } else {
-        uint2 x = lds64(at);
-        w[t][0] = x.x; w[t][1] = x.y;
+      load_words(w[t], values + 16 * t * V_WIDTH, g + 8 * load);
+      if (V_BITS == 3) {
+        // words of the upper half of the channels share theirs with the lower half
+        int vector = (g + 8 * load) % (V_VECTORS / 2), is_upper = (g + 8 * load) / (V_VECTORS / 2);
+        load_words(tops[t], tops_at + 16 * t * (V_WIDTH / 2), vector);
+#pragma unroll
+        for (int k = 0; k < V_VECTOR; k++) tops[t][k] >>= is_upper;
       }
     }
 #pragma unroll
@@ -317,15 +343,17 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
       }
       float first[4];
 #pragma unroll
-      for (int n = 0; n < 4; n++) first[n] = fmaf(-offset<V_BITS>(j), sum[n], base[n]);
+      for (int n = 0; n < 4; n++) first[n] = fmaf(-value_offset<V_BITS>(j), sum[n], base[n]);
 #pragma unroll
       for (int k = 0; k < V_VECTOR / 2; k++) {
         float o[4];
 #pragma unroll
         for (int t = 0; t < BLOCKS; t++)
-          mma_half(o, unpack<V_BITS>(w[t][2 * k], j, e), unpack<V_BITS>(w[t][2 * k + 1], j, e),
-                   unpack<V_BITS>(w[t][2 * k], V_CB + j, e), unpack<V_BITS>(w[t][2 * k + 1], V_CB + j, e),
-                   weights[t][0], weights[t][1], t == 0 ? first : o);
+          mma_half(o, unpack_value<V_BITS>(w[t][2 * k], tops[t][2 * k], j, e),
+                   unpack_value<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], j, e),
+                   unpack_value<V_BITS>(w[t][2 * k], tops[t][2 * k], V_CB + j, e),
+                   unpack_value<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], V_CB + j, e), weights[t][0],
+                   weights[t][1], t == 0 ? first : o);
         float c0 = low_half(scales[k]), c1 = high_half(scales[k]);
         float(&acc)[4] = st.acc[(load * (V_VECTOR / 2) + k) * V_CB + j];
         acc[0] = fmaf(o[0], c0, acc[0]);

@@ -388,15 +388,22 @@ struct Side {
       target[1] = four[1];
     }
     __syncthreads();
-    pack(table, record);
+    u32* words = (u32*)(record + (KEYS ? 0 : V_CODES_OFFSET));
+    if constexpr (BITS == 3) {
+      pack<2, V_CHANNEL_BLOCKS>(table, 0, words);
+      pack<1, 2 * V_CHANNEL_BLOCKS>(table, 2, words + V_TOP_INDEX);
+    } else {
+      pack<BITS, KEYS ? K_CHANNEL_BLOCKS : V_CHANNEL_BLOCKS>(table, 0, words);
+    }
   }
 
-  __device__ void pack(const u8* table, u8* record) const {
-    constexpr int HALF = 16 / BITS, CB = KEYS ? K_CHANNEL_BLOCKS : V_CHANNEL_BLOCKS;
+  // the plane of PLANE bits from bit `shift` of every code on
+  template <int PLANE, int CB>
+  __device__ void pack(const u8* table, int shift, u32* words) const {
+    constexpr int HALF = 16 / PLANE;
     constexpr int WIDTH = D / CB;                           // words of a row
-    constexpr int TOKENS = KEYS ? 32 / BITS / CB : 4;       // of a word
+    constexpr int TOKENS = KEYS ? 32 / PLANE / CB : 4;      // of a word
     constexpr int INNER = KEYS ? CB / 2 : CB;               // fields of a half that share a token
-    u32* words = (u32*)(record + (KEYS ? 0 : V_CODES_OFFSET));
     for (int n = threadIdx.x; n < G / TOKENS * WIDTH; n += THREADS) {
       const int r = n / WIDTH, c = n % WIDTH;
       u32 word = KEYS && n == 0 ? HEADER : 0u;
@@ -407,7 +414,8 @@ struct Side {
           const int i = f / INNER, j = f % INNER;
           const int token = KEYS ? TOKENS * r + i : 4 * r + 2 * i + h;
           const int channel = KEYS ? CB * c + 2 * j + h : c + WIDTH * j;
-          word |= (u32)table[token * TABLE_ROW + channel] << (BITS * (h * HALF + f));
+          const u32 code = table[token * TABLE_ROW + channel];
+          word |= (PLANE == BITS ? code : code >> shift & (1u << PLANE) - 1u) << (PLANE * (h * HALF + f));
         }
       words[KEYS ? n : r / 4 * (4 * WIDTH) + c / 4 * 16 + r % 4 * 4 + c % 4] = word;
     }

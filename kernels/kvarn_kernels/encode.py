@@ -17,8 +17,8 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.reference.quantiser import FIRST_REACH, LARGEST_INPUT, ROUNDS
 
 _LARGEST_INPUT = tl.constexpr(LARGEST_INPUT)
-_FIRST_REACH = tl.constexpr((FIRST_REACH[2], FIRST_REACH[4]))
-_ROUNDS = tl.constexpr((ROUNDS[2], ROUNDS[4]))
+_FIRST_REACH = tl.constexpr(tuple(FIRST_REACH[bits] for bits in (2, 3, 4)))
+_ROUNDS = tl.constexpr(tuple(ROUNDS[bits] for bits in (2, 3, 4)))
 # programs of the decode form, about two per multiprocessor: most steps of most requests fill no page
 RING_PROGRAMS = 256
 
@@ -117,8 +117,8 @@ def quantise_side(t, valid, ROW_COUNT: tl.constexpr, COL_COUNT: tl.constexpr, BI
     # the row of the first token of a value tile has no valid element
     low = tl.where(low <= high, low, 0.0)
     high = tl.where(low <= high, high, 0.0)
-    FIRST_REACH: tl.constexpr = _FIRST_REACH[0] if BITS == 2 else _FIRST_REACH[1]
-    ROUNDS: tl.constexpr = _ROUNDS[0] if BITS == 2 else _ROUNDS[1]
+    FIRST_REACH: tl.constexpr = _FIRST_REACH[BITS - 2]
+    ROUNDS: tl.constexpr = _ROUNDS[BITS - 2]
     reach = (high - low) * (0.5 * FIRST_REACH)
     low = (low + high) * 0.5 - reach
     step = reach * (2.0 / LEVELS)
@@ -157,12 +157,23 @@ def _pack_keys(codes, BITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _pack_values(codes, BITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
-    """Pack value codes int32 [G, D] into words int32 [G / 4, D / CB]."""
+    """Pack one plane of value codes, int32 [G, D] below 2^BITS, into words int32 [G / 4, D / CB]."""
     CB: tl.constexpr = tile.v_channel_blocks(BITS)
     fields = tl.reshape(codes, [G // 4, 4, CB, D // CB])
     t, j = tl.arange(0, 4), tl.arange(0, CB)
     shifts = BITS * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], BITS)  # [4, CB]
     return tl.sum(tl.sum(fields << shifts[None, :, :, None], 2), 1)
+
+
+@triton.jit
+def _store_plane(values_ptr, codes, PLANE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V_BITS: tl.constexpr):
+    """Store one plane of value codes int32 [G, D]; values_ptr: int32 pointer to the first value word."""
+    BITS: tl.constexpr = tile.planes(V_BITS)[PLANE]
+    WIDTH: tl.constexpr = D // tile.v_channel_blocks(BITS)
+    words = _pack_values((codes >> tile.plane_shift(V_BITS, PLANE)) & ((1 << BITS) - 1), BITS, G, D)
+    r, c = tl.arange(0, G // 4), tl.arange(0, WIDTH)
+    at = tile.v_plane_index(D, V_BITS, PLANE) + tile.v_word_index(r[:, None], c[None, :], WIDTH)
+    tl.store(values_ptr + at, words)
 
 
 @triton.jit
@@ -217,7 +228,6 @@ def _encode_values(
     record, ring_ptr, chunk_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK: tl.constexpr,
     D: tl.constexpr, G: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
 ):  # fmt: skip
-    WIDTH: tl.constexpr = D // tile.v_channel_blocks(V_BITS)
     g, d = tl.arange(0, G), tl.arange(0, D)
     x = _load_rows(
         ring_ptr,
@@ -229,10 +239,9 @@ def _encode_values(
     )  # [G, D]
     valid = (g > 0)[:, None] & (d >= 0)[None, :]
     codes, scale, zero, cross = quantise_side(tl.where(valid, _sanitise(x), 0.0), valid, D, G - 1, V_BITS)
-    words = _pack_values(codes, V_BITS, G, D)
-    r, c = tl.arange(0, G // 4), tl.arange(0, WIDTH)
     values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
-    tl.store(values + tile.v_word_index(r[:, None], c[None, :], WIDTH), words)
+    for n in tl.static_range(tile.plane_count(V_BITS)):
+        _store_plane(values, codes, n, G, D, V_BITS)
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
     tl.store(halves + tile.v_token_scale_index(D) + g[:, None], scale)
     tl.store(halves + tile.v_token_zero_index(D) + g[:, None], zero)

@@ -6,7 +6,7 @@ in this order, little endian, every section a multiple of 16 bytes:
 
     section           type     shape                    contents
     k_codes           int32    [G / TB, D / CB]         key codes, kb bits
-    v_codes           int32    [G / 16, D / CB / 4, 4, 4]   value codes, vb bits
+    v_codes           int32    [G / 16, D / CB / 4, 4, 4]   value codes, vb bits; vb = 3: 2 bits, then 1 bit
     k_channel_scale   fp16     [D]
     k_channel_zero    fp16     [D]
     v_channel_scale   fp16     [D]
@@ -28,6 +28,10 @@ of the low half and of the high half are neighbours h = 0, 1 along the dimension
 
 Key words are stored row by row. Value words are stored in blocks of 4 x 4 (the 4 words of a row are 16 bytes), so
 that the 32 lanes of a warp, lane 4 g + q on row q and words 4 g .. 4 g + 3, read 512 consecutive bytes.
+
+Value codes of 3 bits are stored as two planes, each in the layout of its own bits: the low 2 bits of every code, then
+the top bits. The top bit of field n of the low word (r, c) is field 2 n + (c >= D / 8) of each half of the top word
+(r, c mod D / 8), so that both are at the same bit of their words, or one apart.
 
 The codes of token 0 are zero, except that the lowest 4 bits of the record (of key word (0, 0), which belong to
 token 0 in every layout) are the header: `HEADER` | dtype of the first rows. A page that was never encoded has no
@@ -66,9 +70,27 @@ def k_token_blocks(head_dim, bits):
 
 
 @triton.constexpr_function
+def planes(bits):
+    """Return the bits of each plane that codes are stored in, the lowest first."""
+    return (2, 1) if bits == 3 else (bits,)
+
+
+@triton.constexpr_function
+def plane_count(bits):
+    """Return the number of planes."""
+    return len(planes(bits))
+
+
+@triton.constexpr_function
+def plane_shift(bits, plane):
+    """Return the lowest bit of a code that a plane holds."""
+    return sum(planes(bits)[:plane])
+
+
+@triton.constexpr_function
 def v_channel_blocks(bits):
-    """Return CB of the value codes."""
-    return 8 // bits
+    """Return CB of the value codes, of the low plane if there are two."""
+    return 8 // planes(bits)[0]
 
 
 @triton.jit
@@ -93,6 +115,12 @@ def v_word_index(r, c, WIDTH):
 def v_codes_offset(head_dim, k_bits):
     """Return the byte offset of the value codes (the key codes are at 0)."""
     return 128 * head_dim * k_bits // 8
+
+
+@triton.constexpr_function
+def v_plane_index(head_dim, bits, plane):
+    """Return the index of the first word of a plane of the value codes, in words after `v_codes_offset`."""
+    return 128 * head_dim * plane_shift(bits, plane) // 32
 
 
 @triton.constexpr_function

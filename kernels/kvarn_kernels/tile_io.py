@@ -61,6 +61,25 @@ def _unpack_pair_ptx(amount, mask):
     )
 
 
+@triton.constexpr_function
+def _unpack_planes_ptx(low_amount, top_amount):
+    # as _unpack_pair_ptx for 3 bits: two low words, then two top words in
+    def shift(amount, register, operand):
+        return f"{'shl' if amount >= 0 else 'shr'}.b32 {register}, {operand}, {abs(amount)}; "
+
+    low, top = 3 * 2**7 * 0x10001, 2**9 * 0x10001
+    return (
+        "{ .reg .b32 a, b, c, d; "
+        + shift(low_amount, "a", "$2")
+        + shift(low_amount, "b", "$3")
+        + shift(top_amount, "c", "$4")
+        + shift(top_amount, "d", "$5")
+        + f"lop3.b32 a, a, {low}, {0x3C003C00}, 0xEA; lop3.b32 b, b, {low}, {0x3C003C00}, 0xEA; "
+        f"lop3.b32 a, c, {top}, a, 0xEA; lop3.b32 b, d, {top}, b, 0xEA; "
+        "prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }"
+    )
+
+
 @triton.jit
 def _to_float(fields, BITS: tl.constexpr):
     # the code goes to the top of the mantissa of 1.0: no conversion from integers
@@ -95,6 +114,51 @@ def unpack_pair(words, FIELD: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def unpack_planes(words, tops, FIELD: tl.constexpr):
+    """Return the fields FIELD and FIELD + 8 of 3-bit codes in two planes; as `unpack_pair`.
+
+    Args:
+        words: int32, of the low plane; tops: of the top plane, shifted so that the bit of low field n is bit 2 n.
+        FIELD: 0 .. 7.
+    """
+    LOW: tl.constexpr = 7 - 2 * FIELD
+    TOP: tl.constexpr = 9 - 2 * FIELD
+    if not is_interpreted():
+        low, high = tl.inline_asm_elementwise(
+            _unpack_planes_ptx(LOW, TOP),
+            "=r,=r,r,r,r,r",
+            [words, tops],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        x = (_shift(words, LOW) & 0x180) | (_shift(tops, TOP) & 0x200) | 0x3C00
+        y = (_shift(words, LOW - 16) & 0x180) | (_shift(tops, TOP - 16) & 0x200) | 0x3C00
+        low, high = x.to(tl.int16).to(tl.float16, bitcast=True), y.to(tl.int16).to(tl.float16, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def load_value_words(values_ptr, r, c, D: tl.constexpr, BITS: tl.constexpr):
+    """Load the value words (r, c), and those of the top plane that hold the top bits of their codes.
+
+    Args:
+        values_ptr: int32 pointer to the value words; r, c: int32, broadcast against each other.
+
+    Returns:
+        (words, tops), int32; tops are shifted as `unpack_planes` takes them, and the words again unless BITS is 3.
+    """
+    WIDTH: tl.constexpr = D // tile.v_channel_blocks(BITS)
+    words = tl.load(values_ptr + tile.v_word_index(r, c, WIDTH))
+    if BITS != 3:
+        return words, words
+    HALF: tl.constexpr = D // 8
+    tops = tl.load(values_ptr + tile.v_plane_index(D, BITS, 1) + tile.v_word_index(r, c % HALF, HALF))
+    return words, tops >> (c // HALF)
+
+
+@triton.jit
 def load_key_codes(words_ptr, first_token, TOKENS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
     """Load the key codes of TOKENS consecutive tokens as float32 [TOKENS, D], each 1 + code / 2^BITS.
 
@@ -114,11 +178,15 @@ def load_key_codes(words_ptr, first_token, TOKENS: tl.constexpr, D: tl.constexpr
 def load_value_codes(words_ptr, first_token, TOKENS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
     """Load the value codes of TOKENS consecutive tokens; as `load_key_codes`."""
     CB: tl.constexpr = tile.v_channel_blocks(BITS)
+    LOW: tl.constexpr = tile.planes(BITS)[0]
     r, c = tl.arange(0, TOKENS // 4) + first_token // 4, tl.arange(0, D // CB)
-    words = tl.load(words_ptr + tile.v_word_index(r[:, None], c[None, :], D // CB))
+    words, tops = load_value_words(words_ptr, r[:, None], c[None, :], D, BITS)
     t, j = tl.arange(0, 4), tl.arange(0, CB)
-    shifts = BITS * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], BITS)  # [4, CB]
-    return tl.reshape(_to_float(words[:, None, None, :] >> shifts[None, :, :, None], BITS), [TOKENS, D])
+    shifts = LOW * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], LOW)  # [4, CB]
+    fields = words[:, None, None, :] >> shifts[None, :, :, None]
+    if BITS == 3:
+        fields = (fields & 3) | (((tops[:, None, None, :] >> shifts[None, :, :, None]) & 1) << 2)
+    return tl.reshape(_to_float(fields, BITS), [TOKENS, D])
 
 
 @triton.jit

@@ -18,6 +18,9 @@ FORMS = [
     ("kvarn", 256, 1, 8, True, 0),
     ("kvarn_k4v4_g128", 128, 8, 4, True, 0),
     ("kvarn_k4v4_g128", 64, 2, 1, True, 0),
+    ("kvarn_k4v3_g128", 128, 8, 4, True, 0),
+    ("kvarn_k4v3_g128", 64, 3, 3, False, 0),
+    ("kvarn_k4v3_g128", 256, 1, 8, True, 0),
     ("kvarn_k2v2_g128", 128, 8, 12, True, 0),
     ("kvarn_k2v2_g128", 64, 8, 6, True, 0),
     ("kvarn_k2v2_g128", 256, 2, 4, True, 0),
@@ -42,7 +45,7 @@ def test_decode_sm90_compiles_for_blackwell():
     assert code_of(FORMS[0], "100")
 
 
-@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     config = KVarNConfig.from_preset(preset)

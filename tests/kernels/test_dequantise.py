@@ -54,6 +54,8 @@ def filled(cache, request, config, prefix: int, numbers: list[int], num_exact: i
         ("kvarn", 256, torch.bfloat16),
         ("kvarn_k2v2_g128", 64, torch.bfloat16),
         ("kvarn_k2v2_g128", 128, torch.float16),
+        ("kvarn_k4v3_g128", 64, torch.float16),
+        ("kvarn_k4v3_g128", 128, torch.bfloat16),
         ("kvarn_k4v4_g128", 128, torch.bfloat16),
         ("kvarn_k4v4_g128", 256, torch.float16),
     ],

@@ -63,6 +63,8 @@ def call(function, *args) -> None:
         ("kvarn", torch.bfloat16, 128, 1.0),
         ("kvarn", torch.float16, 64, 1e-6),
         ("kvarn_k4v4_g128", torch.bfloat16, 64, 1e5),
+        ("kvarn_k4v3_g128", torch.bfloat16, 128, 1.0),
+        ("kvarn_k4v3_g128", torch.float16, 64, 1.0),
         ("kvarn_k2v2_g128", torch.float16, 64, 1.0),
         ("kvarn", torch.float16, 256, 1.0),
     ],
@@ -121,6 +123,7 @@ def test_poisoned_and_constant_rows_give_the_bytes_of_the_oracle(library, poison
         ("kvarn", 128, True),
         ("kvarn", 256, False),
         ("kvarn_k4v4_g128", 64, True),
+        ("kvarn_k4v3_g128", 128, True),
         ("kvarn_k2v2_g128", 128, False),
     ],
 )

@@ -10,7 +10,7 @@ from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig
 
 KVARN = KVarNConfig.from_preset("kvarn")
-PRESETS = ["kvarn", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
+PRESETS = ["kvarn", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -88,7 +88,7 @@ def test_decode_tile_is_close_to_what_was_encoded(preset, head_dim):
     # uniform quantiser of Gaussian rows: a step of about 4.6 deviations / 15 (4 bits), or the MSE-optimal 1
     # (2 bits)
     for x, y, bits in zip((k, v), decoded, (config.k_bits, config.v_bits), strict=True):
-        assert relative_rms(y, x) < {4: 0.11, 2: 0.42}[bits]
+        assert relative_rms(y, x) < {4: 0.11, 3: 0.22, 2: 0.42}[bits]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -14,7 +14,7 @@ TILE_SIZE = tile.TILE_SIZE
 
 @lru_cache(maxsize=16)
 def code_places(side: str, bits: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (word index, bit) of every code of a side ("k" or "v"), int64 and int32 [G, D]."""
+    """Return (word index, bit) of every code in a plane of a side ("k" or "v"), int64 and int32 [G, D]."""
     token, channel = torch.arange(TILE_SIZE)[:, None], torch.arange(head_dim)[None, :]
     if side == "k":
         tokens, channels = tile.k_token_blocks(head_dim, bits), tile.k_channel_blocks(head_dim, bits)
@@ -29,7 +29,23 @@ def code_places(side: str, bits: int, head_dim: int) -> tuple[torch.Tensor, torc
 
 
 def pack_codes(codes: torch.Tensor, side: str, bits: int) -> torch.Tensor:
-    """Pack codes [..., G, D] (int32, 0 .. 2^bits - 1) of a side into uint8 [..., G * D * bits / 8]."""
+    """Pack codes [..., G, D] (int32, 0 .. 2^bits - 1) of a side into uint8 [..., G * D * bits / 8], plane by plane."""
+    planes = enumerate(tile.planes(bits))
+    return torch.cat([_pack_plane(codes >> tile.plane_shift(bits, n) & 2**b - 1, side, b) for n, b in planes], -1)
+
+
+def unpack_codes(packed: torch.Tensor, side: str, bits: int, head_dim: int) -> torch.Tensor:
+    """Unpack uint8 [..., G * D * bits / 8] of a side into codes int32 [..., G, D]."""
+    sizes = [TILE_SIZE * head_dim * b // 8 for b in tile.planes(bits)]
+    codes = None
+    for n, plane in enumerate(packed.split(sizes, -1)):
+        part = _unpack_plane(plane, side, tile.planes(bits)[n], head_dim)
+        codes = part if codes is None else codes.bitwise_or_(part << tile.plane_shift(bits, n))
+    assert codes is not None, "codes have at least one plane"
+    return codes
+
+
+def _pack_plane(codes: torch.Tensor, side: str, bits: int) -> torch.Tensor:
     *lead, tokens, head_dim = codes.shape
     word, bit = (x.to(codes.device) for x in code_places(side, bits, head_dim))
     words = torch.zeros(*lead, tokens * head_dim * bits // 32, dtype=torch.int64, device=codes.device)
@@ -39,8 +55,7 @@ def pack_codes(codes: torch.Tensor, side: str, bits: int) -> torch.Tensor:
     return signed.contiguous().view(torch.uint8)
 
 
-def unpack_codes(packed: torch.Tensor, side: str, bits: int, head_dim: int) -> torch.Tensor:
-    """Unpack uint8 [..., G * D * bits / 8] of a side into codes int32 [..., G, D]."""
+def _unpack_plane(packed: torch.Tensor, side: str, bits: int, head_dim: int) -> torch.Tensor:
     word, bit = (x.to(packed.device) for x in code_places(side, bits, head_dim))
     words = packed.contiguous().view(torch.int32)
     # every word is shifted by all its fields at once, in an order that needs no copy of the codes afterwards

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 # bits -> part of a row's range that the first codes span (exact in float32), and how often scales and codes are
-# fitted to each other; no preset has 3 bits (benchmarks/quality/caches.py simulates them)
+# fitted to each other. 3 bits: KL of k4v3 over five texts of 1,024 tokens 0.00154 with 1.0, 0.00152 with 0.85, 0.00159
+# with 2 rounds
 FIRST_REACH = {2: 0.75, 3: 1.0, 4: 1.0}
 ROUNDS = {2: 3, 3: 3, 4: 2}
 # larger magnitudes saturate: fp16 scales then stay below 2^9, which attend.py relies on
