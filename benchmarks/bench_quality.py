@@ -3,7 +3,7 @@
 
     python benchmarks/bench_quality.py [--model smollm2|DIR] [--text NAME|FILE ...] [--preset P ...]
         [--context N] [--judge-from N] [--window N ...] [--csv FILE] [--plot FILE] [--json]
-    python benchmarks/bench_quality.py --hard --dtype bfloat16
+    python benchmarks/bench_quality.py --hard --dtype bfloat16 [--unbalanced]
     python benchmarks/bench_quality.py --head-dim 128 256
 
 Texts are fed token by token in effect (teacher-forced: the position rule makes one pass over a text read what
@@ -12,7 +12,8 @@ the torch form on a CPU; fp8, the published method and plain min / max codes are
 model runs in float32, so that only the cache makes a difference; q, k and v enter the cache in --dtype.
 
 --hard and --head-dim measure the same model in forms that compute the same (quality.hard, quality.heads), each cache
-beside itself on the model as it is. --hard in float16 leaves out what only bfloat16 can hold.
+beside itself on the model as it is. Presets have the weights that a server gives them (sglang_kvarn.balance), with
+--unbalanced also those of the checkpoint. --hard in float16 leaves out what only bfloat16 can hold.
 """
 
 from __future__ import annotations
@@ -60,9 +61,7 @@ def check(rows: list[caches.Cache], device: torch.device) -> None:
         error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
         # 4e-4 is the rounding of an fp16 output
         if not error < 1e-3:
-            raise SystemExit(
-                f"expected the attention of {name} to agree with the oracle, relative RMS {error:.2e}"
-            )
+            raise SystemExit(f"expected the attention of {name} to agree with the oracle, relative RMS {error:.2e}")
 
 
 def measure(
@@ -80,8 +79,9 @@ def measure(
         for frame, row in product(inputs, rows):
             what = f"{piece.name}, {frame.name}: {row.name}"
             progress.update(what)
-            started, own = perf_counter(), scores[frame.name, row.name]
-            logits = model.logits(piece.tokens, row.attend, frame)
+            with model.form(frame, row.balanced):
+                started, own = perf_counter(), scores[frame.name, row.name]
+                logits = model.logits(piece.tokens, row.attend)
             own.seconds += perf_counter() - started
             own.add(exact, logits, tokens)
             progress.console.print(f"{what} {perf_counter() - started:.1f} s", highlight=False)
@@ -174,6 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="of q, k and v")
     parser.add_argument("--csv", type=Path, help="write one line per row and bucket here")
     parser.add_argument("--hard", action="store_true", help="also with inputs that are hard to quantise")
+    parser.add_argument("--unbalanced", action="store_true", help="the presets also on the weights of the checkpoint")
     parser.add_argument(
         "--head-dim", type=int, nargs="+", default=[], metavar="D", help="also with heads of 128 or 256 channels"
     )
@@ -204,14 +205,16 @@ def choose_rows(options: argparse.Namespace, judge_from: int) -> list[caches.Cac
     rows = [known[name] for name in dict.fromkeys(ALIASES.get(name, name) for name in names)]
     windows = [caches.kvarn(row.name, n) for row in rows if row.config is not None for n in options.window]
     rows += [row for row in windows if row.config != known[row.name.split()[0]].config]
+    if options.unbalanced:
+        rows += [caches.unbalanced(row) for row in rows if row.balanced]
     return [caches.unquantised(), *rows] if compared else rows
 
 
 def choose_inputs(options: argparse.Namespace, model: Model) -> list[frames.Frame]:
-    """Return the frames to measure, the untouched model first.
+    """Return the forms of the model to measure, the untouched one first.
 
     Raises:
-        SystemExit: a frame changes what attention computes, so no figure would mean anything.
+        SystemExit: a form changes what the model computes, so no figure would mean anything.
     """
     made = hard.frames(model.kv_heads, model.head_dim) if options.hard else []
     made += [heads.widened(model.head_dim, width) for width in options.head_dim]
@@ -219,6 +222,10 @@ def choose_inputs(options: argparse.Namespace, model: Model) -> list[frames.Fram
         # the greatest biases move scores by some hundred, in float64
         if not (error := frames.error(frame, model.kv_heads, model.head_dim)) < 1e-9:
             raise SystemExit(f"expected {frame.name} to leave attention as it is, relative RMS {error:.2e}")
+        for balanced in (False, True):
+            # in float32; the greatest bias of values costs SmolLM2 2e-5, factors nothing
+            if frame.reweigh is not None and not (error := model.error(frame, balanced)) < 2e-4:
+                raise SystemExit(f"expected {frame.name} to leave the model as it is, relative RMS {error:.2e}")
     fitting = [frame for frame in made if options.dtype == "bfloat16" or not frame.needs_bf16]
     return [frames.UNTOUCHED, *fitting]
 
@@ -234,7 +241,7 @@ def main() -> None:
     with Console(file=sys.stderr).status("check") as progress:
         check(rows, device)
         folder = model_folder(options.model)
-        model = Model(folder, device, getattr(torch, options.dtype))
+        model = Model.load(folder, device, getattr(torch, options.dtype))
         inputs = choose_inputs(options, model)
         pieces = [texts.load(name, options.context, options.seed, model.tokenizer) for name in options.text]
         scores, exact_seconds = measure(model, rows, inputs, pieces, progress)

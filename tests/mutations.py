@@ -34,6 +34,8 @@ DEQUANTISE = "tests/kernels/test_dequantise.py"
 ENCODE, REFERENCE = "tests/kernels/test_encode.py", "tests/kernels/test_reference.py"
 TORCH = "tests/kernels/test_torch_form.py"
 POSITION = "tests/kernels/test_position_rule.py"
+BALANCE, BALANCE_LAYERS = "tests/plugin/test_balance.py", "tests/plugin/test_balanced_layers.py"
+BALANCE_ENGINE = "tests/engine/test_hard_model.py"
 INTERPRETED_ENGINE = "tests/engine/test_interpreted_kernels.py"
 WINDOW_ENGINE = "tests/engine/test_scheduling.py::test_a_window_preset_reads_the_cached_prefix_from_records"
 
@@ -61,6 +63,34 @@ class Mutation:
 
 
 MUTATIONS = (
+    Mutation(
+        "a RoPE pair with two factors",
+        f"{PLUGIN}/balance.py",
+        "if self.partners is not None:",
+        "if False:",
+        (f"{BALANCE}::test_no_weight_grows_beyond_its_dtype",),
+    ),
+    Mutation(
+        "a factor that takes a weight beyond its dtype",
+        f"{PLUGIN}/balance.py",
+        "torch.minimum(torch.maximum(ideal, -shrink), grow)",
+        "ideal",
+        (f"{BALANCE}::test_no_weight_grows_beyond_its_dtype",),
+    ),
+    Mutation(
+        "a value bias that is added nowhere",
+        f"{PLUGIN}/backend.py",
+        "add_(bias[:, None])",
+        "add_(0 * bias[:, None])",
+        (BALANCE_ENGINE,),
+    ),
+    Mutation(
+        "an update into balanced weights",
+        f"{PLUGIN}/balanced_layers.py",
+        "        chosen.take_out(weights)\n",
+        "        pass\n",
+        (BALANCE_LAYERS,),
+    ),
     Mutation(
         "ring slot of the next position (torch form)",
         f"{KERNELS}/torch_form.py",

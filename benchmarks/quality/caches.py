@@ -30,12 +30,14 @@ class Cache:
             pages not counted.
         attend: the attention of a model that has this cache.
         config: of a preset.
+        balanced: whether the model's weights are balanced first, as a server with a preset does.
     """
 
     name: str
     bytes_per_token: Callable[[int], float]
     attend: Attend
     config: KVarNConfig | None = None
+    balanced: bool = False
 
 
 def attend_pages(
@@ -136,7 +138,12 @@ def kvarn(name: str, window_pages: int | None = None) -> Cache:
         extend_attention(q, k, v, out, LayerCache(records, *ring), batch, config, sm_scale)
         return out.float()
 
-    return Cache(config.name, config.bytes_per_token, attend, config)
+    return Cache(config.name, config.bytes_per_token, attend, config, balanced=True)
+
+
+def unbalanced(cache: Cache) -> Cache:
+    """Return a preset on weights as a checkpoint has them, which a server has with KVARN_BALANCE=0."""
+    return replace(cache, name=f"{cache.name} unbalanced", balanced=False)
 
 
 def _tiles(x: torch.Tensor) -> torch.Tensor:
@@ -208,6 +215,7 @@ def min_max(name: str) -> Cache:
 
 def simulated(k_bits: int, v_bits: int) -> Cache:
     """Return what a preset of other bit widths would be: the encoder's codes and scales, in no record."""
+
     def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
         side = reference.quantise_side(tiles, bits)
         return (side.codes * side.scale[..., None] + side.zero[..., None]) * side.cross[..., None, :]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact changes of what enters a cache: other queries, keys and values with which attention gives the same output."""
+"""Exact changes of what enters a cache: other weights, or other queries, keys and values, with the same output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,26 +13,33 @@ import torch
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def _same_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Inputs:
+    return q, k, v
+
+
 @dataclass(frozen=True)
 class Frame:
-    """A pair of maps around attention: leave(attend(*enter(q, k, v))) = attend(q, k, v) in exact arithmetic.
+    """Another form of a model's attention, which computes the same in exact arithmetic.
 
     Attributes:
         name: as in the table.
         enter: maps (q, k, v), of which q and k are after RoPE, to what the cache gets; any float dtype.
-        leave: maps the output [T, Hq, D'] back to [T, Hq, D].
+        leave: maps the output [T, Hq, D'] back to [T, Hq, D]: leave(attend(*enter(q, k, v))) = attend(q, k, v).
+        reweigh: changes q_proj, k_proj, v_proj and o_proj of an attention module of transformers in place; None for a
+            form that only lies around attention.
         needs_bf16: whether the inputs do not fit into fp16.
         head_dim: channels of a head in the cache, where they are not those of the model.
     """
 
     name: str
-    enter: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Inputs]
-    leave: Callable[[torch.Tensor], torch.Tensor]
+    enter: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Inputs] = _same_inputs
+    leave: Callable[[torch.Tensor], torch.Tensor] = lambda out: out
+    reweigh: Callable[[Any], None] | None = None
     needs_bf16: bool = False
     head_dim: int | None = None
 
 
-UNTOUCHED = Frame("untouched", lambda q, k, v: (q, k, v), lambda out: out)
+UNTOUCHED = Frame("untouched")
 
 
 def error(frame: Frame, kv_heads: int, head_dim: int) -> float:

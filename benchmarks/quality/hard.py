@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs that are hard to quantise, made from any model without changing what it computes.
 
-Large key biases, outlier channels and magnitudes beyond fp16 come with other models than SmolLM2. Each frame here puts
+Large key biases, outlier channels and magnitudes beyond fp16 come with other models than SmolLM2. Each form here puts
 one of them into the keys and values that enter the cache and takes it out again where exact arithmetic does not notice:
 
     q / s, k * s        a factor per channel cancels in q . k. Equal for both channels of a RoPE pair, it commutes with
-                        RoPE, so that it could be folded into the weights of q_proj and k_proj
+                        RoPE: weights of q_proj and k_proj
     k + c               one vector for all keys of a head adds the same number to all scores of a query, which softmax
                         ignores. After RoPE only: it stands for a bias on channels that RoPE hardly turns
     v * s, out / s      v_proj and the columns of o_proj
     v + c, out - c      attention weights sum to one: a bias of v_proj and one of o_proj
+
+Factors are powers of two. So the weights are those of a model that could have been trained like this, and what a server
+does with weights (sglang_kvarn.balance) is done with them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from quality.frames import Frame, Inputs
+from quality.frames import Frame
 
 # channels of a head that get the factor or the bias
 OUTLIERS = 4
@@ -39,43 +44,61 @@ def pattern(kv_heads: int, head_dim: int) -> torch.Tensor:
     return chosen
 
 
-def affine(
-    name: str,
-    k_scale: torch.Tensor,
-    k_bias: torch.Tensor,
-    v_scale: torch.Tensor,
-    v_bias: torch.Tensor,
-    *,
-    needs_bf16: bool = False,
+def per_head(channels: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return channels [Hk, D] for query heads, [Hq, D]."""
+    return channels.repeat_interleave(heads // len(channels), 0)
+
+
+def multiply_rows(weight: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply a weight [H * D, n] by a factor per channel, [Hk, D]."""
+    heads = weight.unflatten(0, (-1, factor.shape[1]))
+    heads.mul_(per_head(factor, len(heads))[..., None].to(weight))
+
+
+def scaled(
+    name: str, *, keys: torch.Tensor | None = None, values: torch.Tensor | None = None, needs_bf16: bool = False
 ) -> Frame:
-    """Return the frame of keys k * k_scale + k_bias and values v * v_scale + v_bias, each [Hk, D].
+    """Return the model with k_proj or v_proj times a factor per channel [Hk, D], q_proj or o_proj's columns over it."""
 
-    Queries are divided by k_scale; v_bias and v_scale are taken out of the output.
-    """
+    def reweigh(module: Any) -> None:
+        if keys is not None:
+            multiply_rows(module.k_proj.weight, keys)
+            multiply_rows(module.q_proj.weight, 1 / keys)
+        if values is not None:
+            multiply_rows(module.v_proj.weight, values)
+            multiply_rows(module.o_proj.weight.T, 1 / values)
 
-    def per_head(channels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return channels.to(x).repeat_interleave(x.shape[1] // len(channels), 0)
+    return Frame(name, reweigh=reweigh, needs_bf16=needs_bf16)
 
-    def enter(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Inputs:
-        keys = k * per_head(k_scale, k) + per_head(k_bias, k)
-        return q / per_head(k_scale, q), keys, v * per_head(v_scale, v) + per_head(v_bias, v)
 
-    def leave(out: torch.Tensor) -> torch.Tensor:
-        return (out - per_head(v_bias, out)) / per_head(v_scale, out)
+def biased_values(name: str, bias: torch.Tensor) -> Frame:
+    """Return the model with a bias of v_proj per channel [Hk, D] and one of o_proj that takes it out again."""
 
-    return Frame(name, enter, leave, needs_bf16)
+    def reweigh(module: Any) -> None:
+        output = module.o_proj.weight
+        entered = per_head(bias, output.shape[1] // bias.shape[1]).flatten().to(output)
+        for projection, more in ((module.v_proj, bias.flatten().to(output)), (module.o_proj, -output @ entered)):
+            own = torch.zeros_like(more) if projection.bias is None else projection.bias
+            projection.bias = torch.nn.Parameter(own + more, requires_grad=False)
+
+    return Frame(name, reweigh=reweigh)
+
+
+def biased_keys(name: str, bias: torch.Tensor) -> Frame:
+    """Return the model with a bias per channel [Hk, D] on its keys after RoPE."""
+    return Frame(name, enter=lambda q, k, v: (q, k + bias.to(k), v))
 
 
 def frames(kv_heads: int, head_dim: int) -> list[Frame]:
     """Return every kind of hard input for a model of so many KV heads."""
     chosen = pattern(kv_heads, head_dim)
-    one, zero = torch.ones_like(chosen), torch.zeros_like(chosen)
+    large = torch.full_like(chosen, RANGE)
     made = []
     for factor in FACTORS:
         few = torch.where(chosen != 0, factor, 1.0)
-        made.append(affine(f"4 key channels x {factor:g}", few, zero, one, zero))
-        made.append(affine(f"4 value channels x {factor:g}", one, zero, few, zero))
-    made += [affine(f"4 key channels + {bias:g}", one, bias * chosen, one, zero) for bias in KEY_BIASES]
-    made += [affine(f"4 value channels + {bias:g}", one, zero, one, bias * chosen) for bias in VALUE_BIASES]
-    large = affine("keys, values x 2^15", RANGE * one, zero, RANGE * one, zero, needs_bf16=True)
-    return [*made, large, affine("queries x 2^15", one / RANGE, zero, one, zero, needs_bf16=True)]
+        made.append(scaled(f"4 key channels x {factor:g}", keys=few))
+        made.append(scaled(f"4 value channels x {factor:g}", values=few))
+    made += [biased_keys(f"4 key channels + {bias:g}", bias * chosen) for bias in KEY_BIASES]
+    made += [biased_values(f"4 value channels + {bias:g}", bias * chosen) for bias in VALUE_BIASES]
+    made.append(scaled("keys, values x 2^15", keys=large, values=large, needs_bf16=True))
+    return [*made, scaled("queries x 2^15", keys=1 / large, needs_bf16=True)]

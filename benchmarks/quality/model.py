@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from sglang_kvarn import balance, compat
 
 from quality import caches
 from quality.frames import UNTOUCHED, Frame
@@ -21,19 +25,27 @@ class Model:
         dtype: of q, k and v as they enter the cache.
     """
 
-    def __init__(self, folder: str, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+    def __init__(self, network: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AttentionInterface
 
         AttentionInterface.register(ATTENTION, self._attention)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.network = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=ATTENTION
-        ).to(device)
+        network.set_attn_implementation(ATTENTION)
+        self.network, self.tokenizer = network.to(device), tokenizer
         self.device, self.dtype = device, dtype
         self.attend, self.frame = caches.unquantised().attend, UNTOUCHED
+        # what `balance` took out of the values, [Hk, D] by attention module
+        self.output_bias: dict[Any, torch.Tensor] = {}
         config = self.network.config.get_text_config()
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
+
+    @classmethod
+    def load(cls, folder: str, device: torch.device, dtype: torch.dtype) -> Model:
+        """Return the model of a folder."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return cls(network, AutoTokenizer.from_pretrained(folder), device, dtype)
 
     def _attention(
         self,
@@ -47,12 +59,62 @@ class Model:
     ) -> tuple[torch.Tensor, None]:
         """Attend [1, H, T, D] after RoPE with the cache and in the frame of this pass: [1, T, Hq, D]."""
         inputs = self.frame.enter(*(x[0].transpose(0, 1) for x in (q, k, v)))
-        out = self.attend(*(x.to(self.dtype).contiguous() for x in inputs), scaling)
-        return self.frame.leave(out)[None].to(q.dtype), None
+        out = self.frame.leave(self.attend(*(x.to(self.dtype).contiguous() for x in inputs), scaling))
+        if (bias := self.output_bias.get(module)) is not None:
+            out = out + bias.repeat_interleave(out.shape[1] // len(bias), 0)
+        return out[None].to(q.dtype), None
+
+    @contextmanager
+    def form(self, frame: Frame, balanced: bool) -> Iterator[None]:
+        """Be the model in another form within a with statement, with balanced weights where a server balances them."""
+        layers = [layer for layer in self.network.get_decoder().layers if hasattr(layer, "self_attn")]
+        own, self.frame = [layer.self_attn for layer in layers], frame
+        try:
+            for layer in layers:
+                layer.self_attn = copy.deepcopy(layer.self_attn).requires_grad_(False)
+                if frame.reweigh is not None:
+                    frame.reweigh(layer.self_attn)
+                if balanced:
+                    self._balance(layer.self_attn, layer.input_layernorm)
+            yield
+        finally:
+            self.frame = UNTOUCHED
+            self.output_bias.clear()
+            for layer, module in zip(layers, own, strict=True):
+                layer.self_attn = module
+
+    def _balance(self, module: Any, norm: Any) -> None:
+        # transformers names its classes as SGLang does
+        if type(module).__name__ not in {path.rpartition(".")[2] for path in compat.PLAIN_ATTENTION}:
+            return
+        weights = balance.attention_weights(
+            module.head_dim,
+            [(projection.weight, projection.bias) for projection in (module.q_proj, module.k_proj, module.v_proj)],
+            module.o_proj.weight,
+            balance.rope_partners(module.head_dim, module.head_dim, neox=True),
+            inputs=norm.weight.detach(),
+            norms=[norm.weight for norm in (module.q_norm, module.k_norm)] if hasattr(module, "q_norm") else (),
+        )
+        if (chosen := balance.choose(weights)) is None:
+            return
+        chosen.put_in(weights)
+        if chosen.output_bias is not None:
+            self.output_bias[module] = chosen.output_bias
 
     @torch.inference_mode()
-    def logits(self, tokens: list[int], attend: caches.Attend, frame: Frame = UNTOUCHED) -> torch.Tensor:
-        """Return the logits [T, V] of a text with a cache, which is fed in a frame."""
-        self.attend, self.frame = attend, frame
+    def logits(self, tokens: list[int], attend: caches.Attend) -> torch.Tensor:
+        """Return the logits [T, V] of a text with a cache, in the form that the model has."""
+        self.attend = attend
         ids = torch.tensor([tokens], device=self.device)
         return self.network(ids, use_cache=False).logits[0]
+
+    def error(self, frame: Frame, balanced: bool) -> float:
+        """Return how far the logits of a form are from the model's without a cache, in float32: relative RMS."""
+        tokens, exact = list(range(1, 65)), caches.unquantised().attend
+        dtype, self.dtype = self.dtype, torch.float32
+        try:
+            expected = self.logits(tokens, exact)
+            with self.form(frame, balanced):
+                return ((self.logits(tokens, exact) - expected).norm() / expected.norm()).item()
+        finally:
+            self.dtype = dtype

@@ -11,7 +11,7 @@ import torch
 from kvarn_kernels import ops
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch
 
-from sglang_kvarn import budget, compat, hooks, refusals
+from sglang_kvarn import balanced_layers, budget, compat, hooks, refusals
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 from sglang_kvarn.pool import KVarNTokenToKVPool
 
@@ -36,6 +36,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
             )
         refusals.check_device(model_runner.device, model_runner.dtype)
         refusals.check_layers(model_runner.model)
+        balanced_layers.balance_layers(model_runner)
         self.pool, self.config = pool, pool.config
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.form = ops.attention_form(self.req_to_token.device)
@@ -163,4 +164,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         # a prefill graph pads the tokens; zeros, so that nothing undefined flows on through their rows
         out = torch.zeros_like(q) if q.shape[0] > batch.num_tokens else torch.empty_like(q)
         attention(q, k, v, out, self.pool.layer_cache(layer.layer_id), batch, self.config, layer.scaling)
+        if (bias := balanced_layers.output_bias(layer)) is not None:
+            # [T, Hk, M, D] += [Hk, 1, D]
+            out.unflatten(1, (layer.tp_k_head_num, -1)).add_(bias[:, None])
         return out.view(-1, layer.tp_q_head_num * head_dim)

@@ -32,8 +32,10 @@ _NAMES = {
     "MHATokenToKVPool": "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
     "PagedTokenToKVPoolAllocator": "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator",
     "PlatformEnum": "sglang.srt.platforms.device_mixin:PlatformEnum",
+    "RMSNorm": "sglang.srt.layers.layernorm:RMSNorm",
     "RadixAttention": "sglang.srt.layers.radix_attention:RadixAttention",
     "SRTPlatform": "sglang.srt.platforms.interface:SRTPlatform",
+    "UnquantizedLinearMethod": "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
     "add_attention_backend_choices": "sglang.srt.server_args:add_attention_backend_choices",
     "envs": "sglang.srt.environ:envs",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
@@ -48,7 +50,15 @@ _ADDED_ARGUMENTS = {
     "enable_kv_cache_sharding": "0.5.23",
     "enable_nvidia_megakernel": "0.5.23",
     "enable_unified_cache_external_linker": "0.5.20",
+    "weight_cache_mode": "0.5.18",
 }
+
+# Below sglang.srt.models, read in all versions above: q, k, v = qkv_proj(x), then q_norm and k_norm over each head
+# where there are any, RoPE, attention, o_proj; nothing else in between. Subclasses are others (Ministral3 scales q).
+PLAIN_ATTENTION = (
+    *("llama.LlamaAttention", "mixtral.MixtralAttention", "qwen2.Qwen2Attention", "qwen2_moe.Qwen2MoeAttention"),
+    *("qwen3.Qwen3Attention", "qwen3_moe.Qwen3MoeAttention"),
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -159,3 +169,41 @@ def prefix_len(req: Any) -> int:
 def request_row(req: Any) -> Any:
     """Return the row of a request in ReqToTokenPool, None while it has none."""
     return req.kv.req_pool_idx if _since("0.5.20") else req.req_pool_idx
+
+
+def is_plain_attention(module: Any) -> bool:
+    """Whether the arithmetic of a module around attention is known, and its norms are of a known kind."""
+    cls = type(module)
+    if f"{cls.__module__}.{cls.__qualname__}".removeprefix("sglang.srt.models.") not in PLAIN_ATTENTION:
+        return False
+    return all(is_rms_norm(getattr(module, name), None) for name in ("q_norm", "k_norm") if hasattr(module, name))
+
+
+def is_rms_norm(module: Any, size: int | None) -> bool:
+    """Whether a module is SGLang's RMSNorm with one weight for each of `size` channels, None for any number."""
+    return type(module) is resolve(_NAMES["RMSNorm"]) and (size is None or module.weight.shape == (size,))
+
+
+def is_plain_matrix(linear: Any, *, rows: int | None = None, columns: int | None = None) -> bool:
+    """Whether the weight of a linear layer is a matrix of this shape, neither quantised nor packed for a CPU."""
+    unquantised = type(linear.quant_method) is resolve(_NAMES["UnquantizedLinearMethod"])
+    if not unquantised or getattr(linear, "use_intel_amx_backend", False):
+        return False
+    weight = linear.weight
+    shape = (weight.shape[0] if rows is None else rows, weight.shape[-1] if columns is None else columns)
+    return weight.is_floating_point() and tuple(weight.shape) == shape
+
+
+def sharer_of_weights(server_args: Any) -> str | None:
+    """Return the argument with which something besides the model reads or writes its weights, None for none."""
+    args = resolved_arguments(server_args)
+    applies = {
+        # an adapter adds to what the weights of the checkpoint put out
+        "--enable-lora": bool(args.enable_lora or args.lora_paths),
+        "--cpu-offload-gb": args.cpu_offload_gb > 0,
+        "--offload-group-size": args.offload_group_size > 0,
+        # peers read and write the memory itself
+        "a transfer engine for weights": server_args.remote_instance_weight_loader_use_transfer_engine(),
+        "--weight-cache-mode": argument(args, "weight_cache_mode", "off") != "off",
+    }
+    return next((name for name, applied in applies.items() if applied), None)

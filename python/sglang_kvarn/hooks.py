@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_kvarn import budget, compat, refusals, report, settings, tail
+from sglang_kvarn import balanced_layers, budget, compat, refusals, report, settings, tail
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,21 @@ def _refuse(result: Any, server_args: Any) -> None:
 _CONFIGURATOR = "mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _DTYPE_PARAMETERS = ("server_args_kv_cache_dtype", "model_dtype", "is_draft_worker")
 _POOL_PARAMETERS = ("self", "sizes", "req_to_token_pool")
+# what reads or writes the weights of a running server, by its one parameter
+_SOURCES = ("disk", "distributed", "tensor", "ipc")
+_WEIGHTS = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_WEIGHT_METHODS = {
+    **dict.fromkeys([f"{_WEIGHTS}.update_weights_from_{source}" for source in _SOURCES], "recv_req"),
+    **dict.fromkeys([f"{_WEIGHTS}.{name}" for name in ("get_weights_by_name", "check_weights")], "recv_req"),
+    **dict.fromkeys([f"{_WEIGHTS}.save_{kind}_model" for kind in ("remote", "sharded")], "params"),
+    "managers.scheduler.Scheduler.send_weights_to_remote_instance": "recv_req",
+}
 
 HOOKS = (
     Hook("server_args.ServerArgs.add_cli_args", "after", ("parser",), settings.add_choices),
     Hook(compat.resolution_target(), "before", ("self",), settings.apply_defaults),
     Hook("server_args.ServerArgs.check_server_args", "after", ("self",), _refuse),
-    Hook(
-        "mem_cache.kv_cache_dtype.configure_kv_cache_dtype", "around", _DTYPE_PARAMETERS, settings.cache_dtype
-    ),
+    Hook("mem_cache.kv_cache_dtype.configure_kv_cache_dtype", "around", _DTYPE_PARAMETERS, settings.cache_dtype),
     Hook(
         "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
         "around",
@@ -78,6 +85,10 @@ HOOKS = (
         report.add_to_server_info,
     ),
     Hook("mem_cache.memory_pool.ReqToTokenPool.alloc", "around", ("self", "reqs"), tail.record_exact_starts),
+    *(
+        Hook(target, "around", ("self", parameter), balanced_layers.with_plain_weights)
+        for target, parameter in _WEIGHT_METHODS.items()
+    ),
 )
 
 # what `register_all` handed to SGLang in this process; the proof that it was applied is `is_applied`

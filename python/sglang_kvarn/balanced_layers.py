@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention modules of SGLang that `balance` can rewrite, and their state while a server runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from sglang_kvarn import balance, compat
+from sglang_kvarn.balance import AttentionWeights, Balance
+
+logger = logging.getLogger(__name__)
+
+BALANCE_ENV = "KVARN_BALANCE"
+# on an attention layer (RadixAttention), so that a second backend over the same model finds it
+_STATE = "kvarn_balance"
+
+
+def balance_layers(model_runner: Any) -> None:
+    """Balance the attention modules of a model where that pays; what is balanced stays as it is.
+
+    Called before any CUDA graph is captured. Every rank balances its own heads.
+    """
+    if os.environ.get(BALANCE_ENV) == "0":
+        return
+    if sharer := compat.sharer_of_weights(model_runner.server_args):
+        logger.info("KVarN leaves the channels of the weights as they are: %s is in use", sharer)
+        return
+    balanced = []
+    for module, layer in _attention_modules(model_runner.model):
+        if hasattr(module.attn, _STATE) or (weights := _weights(module, layer)) is None:
+            continue
+        if (chosen := balance.choose(weights)) is not None:
+            chosen.put_in(weights)
+            setattr(module.attn, _STATE, chosen)
+            balanced.append(chosen)
+    if balanced:
+        logger.info(
+            "KVarN balanced the channels of %d heads, by up to %g, and keeps a bias of the values out of the cache in "
+            "%d layers; %d layers have other weights",
+            sum(chosen.heads for chosen in balanced),
+            max(chosen.largest for chosen in balanced),
+            sum(chosen.output_bias is not None for chosen in balanced),
+            len(balanced),
+        )
+
+
+def output_bias(layer: Any) -> torch.Tensor | None:
+    """Return what to add to the output of an attention layer, [Hk, D] for the query heads of each KV head."""
+    chosen: Balance | None = getattr(layer, _STATE, None)
+    return None if chosen is None else chosen.output_bias
+
+
+def with_plain_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let SGLang read or write weights as a checkpoint has them. Hook around what updates, saves or sends them.
+
+    The factors stay those of the start: keys and values that are still cached have them, whatever the weights become.
+    """
+    model = self.tp_worker.model_runner.model
+    for chosen, weights in _balanced(model):
+        chosen.take_out(weights)
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        for chosen, weights in _balanced(model):
+            chosen.put_in(weights)
+
+
+def _balanced(model: torch.nn.Module) -> Iterator[tuple[Balance, AttentionWeights]]:
+    for module, layer in _attention_modules(model):
+        if (chosen := getattr(module.attn, _STATE, None)) is not None:
+            weights = _weights(module, layer)
+            assert weights is not None, "weights that were balanced keep their shape"
+            yield chosen, weights
+
+
+def _attention_modules(model: torch.nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Yield the attention modules whose arithmetic is known, each with its decoder layer."""
+    for layer in model.modules():
+        for module in layer.children():
+            if compat.is_plain_attention(module):
+                yield module, layer
+
+
+def _weights(module: Any, layer: Any) -> AttentionWeights | None:
+    """Return the weights of a module of a decoder layer; None where they are not plain matrices of its heads."""
+    fused, output = module.qkv_proj, module.o_proj
+    heads, kv_heads, head_dim = module.attn.tp_q_head_num, module.attn.tp_k_head_num, module.attn.head_dim
+    widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
+    if not (compat.is_plain_matrix(fused, rows=sum(widths)) and compat.is_plain_matrix(output, columns=widths[0])):
+        return None
+    biases = [None] * 3 if fused.bias is None else fused.bias.detach().split(widths)
+    norm: Any = getattr(layer, "input_layernorm", None)
+    return balance.attention_weights(
+        head_dim,
+        list(zip(fused.weight.detach().split(widths), biases, strict=True)),
+        output.weight.detach(),
+        balance.rope_partners(head_dim, module.rotary_emb.rotary_dim, module.rotary_emb.is_neox_style),
+        inputs=norm.weight.detach().float() if compat.is_rms_norm(norm, fused.weight.shape[1]) else None,
+        norms=[norm.weight.detach() for norm in (module.q_norm, module.k_norm)] if hasattr(module, "q_norm") else (),
+    )

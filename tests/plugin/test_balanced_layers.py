@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention modules of SGLang are balanced, and how their weights look to whoever reads or writes them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_kvarn import balanced_layers, compat
+
+HEADS, KV_HEADS, D, HIDDEN = 4, 2, 64, 96
+PLAIN = ["llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention"]
+
+
+def model(path="llama.LlamaAttention", *, factor=32.0, bias=True, method=None, **packed) -> torch.nn.Module:
+    """Return a model of one layer with an attention module of SGLang, of whose key channels two are outliers."""
+    cls = compat.resolve(f"sglang.srt.models.{path}")
+    module = cls.__new__(cls)
+    torch.nn.Module.__init__(module)
+    weight, output = torch.randn((HEADS + 2 * KV_HEADS) * D, HIDDEN) / 10, torch.randn(HIDDEN, HEADS * D)
+    if not path.startswith("qwen3"):
+        weight[: HEADS * D].unflatten(0, (-1, D))[:, [0, 32]] /= factor
+        weight[HEADS * D : (HEADS + KV_HEADS) * D].unflatten(0, (-1, D))[:, [0, 32]] *= factor
+    method = method or compat.UnquantizedLinearMethod()
+    for name, w in (("qkv_proj", weight), ("o_proj", output)):
+        linear = torch.nn.Linear(*w.T.shape, bias=bias and name == "qkv_proj").requires_grad_(False)
+        linear.weight.copy_(w)
+        linear.quant_method = method
+        for key, value in packed.items():
+            setattr(linear, key, value)
+        module.add_module(name, linear)
+    module.attn = torch.nn.Module()
+    module.attn.tp_q_head_num, module.attn.tp_k_head_num, module.attn.head_dim = HEADS, KV_HEADS, D
+    module.rotary_emb = SimpleNamespace(rotary_dim=D, is_neox_style=True)
+    if path.startswith("qwen3"):
+        for name, scale in (("q_norm", 1 / factor), ("k_norm", factor)):
+            norm = compat.RMSNorm(D)
+            norm.weight.requires_grad_(False)[[0, 32]] *= scale
+            module.add_module(name, norm)
+    if bias:
+        module.qkv_proj.bias.normal_()
+        module.qkv_proj.bias[: -KV_HEADS * D].zero_()
+    layer = torch.nn.Module()
+    layer.self_attn = module
+    return torch.nn.Sequential(layer)
+
+
+@pytest.fixture
+def runner(server_args, model_dir):
+    """Return a function that makes what a backend gets: a model runner with arguments."""
+
+    def make(model, **arguments):
+        return SimpleNamespace(
+            model=model, server_args=server_args(model_path=model_dir(), kv_cache_dtype="kvarn", **arguments)
+        )
+
+    return make
+
+
+def weights(model) -> list[torch.Tensor]:
+    return [p.clone() for p in model.parameters()]
+
+
+def changed(model, before) -> bool:
+    return not all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.parametrize("path", compat.PLAIN_ATTENTION)
+def test_every_listed_module_is_one_of_the_installed_sglang(path):
+    cls = compat.resolve(f"sglang.srt.models.{path}")
+    assert compat.is_plain_attention(cls.__new__(cls))
+
+
+@pytest.mark.parametrize("path", PLAIN)
+def test_balance_finds_the_module_and_says_so_once(path, runner, caplog):
+    caplog.set_level("INFO")
+    made = model(path)
+    before = weights(made)
+    balanced_layers.balance_layers(runner(made))
+    assert changed(made, before)
+    (line,) = (record.message for record in caplog.records if "balanced" in record.message)
+    assert "by up to 32" in line and "in 1 layers" in line
+    bias = before[1][-KV_HEADS * D :].view(KV_HEADS, D)
+    assert torch.equal(balanced_layers.output_bias(made[0].self_attn.attn), bias)
+    assert not made[0].self_attn.qkv_proj.bias.any()
+
+
+def test_a_second_backend_changes_nothing(runner):
+    made = model()
+    balanced_layers.balance_layers(runner(made))
+    once, bias = weights(made), balanced_layers.output_bias(made[0].self_attn.attn).clone()
+    balanced_layers.balance_layers(runner(made))
+    assert not changed(made, once) and torch.equal(balanced_layers.output_bias(made[0].self_attn.attn), bias)
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        {"path": "ministral3.Ministral3Attention"},
+        {"path": "olmo.OlmoAttention"},
+        {"method": object()},
+        {"use_intel_amx_backend": True},
+    ],
+    ids=["a subclass", "another class", "quantised", "packed"],
+)
+def test_other_modules_stay_as_they_are(unfit, runner):
+    made = model(**unfit)
+    before = weights(made)
+    balanced_layers.balance_layers(runner(made))
+    assert not changed(made, before) and balanced_layers.output_bias(made[0].self_attn.attn) is None
+
+
+def test_weights_of_another_shape_stay_as_they_are(runner):
+    made = model()
+    made[0].self_attn.qkv_proj.weight = torch.nn.Parameter(torch.randn(100, HIDDEN), requires_grad=False)
+    before = weights(made)
+    balanced_layers.balance_layers(runner(made))
+    assert not changed(made, before)
+
+
+LORA = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    "arguments", [LORA, {"cpu_offload_gb": 4}, {"offload_group_size": 2}], ids=lambda x: next(iter(x))
+)
+def test_weights_that_something_else_adds_to_stay_as_they_are(arguments, runner, caplog):
+    caplog.set_level("INFO")
+    made = model()
+    before = weights(made)
+    balanced_layers.balance_layers(runner(made, **arguments))
+    assert not changed(made, before)
+    assert f"--{next(iter(arguments)).replace('_', '-')} is in use" in caplog.text
+
+
+def test_balance_can_be_switched_off(runner, monkeypatch):
+    monkeypatch.setenv("KVARN_BALANCE", "0")
+    made = model()
+    before = weights(made)
+    balanced_layers.balance_layers(runner(made))
+    assert not changed(made, before)
+
+
+def test_an_ordinary_model_stays_as_it_is_and_says_nothing(runner, caplog):
+    caplog.set_level("INFO")
+    made = model(factor=1.0, bias=False)
+    before = weights(made)
+    balanced_layers.balance_layers(runner(made))
+    assert not changed(made, before) and "KVarN" not in caplog.text
+
+
+def test_whoever_reads_or_writes_weights_sees_those_of_the_checkpoint(runner):
+    made = model()
+    checkpoint = weights(made)
+    balanced_layers.balance_layers(runner(made))
+    balanced, bias = weights(made), balanced_layers.output_bias(made[0].self_attn.attn)
+    manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner(made)))
+    assert not changed(made, balanced)
+
+    def update(self, recv_req):
+        assert self is manager and not changed(made, checkpoint)
+        # a part of the weights, as an update of one tensor
+        made[0].self_attn.qkv_proj.weight.mul_(2)
+        made[0].self_attn.qkv_proj.bias.mul_(3)
+        return recv_req
+
+    assert balanced_layers.with_plain_weights(update, manager, "request") == "request"
+    after = weights(made)
+    assert torch.equal(after[0], 2 * balanced[0]) and not after[1].any() and torch.equal(after[2], balanced[2])
+    # the same tensor, since a CUDA graph reads it
+    assert balanced_layers.output_bias(made[0].self_attn.attn) is bias
+    assert torch.equal(bias, 3 * checkpoint[1][-KV_HEADS * D :].view(KV_HEADS, D))
+
+
+def test_whoever_reads_weights_of_another_server_is_let_through(runner):
+    made = model()
+    # as LoRA wraps it
+    made[0].self_attn.qkv_proj = torch.nn.Identity()
+    manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner(made)))
+    assert balanced_layers.with_plain_weights(lambda self: "read", manager) == "read"
+
+
+def test_weights_are_balanced_again_after_a_failed_update(runner):
+    made = model()
+    balanced_layers.balance_layers(runner(made))
+    balanced = weights(made)
+    manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner(made)))
+
+    def update(self):
+        raise ValueError("no such file")
+
+    with pytest.raises(ValueError, match="no such file"):
+        balanced_layers.with_plain_weights(update, manager)
+    assert not changed(made, balanced)
