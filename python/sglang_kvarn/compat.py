@@ -53,7 +53,7 @@ _ADDED_ARGUMENTS = {
     "weight_cache_mode": "0.5.18",
 }
 
-# Below sglang.srt.models, read in all versions above: q, k, v = qkv_proj(x), then q_norm and k_norm over each head
+# Below sglang.srt.models, as 0.5.16 and 0.5.23 have them: q, k, v = qkv_proj(x), then q_norm and k_norm over each head
 # where there are any, RoPE, attention, o_proj; nothing else in between. Subclasses are others (Ministral3 scales q).
 PLAIN_ATTENTION = (
     *("llama.LlamaAttention", "mixtral.MixtralAttention", "qwen2.Qwen2Attention", "qwen2_moe.Qwen2MoeAttention"),

@@ -267,7 +267,7 @@ def test_a_bias_of_the_values_is_added_to_the_output_instead():
     assert (layer.attend(x) - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("share", "leaves"), [(1 / 300, False), (1 / 200, True)])
+@pytest.mark.parametrize(("share", "leaves"), [(1 / 80, False), (1 / 50, True)])
 def test_a_small_bias_of_the_values_stays(share, leaves):
     inputs = torch.full((HIDDEN,), 0.25)
     layer = Layer(bias=True, inputs=inputs)
