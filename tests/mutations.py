@@ -439,6 +439,27 @@ MUTATIONS = (
         (DECODE,),
     ),
     Mutation(
+        "top bits of the upper channels read as those of the lower ones",
+        f"{KERNELS}/tile_io.py",
+        "return words, tops >> (c // HALF)",
+        "return words, tops",
+        (f"{DECODE}::test_decode_matches_the_oracle_in_every_form",),
+    ),
+    Mutation(
+        "top bits of the upper channels read as those of the lower ones (CUDA decode)",
+        f"{KERNELS}/decode_sm90.cu",
+        "tops[t][k] >>= is_upper;",
+        "tops[t][k] >>= 0 * is_upper;",
+        (f"{DECODE_ON_CPU}::test_every_form_matches_the_oracle",),
+    ),
+    Mutation(
+        "top plane holds another bit (CUDA encode)",
+        f"{KERNELS}/encode.cu",
+        "pack<1, 2 * V_CHANNEL_BLOCKS>(table, 2,",
+        "pack<1, 2 * V_CHANNEL_BLOCKS>(table, 1,",
+        ("tests/kernels/test_encode_cuda.py::test_bytes_from_the_ring_are_those_of_the_oracle",),
+    ),
+    Mutation(
         "teams of warps share their record buffers (CUDA decode)",
         f"{KERNELS}/decode_sm90.cu",
         "const int buffer = team * STAGES + stage;",

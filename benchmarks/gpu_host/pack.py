@@ -3,7 +3,7 @@
 
     python benchmarks/gpu_host/pack.py .gpu/newest        (reaches PyPI, wants 5 GB of disk)
 
-takes 18 minutes of CPU time and writes OUT/piece-000 to -005: folders of at most 58 MiB each, 346 MiB in all, for a
+takes 18 minutes of CPU time and writes OUT/piece-000 to -005: folders of at most 58 MiB each, 348 MiB in all, for a
 transfer that takes 64 MiB at a time, with restore.sh and smoke.py in each. restore.sh says how to put them together.
 
 The host (Python 3.12, CUDA 13.0, torch 2.11.0+cu130) keeps what torch 2.14.1 finds good enough there: every NVIDIA
