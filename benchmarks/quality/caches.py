@@ -235,6 +235,6 @@ def all_caches(prompt: int) -> dict[str, Cache]:
         fp8(),
         *(published_kvarn(*bits, prompt) for bits in ((4, 2), (4, 4), (2, 2))),
         min_max("kvarn_k2v2_g128"),
-        *(simulated(*bits) for bits in ((3, 2), (3, 3))),
+        simulated(3, 3),
     ]
     return {row.name: row for row in rows}

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kvarn_kernels import tile
-from kvarn_kernels.tile_io import cast, dot, load_value_words, unpack_pair, unpack_planes
+from kvarn_kernels.tile_io import cast, dot, load_key_words, load_value_words, unpack_pair
 
 # weights up to 2^4 keep small ones above the subnormals of fp16; times a value scale below 2^9 and its 2^b they stay
 # below 65,504
@@ -145,8 +145,8 @@ def attend_record(
     VCB: tl.constexpr = tile.v_channel_blocks(V_BITS)
     KW: tl.constexpr = D // KCB
     VW: tl.constexpr = D // VCB
-    K_FIELDS: tl.constexpr = 32 // K_BITS
-    V_FIELDS: tl.constexpr = 4 * VCB
+    K_FIELDS: tl.constexpr = 32 // tile.low_bits(K_BITS)
+    V_FIELDS: tl.constexpr = 32 // tile.low_bits(V_BITS)
     SUBS: tl.constexpr = 4 // KTB  # word rows of 4 tokens
     words_ptr = record.to(tl.pointer_type(tl.int32))
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
@@ -166,9 +166,9 @@ def attend_record(
     s = zero_blocks(4, M, 32)
     for sub in tl.static_range(SUBS):
         # block n of the scores holds the tokens 4 t + n
-        words = tl.load(words_ptr + (SUBS * t + sub)[None, :] * KW + kw[:, None])  # [KW, 32]
+        words, tops = load_key_words(words_ptr, (SUBS * t + sub)[None, :], kw[:, None], D, K_BITS)  # [KW, 32]
         for n in tl.static_range(K_FIELDS // 2):
-            low, high = unpack_pair(words, n, K_BITS)
+            low, high = unpack_pair(words, tops, n, K_BITS)
             s = _add_scores(s, folded, low, KTB * sub + n // (KCB // 2), 2 * (n % (KCB // 2)))
             s = _add_scores(s, folded, high, KTB * sub + n // (KCB // 2), 2 * (n % (KCB // 2)) + 1)
     scaled = ()
@@ -201,10 +201,7 @@ def attend_record(
     words, tops = load_value_words(values, t[:, None], vw[None, :], D, V_BITS)  # [32, VW]
     partial = zero_blocks(VCB, M, VW)
     for n in tl.static_range(V_FIELDS // 2):
-        if V_BITS == 3:
-            low, high = unpack_planes(words, tops, n)
-        else:
-            low, high = unpack_pair(words, n, V_BITS)
+        low, high = unpack_pair(words, tops, n, V_BITS)
         block = dot(weights[2 * (n // VCB)], low, partial[n % VCB])
         block = dot(weights[2 * (n // VCB) + 1], high, block)
         partial = replace(partial, n % VCB, block)

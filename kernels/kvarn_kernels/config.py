@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvarn_kernels import tile
 
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
-_BIT_WIDTHS = {"k4v2": (4, 2), "k4v3": (4, 3), "k4v4": (4, 4), "k2v2": (2, 2)}
+_BIT_WIDTHS = {"k4v2": (4, 2), "k4v3": (4, 3), "k4v4": (4, 4), "k3v2": (3, 2), "k2v2": (2, 2)}
 _CANONICAL = "_canonical"
 _ALIASES = {"kvarn": "kvarn_k4v2_g128", "kvarn" + _CANONICAL: "kvarn_k4v2_g128" + _CANONICAL}
 
@@ -23,7 +23,7 @@ class KVarNConfig:
 
     Attributes:
         name: full preset name, e.g. ``kvarn_k4v2_g128``.
-        k_bits, v_bits: bits per key code, 2 or 4, and per value code, 2, 3 or 4.
+        k_bits, v_bits: bits per key / value code, 2, 3 or 4.
         tile_size: tokens in a tile (the paper's group), equal to SGLang's page size.
         window_pages: pages before the query's own page that are read exactly (position rule, `reference.attention`).
     """

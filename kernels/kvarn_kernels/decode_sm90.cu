@@ -26,13 +26,14 @@ constexpr int WARPS = 4;
 constexpr int TEAMS = WARPS / TILE_WARPS; // warps of a team share a tile
 constexpr int BUFFERS = TEAMS * STAGES;   // records in flight or being read
 constexpr int BLOCKS = 8 / TILE_WARPS;    // blocks of 16 tokens that a warp has of a tile
-constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_BITS / K_CB;
+constexpr int K_FIELD = K_BITS == 3 ? 2 : K_BITS;  // bits of a field: of 3-bit codes the low ones
+constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_FIELD / K_CB;
 constexpr int K_ROW_WORDS = D / K_CB;     // words of a row of key words
 constexpr int K_LANE_WORDS = K_ROW_WORDS / 4;
 constexpr int K_PAIRS = K_CB / 2;         // pairs of channels in a word, per token
 constexpr int PAIRS = D / 8;              // pairs of channels of a lane: channels D / 4 * q ...
 constexpr int STEPS = D / 16;             // depth-16 steps over the channels
-constexpr int V_CB = V_CHANNEL_BLOCKS;    // of 3-bit codes: of the low plane
+constexpr int V_CB = V_CHANNEL_BLOCKS;
 constexpr int V_WIDTH = D / V_CB;         // words of a row of value words
 constexpr int V_LANE_WORDS = V_WIDTH / 8;
 constexpr int V_VECTOR = V_LANE_WORDS < 4 ? V_LANE_WORDS : 4;  // words of one load
@@ -175,27 +176,24 @@ __device__ __forceinline__ u32 unpack(u32 w, int n, const Exponents& e) {
 }
 template <int BITS>
 __device__ constexpr float offset(int n) {
+  if (BITS == 3) return n % 2 == 0 ? 64.f : 16.f;
   return BITS == 4 ? (n % 2 == 0 ? 256.f : 16.f) : n % 4 == 0 ? 64.f : n % 4 == 2 ? 4.f : 16.f;
 }
 template <int BITS>
 __device__ constexpr u32 minus_offset_pair(int n) {  // -offset as an fp16 pair
+  if (BITS == 3) return n % 2 == 0 ? 0xD400D400u : 0xCC00CC00u;
   return BITS == 4 ? (n % 2 == 0 ? 0xDC00DC00u : 0xCC00CC00u)
                    : n % 4 == 0 ? 0xD400D400u : n % 4 == 2 ? 0xC400C400u : 0xCC00CC00u;
 }
 
-// as unpack; `top` has the top bits of 3-bit codes, that of field n at bit 2 n of each half
+// the same of codes that may have 3 bits; `top` has their top bits where the fields of w begin
 template <int BITS>
-__device__ __forceinline__ u32 unpack_value(u32 w, u32 top, int n, const Exponents& e) {
+__device__ __forceinline__ u32 unpack(u32 w, u32 top, int n, const Exponents& e) {
   if (BITS != 3) return unpack<BITS>(w, n, e);
   u32 x = n < 2 ? w << 4 : n < 4 ? w : n < 6 ? w >> 4 : w >> 8;
   u32 y = n < 2 ? top << 6 : n < 4 ? top << 2 : n < 6 ? top >> 2 : top >> 6;
   return n % 2 == 0 ? ((x & 0x00300030u) | e.x64) | (y & 0x00400040u) : ((x & 0x00C000C0u) | e.x16) | (y & 0x01000100u);
 }
-template <int BITS>
-__device__ constexpr float value_offset(int n) {
-  return BITS != 3 ? offset<BITS>(n) : n % 2 == 0 ? 64.f : 16.f;
-}
-
 struct State {
   float m[2], l[2];        // heads 2 q and 2 q + 1; l is this lane's share
   float acc[TILES][4];     // channels (c, c + 1) of `channel_of` x heads (2 q, 2 q + 1)
@@ -266,19 +264,31 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
     int token = 16 * (BLOCKS * warp + t) + 4 * (g >> 1) + (g & 1);
     u32 row0 = record + 4 * (token / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
     u32 row1 = record + 4 * ((token + 2) / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
-    int shift0 = K_BITS * K_PAIRS * (token % K_TB), shift1 = K_BITS * K_PAIRS * ((token + 2) % K_TB);
+    int shift0 = K_FIELD * K_PAIRS * (token % K_TB), shift1 = K_FIELD * K_PAIRS * ((token + 2) % K_TB);
+    // of 3-bit codes: two rows of words share one of top bits
+    u32 top_row0 = record + 4 * (TOP_INDEX + token / (2 * K_TB) * K_ROW_WORDS + K_LANE_WORDS * q);
+    u32 top_row1 = record + 4 * (TOP_INDEX + (token + 2) / (2 * K_TB) * K_ROW_WORDS + K_LANE_WORDS * q);
+    int top_shift0 = shift0 + token / K_TB % 2, top_shift1 = shift1 + (token + 2) / K_TB % 2;
 #pragma unroll
     for (int u = 0; u < K_LANE_WORDS; u += 4) {
       uint4 x = lds128(row0 + 4 * u), y = lds128(row1 + 4 * u);
       u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+      u32 top_xs[4], top_ys[4];
+      if (K_BITS == 3) {
+        uint4 a = lds128(top_row0 + 4 * u), b = lds128(top_row1 + 4 * u);
+        top_xs[0] = a.x; top_xs[1] = a.y; top_xs[2] = a.z; top_xs[3] = a.w;
+        top_ys[0] = b.x; top_ys[1] = b.y; top_ys[2] = b.z; top_ys[3] = b.w;
+      }
 #pragma unroll
       for (int k = 0; k < 4; k++) {
+        u32 top0 = K_BITS == 3 ? top_xs[k] >> top_shift0 : 0u, top1 = K_BITS == 3 ? top_ys[k] >> top_shift1 : 0u;
         u32 w0 = K_TB > 1 ? xs[k] >> shift0 : xs[k], w1 = K_TB > 1 ? ys[k] >> shift1 : ys[k];
 #pragma unroll
         for (int n = 0; n < K_PAIRS; n += 2) {
           int pair = K_PAIRS * (u + k) + n;
-          mma_half(s[t], unpack<K_BITS>(w0, n, e), unpack<K_BITS>(w1, n, e), unpack<K_BITS>(w0, n + 1, e),
-                   unpack<K_BITS>(w1, n + 1, e), folded[pair], folded[pair + 1], pair == 0 ? zero : s[t]);
+          mma_half(s[t], unpack<K_BITS>(w0, top0, n, e), unpack<K_BITS>(w1, top1, n, e),
+                   unpack<K_BITS>(w0, top0, n + 1, e), unpack<K_BITS>(w1, top1, n + 1, e), folded[pair],
+                   folded[pair + 1], pair == 0 ? zero : s[t]);
         }
       }
     }
@@ -316,7 +326,7 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
   }
   // value words: rows 4 (BLOCKS warp + t) + q, blocks of 4 x 4 words
   u32 values = record + V_CODES_OFFSET + 16 * BLOCKS * warp * V_WIDTH + 16 * q;
-  u32 tops_at = record + V_CODES_OFFSET + 4 * V_TOP_INDEX + 16 * BLOCKS * warp * (V_WIDTH / 2) + 16 * q;
+  u32 tops_at = record + V_CODES_OFFSET + 4 * TOP_INDEX + 16 * BLOCKS * warp * (V_WIDTH / 2) + 16 * q;
 #pragma unroll
   for (int load = 0; load < V_LOADS; load++) {
     u32 w[BLOCKS][V_VECTOR], tops[BLOCKS][V_VECTOR];
@@ -343,16 +353,16 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
       }
       float first[4];
 #pragma unroll
-      for (int n = 0; n < 4; n++) first[n] = fmaf(-value_offset<V_BITS>(j), sum[n], base[n]);
+      for (int n = 0; n < 4; n++) first[n] = fmaf(-offset<V_BITS>(j), sum[n], base[n]);
 #pragma unroll
       for (int k = 0; k < V_VECTOR / 2; k++) {
         float o[4];
 #pragma unroll
         for (int t = 0; t < BLOCKS; t++)
-          mma_half(o, unpack_value<V_BITS>(w[t][2 * k], tops[t][2 * k], j, e),
-                   unpack_value<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], j, e),
-                   unpack_value<V_BITS>(w[t][2 * k], tops[t][2 * k], V_CB + j, e),
-                   unpack_value<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], V_CB + j, e), weights[t][0],
+          mma_half(o, unpack<V_BITS>(w[t][2 * k], tops[t][2 * k], j, e),
+                   unpack<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], j, e),
+                   unpack<V_BITS>(w[t][2 * k], tops[t][2 * k], V_CB + j, e),
+                   unpack<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], V_CB + j, e), weights[t][0],
                    weights[t][1], t == 0 ? first : o);
         float c0 = low_half(scales[k]), c1 = high_half(scales[k]);
         float(&acc)[4] = st.acc[(load * (V_VECTOR / 2) + k) * V_CB + j];

@@ -389,21 +389,29 @@ struct Side {
     }
     __syncthreads();
     u32* words = (u32*)(record + (KEYS ? 0 : V_CODES_OFFSET));
-    if constexpr (BITS == 3) {
-      pack<2, V_CHANNEL_BLOCKS>(table, 0, words);
-      pack<1, 2 * V_CHANNEL_BLOCKS>(table, 2, words + V_TOP_INDEX);
-    } else {
-      pack<BITS, KEYS ? K_CHANNEL_BLOCKS : V_CHANNEL_BLOCKS>(table, 0, words);
-    }
+    pack(table, words);
+    if constexpr (BITS == 3) pack_tops(table, words + TOP_INDEX);
   }
 
-  // the plane of PLANE bits from bit `shift` of every code on
-  template <int PLANE, int CB>
-  __device__ void pack(const u8* table, int shift, u32* words) const {
-    constexpr int HALF = 16 / PLANE;
-    constexpr int WIDTH = D / CB;                           // words of a row
-    constexpr int TOKENS = KEYS ? 32 / PLANE / CB : 4;      // of a word
-    constexpr int INNER = KEYS ? CB / 2 : CB;               // fields of a half that share a token
+  static constexpr int FIELD = BITS == 3 ? 2 : BITS, HALF = 16 / FIELD;  // bits of a field, fields of half a word
+  static constexpr int WORD_CB = KEYS ? K_CHANNEL_BLOCKS : V_CHANNEL_BLOCKS;
+  static constexpr int WIDTH = D / WORD_CB;                              // words of a row
+  static constexpr int TOKENS = KEYS ? 32 / FIELD / WORD_CB : 4;         // of a word
+  static constexpr int INNER = KEYS ? WORD_CB / 2 : WORD_CB;             // fields of a half that share a token
+
+  // the code of field f of half h of word (r, c)
+  __device__ static u32 code_at(const u8* table, int r, int c, int h, int f) {
+    const int i = f / INNER, j = f % INNER;
+    const int token = KEYS ? TOKENS * r + i : 4 * r + 2 * i + h;
+    const int channel = KEYS ? WORD_CB * c + 2 * j + h : c + WIDTH * j;
+    return table[token * TABLE_ROW + channel];
+  }
+
+  __device__ static int word_index(int r, int c, int width) {
+    return KEYS ? r * width + c : r / 4 * (4 * width) + c / 4 * 16 + r % 4 * 4 + c % 4;
+  }
+
+  __device__ static void pack(const u8* table, u32* words) {
     for (int n = threadIdx.x; n < G / TOKENS * WIDTH; n += THREADS) {
       const int r = n / WIDTH, c = n % WIDTH;
       u32 word = KEYS && n == 0 ? HEADER : 0u;
@@ -411,13 +419,29 @@ struct Side {
       for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int f = 0; f < HALF; f++) {
-          const int i = f / INNER, j = f % INNER;
-          const int token = KEYS ? TOKENS * r + i : 4 * r + 2 * i + h;
-          const int channel = KEYS ? CB * c + 2 * j + h : c + WIDTH * j;
-          const u32 code = table[token * TABLE_ROW + channel];
-          word |= (PLANE == BITS ? code : code >> shift & (1u << PLANE) - 1u) << (PLANE * (h * HALF + f));
+          const u32 code = code_at(table, r, c, h, f);
+          word |= (BITS == 3 ? code & 3u : code) << (FIELD * (h * HALF + f));
         }
-      words[KEYS ? n : r / 4 * (4 * WIDTH) + c / 4 * 16 + r % 4 * 4 + c % 4] = word;
+      words[word_index(r, c, WIDTH)] = word;
+    }
+  }
+
+  // the top bits of 3-bit codes: those of two words in one, of the second one bit higher
+  __device__ static void pack_tops(const u8* table, u32* words) {
+    constexpr int ROWS_SHARED = KEYS ? 2 : 1, TOP_WIDTH = KEYS ? WIDTH : WIDTH / 2;
+    for (int n = threadIdx.x; n < G / TOKENS * WIDTH / 2; n += THREADS) {
+      const int r = n / TOP_WIDTH, c = n % TOP_WIDTH;
+      u32 word = 0u;
+#pragma unroll
+      for (int second = 0; second < 2; second++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+          for (int f = 0; f < HALF; f++) {
+            const u32 code = code_at(table, ROWS_SHARED * r + (KEYS ? second : 0), KEYS ? c : c + TOP_WIDTH * second, h, f);
+            word |= code >> 2 << (FIELD * (h * HALF + f) + second);
+          }
+      words[word_index(r, c, TOP_WIDTH)] = word;
     }
   }
 };

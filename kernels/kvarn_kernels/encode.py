@@ -145,35 +145,55 @@ def quantise_side(t, valid, ROW_COUNT: tl.constexpr, COL_COUNT: tl.constexpr, BI
 
 @triton.jit
 def _pack_keys(codes, BITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
-    """Pack key codes int32 [G, D] into words int32 [G / TB, D / CB]."""
+    """Pack key codes int32 [G, D], which fit into a field, into words int32 [G / TB, D / CB]."""
     TB: tl.constexpr = tile.k_token_blocks(D, BITS)
     CB: tl.constexpr = tile.k_channel_blocks(D, BITS)
     fields = tl.reshape(codes, [G // TB, TB, D // CB, CB])
     i, j = tl.arange(0, TB), tl.arange(0, CB)
-    shifts = BITS * tile.k_field(i[:, None], (j // 2)[None, :], (j % 2)[None, :], D, BITS)  # [TB, CB]
+    shifts = tile.low_bits(BITS) * tile.k_field(i[:, None], (j // 2)[None, :], (j % 2)[None, :], D, BITS)  # [TB, CB]
     # fields do not overlap, so the sum is the bitwise or (and wraps like it in the sign bit)
     return tl.sum(tl.sum(fields << shifts[None, :, None, :], 3), 1)
 
 
 @triton.jit
 def _pack_values(codes, BITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
-    """Pack one plane of value codes, int32 [G, D] below 2^BITS, into words int32 [G / 4, D / CB]."""
+    """Pack value codes int32 [G, D], which fit into a field, into words int32 [G / 4, D / CB]."""
     CB: tl.constexpr = tile.v_channel_blocks(BITS)
     fields = tl.reshape(codes, [G // 4, 4, CB, D // CB])
     t, j = tl.arange(0, 4), tl.arange(0, CB)
-    shifts = BITS * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], BITS)  # [4, CB]
+    shifts = tile.low_bits(BITS) * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], BITS)  # [4, CB]
     return tl.sum(tl.sum(fields << shifts[None, :, :, None], 2), 1)
 
 
 @triton.jit
-def _store_plane(values_ptr, codes, PLANE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V_BITS: tl.constexpr):
-    """Store one plane of value codes int32 [G, D]; values_ptr: int32 pointer to the first value word."""
-    BITS: tl.constexpr = tile.planes(V_BITS)[PLANE]
-    WIDTH: tl.constexpr = D // tile.v_channel_blocks(BITS)
-    words = _pack_values((codes >> tile.plane_shift(V_BITS, PLANE)) & ((1 << BITS) - 1), BITS, G, D)
-    r, c = tl.arange(0, G // 4), tl.arange(0, WIDTH)
-    at = tile.v_plane_index(D, V_BITS, PLANE) + tile.v_word_index(r[:, None], c[None, :], WIDTH)
-    tl.store(values_ptr + at, words)
+def _store_key_codes(words_ptr, codes, HEADER: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+    """Store key codes int32 [G, D] and the header; words_ptr: int32 pointer to the key words."""
+    TB: tl.constexpr = tile.k_token_blocks(D, BITS)
+    W: tl.constexpr = D // tile.k_channel_blocks(D, BITS)
+    r, c = tl.arange(0, G // TB), tl.arange(0, W)
+    words = _pack_keys(codes & ((1 << tile.low_bits(BITS)) - 1), BITS, G, D)
+    words = words | tl.where((r[:, None] == 0) & (c[None, :] == 0), HEADER, 0)
+    tl.store(words_ptr + r[:, None] * W + c[None, :], words)
+    if BITS == 3:
+        # two words of 2-bit fields that hold 0 or 1 fit into each other
+        pairs = tl.reshape(_pack_keys(codes >> 2, BITS, G, D), [G // TB // 2, 2, W])
+        tops = tl.sum(pairs << tl.arange(0, 2)[None, :, None], 1)
+        r = tl.arange(0, G // TB // 2)
+        tl.store(words_ptr + tile.top_index(D) + r[:, None] * W + c[None, :], tops)
+
+
+@triton.jit
+def _store_value_codes(words_ptr, codes, BITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+    """Store value codes int32 [G, D]; words_ptr: int32 pointer to the value words."""
+    W: tl.constexpr = D // tile.v_channel_blocks(BITS)
+    r, c = tl.arange(0, G // 4), tl.arange(0, W)
+    words = _pack_values(codes & ((1 << tile.low_bits(BITS)) - 1), BITS, G, D)
+    tl.store(words_ptr + tile.v_word_index(r[:, None], c[None, :], W), words)
+    if BITS == 3:
+        pairs = tl.reshape(_pack_values(codes >> 2, BITS, G, D), [G // 4, 2, W // 2])
+        tops = tl.sum(pairs << tl.arange(0, 2)[None, :, None], 1)
+        c = tl.arange(0, W // 2)
+        tl.store(words_ptr + tile.top_index(D) + tile.v_word_index(r[:, None], c[None, :], W // 2), tops)
 
 
 @triton.jit
@@ -199,8 +219,6 @@ def _encode_keys(
     record, ring_ptr, chunk_ptr, ring_offsets, chunk_offsets, in_ring, CHUNK: tl.constexpr,
     D: tl.constexpr, G: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
 ):  # fmt: skip
-    TB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
-    CB: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
     g, d = tl.arange(0, G), tl.arange(0, D)
     x = _load_rows(
         ring_ptr,
@@ -212,11 +230,8 @@ def _encode_keys(
     )  # [D, G]
     valid = (g > 0)[None, :] & (d >= 0)[:, None]
     codes, scale, zero, cross = quantise_side(tl.where(valid, _sanitise(x), 0.0), valid, G - 1, D, K_BITS)
-    words = _pack_keys(tl.trans(codes), K_BITS, G, D)
-    r, c = tl.arange(0, G // TB), tl.arange(0, D // CB)
     HEADER: tl.constexpr = tile.header(x.dtype == tl.bfloat16)
-    words = words | tl.where((r[:, None] == 0) & (c[None, :] == 0), HEADER, 0)
-    tl.store(record.to(tl.pointer_type(tl.int32)) + r[:, None] * (D // CB) + c[None, :], words)
+    _store_key_codes(record.to(tl.pointer_type(tl.int32)), tl.trans(codes), HEADER, K_BITS, G, D)
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
     tl.store(halves + tile.k_channel_scale_index(D) + d[:, None], scale)
     tl.store(halves + tile.k_channel_zero_index(D) + d[:, None], zero)
@@ -240,8 +255,7 @@ def _encode_values(
     valid = (g > 0)[:, None] & (d >= 0)[None, :]
     codes, scale, zero, cross = quantise_side(tl.where(valid, _sanitise(x), 0.0), valid, D, G - 1, V_BITS)
     values = (record + tile.v_codes_offset(D, K_BITS)).to(tl.pointer_type(tl.int32))
-    for n in tl.static_range(tile.plane_count(V_BITS)):
-        _store_plane(values, codes, n, G, D, V_BITS)
+    _store_value_codes(values, codes, V_BITS, G, D)
     halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
     tl.store(halves + tile.v_token_scale_index(D) + g[:, None], scale)
     tl.store(halves + tile.v_token_zero_index(D) + g[:, None], zero)

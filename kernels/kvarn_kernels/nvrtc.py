@@ -39,7 +39,7 @@ def format_constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, is_b
         "BF16": int(is_bf16),
         "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
         "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),
-        "V_TOP_INDEX": tile.v_plane_index(head_dim, v_bits, 1),
+        "TOP_INDEX": tile.top_index(head_dim),
         "RECORD": tile.record_bytes(head_dim, k_bits, v_bits),
         "V_CODES_OFFSET": tile.v_codes_offset(head_dim, k_bits),
         "SCALES_OFFSET": tile.scales_offset(head_dim, k_bits, v_bits),

@@ -5,8 +5,8 @@ A record holds one page of one KV head: G = 128 tokens, D channels, keys and val
 in this order, little endian, every section a multiple of 16 bytes:
 
     section           type     shape                    contents
-    k_codes           int32    [G / TB, D / CB]         key codes, kb bits
-    v_codes           int32    [G / 16, D / CB / 4, 4, 4]   value codes, vb bits; vb = 3: 2 bits, then 1 bit
+    k_codes           int32    [G / TB, D / CB]         key codes, kb bits; kb = 3: 2 bits, then 1 bit
+    v_codes           int32    [G / 16, D / CB / 4, 4, 4]   value codes, vb bits, likewise
     k_channel_scale   fp16     [D]
     k_channel_zero    fp16     [D]
     v_channel_scale   fp16     [D]
@@ -29,9 +29,11 @@ of the low half and of the high half are neighbours h = 0, 1 along the dimension
 Key words are stored row by row. Value words are stored in blocks of 4 x 4 (the 4 words of a row are 16 bytes), so
 that the 32 lanes of a warp, lane 4 g + q on row q and words 4 g .. 4 g + 3, read 512 consecutive bytes.
 
-Value codes of 3 bits are stored as two planes, each in the layout of its own bits: the low 2 bits of every code, then
-the top bits. The top bit of field n of the low word (r, c) is field 2 n + (c >= D / 8) of each half of the top word
-(r, c mod D / 8), so that both are at the same bit of their words, or one apart.
+Codes of 3 bits are stored as two planes: the low 2 bits of every code in the layout of 2 bits, then the top bits, two
+words of 2-bit fields in one. The first of the two has its top bits where its fields begin, the second one bit higher:
+
+    keys     words (r, c) of both parities of r in word (r / 2, c)
+    values   words (r, c) and (r, c + D / 8) in word (r, c) of D / 8 words a row
 
 The codes of token 0 are zero, except that the lowest 4 bits of the record (of key word (0, 0), which belong to
 token 0 in every layout) are the header: `HEADER` | dtype of the first rows. A page that was never encoded has no
@@ -58,51 +60,39 @@ def header(is_bf16):
 
 
 @triton.constexpr_function
+def low_bits(bits):
+    """Return the bits of a field: those of a code, the low ones of a 3-bit code."""
+    return 2 if bits == 3 else bits
+
+
+@triton.constexpr_function
 def k_channel_blocks(head_dim, bits):
     """Return CB of the key codes: at least 16 channels a block, the depth of a matrix instruction."""
-    return min(32 // bits, head_dim // 16)
+    return min(32 // low_bits(bits), head_dim // 16)
 
 
 @triton.constexpr_function
 def k_token_blocks(head_dim, bits):
     """Return TB of the key codes."""
-    return 32 // bits // min(32 // bits, head_dim // 16)
-
-
-@triton.constexpr_function
-def planes(bits):
-    """Return the bits of each plane that codes are stored in, the lowest first."""
-    return (2, 1) if bits == 3 else (bits,)
-
-
-@triton.constexpr_function
-def plane_count(bits):
-    """Return the number of planes."""
-    return len(planes(bits))
-
-
-@triton.constexpr_function
-def plane_shift(bits, plane):
-    """Return the lowest bit of a code that a plane holds."""
-    return sum(planes(bits)[:plane])
+    return 32 // low_bits(bits) // k_channel_blocks(head_dim, bits)
 
 
 @triton.constexpr_function
 def v_channel_blocks(bits):
-    """Return CB of the value codes, of the low plane if there are two."""
-    return 8 // planes(bits)[0]
+    """Return CB of the value codes."""
+    return 8 // low_bits(bits)
 
 
 @triton.jit
 def k_field(i, j, h, D, BITS):
     """Return the field of key codes at token i of a patch and channel 2 j + h of it."""
-    return h * (16 // BITS) + i * (k_channel_blocks(D, BITS) // 2) + j
+    return h * (16 // low_bits(BITS)) + i * (k_channel_blocks(D, BITS) // 2) + j
 
 
 @triton.jit
 def v_field(i, j, h, BITS):
     """Return the field of value codes at token 2 i + h of a patch and channel block j."""
-    return h * (16 // BITS) + i * v_channel_blocks(BITS) + j
+    return h * (16 // low_bits(BITS)) + i * v_channel_blocks(BITS) + j
 
 
 @triton.jit
@@ -118,9 +108,9 @@ def v_codes_offset(head_dim, k_bits):
 
 
 @triton.constexpr_function
-def v_plane_index(head_dim, bits, plane):
-    """Return the index of the first word of a plane of the value codes, in words after `v_codes_offset`."""
-    return 128 * head_dim * plane_shift(bits, plane) // 32
+def top_index(head_dim):
+    """Return the index of the first word of the top plane of 3-bit codes, in words after those codes begin."""
+    return 128 * head_dim * 2 // 32
 
 
 @triton.constexpr_function

@@ -87,19 +87,7 @@ def _to_float(fields, BITS: tl.constexpr):
 
 
 @triton.jit
-def unpack_pair(words, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """Return the fields FIELD and FIELD + 16 / BITS of every word as float16 values 1 + code / 2^BITS.
-
-    The code lands in the top bits of an fp16 mantissa under the exponent of 1: no integer-to-float conversion and no
-    subtraction; the 1 and the factor fold into scale and zero of the record.
-
-    Args:
-        words: int32, any shape.
-        FIELD: 0 .. 16 / BITS - 1, a field of the low half.
-
-    Compiled code unpacks two words at a time in inline PTX (H100: 547 us against 664 us for plain Triton at 64 x
-    16,384 tokens, head_dim 128); the interpreter runs the plain form.
-    """
+def _unpack_fields(words, FIELD: tl.constexpr, BITS: tl.constexpr):
     # bit of the field inside its half -> top of the mantissa
     AMOUNT: tl.constexpr = (10 - BITS) - BITS * FIELD
     MASK: tl.constexpr = ((1 << BITS) - 1) << (10 - BITS)
@@ -114,13 +102,7 @@ def unpack_pair(words, FIELD: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def unpack_planes(words, tops, FIELD: tl.constexpr):
-    """Return the fields FIELD and FIELD + 8 of 3-bit codes in two planes; as `unpack_pair`.
-
-    Args:
-        words: int32, of the low plane; tops: of the top plane, shifted so that the bit of low field n is bit 2 n.
-        FIELD: 0 .. 7.
-    """
+def _unpack_planes(words, tops, FIELD: tl.constexpr):
     LOW: tl.constexpr = 7 - 2 * FIELD
     TOP: tl.constexpr = 9 - 2 * FIELD
     if not is_interpreted():
@@ -140,22 +122,64 @@ def unpack_planes(words, tops, FIELD: tl.constexpr):
 
 
 @triton.jit
-def load_value_words(values_ptr, r, c, D: tl.constexpr, BITS: tl.constexpr):
-    """Load the value words (r, c), and those of the top plane that hold the top bits of their codes.
+def unpack_pair(words, tops, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """Return the fields FIELD and FIELD + 16 / b of every word as float16 values 1 + code / 2^BITS, b bits a field.
+
+    The code lands in the top bits of an fp16 mantissa under the exponent of 1: no integer-to-float conversion and no
+    subtraction; the 1 and the factor fold into scale and zero of the record.
 
     Args:
-        values_ptr: int32 pointer to the value words; r, c: int32, broadcast against each other.
+        words, tops: int32, any shape, from `load_key_words` or `load_value_words`; tops are read if BITS is 3.
+        FIELD: 0 .. 16 / b - 1, a field of the low half.
+
+    Compiled code unpacks two words at a time in inline PTX (H100: 547 us against 664 us for plain Triton at 64 x
+    16,384 tokens, head_dim 128); the interpreter runs the plain form.
+    """
+    if BITS == 3:
+        low, high = _unpack_planes(words, tops, FIELD)
+    else:
+        low, high = _unpack_fields(words, FIELD, BITS)
+    return low, high
+
+
+@triton.jit
+def load_key_words(keys_ptr, r, c, D: tl.constexpr, BITS: tl.constexpr):
+    """Load the key words (r, c), and those of the top plane that hold the top bits of their codes.
+
+    Args:
+        keys_ptr: int32 pointer to the key words; r, c: int32, broadcast against each other.
 
     Returns:
-        (words, tops), int32; tops are shifted as `unpack_planes` takes them, and the words again unless BITS is 3.
+        (words, tops), int32; a top bit is where its field begins. Unless BITS is 3, tops are the words again.
     """
+    WIDTH: tl.constexpr = D // tile.k_channel_blocks(D, BITS)
+    words = tl.load(keys_ptr + r * WIDTH + c)
+    if BITS != 3:
+        return words, words
+    tops = tl.load(keys_ptr + tile.top_index(D) + r // 2 * WIDTH + c)
+    return words, tops >> (r % 2)
+
+
+@triton.jit
+def load_value_words(values_ptr, r, c, D: tl.constexpr, BITS: tl.constexpr):
+    """Load the value words (r, c), and those of the top plane that hold the top bits; as `load_key_words`."""
     WIDTH: tl.constexpr = D // tile.v_channel_blocks(BITS)
     words = tl.load(values_ptr + tile.v_word_index(r, c, WIDTH))
     if BITS != 3:
         return words, words
     HALF: tl.constexpr = D // 8
-    tops = tl.load(values_ptr + tile.v_plane_index(D, BITS, 1) + tile.v_word_index(r, c % HALF, HALF))
+    tops = tl.load(values_ptr + tile.top_index(D) + tile.v_word_index(r, c % HALF, HALF))
     return words, tops >> (c // HALF)
+
+
+@triton.jit
+def _field(words, tops, fields, BITS: tl.constexpr):
+    """Return the codes of fields in the low bits of int32; higher bits are undefined."""
+    shifts = tile.low_bits(BITS) * fields
+    x = words >> shifts
+    if BITS == 3:
+        x = (x & 3) | (((tops >> shifts) & 1) << 2)
+    return x
 
 
 @triton.jit
@@ -168,25 +192,23 @@ def load_key_codes(words_ptr, first_token, TOKENS: tl.constexpr, D: tl.constexpr
     TB: tl.constexpr = tile.k_token_blocks(D, BITS)
     CB: tl.constexpr = tile.k_channel_blocks(D, BITS)
     r, c = tl.arange(0, TOKENS // TB) + first_token // TB, tl.arange(0, D // CB)
-    words = tl.load(words_ptr + r[:, None] * (D // CB) + c[None, :])
+    words, tops = load_key_words(words_ptr, r[:, None], c[None, :], D, BITS)
     i, j = tl.arange(0, TB), tl.arange(0, CB)
-    shifts = BITS * tile.k_field(i[:, None], (j // 2)[None, :], (j % 2)[None, :], D, BITS)  # [TB, CB]
-    return tl.reshape(_to_float(words[:, None, :, None] >> shifts[None, :, None, :], BITS), [TOKENS, D])
+    fields = tile.k_field(i[:, None], (j // 2)[None, :], (j % 2)[None, :], D, BITS)[None, :, None, :]  # [1, TB, 1, CB]
+    x = _to_float(_field(words[:, None, :, None], tops[:, None, :, None], fields, BITS), BITS)
+    return tl.reshape(x, [TOKENS, D])
 
 
 @triton.jit
 def load_value_codes(words_ptr, first_token, TOKENS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr):
     """Load the value codes of TOKENS consecutive tokens; as `load_key_codes`."""
     CB: tl.constexpr = tile.v_channel_blocks(BITS)
-    LOW: tl.constexpr = tile.planes(BITS)[0]
     r, c = tl.arange(0, TOKENS // 4) + first_token // 4, tl.arange(0, D // CB)
     words, tops = load_value_words(words_ptr, r[:, None], c[None, :], D, BITS)
     t, j = tl.arange(0, 4), tl.arange(0, CB)
-    shifts = LOW * tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], LOW)  # [4, CB]
-    fields = words[:, None, None, :] >> shifts[None, :, :, None]
-    if BITS == 3:
-        fields = (fields & 3) | (((tops[:, None, None, :] >> shifts[None, :, :, None]) & 1) << 2)
-    return tl.reshape(_to_float(fields, BITS), [TOKENS, D])
+    fields = tile.v_field((t // 2)[:, None], j[None, :], (t % 2)[:, None], BITS)[None, :, :, None]  # [1, 4, CB, 1]
+    x = _to_float(_field(words[:, None, None, :], tops[:, None, None, :], fields, BITS), BITS)
+    return tl.reshape(x, [TOKENS, D])
 
 
 @triton.jit

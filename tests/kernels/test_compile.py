@@ -33,6 +33,7 @@ FORMS = [
     ("kvarn_k4v4_g128", 128, "float16", 28, 4),
     ("kvarn", 256, "bfloat16", 16, 8),
     ("kvarn_k2v2_g128", 128, "bfloat16", 32, 8),
+    ("kvarn_k3v2_g128", 64, "float16", 9, 3),
     ("kvarn_k4v3_g128", 128, "bfloat16", 32, 8),
 ]
 SHORT = [(80, FORMS[0]), (90, FORMS[0]), (100, FORMS[0]), (90, FORMS[1]), (90, FORMS[2]), (90, FORMS[-1])]

@@ -7,7 +7,7 @@ Its results are tested where it runs: `test_decode.py` and `test_graph.py` on a 
 import pytest
 from cubin import compiled, registers_and_stack
 from kvarn_kernels import decode_sm90, nvrtc, tile
-from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.config import KVarNConfig, preset_names
 
 # preset, head_dim, KV heads, query heads per KV head, bfloat16, pages of a split
 FORMS = [
@@ -21,6 +21,9 @@ FORMS = [
     ("kvarn_k4v3_g128", 128, 8, 4, True, 0),
     ("kvarn_k4v3_g128", 64, 3, 3, False, 0),
     ("kvarn_k4v3_g128", 256, 1, 8, True, 0),
+    ("kvarn_k3v2_g128", 128, 8, 4, True, 0),
+    ("kvarn_k3v2_g128", 64, 3, 3, False, 0),
+    ("kvarn_k3v2_g128", 256, 1, 8, True, 0),
     ("kvarn_k2v2_g128", 128, 8, 12, True, 0),
     ("kvarn_k2v2_g128", 64, 8, 6, True, 0),
     ("kvarn_k2v2_g128", 256, 2, 4, True, 0),
@@ -45,7 +48,7 @@ def test_decode_sm90_compiles_for_blackwell():
     assert code_of(FORMS[0], "100")
 
 
-@pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128"])
+@pytest.mark.parametrize("preset", [name for name in preset_names() if "canonical" not in name])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     config = KVarNConfig.from_preset(preset)

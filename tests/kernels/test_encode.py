@@ -9,7 +9,7 @@ from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.encode import encode_from_chunk, encode_from_ring
 
-PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
+PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k3v2_g128", "kvarn_k2v2_g128"]
 KV_HEADS = 2
 
 

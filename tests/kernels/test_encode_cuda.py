@@ -65,6 +65,9 @@ def call(function, *args) -> None:
         ("kvarn_k4v4_g128", torch.bfloat16, 64, 1e5),
         ("kvarn_k4v3_g128", torch.bfloat16, 128, 1.0),
         ("kvarn_k4v3_g128", torch.float16, 64, 1.0),
+        ("kvarn_k3v2_g128", torch.float16, 128, 1.0),
+        ("kvarn_k3v2_g128", torch.bfloat16, 64, 1.0),
+        ("kvarn_k3v2_g128", torch.bfloat16, 256, 1.0),
         ("kvarn_k2v2_g128", torch.float16, 64, 1.0),
         ("kvarn", torch.float16, 256, 1.0),
     ],
@@ -124,6 +127,7 @@ def test_poisoned_and_constant_rows_give_the_bytes_of_the_oracle(library, poison
         ("kvarn", 256, False),
         ("kvarn_k4v4_g128", 64, True),
         ("kvarn_k4v3_g128", 128, True),
+        ("kvarn_k3v2_g128", 128, False),
         ("kvarn_k2v2_g128", 128, False),
     ],
 )

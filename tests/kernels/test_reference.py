@@ -10,7 +10,7 @@ from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig
 
 KVARN = KVarNConfig.from_preset("kvarn")
-PRESETS = ["kvarn", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
+PRESETS = ["kvarn", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k3v2_g128", "kvarn_k2v2_g128"]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -20,7 +20,7 @@ from kvarn_kernels.torch_form import decode_attention, extend_attention
 
 KVARN = KVarNConfig.from_preset("kvarn")
 CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
-PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128"]
+PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k3v2_g128", "kvarn_k2v2_g128"]
 
 
 def cache_for(request, config, rows=4, pages=24):
