@@ -5,6 +5,7 @@
         [--context N] [--judge-from N] [--window N ...] [--csv FILE] [--plot FILE] [--json]
     python benchmarks/bench_quality.py --hard --dtype bfloat16 [--unbalanced]
     python benchmarks/bench_quality.py --head-dim 128 256
+    python benchmarks/bench_quality.py --code-error
 
 Texts are fed token by token in effect (teacher-forced: the position rule makes one pass over a text read what
 token by token would read). Presets run the encode and attention path of a server, the kernels on a GPU and
@@ -13,7 +14,8 @@ model runs in float32, so that only the cache makes a difference; q, k and v ent
 
 --hard and --head-dim measure the same model in forms that compute the same (quality.hard, quality.heads), each cache
 beside itself on the model as it is. Presets have the weights that a server gives them (sglang_kvarn.balance), with
---unbalanced also those of the checkpoint. --hard in float16 leaves out what only bfloat16 can hold.
+--unbalanced also those of the checkpoint. --hard in float16 leaves out what only bfloat16 can hold. --code-error prints
+the squared error of keys and values themselves instead.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import torch
 from engines import model_folder
 from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig, preset_names
-from quality import caches, compare, frames, hard, heads, texts
+from quality import caches, code_error, compare, frames, hard, heads, texts
 from quality.model import Model
 from quality.scores import Scores
 
@@ -181,6 +183,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--window", type=int, nargs="+", default=[], metavar="N", help="the presets also with N pages read exactly"
     )
+    parser.add_argument(
+        "--code-error", action="store_true", help="print the squared error of codes as a share of the variance, no KL"
+    )
     parser.add_argument("--plot", type=Path, help="draw KL against bytes per token here")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser.parse_args()
@@ -230,6 +235,17 @@ def choose_inputs(options: argparse.Namespace, model: Model) -> list[frames.Fram
     return [frames.UNTOUCHED, *fitting]
 
 
+def show_code_errors(shares: dict[tuple[str, str, int], float]) -> None:
+    """Print what `code_error.shares` found."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "encoder", *(f"{bits} bits" for bits in code_error.BITS), title="squared error / variance")
+    for side, encoder in dict.fromkeys(key[:2] for key in shares):
+        table.add_row(side, encoder, *(f"{shares[side, encoder, bits]:.4f}" for bits in code_error.BITS))
+    Console().print(table)
+
+
 def main() -> None:
     """Check, measure, and write what was asked for."""
     options = parse_arguments()
@@ -244,6 +260,10 @@ def main() -> None:
         model = Model.load(folder, device, getattr(torch, options.dtype))
         inputs = choose_inputs(options, model)
         pieces = [texts.load(name, options.context, options.seed, model.tokenizer) for name in options.text]
+        if options.code_error:
+            progress.update("squared errors")
+            show_code_errors(code_error.shares(model, pieces))
+            return
         scores, exact_seconds = measure(model, rows, inputs, pieces, progress)
     title = f"{Path(folder).name}, {len(pieces)} texts of {options.context} tokens, judged from {judge_from}"
     if compared := len(inputs) > 1:

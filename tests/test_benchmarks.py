@@ -18,7 +18,7 @@ import bench_quality
 import compare_isolation
 import plot_decode
 import plot_prefill
-from quality import caches, published, scores, texts
+from quality import caches, code_error, published, scores, texts
 
 
 @pytest.fixture
@@ -49,6 +49,19 @@ def test_capacity_of_qwen3_8b_is_that_of_its_bytes():
 def test_quality_check_passes_for_every_cache():
     windows = [caches.kvarn("kvarn_k2v2_g128", window_pages) for window_pages in (0, 2)]
     bench_quality.check([*caches.all_caches(0).values(), *windows], torch.device("cpu"))
+
+
+def test_code_error_of_gaussian_keys_is_that_of_a_scalar_quantiser():
+    class Gaussian:
+        def logits(self, tokens, attend):
+            attend(*(torch.randn(512, heads, 64) for heads in (4, 2, 2)), 0.125)
+
+    found = code_error.shares(Gaussian(), [SimpleNamespace(tokens=[])])
+    # 127 keys or 64 channels share a scale and a zero that fit them
+    for bits, best in ((2, 0.1175), (3, 0.0345), (4, 0.0095)):
+        for side in ("keys", "values"):
+            assert 0.8 * best < found[side, "kvarn", bits] < 1.15 * best
+            assert found[side, "min / max", bits] > found[side, "kvarn", bits]
 
 
 def test_simulated_widths_of_a_preset_read_what_the_preset_reads():

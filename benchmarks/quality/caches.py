@@ -146,7 +146,7 @@ def unbalanced(cache: Cache) -> Cache:
     return replace(cache, name=f"{cache.name} unbalanced", balanced=False)
 
 
-def _tiles(x: torch.Tensor) -> torch.Tensor:
+def whole_tiles(x: torch.Tensor) -> torch.Tensor:
     """Return the whole pages of x [T, Hk, D] as tiles [P, Hk, G, D], float32."""
     full = len(x) // PAGE * PAGE
     return x[:full].float().unflatten(0, (-1, PAGE)).transpose(1, 2)
@@ -174,8 +174,8 @@ def published_kvarn(k_bits: int, v_bits: int, prompt: int) -> Cache:
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
         q, k, v = (reference.rotate(x).half() for x in (q, k, v))
-        k_tiles = published.round_trip(_tiles(k).transpose(-1, -2), k_bits).transpose(-1, -2)
-        v_tiles = published.round_trip(_tiles(v), v_bits)
+        k_tiles = published.round_trip(whole_tiles(k).transpose(-1, -2), k_bits).transpose(-1, -2)
+        v_tiles = published.round_trip(whole_tiles(v), v_bits)
         cached = (_replace_pages(k, k_tiles), _replace_pages(v, v_tiles))
         return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale))
 
@@ -193,7 +193,7 @@ def _read_back(config: KVarNConfig, read: Callable[[torch.Tensor, int], torch.Te
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
         q, k, v = (reference.rotate(x).to(x.dtype) for x in (q, k, v))
-        k_tiles, v_tiles = _tiles(k), _tiles(v)
+        k_tiles, v_tiles = whole_tiles(k), whole_tiles(v)
         # the first token of a page is exact and left out of the statistics
         k_tiles[..., 1:, :] = read(k_tiles[..., 1:, :].transpose(-1, -2), config.k_bits).transpose(-1, -2)
         v_tiles[..., 1:, :] = read(v_tiles[..., 1:, :], config.v_bits)
@@ -203,24 +203,26 @@ def _read_back(config: KVarNConfig, read: Callable[[torch.Tensor, int], torch.Te
     return Cache(config.name, config.bytes_per_token, attend)
 
 
+def read_fitted(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return what the encoder's codes and scales make of tiles [..., R, C], rows with a scale and a zero."""
+    side = reference.quantise_side(tiles, bits)
+    return (side.codes * side.scale[..., None] + side.zero[..., None]) * side.cross[..., None, :]
+
+
+def read_min_max(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the same with codes that span minimum to maximum of a row and are not fitted."""
+    return published.quantise(tiles, bits, 1.0, reference.cross_scale(tiles))
+
+
 def min_max(name: str) -> Cache:
     """Return a preset with plain min / max codes instead of the clipped, unbiased ones, all else equal."""
     config = KVarNConfig.from_preset(name)
-
-    def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
-        return published.quantise(tiles, bits, 1.0, reference.cross_scale(tiles))
-
-    return _read_back(replace(config, name=f"min_max_{config.name.removeprefix('kvarn_')}"), read)
+    return _read_back(replace(config, name=f"min_max_{config.name.removeprefix('kvarn_')}"), read_min_max)
 
 
 def simulated(k_bits: int, v_bits: int) -> Cache:
     """Return what a preset of other bit widths would be: the encoder's codes and scales, in no record."""
-
-    def read(tiles: torch.Tensor, bits: int) -> torch.Tensor:
-        side = reference.quantise_side(tiles, bits)
-        return (side.codes * side.scale[..., None] + side.zero[..., None]) * side.cross[..., None, :]
-
-    return _read_back(KVarNConfig(f"simulated_k{k_bits}v{v_bits}", k_bits, v_bits), read)
+    return _read_back(KVarNConfig(f"simulated_k{k_bits}v{v_bits}", k_bits, v_bits), read_fitted)
 
 
 def all_caches(prompt: int) -> dict[str, Cache]:
