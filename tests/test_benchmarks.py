@@ -57,10 +57,10 @@ def test_code_error_of_gaussian_keys_is_that_of_a_scalar_quantiser():
             attend(*(torch.randn(512, heads, 64) for heads in (4, 2, 2)), 0.125)
 
     found = code_error.shares(Gaussian(), [SimpleNamespace(tokens=[])])
-    # 127 keys or 64 channels share a scale and a zero that fit them
+    # 127 keys or 64 channels share a scale and a zero that fit them; codes that do not shrink cost 1 / (1 - error)
     for bits, best in ((2, 0.1175), (3, 0.0345), (4, 0.0095)):
         for side in ("keys", "values"):
-            assert 0.8 * best < found[side, "kvarn", bits] < 1.15 * best
+            assert 0.7 * best < found[side, "kvarn", bits] < 1.2 * best
             assert found[side, "min / max", bits] > found[side, "kvarn", bits]
 
 
