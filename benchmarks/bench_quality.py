@@ -254,16 +254,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judge_from = options.context // 2 if options.judge_from is None else options.judge_from
     rows = choose_rows(options, judge_from)
-    with Console(file=sys.stderr).status("check") as progress:
-        check(rows, device)
+    with Console(file=sys.stderr).status("load") as progress:
         folder = model_folder(options.model)
         model = Model.load(folder, device, getattr(torch, options.dtype))
-        inputs = choose_inputs(options, model)
         pieces = [texts.load(name, options.context, options.seed, model.tokenizer) for name in options.text]
         if options.code_error:
             progress.update("squared errors")
             show_code_errors(code_error.shares(model, pieces))
             return
+        progress.update("check")
+        check(rows, device)
+        inputs = choose_inputs(options, model)
         scores, exact_seconds = measure(model, rows, inputs, pieces, progress)
     title = f"{Path(folder).name}, {len(pieces)} texts of {options.context} tokens, judged from {judge_from}"
     if compared := len(inputs) > 1:

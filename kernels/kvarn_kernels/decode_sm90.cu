@@ -26,8 +26,7 @@ constexpr int WARPS = 4;
 constexpr int TEAMS = WARPS / TILE_WARPS; // warps of a team share a tile
 constexpr int BUFFERS = TEAMS * STAGES;   // records in flight or being read
 constexpr int BLOCKS = 8 / TILE_WARPS;    // blocks of 16 tokens that a warp has of a tile
-constexpr int K_FIELD = K_BITS == 3 ? 2 : K_BITS;  // bits of a field: of 3-bit codes the low ones
-constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_FIELD / K_CB;
+constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_FIELD_BITS / K_CB;
 constexpr int K_ROW_WORDS = D / K_CB;     // words of a row of key words
 constexpr int K_LANE_WORDS = K_ROW_WORDS / 4;
 constexpr int K_PAIRS = K_CB / 2;         // pairs of channels in a word, per token
@@ -194,6 +193,7 @@ __device__ __forceinline__ u32 unpack(u32 w, u32 top, int n, const Exponents& e)
   u32 y = n < 2 ? top << 6 : n < 4 ? top << 2 : n < 6 ? top >> 2 : top >> 6;
   return n % 2 == 0 ? ((x & 0x00300030u) | e.x64) | (y & 0x00400040u) : ((x & 0x00C000C0u) | e.x16) | (y & 0x01000100u);
 }
+
 struct State {
   float m[2], l[2];        // heads 2 q and 2 q + 1; l is this lane's share
   float acc[TILES][4];     // channels (c, c + 1) of `channel_of` x heads (2 q, 2 q + 1)
@@ -264,7 +264,7 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
     int token = 16 * (BLOCKS * warp + t) + 4 * (g >> 1) + (g & 1);
     u32 row0 = record + 4 * (token / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
     u32 row1 = record + 4 * ((token + 2) / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
-    int shift0 = K_FIELD * K_PAIRS * (token % K_TB), shift1 = K_FIELD * K_PAIRS * ((token + 2) % K_TB);
+    int shift0 = K_FIELD_BITS * K_PAIRS * (token % K_TB), shift1 = K_FIELD_BITS * K_PAIRS * ((token + 2) % K_TB);
     // of 3-bit codes: two rows of words share one of top bits
     u32 top_row0 = record + 4 * (TOP_INDEX + token / (2 * K_TB) * K_ROW_WORDS + K_LANE_WORDS * q);
     u32 top_row1 = record + 4 * (TOP_INDEX + (token + 2) / (2 * K_TB) * K_ROW_WORDS + K_LANE_WORDS * q);

@@ -393,10 +393,10 @@ struct Side {
     if constexpr (BITS == 3) pack_tops(table, words + TOP_INDEX);
   }
 
-  static constexpr int FIELD = BITS == 3 ? 2 : BITS, HALF = 16 / FIELD;  // bits of a field, fields of half a word
+  static constexpr int FIELD_BITS = KEYS ? K_FIELD_BITS : V_FIELD_BITS, HALF = 16 / FIELD_BITS;  // fields of half a word
   static constexpr int WORD_CB = KEYS ? K_CHANNEL_BLOCKS : V_CHANNEL_BLOCKS;
   static constexpr int WIDTH = D / WORD_CB;                              // words of a row
-  static constexpr int TOKENS = KEYS ? 32 / FIELD / WORD_CB : 4;         // of a word
+  static constexpr int TOKENS = KEYS ? 32 / FIELD_BITS / WORD_CB : 4;         // of a word
   static constexpr int INNER = KEYS ? WORD_CB / 2 : WORD_CB;             // fields of a half that share a token
 
   // the code of field f of half h of word (r, c)
@@ -420,7 +420,7 @@ struct Side {
 #pragma unroll
         for (int f = 0; f < HALF; f++) {
           const u32 code = code_at(table, r, c, h, f);
-          word |= (BITS == 3 ? code & 3u : code) << (FIELD * (h * HALF + f));
+          word |= (BITS == 3 ? code & 3u : code) << (FIELD_BITS * (h * HALF + f));
         }
       words[word_index(r, c, WIDTH)] = word;
     }
@@ -439,7 +439,7 @@ struct Side {
 #pragma unroll
           for (int f = 0; f < HALF; f++) {
             const u32 code = code_at(table, ROWS_SHARED * r + (KEYS ? second : 0), KEYS ? c : c + TOP_WIDTH * second, h, f);
-            word |= code >> 2 << (FIELD * (h * HALF + f) + second);
+            word |= code >> 2 << (FIELD_BITS * (h * HALF + f) + second);
           }
       words[word_index(r, c, TOP_WIDTH)] = word;
     }

@@ -35,6 +35,8 @@ def format_constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, is_b
         "D": head_dim,
         "K_BITS": k_bits,
         "V_BITS": v_bits,
+        "K_FIELD_BITS": tile.low_bits(k_bits),
+        "V_FIELD_BITS": tile.low_bits(v_bits),
         "HK": num_kv_heads,
         "BF16": int(is_bf16),
         "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),

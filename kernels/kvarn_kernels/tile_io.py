@@ -49,76 +49,27 @@ def _shift(x, AMOUNT: tl.constexpr):
 
 
 @triton.constexpr_function
-def _unpack_pair_ptx(amount, mask):
-    # two words in, two packed pairs out: (x & mask) | 0x3C003C00 for each, then the low halves and the high halves
-    shift = f"{'shl' if amount >= 0 else 'shr'}.b32"
-    both = mask * 0x10001
-    return (
-        "{ .reg .b32 a, b; "
-        f"{shift} a, $2, {abs(amount)}; {shift} b, $3, {abs(amount)}; "
-        f"lop3.b32 a, a, {both}, {0x3C003C00}, 0xEA; lop3.b32 b, b, {both}, {0x3C003C00}, 0xEA; "
-        "prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }"
-    )
+def _shift_ptx(amount, register, operand):
+    return f"{'shl' if amount >= 0 else 'shr'}.b32 {register}, {operand}, {abs(amount)}; "
 
 
 @triton.constexpr_function
-def _unpack_planes_ptx(low_amount, top_amount):
-    # as _unpack_pair_ptx for 3 bits: two low words, then two top words in
-    def shift(amount, register, operand):
-        return f"{'shl' if amount >= 0 else 'shr'}.b32 {register}, {operand}, {abs(amount)}; "
-
-    low, top = 3 * 2**7 * 0x10001, 2**9 * 0x10001
-    return (
-        "{ .reg .b32 a, b, c, d; "
-        + shift(low_amount, "a", "$2")
-        + shift(low_amount, "b", "$3")
-        + shift(top_amount, "c", "$4")
-        + shift(top_amount, "d", "$5")
-        + f"lop3.b32 a, a, {low}, {0x3C003C00}, 0xEA; lop3.b32 b, b, {low}, {0x3C003C00}, 0xEA; "
-        f"lop3.b32 a, c, {top}, a, 0xEA; lop3.b32 b, d, {top}, b, 0xEA; "
-        "prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }"
-    )
+def _unpack_pair_ptx(amount, mask, top_amount, top_mask):
+    # two words in, two packed pairs out: (x & mask) | 0x3C003C00 for each, then the low halves and the high halves;
+    # with a top mask, two words of top bits follow the words
+    both, tops = mask * 0x10001, top_mask * 0x10001
+    code = "{ .reg .b32 a, b, c, d; " + _shift_ptx(amount, "a", "$2") + _shift_ptx(amount, "b", "$3")
+    code += f"lop3.b32 a, a, {both}, {0x3C003C00}, 0xEA; lop3.b32 b, b, {both}, {0x3C003C00}, 0xEA; "
+    if tops:
+        code += _shift_ptx(top_amount, "c", "$4") + _shift_ptx(top_amount, "d", "$5")
+        code += f"lop3.b32 a, c, {tops}, a, 0xEA; lop3.b32 b, d, {tops}, b, 0xEA; "
+    return code + "prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; }"
 
 
 @triton.jit
 def _to_float(fields, BITS: tl.constexpr):
     # the code goes to the top of the mantissa of 1.0: no conversion from integers
     return (((fields & ((1 << BITS) - 1)) << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _unpack_fields(words, FIELD: tl.constexpr, BITS: tl.constexpr):
-    # bit of the field inside its half -> top of the mantissa
-    AMOUNT: tl.constexpr = (10 - BITS) - BITS * FIELD
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (10 - BITS)
-    if not is_interpreted():
-        low, high = tl.inline_asm_elementwise(
-            _unpack_pair_ptx(AMOUNT, MASK), "=r,=r,r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
-        )
-    else:
-        low = ((_shift(words, AMOUNT) & MASK) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
-        high = ((_shift(words, AMOUNT - 16) & MASK) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
-    return low, high
-
-
-@triton.jit
-def _unpack_planes(words, tops, FIELD: tl.constexpr):
-    LOW: tl.constexpr = 7 - 2 * FIELD
-    TOP: tl.constexpr = 9 - 2 * FIELD
-    if not is_interpreted():
-        low, high = tl.inline_asm_elementwise(
-            _unpack_planes_ptx(LOW, TOP),
-            "=r,=r,r,r,r,r",
-            [words, tops],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        x = (_shift(words, LOW) & 0x180) | (_shift(tops, TOP) & 0x200) | 0x3C00
-        y = (_shift(words, LOW - 16) & 0x180) | (_shift(tops, TOP - 16) & 0x200) | 0x3C00
-        low, high = x.to(tl.int16).to(tl.float16, bitcast=True), y.to(tl.int16).to(tl.float16, bitcast=True)
-    return low, high
 
 
 @triton.jit
@@ -135,10 +86,23 @@ def unpack_pair(words, tops, FIELD: tl.constexpr, BITS: tl.constexpr):
     Compiled code unpacks two words at a time in inline PTX (H100: 547 us against 664 us for plain Triton at 64 x
     16,384 tokens, head_dim 128); the interpreter runs the plain form.
     """
-    if BITS == 3:
-        low, high = _unpack_planes(words, tops, FIELD)
+    LOW_BITS: tl.constexpr = tile.low_bits(BITS)
+    # bit of the field inside its half -> top of the mantissa; the top bit of 3 goes to the highest one
+    AMOUNT: tl.constexpr = (10 - BITS) - LOW_BITS * FIELD
+    MASK: tl.constexpr = ((1 << LOW_BITS) - 1) << (10 - BITS)
+    TOP_AMOUNT: tl.constexpr = 9 - LOW_BITS * FIELD
+    TOP_MASK: tl.constexpr = 0x200 if BITS == 3 else 0
+    if not is_interpreted():
+        PTX: tl.constexpr = _unpack_pair_ptx(AMOUNT, MASK, TOP_AMOUNT, TOP_MASK)
+        types: tl.constexpr = (tl.float16, tl.float16)
+        if BITS == 3:
+            low, high = tl.inline_asm_elementwise(PTX, "=r,=r,r,r,r,r", [words, tops], types, is_pure=True, pack=2)
+        else:
+            low, high = tl.inline_asm_elementwise(PTX, "=r,=r,r,r", [words], types, is_pure=True, pack=2)
     else:
-        low, high = _unpack_fields(words, FIELD, BITS)
+        x = (_shift(words, AMOUNT) & MASK) | (_shift(tops, TOP_AMOUNT) & TOP_MASK) | 0x3C00
+        y = (_shift(words, AMOUNT - 16) & MASK) | (_shift(tops, TOP_AMOUNT - 16) & TOP_MASK) | 0x3C00
+        low, high = x.to(tl.int16).to(tl.float16, bitcast=True), y.to(tl.int16).to(tl.float16, bitcast=True)
     return low, high
 
 

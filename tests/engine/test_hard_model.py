@@ -3,15 +3,30 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_model import flush, prompt
 from transformers import LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from quality import hard
+
 NEW = 16
 PROMPT = prompt(500, seed=1)
 # whole RoPE pairs
 KEY_CHANNELS, VALUE_CHANNELS, FACTOR, BIAS = [3, 35, 10, 42], [0, 5, 9, 60], 32.0, 8.0
+
+
+def channels(chosen: Iterable[int], value: float = FACTOR, other: float = 1.0) -> torch.Tensor:
+    """Return value in the chosen channels of both KV heads, [2, 64]."""
+    made = torch.full((2, 64), other)
+    made[:, list(chosen)] = value
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +36,21 @@ def hard_model(model, tmp_path_factory) -> str:
     plain = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = plain.config
     config.attention_bias = True
-    hard = LlamaForCausalLM(config)
-    missing = hard.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    network = LlamaForCausalLM(config)
+    missing = network.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert all(name.endswith("bias") for name in missing)
     with torch.no_grad():
-        for layer in hard.model.layers:
-            q, k, v, o = (getattr(layer.self_attn, f"{name}_proj") for name in "qkvo")
-            k.weight.unflatten(0, (-1, 64))[:, KEY_CHANNELS] *= FACTOR
-            q.weight.unflatten(0, (-1, 64))[:, KEY_CHANNELS] /= FACTOR
-            v.weight.unflatten(0, (-1, 64))[:, VALUE_CHANNELS] *= FACTOR
-            o.weight.unflatten(1, (-1, 64))[:, :, VALUE_CHANNELS] /= FACTOR
-            for projection in (q, k, v, o):
-                projection.bias.zero_()
-            bias = v.bias.unflatten(0, (-1, 64))
-            bias[:, 20:24] = BIAS
-            # attention weights sum to one
-            o.bias.copy_(-o.weight @ bias.repeat_interleave(2, 0).flatten())
+        for layer in network.model.layers:
+            for name in "qkvo":
+                getattr(layer.self_attn, f"{name}_proj").bias.zero_()
+            for form in (
+                hard.scaled("outliers", keys=channels(KEY_CHANNELS), values=channels(VALUE_CHANNELS)),
+                hard.biased_values("bias", channels(range(20, 24), BIAS, other=0.0)),
+            ):
+                form.reweigh(layer.self_attn)
         ids = torch.tensor([PROMPT])
-        torch.testing.assert_close(hard(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
-    hard.save_pretrained(folder)
+        torch.testing.assert_close(network(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
+    network.save_pretrained(folder)
     return str(folder)
 
 

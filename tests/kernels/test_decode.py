@@ -18,7 +18,7 @@ from builders import (
 )
 from kvarn_kernels import decode_plan, torch_form
 from kvarn_kernels.cache import DecodeWorkspace
-from kvarn_kernels.config import KVarNConfig, preset_names
+from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import decode, make_workspace
 from kvarn_kernels.decode_plan import plan_decode
 from kvarn_kernels.merge import merge
@@ -164,7 +164,7 @@ def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens, 
     assert all(torch.equal(decode_behind_others(others, tokens, config), alone) for others in (1, 4))
 
 
-@pytest.mark.parametrize("preset", [name for name in preset_names() if "canonical" not in name])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "kvarn_canonical"])
 def test_decode_of_default_presets_agrees_within_a_thousandth_at_any_batch_size(preset, monkeypatch):
     # so few programs that a batch of 1, 2 and 5 takes splits of 2, 3 and 5 units and more
     monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 1)
