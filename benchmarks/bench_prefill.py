@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import flashinfer
@@ -199,18 +198,15 @@ def _timed(workspace: prefill.PrefillWorkspace) -> Iterator[dict[str, list]]:
         (store, "encode_extend", "encode"),
         (store, "store_extend", "store"),
         (prefill, "dequantise", "dequantise"),
+        (prefill, "merge_parts", "merge"),
         *((wrapper, "run", "attention") for wrapper in workspace.wrappers),
     ]
     saved = [(place, name, getattr(place, name)) for place, name, _ in places]
-    library = workspace.library
     try:
         for place, name, part in places:
             setattr(place, name, timed(part, getattr(place, name)))
-        merge = timed("merge", library.merge_state_in_place)
-        workspace.library = SimpleNamespace(merge_state_in_place=merge)
         yield events
     finally:
-        workspace.library = library
         for place, name, function in saved:
             setattr(place, name, function)
 

@@ -10,24 +10,30 @@ requests.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from kvarn_kernels import tile
-from kvarn_kernels.attend import LOG2_E, attend_exact, normalise_query, weigh
+from kvarn_kernels.attend import LOG2_E, SHIFT, attend_exact, normalise_query, weigh
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.decode_plan import multiprocessors
 from kvarn_kernels.launch import TritonLauncher
+from kvarn_kernels.merge import merge_splits
 from kvarn_kernels.reference import first_row_dtype
 from kvarn_kernels.rotate import hadamard_signs, unrotate
 from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
 
 # first rows of records that are attended together
 FIRST_BLOCK = 32
+# pages of a split, at least, and splits of a request, at most
+MIN_SPLIT_PAGES, MAX_SPLITS = 8, 32
 
 
-@triton.jit(do_not_specialize=["stride_page_table", "num_tiles"])
+@triton.jit(do_not_specialize=["stride_page_table", "num_tiles", "splits"])
 def _extend_kernel(
     q_ptr,  # [T, Hq, D] float32, rotated
     chunk_k_ptr,  # [T, Hk, D] model dtype, rotated
@@ -43,10 +49,13 @@ def _extend_kernel(
     seq_lens_ptr,  # [B] int32
     qo_indptr_ptr,  # [B + 1] int32
     exact_starts_ptr,  # [B] int32
-    out_ptr,  # [T, Hq, D] model dtype, written
+    out_ptr,  # [T, Hq, D] model dtype, written unless SPLIT
+    partial_out_ptr,  # [T, splits, Hq, D] float32, written if SPLIT
+    partial_lse_ptr,  # [T, splits, Hq] float32, base 2
     stride_page_table,
     sm_scale_log2,
     num_tiles,
+    splits,
     HK: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
     GROUP_ROWS: tl.constexpr,  # GROUP rounded up to a power of two
@@ -58,12 +67,13 @@ def _extend_kernel(
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     prefix_len, seq_len = tl.load(prefix_lens_ptr + b), tl.load(seq_lens_ptr + b)
     # the tiles with the most keys first
-    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0)) * BLOCK_Q
+    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q
     if start >= seq_len:
         return
     RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
@@ -72,6 +82,12 @@ def _extend_kernel(
     page = start // G
     # first page that is read exactly; every page before it is read from its record
     exact_page = tl.minimum(tl.maximum(page - WINDOW, tl.load(exact_starts_ptr + b) // G), page)
+    # the share of this split; what is read exactly goes to the last one
+    split = tl.program_id(0) % splits
+    if SPLIT:
+        first_page, end_page = exact_page * split // splits, exact_page * (split + 1) // splits
+    else:
+        first_page, end_page = 0, exact_page
     first_token = tl.load(qo_indptr_ptr + b).to(tl.int64) - prefix_len
     r, d = tl.arange(0, M), tl.arange(0, D)
     position, group_head = start + r // GROUP_ROWS, r % GROUP_ROWS
@@ -86,7 +102,7 @@ def _extend_kernel(
     STEPS: tl.constexpr = G // BLOCK_KV
     y = tl.arange(0, BLOCK_KV)
     half_q = q.to(tl.float16)
-    for step in tl.range(0, exact_page * STEPS, num_stages=STAGES):
+    for step in tl.range(first_page * STEPS, end_page * STEPS, num_stages=STAGES):
         page_id = tl.load(pages_ptr + step // STEPS).to(tl.int64)
         record = records_ptr + (page_id * HK + head) * RECORD
         halves = (record + tile.scales_offset(D, K_BITS, V_BITS)).to(tl.pointer_type(tl.float16))
@@ -104,8 +120,8 @@ def _extend_kernel(
 
     f = tl.arange(0, FIRST_BLOCK)
     FIRST: tl.constexpr = tile.scales_offset(D, K_BITS, V_BITS) // 2 + tile.k_first_index(D)
-    for begin in tl.range(0, exact_page, FIRST_BLOCK, num_stages=1):
-        exists = begin + f < exact_page
+    for begin in tl.range(first_page, end_page, FIRST_BLOCK, num_stages=1):
+        exists = begin + f < end_page
         page_ids = tl.load(pages_ptr + begin + f, mask=exists, other=0).to(tl.int64)
         k_ptrs = firsts_ptr + (page_ids * HK + head) * (RECORD // 2) + FIRST
         m, l, blocks = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, exists, exists[None, :], m, l, (acc,), D, 1)
@@ -113,7 +129,10 @@ def _extend_kernel(
 
     ring = tl.load(rows_ptr + b) * RING_LEN
     end = tl.minimum(start + BLOCK_Q, seq_len)
-    for begin in tl.range(exact_page * G, end, BLOCK_KV, num_stages=STAGES):
+    exact_begin = exact_page * G
+    if SPLIT:
+        exact_begin = tl.where(split == splits - 1, exact_begin, end)
+    for begin in tl.range(exact_begin, end, BLOCK_KV, num_stages=STAGES):
         j = begin + y
         in_ring = j < prefix_len
         ring_offsets = ((ring + j % RING_LEN) * HK + head) * D
@@ -124,12 +143,19 @@ def _extend_kernel(
         m, l, blocks = attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, (acc,), D, 1)
         acc = blocks[0]
 
-    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    c = tl.arange(0, 64)
-    for begin in tl.static_range(0, D, 64):
-        out = unrotate(acc, signs_ptr, begin, D, 64)
-        out_ptrs = out_ptr + qo[:, None] + (begin + c)[None, :]
-        tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
+    empty = l == 0.0
+    acc = acc / tl.where(empty, 1.0, l)[:, None]
+    if SPLIT:
+        at = (((first_token + position) * splits + split) * HK + head) * GROUP + group_head
+        tl.store(partial_out_ptr + (at * D)[:, None] + d[None, :], acc, mask=valid[:, None])
+        lse = tl.where(empty, float("-inf"), m + tl.log2(tl.where(empty, 1.0, l)) - SHIFT)
+        tl.store(partial_lse_ptr + at, lse, mask=valid)
+    else:
+        c = tl.arange(0, 64)
+        for begin in tl.static_range(0, D, 64):
+            out = unrotate(acc, signs_ptr, begin, D, 64)
+            out_ptrs = out_ptr + qo[:, None] + (begin + c)[None, :]
+            tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 _extend_launcher = TritonLauncher(_extend_kernel)
@@ -139,6 +165,21 @@ def block_sizes(group: int, head_dim: int) -> tuple[int, int, int]:
     """Return (query tokens of a tile, keys of a block, warps); they depend on the model only."""
     rows, keys, warps = {64: (128, 128, 8), 128: (128, 64, 8), 256: (64, 64, 8)}[head_dim]
     return max(1, rows // triton.next_power_of_2(group)), keys, warps
+
+
+def num_splits(batch: ExtendBatch, block_q: int, kv_heads: int, config: KVarNConfig) -> int:
+    """Return the splits of every request of a step: as many as fill the device, and 1 for a canonical preset."""
+    if config.is_canonical:
+        return 1
+    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
+    programs = kv_heads * sum(triton.cdiv(seq, block_q) - prefix // block_q for prefix, seq in lens)
+    pages = max(batch.seq_lens_host) // config.tile_size
+    return max(1, min(multiprocessors() // programs, pages // MIN_SPLIT_PAGES, MAX_SPLITS))
+
+
+@lru_cache(maxsize=64)
+def _split_indptr(num_tokens: int, splits: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(0, (num_tokens + 1) * splits, splits, dtype=torch.int32, device=device)
 
 
 def extend(
@@ -169,8 +210,14 @@ def extend(
     num_tiles = max((triton.cdiv(seq, block_q) - prefix // block_q for prefix, seq in lens), default=0)
     if num_tiles == 0:
         return
+    splits = num_splits(batch, block_q, kv_heads, config)
+    partial_out = partial_lse = None
+    if splits > 1:
+        shape = (batch.num_tokens * splits, *rotated_q.shape[1:])
+        partial_out = torch.empty(shape, dtype=torch.float32, device=out.device)
+        partial_lse = torch.empty(shape[:2], dtype=torch.float32, device=out.device)
     _extend_launcher(
-        (num_tiles, kv_heads, batch.rows.shape[0]),
+        (num_tiles * splits, kv_heads, batch.rows.shape[0]),
         rotated_q,
         rotated_k,
         rotated_v,
@@ -186,9 +233,12 @@ def extend(
         batch.qo_indptr,
         batch.exact_starts,
         out,
+        partial_out,
+        partial_lse,
         batch.page_table.stride(0),
         sm_scale * LOG2_E,
         num_tiles,
+        splits,
         kv_heads,
         group,
         triton.next_power_of_2(group),
@@ -200,6 +250,10 @@ def extend(
         config.k_bits,
         config.v_bits,
         config.window_pages,
+        splits > 1,
         2,
         num_warps=warps,
     )
+    if partial_out is not None and partial_lse is not None:
+        indptr = _split_indptr(batch.num_tokens, splits, out.device)
+        merge_splits(out[: batch.num_tokens], partial_out, partial_lse, indptr, config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merge the splits of a decode step and rotate the result back."""
+"""Merge the splits of a decode step, or of a short extend step, and rotate the result back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from kvarn_kernels.cache import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.launch import TritonLauncher
 from kvarn_kernels.rotate import hadamard_signs, unrotate
 from kvarn_kernels.tile_io import cast
 
@@ -22,8 +23,8 @@ FEW_ROWS = 1024
 def _merge_kernel(
     partial_out_ptr,  # [S, Hq, D] float32
     partial_lse_ptr,  # [S, Hq] float32, base 2
-    indptr_ptr,  # [B + 1] int32, first split of each request
-    out_ptr,  # [N, D] model dtype, N = B * Hq, written
+    indptr_ptr,  # [T + 1] int32, first split of each token
+    out_ptr,  # [T * Hq, D] model dtype, written
     signs_ptr,  # [D, D] bfloat16
     num_rows,
     HQ: tl.constexpr,
@@ -69,32 +70,49 @@ def _merge_kernel(
     tl.store(out, cast(x, out_ptr.dtype.element_ty), mask=to_store)
 
 
+_merge_launcher = TritonLauncher(_merge_kernel)
+
+
 def rows_of_program(num_rows: int, config: KVarNConfig) -> int:
     """Return the query heads that a program merges. It sets the order of sums, which canonical presets keep."""
     return 2 if num_rows < FEW_ROWS and not config.is_canonical else 16
 
 
 def merge(out: torch.Tensor, batch: DecodeBatch, config: KVarNConfig) -> None:
-    """Combine the partial results in the workspace by their lse and write out = (sum) H.
+    """Combine the partial results in the workspace: `merge_splits` of a step that `decode` has run."""
+    workspace = batch.workspace
+    assert workspace is not None, "the Triton form needs a DecodeWorkspace"
+    merge_splits(out, workspace.partial_out, workspace.partial_lse, workspace.split_indptr, config)
+
+
+def merge_splits(
+    out: torch.Tensor,
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    indptr: torch.Tensor,
+    config: KVarNConfig,
+) -> None:
+    """Combine partial results by their lse and write out = (sum) H.
 
     Args:
-        out: [B, Hq, D] model dtype, contiguous, written.
-        batch: a step that `decode` has run, with the same config.
+        out: [N, Hq, D] model dtype, contiguous, written.
+        partial_out: float32 [S, Hq, D]; partial_lse: float32 [S, Hq], base 2, -inf where a split holds no key.
+        indptr: int32 [at least N + 1]; the splits indptr[n] .. indptr[n + 1] - 1 belong to token n.
     """
-    assert batch.workspace is not None, "the Triton form needs a DecodeWorkspace"
-    batch_size, num_qo_heads, head_dim = out.shape
-    num_rows = batch_size * num_qo_heads
+    num_tokens, num_qo_heads, head_dim = out.shape
+    num_rows = num_tokens * num_qo_heads
     rows = rows_of_program(num_rows, config)
-    _merge_kernel[(triton.cdiv(num_rows, rows),)](
-        batch.workspace.partial_out,
-        batch.workspace.partial_lse,
-        batch.workspace.split_indptr,
+    _merge_launcher(
+        (triton.cdiv(num_rows, rows), 1, 1),
+        partial_out,
+        partial_lse,
+        indptr,
         out,
         hadamard_signs(head_dim, torch.bfloat16, out.device),
         num_rows,
-        HQ=num_qo_heads,
-        D=head_dim,
-        ROWS=rows,
-        SPLITS=RESULTS // rows,
+        num_qo_heads,
+        head_dim,
+        rows,
+        RESULTS // rows,
         num_warps=4,
     )

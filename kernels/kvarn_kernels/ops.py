@@ -16,14 +16,14 @@ from kvarn_kernels.config import KVarNConfig
 logger = logging.getLogger(__name__)
 
 INTERPRET_ENV = "KVARN_CPU_FORM"
-# a step with fewer new tokens runs the Triton kernel, unless a request has a longer prefix than this. H100, one layer
-# of 32/8 heads, GPU time of FlashInfer and Triton:
-#      64 new tokens on    512 cached    47 and    60 us
-#     128              on  8,192        210 and   551 us
-#      64              on 32,768        688 and 1,902 us
-# The host needs 315 us a layer for FlashInfer at 8,192 cached, and for Triton one launch and a plan less, so that a
-# step on a short prefix waits for the host in both. Where they meet, between 512 and 8,192, is interpolated
-FLASHINFER_TOKENS, FLASHINFER_PREFIX = 256, 6_144
+# a step of fewer new tokens, of which new * cached is less than this, runs the Triton kernel. H100, one layer of 32/8
+# heads, GPU time of Triton and of FlashInfer (with everything around it; "split" as in prefill_plan.py):
+#     128 new tokens on  8,192 cached    201 and 209 us
+#     128               32,768           566 and 654 us, split 372 us
+#     128               98,304           about 1,700, split 957 us
+# The host of that run needed 390 to 570 us a layer for Triton, about 600 for FlashInfer, 1,020 and 1,280 us where it
+# was split; another host about 0.6 of it. A step waits for the slower of GPU and host
+FLASHINFER_TOKENS, FLASHINFER_WORK = 256, 6 << 20
 
 
 def attention_form(device: torch.device) -> str:
@@ -51,8 +51,8 @@ def extend_form(
     """Return "torch", "triton" or "flashinfer": how an extend step of `new_tokens` tokens runs, all requests together.
 
     FlashInfer attends at the speed of a 16-bit cache, after the past of the step was written out in 16 bits. A step of
-    few tokens on short prefixes runs the Triton kernel, which reads the records themselves and costs the host less. So
-    does everything else that FlashInfer cannot do:
+    few tokens runs the Triton kernel, which reads the records themselves and costs the host less, unless their prefix
+    is so long that it multiplies too slowly. So does everything else that FlashInfer cannot do:
         - a canonical preset: its outputs have the same bits for a hit and a miss and for every chunking, and only the
           Triton kernel sums in an order that depends on the position alone;
         - another dtype than float16 and bfloat16, another head_dim than 64, 128 and 256, a host without FlashInfer
@@ -63,7 +63,7 @@ def extend_form(
     form = attention_form(device)
     if form == "torch" or device.type != "cuda" or config.is_canonical:
         return form
-    if new_tokens < FLASHINFER_TOKENS and longest_prefix < FLASHINFER_PREFIX:
+    if new_tokens < FLASHINFER_TOKENS and new_tokens * longest_prefix < FLASHINFER_WORK:
         return form
     if dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128, 256) or not _has_flashinfer():
         return form

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from kvarn_kernels import prefill_plan, tile
+from kvarn_kernels import decode_plan, prefill_plan, tile
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dequantise import dequantise
+from kvarn_kernels.prefill_merge import merge_parts
 
 # pages of the workspace, keys and values; at 8 KV heads of 128 these are 396 pages, so a chunk of 8K on 256K tokens is
 # 6 segments, and with FlashInfer's buffers for them the workspace takes 255 MiB
@@ -33,6 +34,7 @@ class PrefillWorkspace:
         keys, values: [M, Hk, G, D] model dtype, the past pages of one segment.
         num_qo_heads: query heads of the model.
         library: the module flashinfer.
+        multiprocessors: of the device, which a step is cut to fill.
         scratch: uint8 [16]; FlashInfer wants a buffer for split contexts, which are not used here.
         wrappers: FlashInfer's, one for each segment of a step, made when first used.
     """
@@ -41,6 +43,7 @@ class PrefillWorkspace:
     values: torch.Tensor
     num_qo_heads: int
     library: Any
+    multiprocessors: int
     scratch: torch.Tensor
     wrappers: list[Any] = field(default_factory=list)
 
@@ -56,7 +59,8 @@ class PlannedSegment:
     """Describe a segment on the device.
 
     Attributes:
-        requests, pages, num_exact, begin, end, seen, causal: as in `prefill_plan.Segment`, tensors on the device.
+        requests, pages, num_exact, begin, end, splits: as in `prefill_plan.Segment`, tensors on the device.
+        seen: likewise; None for a causal segment, whose results are not merged but written.
         wrapper: FlashInfer's, planned.
     """
 
@@ -65,8 +69,8 @@ class PlannedSegment:
     num_exact: int
     begin: int
     end: int
+    splits: int
     seen: torch.Tensor | None
-    causal: bool
     wrapper: Any
 
 
@@ -124,10 +128,6 @@ def _build_kernels(workspace: PrefillWorkspace) -> None:
     indptr = torch.tensor([0, 1], dtype=torch.int32)
     call = prefill_plan.PagedCall(qo_indptr=indptr, kv_indptr=indptr, kv_indices=one - 1, last_page_len=one)
     _plan_call(workspace.wrapper(0), call, workspace, causal=True)
-    device = workspace.keys.device
-    out = torch.zeros(1, workspace.num_qo_heads, workspace.keys.shape[3], dtype=workspace.keys.dtype, device=device)
-    lse = torch.zeros(1, workspace.num_qo_heads, device=device)
-    workspace.library.merge_state_in_place(out, lse, out.clone(), lse.clone())
 
 
 def make_workspace(
@@ -154,6 +154,7 @@ def make_workspace(
         values=torch.empty(shape, dtype=dtype, device=device),
         num_qo_heads=num_qo_heads,
         library=library,
+        multiprocessors=decode_plan.multiprocessors(),
         scratch=torch.empty(16, dtype=torch.uint8, device=device),
     )
     _build_kernels(workspace)
@@ -173,8 +174,9 @@ def plan_prefill(
     """
     device = workspace.keys.device
     queries = prefill_plan.query_pages(prefix_lens, seq_lens, config)
+    splits = prefill_plan.num_splits(queries, workspace.num_qo_heads, workspace.multiprocessors)
     planned = []
-    for n, segment in enumerate(prefill_plan.segments(queries, len(workspace.keys), config.tile_size)):
+    for n, segment in enumerate(prefill_plan.segments(queries, len(workspace.keys), config.tile_size, splits)):
         wrapper = workspace.wrapper(n)
         _plan_call(wrapper, segment.call, workspace, segment.causal)
         planned.append(
@@ -184,8 +186,8 @@ def plan_prefill(
                 num_exact=segment.num_exact,
                 begin=segment.begin,
                 end=segment.end,
-                seen=None if segment.seen is None else _to_device(segment.seen, device),
-                causal=segment.causal,
+                splits=segment.splits,
+                seen=None if segment.causal else _to_device(segment.seen, device),
                 wrapper=wrapper,
             )
         )
@@ -232,16 +234,19 @@ def prefill(
             config,
         )
         rows = slice(segment.begin, segment.end)
-        part, part_lse = out[rows], lse[rows]
-        if not segment.causal:
-            part, part_lse = torch.empty_like(part), torch.empty_like(part_lse)
+        query, part, part_lse = q[rows], out[rows], lse[rows]
+        if segment.seen is not None:
+            if segment.splits > 1:
+                query = query.repeat(segment.splits, 1, 1)
+            part, part_lse = out.new_empty(query.shape), lse.new_empty(query.shape[:2])
         segment.wrapper.run(
-            q[rows],
+            query,
             (workspace.keys, workspace.values),
             q_scale=sm_scale,
             out=part,
             lse=part_lse,
             return_lse=True,
         )
-        if not segment.causal:
-            workspace.library.merge_state_in_place(out[rows], lse[rows], part, part_lse, segment.seen)
+        if segment.seen is not None:
+            shape = (segment.splits, -1)
+            merge_parts(out, lse, segment.begin, part.unflatten(0, shape), part_lse.unflatten(0, shape), segment.seen)

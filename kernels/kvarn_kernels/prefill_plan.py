@@ -9,6 +9,10 @@ What a step reads is one list of pages: first the exact ones (of each request, f
 to its last page), then the records. Query pages share them by index. A segment is a part of that list and the query
 pages that read it.
 
+FlashInfer runs a program for each query page and query head, over all its keys: too few to fill a GPU where a turn of
+some hundred tokens comes on top of a long context. There the records are read in splits, each by pseudo-requests of
+its own over a repeated query, and merged like segments.
+
 Example, window 1, prefix 300, 200 new tokens: the query pages 2 (84 tokens) and 3 (116 tokens); exact: the pages 1, 2
 and 3; records: the pages 0 and 1. Query page 2 reads record 0 and the exact pages 1 and 2, query page 3 the records 0
 and 1, the exact page 2 and 116 tokens of the exact page 3.
@@ -24,6 +28,11 @@ import numpy as np
 import torch
 
 from kvarn_kernels.config import KVarNConfig
+
+# pages that a query page reads as records from which on they are read in splits, and the most splits. H100, 32/8
+# heads, 128 and 256 new tokens on 256 pages: 372 and 484 us of the GPU against 654 and 662 us in one piece, but 1,020
+# and 985 us of the host against 610 and 550: it pays where the GPU takes longer than the host
+SPLIT_PAGES, MAX_SPLITS = 384, 8
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,12 @@ class Segment:
         num_exact: how many of them, the first ones, are exact pages.
         begin, end: queries begin .. end - 1 of the batch are the readers; the first and the last query page of them
             read something.
-        seen: bool [end - begin], queries that read something; None if all do. The others get one key of the first
+        splits: into how many parts what each of them reads is cut.
+        seen: bool [splits, end - begin], queries that read something of a split. The others get one key of the first
             page, so that no pseudo-request is empty (FlashInfer 0.6.14 answers those wrongly on Hopper), and their
             results are not merged.
         causal: the readers' own pages are among the exact pages; such segments hold every query once.
-        call: queries counted from begin, pages of the workspace.
+        call: queries counted from begin, all of them again for each split; pages of the workspace.
     """
 
     requests: torch.Tensor
@@ -63,7 +73,8 @@ class Segment:
     num_exact: int
     begin: int
     end: int
-    seen: torch.Tensor | None
+    splits: int
+    seen: torch.Tensor
     causal: bool
     call: PagedCall
 
@@ -132,20 +143,28 @@ def query_pages(prefix_lens: list[int], seq_lens: list[int], config: KVarNConfig
 
 
 def _segment(
-    queries: QueryPages, readers: tuple[int, int], exact: tuple[int, int], records: tuple[int, int], page: int
+    queries: QueryPages,
+    readers: tuple[int, int],
+    exact: tuple[int, int],
+    records: tuple[int, int],
+    page: int,
+    splits: int = 1,
 ) -> Segment:
     """Return the segment of two slices of the list; `readers`: the query pages that may read something of it."""
     (first, last), causal = readers, exact[1] > exact[0]
+    assert splits == 1 or not causal, "the own page of a query is in one piece with its window"
     num_exact, own = exact[1] - exact[0], slice(first, last)
     record_begin, record_end = (x[own].clip(*records) for x in (queries.record_begin, queries.record_end))
+    cuts = record_begin + (record_end - record_begin) * np.arange(splits + 1)[:, None] // splits
+    record_begin, record_end = cuts[:-1].ravel(), cuts[1:].ravel()
     seen = (record_end > record_begin) | causal
-    last_page_len = np.where(seen, queries.last_page_len[own] if causal else page, 1)
+    sizes, last_page_len = (np.tile(x[own], splits) for x in (queries.queries, queries.last_page_len))
+    last_page_len = np.where(seen, last_page_len if causal else page, 1)
     record_begin = np.where(seen, record_begin, records[0])
     record_end = np.where(seen, record_end, records[0] + 1)
-    exact_counts = (queries.exact_end[own] - queries.exact_begin[own]) * causal
-    starts = np.stack([record_begin - records[0] + num_exact, queries.exact_begin[own] - exact[0]], 1)
-    counts = np.stack([record_end - record_begin, exact_counts], 1)
-    sizes = queries.queries[own]
+    exact_begin, exact_end = (np.tile(x[own], splits) for x in (queries.exact_begin, queries.exact_end))
+    starts = np.stack([record_begin - records[0] + num_exact, exact_begin - exact[0]], 1)
+    counts = np.stack([record_end - record_begin, (exact_end - exact_begin) * causal], 1)
     rows = _indptr(queries.queries)
     parts = (slice(*exact), slice(*records))
     return Segment(
@@ -154,7 +173,8 @@ def _segment(
         num_exact=num_exact,
         begin=int(rows[first]),
         end=int(rows[last]),
-        seen=None if seen.all() else torch.from_numpy(np.repeat(seen, sizes)),
+        splits=splits,
+        seen=torch.from_numpy(np.repeat(seen, sizes).reshape(splits, -1)),
         causal=causal,
         call=PagedCall(
             qo_indptr=_int32(_indptr(sizes)),
@@ -177,15 +197,22 @@ def _groups(queries: QueryPages, capacity: int) -> list[tuple[int, int]]:
     return groups
 
 
-def segments(queries: QueryPages, capacity: int, page: int) -> list[Segment]:
+def num_splits(queries: QueryPages, num_qo_heads: int, multiprocessors: int) -> int:
+    """Return into how many splits the records of a step are cut: 1, or so many that FlashInfer fills the device."""
+    longest = int((queries.record_end - queries.record_begin).max())
+    programs = len(queries.queries) * num_qo_heads
+    return min(max(multiprocessors // programs, 1), MAX_SPLITS) if longest >= SPLIT_PAGES else 1
+
+
+def segments(queries: QueryPages, capacity: int, page: int, splits: int = 1) -> list[Segment]:
     """Cut the list into segments of at most `capacity` pages, at least a window and one more.
 
     The causal ones come first. Where one of them holds all exact pages, it takes as many records as still fit: most
-    steps are a single segment.
+    steps are a single segment. Not where records are read in several splits.
     """
     num_exact, total = queries.num_exact, len(queries.pages)
     groups = _groups(queries, capacity)
-    start = min(capacity, total) if len(groups) == 1 else num_exact
+    start = min(capacity, total) if len(groups) == 1 and splits == 1 else num_exact
     found = []
     for first, last in groups:
         exact = (int(queries.exact_begin[first]), int(queries.exact_end[last - 1]))
@@ -195,6 +222,6 @@ def segments(queries: QueryPages, capacity: int, page: int) -> list[Segment]:
         begin, end = (x.clip(start, stop) for x in (queries.record_begin, queries.record_end))
         (seen,) = (end > begin).nonzero()
         readers = (int(seen[0]), int(seen[-1]) + 1)
-        found.append(_segment(queries, readers, (0, 0), (start, stop), page))
+        found.append(_segment(queries, readers, (0, 0), (start, stop), page, splits))
         start = stop
     return found

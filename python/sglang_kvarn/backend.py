@@ -44,6 +44,10 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         rows = self.req_to_token.shape[0]
         self._buffers = self._make_buffers(budget.decode_batch_size(model_runner.server_args, rows - 1))
         self._prefill = self._make_prefill_workspace()
+        if self.req_to_token.is_cuda:
+            from kvarn_kernels.warm_up import warm_up
+
+            warm_up(self.pool.layer_cache(self.pool.start_layer), self._qo_heads, self.config, self._prefill)
         self._decode: DecodeBatch | None = None
         self._extend: ExtendBatch | None = None
         logger.info(

@@ -20,11 +20,13 @@ from unittest.mock import MagicMock
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["KVARN_CPU_FORM"] = "triton"
+# kernels are caught, so those of others, which would run on a GPU, have nothing to read
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 import triton
 from builders import make_cache, make_request, run_decode, run_extend
-from kvarn_kernels import prefill
+from kvarn_kernels import extend, prefill
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import make_workspace
 from kvarn_kernels.merge import FEW_ROWS
@@ -37,7 +39,7 @@ Launch = tuple[JITFunction, tuple, dict]
 
 
 def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple[int, int]) -> list[Launch]:
-    """Return what one decode step and one extend step (a hit, a full page, a partial page) launch."""
+    """Return what decode steps and extend steps (a full page, a partial page) launch, in one piece and in several."""
     launches: list[Launch] = []
 
     def catch(fn, *args, grid, warmup, **kwargs):
@@ -49,9 +51,12 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     cache = make_cache(config, heads[1], head_dim, dtype, pages=8, rows=4)
     request = make_request(300, heads, head_dim, dtype)
     run_extend(extend_attention, [request], [(100, 300)], cache, config)
+    extend.MIN_SPLIT_PAGES = 1
+    run_extend(extend_attention, [request], [(100, 300)], cache, config)
     # the launches of the FlashInfer form need no FlashInfer
-    prefill_workspace = prefill.make_workspace(*heads, head_dim, dtype, 8, torch.device("cpu"), MagicMock())
-    run_extend(extend_attention, [request], [(100, 300)], cache, config, workspace=prefill_workspace)
+    for pages in (8, 2):
+        prefill_workspace = prefill.make_workspace(*heads, head_dim, dtype, pages, torch.device("cpu"), MagicMock())
+        run_extend(extend_attention, [request], [(100, 300)], cache, config, workspace=prefill_workspace)
 
     def decode(q, k, v, out, cache, batch, config, sm_scale):
         plan_decode(batch, config)

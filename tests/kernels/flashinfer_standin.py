@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlashInfer's paged prefill and merge in torch: the contract of 0.6.14 as our code uses it, on any device.
+"""FlashInfer's paged prefill in torch: the contract of 0.6.14 as our code uses it, on any device.
 
-Read off flashinfer/prefill.py, cascade.py and csrc/batch_prefill_sm90.cu: lengths are read on the host, causal is
+Read off flashinfer/prefill.py and csrc/batch_prefill_sm90.cu: lengths are read on the host, causal is
 aligned to the right, lse has base 2, keys and values share their strides. A request without keys is refused here,
 because FlashInfer's fa3 backend answers it wrongly.
 """
@@ -89,22 +89,3 @@ class BatchPrefillWithPagedKVCacheWrapper:
                 scores = scores.masked_fill(hidden.triu(length - queries + 1), float("-inf"))
             out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(self.dtype)
             lse[rows] = (scores.logsumexp(-1) / torch.log(torch.tensor(2.0))).T.float()
-
-
-def merge_state_in_place(
-    v: torch.Tensor,
-    s: torch.Tensor,
-    v_other: torch.Tensor,
-    s_other: torch.Tensor,
-    mask: torch.Tensor | None = None,
-) -> None:
-    """Merge (v_other, s_other) into (v, s), lse of base 2, in the rows where mask is not 0."""
-    assert all(x.is_contiguous() for x in (v, s, v_other, s_other)) and s.dtype == s_other.dtype == torch.float32
-    assert v.shape == v_other.shape and s.shape == s_other.shape == v.shape[:2] and v.dtype == v_other.dtype
-    assert mask is None or mask.shape == v.shape[:1]
-    top = torch.maximum(s, s_other)
-    a, b = torch.exp2(s - top), torch.exp2(s_other - top)
-    merged = (v.float() * a[..., None] + v_other.float() * b[..., None]) / (a + b)[..., None]
-    rows = slice(None) if mask is None else mask.bool()
-    v[rows] = merged.to(v.dtype)[rows]
-    s[rows] = (top + (a + b).log2())[rows]

@@ -20,6 +20,7 @@ KERNELS = {
     "_store_kernel",
     "_extend_kernel",
     "_dequantise_kernel",
+    "_merge_parts_kernel",
     "_plan_kernel",
     "_decode_kernel",
     "_merge_kernel",

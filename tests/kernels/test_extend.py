@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extend kernel against the float64 oracle; what must not change a bit of it is in test_position_rule.py."""
 
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from builders import (
     relative_rms,
     run_extend,
 )
+from kvarn_kernels import extend as extend_module
 from kvarn_kernels import ops, torch_form
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.extend import extend
+from kvarn_kernels.extend import extend, num_splits
 
 KVARN = KVarNConfig.from_preset("kvarn")
 CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
@@ -103,6 +105,37 @@ def test_extend_attends_the_first_rows_of_more_pages_than_one_block():
     prefill(torch_form.extend_attention, request, [torch_chunk], cache, CANONICAL)
     out = run_extend(attention, [request], [(torch_chunk, len(request.q))], cache, CANONICAL)[0]
     assert relative_rms(out, oracle(request, CANONICAL, torch_chunk)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "dtype"), [((4, 1), 128, torch.bfloat16), ((3, 3), 64, torch.float16)])
+def test_extend_matches_the_oracle_where_the_pages_are_split(heads, head_dim, dtype, monkeypatch):
+    monkeypatch.setattr(extend_module, "MIN_SPLIT_PAGES", 1)
+    short = make_request(2 * PAGE + 9, heads, head_dim, dtype, row=2, first_page=8, seed=1)
+    request = make_request(5 * PAGE + 40, heads, head_dim, dtype)
+    cache = cache_for(request, KVARN)
+    prefill(torch_form.extend_attention, request, [5 * PAGE - 20], cache, KVARN)
+    prefill(torch_form.extend_attention, short, [PAGE], cache, KVARN)
+    seen = []
+    counted = extend_module.num_splits
+    monkeypatch.setattr(extend_module, "num_splits", lambda *step: seen.append(counted(*step)) or seen[-1])
+    spans = [(5 * PAGE - 20, 5 * PAGE + 40), (PAGE, 2 * PAGE + 9)]
+    outs = run_extend(attention, [request, short], spans, cache, KVARN, padding=3)
+    # as many as the longest request has pages; the short one reads none or one of its own in splits
+    assert seen == [5]
+    for each, (start, end), out in zip((request, short), spans, outs, strict=True):
+        assert relative_rms(out, oracle(each, KVARN, start, end)) < BOUND[dtype]
+
+
+def test_splits_fill_the_device_but_for_canonical_presets():
+    def of(tokens, prefix, config=KVARN, kv_heads=8):
+        batch = SimpleNamespace(prefix_lens_host=[prefix], seq_lens_host=[prefix + tokens])
+        return num_splits(batch, 32, kv_heads, config)
+
+    least = extend_module.MIN_SPLIT_PAGES * PAGE
+    # 132 multiprocessors, tiles of 32 tokens
+    assert [of(tokens, 64 * least) for tokens in (1, 32, 33, 128, 512)] == [16, 16, 8, 4, 1]
+    assert [of(1, prefix) for prefix in (0, least, 2 * least)] == [1, 1, 2]
+    assert of(1, 64 * least, CANONICAL) == 1 and of(1, 64 * least, kv_heads=1) == extend_module.MAX_SPLITS
 
 
 def test_extend_keeps_the_poison_of_one_request_from_the_others():

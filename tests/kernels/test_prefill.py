@@ -18,7 +18,7 @@ from builders import (
     relative_rms,
     run_extend,
 )
-from kvarn_kernels import ops, torch_form
+from kvarn_kernels import ops, prefill_plan, torch_form
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.prefill import PrefillWorkspace, make_workspace, num_pages, plan_prefill, workspace_bytes
 from kvarn_kernels.prefill import prefill as prefill_kernel
@@ -85,6 +85,24 @@ def test_prefill_merges_the_segments_of_a_step_beyond_the_workspace(pages):
     workspace = workspace_for(request, pages)
     out = prefill(attention, request, [2 * PAGE + 70, 4 * PAGE - 50], cache_for(request, KVARN), KVARN, workspace)
     assert len(workspace.wrappers) > 8 // pages and len(workspace.keys) == pages
+    assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize("pages", [3, 64])
+def test_prefill_reads_the_records_of_a_few_queries_in_splits(pages, monkeypatch):
+    monkeypatch.setattr(prefill_plan, "SPLIT_PAGES", 1)
+    request = make_request(6 * PAGE + 20, (2, 1), 64, torch.float16)
+    workspace = dataclasses.replace(workspace_for(request, pages), multiprocessors=12)
+    splits = []
+
+    def counted(q, k, v, out, cache, batch, config, sm_scale):
+        splits.append([segment.splits for segment in batch.prefill.segments])
+        attention(q, k, v, out, cache, batch, config, sm_scale)
+
+    chunks = [3 * PAGE, 2 * PAGE - 30, 49, 1, PAGE]
+    out = prefill(counted, request, chunks, cache_for(request, KVARN), KVARN, workspace)
+    # query pages of each chunk: 3, 2, 2, 1, 2
+    assert [max(step) for step in splits] == [2, 3, 3, 6, 3]
     assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
 
 
@@ -183,8 +201,8 @@ def test_extend_form_says_what_runs_on_flashinfer(monkeypatch):
     cuda, bf16, enough = torch.device("cuda"), torch.bfloat16, ops.FLASHINFER_TOKENS
     assert ops.extend_form(cuda, bf16, 128, KVARN) == "flashinfer"
     assert ops.extend_form(cuda, bf16, 128, KVARN, enough - 1) == "triton"
-    assert ops.extend_form(cuda, bf16, 128, KVARN, 1, ops.FLASHINFER_PREFIX - 1) == "triton"
-    assert ops.extend_form(cuda, bf16, 128, KVARN, 1, ops.FLASHINFER_PREFIX) == "flashinfer"
+    assert ops.extend_form(cuda, bf16, 128, KVARN, 64, ops.FLASHINFER_WORK // 64 - 1) == "triton"
+    assert ops.extend_form(cuda, bf16, 128, KVARN, 64, ops.FLASHINFER_WORK // 64) == "flashinfer"
     assert ops.extend_form(cuda, bf16, 128, CANONICAL) == "triton"
     assert ops.extend_form(cuda, torch.float32, 128, KVARN) == "triton"
     assert ops.extend_form(cuda, bf16, 96, KVARN) == "triton"

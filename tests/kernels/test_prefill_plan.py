@@ -4,9 +4,8 @@
 from itertools import pairwise
 
 import pytest
-import torch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.prefill_plan import PagedCall, query_pages, segments
+from kvarn_kernels.prefill_plan import MAX_SPLITS, SPLIT_PAGES, PagedCall, num_splits, query_pages, segments
 
 PAGE = 128
 BATCHES = [
@@ -35,29 +34,32 @@ def expected_keys(b: int, position: int, config: KVarNConfig) -> list[tuple[int,
     return [(b, j, "record" if j < exact else "exact") for j in range(position + 1)]
 
 
+@pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("capacity", [2, 3, 5, 1000])
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
-def test_plan_reads_every_key_once_from_where_the_position_rule_says(batch, capacity, preset):
+def test_plan_reads_every_key_once_from_where_the_position_rule_says(batch, capacity, preset, splits):
     config = KVarNConfig.from_preset(preset)
     new = [(b, i) for b, (prefix, seq) in enumerate(zip(*batch, strict=True)) for i in range(prefix, seq)]
     read: dict[int, list[tuple[int, int, str]]] = {}
     causal_rows = 0
-    for part in segments(query_pages(*batch, config), capacity, PAGE):
+    for part in segments(query_pages(*batch, config), capacity, PAGE, splits):
         assert len(part.pages) <= capacity
-        call, bounds = part.call, (part.call.qo_indptr + part.begin).tolist()
-        assert (call.kv_indptr.diff() > 0).all() and bounds[-1] == part.end
-        seen = torch.ones(part.end - part.begin, dtype=torch.bool) if part.seen is None else part.seen
-        assert seen[0] and seen[-1] and len(seen) == part.end - part.begin
+        size, call, bounds = part.end - part.begin, part.call, part.call.qo_indptr.tolist()
+        assert (call.kv_indptr.diff() > 0).all() and bounds[-1] == part.splits * size
+        seen = part.seen
+        assert seen.shape == (part.splits, size) and seen.any(0)[[0, -1]].all()
         if part.causal:
             # their results are written, not merged: no gap, no overlap, before all others
-            assert part.begin == causal_rows and seen.all()
+            assert part.begin == causal_rows and seen.all() and part.splits == 1
             causal_rows = part.end
         else:
-            assert causal_rows == len(new)
+            assert causal_rows == len(new) and part.splits == splits
         for n, (begin, end) in enumerate(pairwise(bounds)):
+            rows = [part.begin + row % size for row in (begin, end - 1)]
             # no call tells the queries between the first and the last one apart
-            assert len({(b, i // PAGE) for b, i in new[begin:end]}) == 1
+            assert rows[1] - rows[0] == end - 1 - begin
+            assert len({(b, i // PAGE) for b, i in new[rows[0] : rows[1] + 1]}) == 1
             keys = keys_of(call, n)
             assert all(entry < len(part.pages) for entry, _ in keys)
             sources = [
@@ -68,14 +70,34 @@ def test_plan_reads_every_key_once_from_where_the_position_rule_says(batch, capa
                 )
                 for entry, offset in keys
             ]
-            assert seen[begin - part.begin] == seen[end - 1 - part.begin]
-            for row in {begin, end - 1} if seen[begin - part.begin] else ():
-                hidden = end - 1 - row if part.causal else 0
+            assert seen.ravel()[begin] == seen.ravel()[end - 1]
+            for row in set(rows) if seen.ravel()[begin] else ():
+                hidden = rows[1] - row if part.causal else 0
                 read.setdefault(row, []).extend(sources[: len(sources) - hidden])
     assert causal_rows == len(new)
     for row, keys in read.items():
         b, position = new[row]
         assert sorted(keys) == expected_keys(b, position, config)
+
+
+def test_plan_cuts_the_records_of_a_query_page_into_equal_splits():
+    queries = query_pages([40 * PAGE], [40 * PAGE + 3], KVarNConfig.from_preset("kvarn"))
+    causal, records = segments(queries, 100, PAGE, splits=4)
+    assert causal.causal and causal.num_exact == len(causal.pages) == 2
+    assert records.call.kv_indptr.diff().tolist() == [9, 10, 10, 10] and records.seen.all()
+    assert records.call.qo_indptr.tolist() == [0, 3, 6, 9, 12]
+
+
+def test_splits_fill_the_device_where_few_queries_read_much():
+    def of(prefix, tokens, heads=32):
+        config = KVarNConfig.from_preset("kvarn")
+        return num_splits(query_pages([prefix], [prefix + tokens], config), heads, 132)
+
+    long = (SPLIT_PAGES + 1) * PAGE
+    assert [of(long, tokens) for tokens in (1, 128, 256, 384, 8192)] == [4, 4, 2, 1, 1]
+    assert of(long - PAGE, 128) == 1 and of(0, 1) == 1
+    # a rank of tensor parallelism
+    assert of(long, 128, heads=2) == MAX_SPLITS
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
