@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from agentic.replay import Pace, replay
 from agentic.workload import Shape, Workload
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rows import commit
 from sglang_kvarn.demo import server as processes
 
 CONSOLE = Console(stderr=True)
@@ -120,13 +120,6 @@ def measure(server: processes.Server, workload: Workload, facts: dict, pace: Pac
         "by_turn": summary.by_turn(run.rows),
         "turns": sorted(run.rows, key=lambda row: row["sent"]),
     }
-
-
-def commit() -> str:
-    """Return the short commit of the working tree, with a plus if it was changed; empty outside of git."""
-    command = ["git", "-C", str(servers.ROOT), "describe", "--always", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def following(args: argparse.Namespace, cache: str, results: store.Store) -> int | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from kvarn_kernels.config import KVarNConfig, preset_names
 from kvarn_kernels.decode import decode, make_workspace
 from kvarn_kernels.merge import merge
 from kvarn_kernels.store import store_decode
-from rows import append
+from rows import append, check_columns, commit
 
 PAGE = 128
 DEVICE = torch.device("cuda")
@@ -336,18 +335,13 @@ def versions() -> dict[str, str]:
         except (ImportError, AttributeError):
             return ""
 
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "sglang": of("sglang"),
         "flashinfer": of("flashinfer"),
-        "commit": commit,
+        "commit": commit(),
     }
 
 
@@ -412,6 +406,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    check_columns(args.csv, COLUMNS)
     if not torch.cuda.is_available():
         raise SystemExit("bench_decode.py needs a CUDA device; on a CPU run the tests instead")
     bandwidth, common = copy_bandwidth(), versions()

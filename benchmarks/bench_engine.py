@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
-from rows import append
+from rows import append, check_columns, commit
 
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
@@ -47,7 +47,9 @@ CHATS = (
 DECODED = 64
 # tokens of a shape up to which it runs once before it is measured; what a larger one needs has run by then
 WARMED_UP = 100_000
-COLUMNS = ["device", "torch", "sglang", "model", "cache", "mem_fraction", "quantity", "value", "unit"]
+COLUMNS = [
+    "device", "torch", "sglang", "commit", "model", "cache", "backend", "mem_fraction", "quantity", "value", "unit",
+]  # fmt: skip
 
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -213,7 +215,8 @@ def main() -> None:
     if args.one:
         run_one(args)
         return
-    common = engines.device_facts() | {"model": args.model}
+    check_columns(args.csv, COLUMNS)
+    common = engines.device_facts() | {"commit": commit(), "model": args.model, "mem_fraction": args.mem_fraction}
     baseline: dict[str, list[int]] | None = None
     written = []
     for cache in args.caches:
@@ -229,8 +232,9 @@ def main() -> None:
                 rows.append((f"equal tokens of {len(baseline[name])}: {name}", equal, ""))
         for quantity, value, unit in rows:
             print(f"{cache:26} {quantity:50} {value:14,.3f} {unit}", flush=True)
-            row = {"cache": cache, "mem_fraction": args.mem_fraction, "quantity": quantity, "value": value}
-            written.append(common | row | {"unit": unit})
+            backend = args.bf16_backend if cache in engines.STOCK else "kvarn"
+            row = {"cache": cache, "backend": backend, "quantity": quantity, "value": value, "unit": unit}
+            written.append(common | row)
     if args.csv and written:
         append(args.csv, COLUMNS, written)
 

@@ -35,7 +35,7 @@ from typing import Any
 import engines
 from generation import chats, report, runs, tasks
 from generation.scoring import Answer, summarise
-from rows import append
+from rows import append, check_columns
 
 KINDS = ("manual", "code", "changelog")
 
@@ -177,6 +177,7 @@ def main() -> int:
     if args.one:
         run_one(args)
         return 0
+    check_columns(args.csv, list(report.COLUMNS))
     common = engines.device_facts() | {"model": args.model, "dtype": args.dtype, "seed": args.seed}
     found, rows = measure(args, common)
     if args.json:

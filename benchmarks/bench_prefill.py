@@ -28,7 +28,7 @@ from bench_decode import versions
 from kvarn_kernels import ops, prefill, reference, rotate, store
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig, preset_names
-from rows import append
+from rows import append, check_columns
 
 PAGE = 128
 DEVICE = torch.device("cuda")
@@ -335,6 +335,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    check_columns(args.csv, COLUMNS)
     if not torch.cuda.is_available():
         raise SystemExit("bench_prefill.py needs a CUDA device; on a CPU run the tests instead")
     common = versions()

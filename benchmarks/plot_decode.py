@@ -59,7 +59,7 @@ def draw(gpu: str, figures: dict[str, dict[str, dict[str, float]]], target: Path
     panels[1].axhline(one["gb_per_s"] / one["copy_share"], color="k", linestyle=":", label="device copy")
     panels[1].set(title="bytes of the cache read per second", ylabel="GB/s")
     handles = panels[1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), fontsize=8)
+    figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(f"decode, 32/8 heads of 128, {gpu}")
     figure.savefig(target, dpi=110)
 

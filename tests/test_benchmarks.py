@@ -18,6 +18,7 @@ import bench_quality
 import compare_isolation
 import plot_decode
 import plot_prefill
+import rows
 from quality import caches, code_error, published, scores, texts
 
 
@@ -190,3 +191,19 @@ def test_the_prefill_plot_refuses_a_cache_without_a_baseline(tmp_path):
     (tmp_path / "one.csv").write_text("\n".join(rows))
     with pytest.raises(ValueError, match="expected the same shapes of bf16"):
         plot_prefill.read(tmp_path / "one.csv")
+
+
+def test_rows_are_appended_under_their_own_columns_only(tmp_path):
+    path, columns = tmp_path / "figures.csv", ["gpu", "value"]
+    rows.check_columns(None, columns)
+    for value in (1, 2):
+        rows.check_columns(path, columns)
+        rows.append(path, columns, [{"gpu": "H100", "value": value}])
+    assert path.read_text().splitlines() == ["gpu,value", "H100,1", "H100,2"]
+    with pytest.raises(SystemExit, match="expected .*figures.csv to have the columns gpu,commit, got gpu,value"):
+        rows.check_columns(path, ["gpu", "commit"])
+
+
+def test_the_commit_of_a_row_is_that_of_the_checkout():
+    name = rows.commit()
+    assert name == "" or len(name.rstrip("+")) >= 7
