@@ -200,7 +200,7 @@ def test_rows_are_appended_under_their_own_columns_only(tmp_path):
         rows.check_columns(path, columns)
         rows.append(path, columns, [{"gpu": "H100", "value": value}])
     assert path.read_text().splitlines() == ["gpu,value", "H100,1", "H100,2"]
-    with pytest.raises(SystemExit, match="expected .*figures.csv to have the columns gpu,commit, got gpu,value"):
+    with pytest.raises(SystemExit, match=r"expected .*figures.csv to have the columns gpu,commit, got gpu,value"):
         rows.check_columns(path, ["gpu", "commit"])
 
 
