@@ -25,7 +25,7 @@ from typing import Any
 import flashinfer
 import torch
 from bench_decode import versions
-from kvarn_kernels import ops, prefill, reference, rotate, store
+from kvarn_kernels import encode, ops, prefill, reference, rotate, store
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig, preset_names
 from rows import append, check_columns
@@ -195,7 +195,7 @@ def _timed(workspace: prefill.PrefillWorkspace) -> Iterator[dict[str, list]]:
 
     places = [
         (rotate, "rotate_chunk", "rotate"),
-        (store, "encode_extend", "encode"),
+        (encode, "encode_from_chunk", "encode"),
         (store, "store_extend", "store"),
         (prefill, "dequantise", "dequantise"),
         (prefill, "merge_parts", "merge"),

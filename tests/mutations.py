@@ -29,7 +29,7 @@ DECODE, EXTEND = "tests/kernels/test_decode.py", "tests/kernels/test_extend.py"
 DECODE_ON_CPU = "tests/kernels/test_decode_on_cpu.py"
 DECODE_PLAN = "tests/kernels/test_decode_plan.py"
 PREFILL, PREFILL_PLAN = "tests/kernels/test_prefill.py", "tests/kernels/test_prefill_plan.py"
-LAUNCH = "tests/kernels/test_launch.py"
+LAUNCH, WARM_UP = "tests/kernels/test_launch.py", "tests/kernels/test_warm_up.py"
 DEQUANTISE = "tests/kernels/test_dequantise.py"
 ENCODE, REFERENCE = "tests/kernels/test_encode.py", "tests/kernels/test_reference.py"
 TORCH = "tests/kernels/test_torch_form.py"
@@ -323,7 +323,7 @@ MUTATIONS = (
         "last page of a request read to its end",
         f"{KERNELS}/prefill_plan.py",
         "last_page_len=end - number * page,",
-        "last_page_len=torch.full_like(end, page),",
+        "last_page_len=np.full_like(end, page),",
         (PREFILL_PLAN,),
     ),
     Mutation(
@@ -335,10 +335,59 @@ MUTATIONS = (
     ),
     Mutation(
         "queries without a past merge the key that stands in",
-        f"{KERNELS}/prefill_plan.py",
-        "None if seen.all()",
-        "None if seen.any()",
+        f"{KERNELS}/prefill_merge.py",
+        "exists = valid & (tl.load(seen_ptr + part // HQ, mask=valid, other=0) != 0)",
+        "exists = valid",
         (PREFILL,),
+    ),
+    Mutation(
+        "parts of a prefill step merged without their weights",
+        f"{KERNELS}/prefill_merge.py",
+        "a, b = tl.exp2(m - top), tl.exp2(lse - top)",
+        "a, b = tl.exp2(m - top), tl.exp2(m - top)",
+        (PREFILL,),
+    ),
+    Mutation(
+        "part of a prefill step merged into the first tokens",
+        f"{KERNELS}/prefill_merge.py",
+        "at = r + begin * HQ",
+        "at = r",
+        (PREFILL,),
+    ),
+    Mutation(
+        "splits of a prefill step leave the last records out",
+        f"{KERNELS}/prefill_plan.py",
+        "np.arange(splits + 1)[:, None] // splits",
+        "np.arange(splits + 1)[:, None] // (splits + 1)",
+        (PREFILL_PLAN,),
+    ),
+    Mutation(
+        "a page between two splits of an extend step read by neither",
+        f"{KERNELS}/extend.py",
+        "exact_page * (split + 1) // splits",
+        "exact_page * (split + 1) // splits - (split < splits - 1)",
+        (EXTEND,),
+    ),
+    Mutation(
+        "exact keys attended by every split of an extend step",
+        f"{KERNELS}/extend.py",
+        "exact_begin = tl.where(split == splits - 1, exact_begin, end)",
+        "exact_begin = tl.where(split < splits, exact_begin, end)",
+        (EXTEND,),
+    ),
+    Mutation(
+        "extend steps of a canonical preset split",
+        f"{KERNELS}/extend.py",
+        "    if config.is_canonical:\n        return 1\n",
+        "",
+        (EXTEND,),
+    ),
+    Mutation(
+        "a kernel of short turns built in the first request",
+        f"{KERNELS}/warm_up.py",
+        "steps += [(cached, 1, None), (cached, page, None)]",
+        "steps += [(cached, page, None)]",
+        (WARM_UP,),
     ),
     Mutation(
         "new tokens of a request counted from the first row of the batch",
@@ -527,9 +576,9 @@ MUTATIONS = (
     Mutation(
         "ring written before the pages of the chunk are encoded (kernels)",
         f"{KERNELS}/ops.py",
-        "    encode_extend(rotated_k, rotated_v, cache, batch, config)\n",
+        "    encode_from_chunk(rotated_k, rotated_v, cache, batch, config)\n",
         "    store_extend(rotated_k, rotated_v, cache, batch)\n"
-        "    encode_extend(rotated_k, rotated_v, cache, batch, config)\n",
+        "    encode_from_chunk(rotated_k, rotated_v, cache, batch, config)\n",
         (EXTEND,),
     ),
     Mutation(

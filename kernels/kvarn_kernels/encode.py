@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kvarn_kernels import encode_cuda, tile
-from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.reference.quantiser import FIRST_REACH, LARGEST_INPUT, ROUNDS
 
@@ -416,42 +416,31 @@ def encode_from_ring(
 
 
 def encode_from_chunk(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: LayerCache,
-    rows: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    page_table: torch.Tensor,
-    max_full_pages: int,
-    config: KVarNConfig,
+    k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig
 ) -> None:
-    """Encode every page that the new tokens of each request complete.
+    """Encode every page that the new tokens of each request complete, from the chunk and, before it, the ring.
 
     Args:
-        k, v: [T, Hk, D] rotated new tokens, contiguous, model dtype; positions before prefix_len come from the ring.
-        page_table: int32 [B, P_max]; max_full_pages: the most pages that one request completes.
+        k, v: [T, Hk, D] rotated new tokens, contiguous, model dtype.
+        cache: ring read as it was before the chunk, records written; batch: the step.
     """
-    if max_full_pages == 0:
+    if batch.max_full_pages == 0:
         return
     if encode_cuda.is_supported(cache):
-        encode_cuda.encode_from_chunk(
-            k, v, cache, rows, prefix_lens, seq_lens, qo_indptr, page_table, max_full_pages, config
-        )
+        encode_cuda.encode_from_chunk(k, v, cache, batch, config)
         return
-    grid = (rows.shape[0], max_full_pages, 2 * cache.ring_k.shape[2])
+    grid = (batch.rows.shape[0], batch.max_full_pages, 2 * cache.ring_k.shape[2])
     _encode_chunk_kernel[grid](
         cache.records,
         cache.ring_k,
         cache.ring_v,
         k,
         v,
-        rows,
-        prefix_lens,
-        seq_lens,
-        qo_indptr,
-        page_table,
-        page_table.stride(0),
+        batch.rows,
+        batch.prefix_lens,
+        batch.seq_lens,
+        batch.qo_indptr,
+        batch.page_table,
+        batch.page_table.stride(0),
         **_constants(cache, config),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvarn_kernels import nvrtc, tile
-from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.launch import CudaLauncher, current_stream
 from kvarn_kernels.reference.quantiser import FIRST_REACH, ROUNDS
@@ -89,30 +89,21 @@ def encode_from_ring(
 
 
 def encode_from_chunk(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: LayerCache,
-    rows: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    page_table: torch.Tensor,
-    max_full_pages: int,
-    config: KVarNConfig,
+    k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig
 ) -> None:
     """Run the contract of `encode.encode_from_chunk`."""
     _kernel("kvarn_encode_chunk", cache, config)(
-        (2 * cache.ring_k.shape[2], max_full_pages, rows.shape[0]),
+        (2 * cache.ring_k.shape[2], batch.max_full_pages, batch.rows.shape[0]),
         current_stream(cache.records.device),
         cache.records,
         cache.ring_k,
         cache.ring_v,
         k,
         v,
-        rows,
-        prefix_lens,
-        seq_lens,
-        qo_indptr,
-        page_table,
-        page_table.stride(0),
+        batch.rows,
+        batch.prefix_lens,
+        batch.seq_lens,
+        batch.qo_indptr,
+        batch.page_table,
+        batch.page_table.stride(0),
     )

@@ -139,13 +139,14 @@ def extend_attention(
 
         torch_form.extend_attention(q, k, v, out, cache, batch, config, sm_scale)
         return
+    from kvarn_kernels.encode import encode_from_chunk
     from kvarn_kernels.rotate import rotate_chunk
-    from kvarn_kernels.store import encode_extend, store_extend
+    from kvarn_kernels.store import store_extend
 
     # FlashInfer attends in the model's frame
     rotated_q, rotated_k, rotated_v = rotate_chunk(q if batch.prefill is None else None, k, v)
     # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
-    encode_extend(rotated_k, rotated_v, cache, batch, config)
+    encode_from_chunk(rotated_k, rotated_v, cache, batch, config)
     if batch.prefill is not None:
         from kvarn_kernels.prefill import prefill
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.encode import encode_from_chunk, encode_from_ring
+from kvarn_kernels.encode import encode_from_ring
 from kvarn_kernels.launch import TritonLauncher
 from kvarn_kernels.rotate import rotate_step
 
@@ -21,24 +21,6 @@ def store_decode(
     assert batch.workspace is not None, "the Triton form needs a DecodeWorkspace"
     rotate_step(q, k, v, batch.workspace.rotated_q, cache.ring_k, cache.ring_v, batch.rows, batch.seq_lens)
     encode_from_ring(cache, batch.rows, batch.seq_lens, batch.store_pages, config)
-
-
-def encode_extend(
-    rotated_k: torch.Tensor, rotated_v: torch.Tensor, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig
-) -> None:
-    """Encode every page that the new tokens complete, from the ring (before the chunk) and the chunk."""
-    encode_from_chunk(
-        rotated_k,
-        rotated_v,
-        cache,
-        batch.rows,
-        batch.prefix_lens,
-        batch.seq_lens,
-        batch.qo_indptr,
-        batch.page_table,
-        batch.max_full_pages,
-        config,
-    )
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build every kernel of extend steps before the first request, which would wait seconds for a compiler otherwise.
 
-Those of decode steps are built when their CUDA graphs are captured.
+Those of decode steps are built when their CUDA graphs are captured, what only steps on FlashInfer need with their
+workspace.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 
 import torch
 
-from kvarn_kernels import extend, ops, prefill_plan
+from kvarn_kernels import extend, ops
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.prefill import PrefillWorkspace, plan_prefill
@@ -32,7 +33,7 @@ def warm_up(
         cached = (2 * extend.MIN_SPLIT_PAGES + 1) * page
         steps += [(cached, 1, None), (cached, page, None)]
     if workspace is not None:
-        steps += [(0, page, workspace), ((prefill_plan.SPLIT_PAGES + 1 + config.window_pages) * page, 1, workspace)]
+        steps += [(0, page, workspace)]
     for cached, new, form in steps:
         _step(cache, num_qo_heads, config, cached, new, form)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from builders import DEVICE, PAGE, encoded, int32, make_cache, random_rows
 from kvarn_kernels import reference
-from kvarn_kernels.cache import LayerCache
+from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.encode import encode_from_chunk, encode_from_ring
 
@@ -103,17 +103,17 @@ def test_encode_from_chunk_joins_ring_and_chunk(preset, prefix, seq):
             ring[2, position % config.ring_len] = x[position]
     # a first request of three tokens, so that the chunk does not begin at 0
     chunk = [torch.cat([x[:3], x[prefix:]]).contiguous() for x in history]
-    encode_from_chunk(
-        *chunk,
-        cache,
-        torch.tensor([1, 2], device=DEVICE),
-        int32(10, prefix),
-        int32(13, seq),
-        int32(0, 3, 3 + seq - prefix),
-        torch.tensor([[5] * 5, [4, 2, 1, 3, 0]], dtype=torch.int32, device=DEVICE),
-        max_full_pages=seq // PAGE - prefix // PAGE,
-        config=config,
+    batch = ExtendBatch(
+        rows=torch.tensor([1, 2], device=DEVICE),
+        prefix_lens=int32(10, prefix),
+        seq_lens=int32(13, seq),
+        qo_indptr=int32(0, 3, 3 + seq - prefix),
+        page_table=torch.tensor([[5] * 5, [4, 2, 1, 3, 0]], dtype=torch.int32, device=DEVICE),
+        exact_starts=int32(0, 0),
+        prefix_lens_host=[10, prefix],
+        seq_lens_host=[13, seq],
     )
+    encode_from_chunk(*chunk, cache, batch, config)
     written = []
     for page in range(prefix // PAGE, seq // PAGE):
         rows = slice(page * PAGE, (page + 1) * PAGE)

@@ -55,7 +55,7 @@ def test_no_step_launches_what_the_warm_up_did_not(preset, variants, monkeypatch
     monkeypatch.setattr(prefill_plan, "SPLIT_PAGES", 1)
     encoders = []
     encode_from_chunk = encode.encode_from_chunk
-    monkeypatch.setattr("kvarn_kernels.store.encode_from_chunk", lambda *a: encoders.append(a) or encode_from_chunk(*a))
+    monkeypatch.setattr(encode, "encode_from_chunk", lambda *a: encoders.append(a) or encode_from_chunk(*a))
     requests = [make_request(n, HEADS, HEAD_DIM, torch.float16, row=row, first_page=8 * row - 7, seed=row)
                 for row, n in ((1, 4 * PAGE + 40), (2, 2 * PAGE + 9))]  # fmt: skip
     cache = cache_for(requests[0], config)
