@@ -5,7 +5,7 @@ Large key biases, outlier channels and magnitudes beyond fp16 come with other mo
 one of them into the keys and values that enter the cache and takes it out again where exact arithmetic does not notice:
 
     q / s, k * s        a factor per channel cancels in q . k. Equal for both channels of a RoPE pair, it commutes with
-                        RoPE: weights of q_proj and k_proj
+                        RoPE: weights of q_proj and k_proj, or of the norms after them
     k + c               one vector for all keys of a head adds the same number to all scores of a query, which softmax
                         ignores. After RoPE only: it stands for a bias on channels that RoPE hardly turns
     v * s, out / s      v_proj and the columns of o_proj
@@ -49,10 +49,23 @@ def per_head(channels: torch.Tensor, heads: int) -> torch.Tensor:
     return channels.repeat_interleave(heads // len(channels), 0)
 
 
-def multiply_rows(weight: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply a weight [H * D, n] by a factor per channel, [Hk, D]."""
-    heads = weight.unflatten(0, (-1, factor.shape[1]))
-    heads.mul_(per_head(factor, len(heads))[..., None].to(weight))
+def multiply_rows(rows: torch.Tensor | None, factor: torch.Tensor) -> None:
+    """Multiply a weight [H * D, n] or a bias [H * D], if there is one, by a factor per channel, [Hk, D]."""
+    if rows is None:
+        return
+    heads = rows.unflatten(0, (-1, factor.shape[1]))
+    heads.mul_(per_head(factor, len(heads)).view(heads.shape[:2] + (1,) * (rows.ndim - 1)).to(rows))
+
+
+def _multiply(projection: Any, norm: Any, factor: torch.Tensor) -> None:
+    """Multiply what q_proj or k_proj gives by a factor per channel, through the norm of its heads if there is one."""
+    if norm is None:
+        multiply_rows(projection.weight, factor)
+        multiply_rows(projection.bias, factor)
+        return
+    if not (factor == factor[0]).all():
+        raise ValueError("expected the same factors for all heads of a model that norms queries and keys, got others")
+    norm.weight.mul_(factor[0].to(norm.weight))
 
 
 def scaled(
@@ -62,10 +75,11 @@ def scaled(
 
     def reweigh(module: Any) -> None:
         if keys is not None:
-            multiply_rows(module.k_proj.weight, keys)
-            multiply_rows(module.q_proj.weight, 1 / keys)
+            _multiply(module.k_proj, getattr(module, "k_norm", None), keys)
+            _multiply(module.q_proj, getattr(module, "q_norm", None), 1 / keys)
         if values is not None:
             multiply_rows(module.v_proj.weight, values)
+            multiply_rows(module.v_proj.bias, values)
             multiply_rows(module.o_proj.weight.T, 1 / values)
 
     return Frame(name, reweigh=reweigh, needs_bf16=needs_bf16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random Llama whose answers depend on the whole context, and what it must answer.
+"""Tiny random models whose answers depend on the whole context, and what they must answer.
 
 The expected tokens come from the oracle of `kvarn_kernels`: the same weights in transformers, with every
 attention call replaced by `reference.attention`; SGLang, pool, ring and page table have no part in them.
@@ -14,16 +14,21 @@ from typing import Any
 import torch
 from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 VOCABULARY = 512
 _ATTENTION = "kvarn_oracle"
 
 
-def save(folder: Path) -> str:
-    """Write the model to a folder and return its name: float32, 2 layers, 4 query and 2 KV heads, D = 64."""
-    config = LlamaConfig(
+def save(folder: Path, family: str = "llama") -> str:
+    """Write a model to a folder and return its name: float32, 2 layers, 4 query and 2 KV heads, D = 64.
+
+    Args:
+        family: a model_type of transformers.
+    """
+    config = AutoConfig.for_model(
+        family,
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
@@ -36,12 +41,15 @@ def save(folder: Path) -> str:
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 # attention is to be peaked, and to weigh as much as the token itself
                 weight.normal_(0, 0.12 if "q_proj" in name or "k_proj" in name else 0.08)
+            elif name.endswith("bias"):
+                # so large that the plugin keeps that of the values out of the cache
+                weight.normal_(0, 0.5)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -75,7 +83,7 @@ def expected(
     # threads of this process and of the engine would wait for each other
     torch.set_num_threads(1)
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attend)
-    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation=_ATTENTION, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=_ATTENTION, dtype=torch.float32)
     tokens = list(token_ids)
     with torch.inference_mode():
         for _ in range(new_tokens):

@@ -84,8 +84,10 @@ def test_extend_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype)
     assert relative_rms(out, oracle(request, config)) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("least", [1, extend_module.MIN_SPLIT_PAGES], ids=lambda n: f"splits_of_{n}")
 @pytest.mark.parametrize("exact_start", [PAGE, 3 * PAGE])
-def test_extend_reads_a_prefix_hit_from_the_records_of_another_request(exact_start):
+def test_extend_reads_a_prefix_hit_from_the_records_of_another_request(exact_start, least, monkeypatch):
+    monkeypatch.setattr(extend_module, "MIN_SPLIT_PAGES", least)
     donor = make_request(3 * PAGE, (2, 1), 64, torch.float16)
     cache = cache_for(donor, KVARN)
     prefill(attention, donor, [len(donor.q)], cache, KVARN)
@@ -136,6 +138,19 @@ def test_splits_fill_the_device_but_for_canonical_presets():
     assert [of(tokens, 64 * least) for tokens in (1, 32, 33, 128, 512)] == [16, 16, 8, 4, 1]
     assert [of(1, prefix) for prefix in (0, least, 2 * least)] == [1, 1, 2]
     assert of(1, 64 * least, CANONICAL) == 1 and of(1, 64 * least, kv_heads=1) == extend_module.MAX_SPLITS
+
+
+def test_extend_keeps_the_poison_of_one_request_from_the_others_where_pages_are_split(monkeypatch):
+    monkeypatch.setattr(extend_module, "MIN_SPLIT_PAGES", 1)
+    request = make_request(3 * PAGE + 20, (2, 1), 64, torch.float16, row=1, first_page=1)
+    poisoned = make_request(2 * PAGE + 50, (2, 1), 64, torch.float16, row=2, first_page=6, seed=3)
+    poisoned.k[3], poisoned.v[5], poisoned.q[-9:] = float("nan"), float("inf"), float("nan")
+    cache = cache_for(request, KVARN)
+    for each, cached in ((request, 3 * PAGE), (poisoned, 2 * PAGE)):
+        prefill(torch_form.extend_attention, each, [cached], cache, KVARN)
+    spans = [(2 * PAGE, 2 * PAGE + 50), (3 * PAGE, 3 * PAGE + 20)]
+    _, out = run_extend(attention, [poisoned, request], spans, cache, KVARN)
+    assert relative_rms(out, oracle(request, KVARN, 3 * PAGE)) < BOUND[torch.float16]
 
 
 def test_extend_keeps_the_poison_of_one_request_from_the_others():
