@@ -655,8 +655,8 @@ MUTATIONS = (
     Mutation(
         "tile of queries begins with the chunk (extend kernel)",
         f"{KERNELS}/extend.py",
-        "start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0)) * BLOCK_Q",
-        "start = prefix_len + (num_tiles - 1 - tl.program_id(0)) * BLOCK_Q",
+        "start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q",
+        "start = prefix_len + (num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q",
         (POSITION,),
     ),
 )
