@@ -385,8 +385,8 @@ MUTATIONS = (
     Mutation(
         "a kernel of short turns built in the first request",
         f"{KERNELS}/warm_up.py",
-        "steps += [(cached, 1, None), (cached, page, None)]",
-        "steps += [(cached, page, None)]",
+        "steps += [(cached, 1, None), ",
+        "steps += [",
         (WARM_UP,),
     ),
     Mutation(

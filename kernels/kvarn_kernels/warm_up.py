@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from kvarn_kernels import extend, ops
+from kvarn_kernels import extend, merge, ops
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.prefill import PrefillWorkspace, plan_prefill
@@ -27,11 +27,11 @@ def warm_up(
         workspace: of steps that run on FlashInfer; None if none does.
     """
     page = config.tile_size
-    # a full page and nothing cached; what is merged of splits, for few and for many rows
+    # a full page and nothing cached; splits, with a merge of few and of many rows
     steps: list[tuple[int, int, PrefillWorkspace | None]] = [(0, page, None)]
     if not config.is_canonical:
         cached = (2 * extend.MIN_SPLIT_PAGES + 1) * page
-        steps += [(cached, 1, None), (cached, page, None)]
+        steps += [(cached, 1, None), (cached, -(-merge.FEW_ROWS // num_qo_heads), None)]
     if workspace is not None:
         steps += [(0, page, workspace)]
     for cached, new, form in steps:

@@ -14,7 +14,6 @@ from kvarn_kernels.launch import TritonLauncher
 from kvarn_kernels.prefill import make_workspace
 from kvarn_kernels.warm_up import warm_up
 
-# so many query heads that a page of them is merged as in long steps
 HEADS, HEAD_DIM = (8, 1), 64
 
 
