@@ -705,9 +705,9 @@ def main(names: list[str]) -> int:
     survived, stale = [], []
     with tempfile.TemporaryDirectory(prefix="kvarn-mutations-") as temporary:
         folder = Path(temporary)
-        for name in ("kernels", "python", "tests", "pyproject.toml"):
+        for name in ("kernels", "python", "tests", "benchmarks", "pyproject.toml"):
             source = ROOT / name
-            ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
+            ignored = shutil.ignore_patterns("__pycache__", ".hypothesis", "results")
             shutil.copytree(source, folder / name, ignore=ignored) if source.is_dir() else shutil.copy(
                 source, folder / name
             )

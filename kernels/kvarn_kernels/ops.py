@@ -16,14 +16,15 @@ from kvarn_kernels.config import KVarNConfig
 logger = logging.getLogger(__name__)
 
 INTERPRET_ENV = "KVARN_CPU_FORM"
-# a step of fewer new tokens, of which new * cached is less than this, runs the Triton kernel. H100, one layer of 32/8
-# heads, GPU time of Triton and of FlashInfer (with everything around it; "split" as in prefill_plan.py):
+# a step of fewer new tokens runs the Triton kernel, if new * cached * query heads * head_dim is less than this: the
+# time of its products is proportional to that, the time of the host is not. H100, one layer of 32/8 heads of 128, GPU
+# time of Triton and of FlashInfer, with everything around it ("split" as in prefill_plan.py):
 #     128 new tokens on  8,192 cached    201 and 209 us
 #     128               32,768           566 and 654 us, split 372 us
 #     128               98,304           about 1,700, split 957 us
 # The host of that run needed 390 to 570 us a layer for Triton, about 600 for FlashInfer, 1,020 and 1,280 us where it
-# was split; another host about 0.6 of it. A step waits for the slower of GPU and host
-FLASHINFER_TOKENS, FLASHINFER_WORK = 256, 6 << 20
+# was split; another host about 0.6 of it. A step waits for the slower of GPU and host: they meet at about 128 on 49,152
+FLASHINFER_TOKENS, FLASHINFER_WORK = 256, 24 << 30
 
 
 def attention_form(device: torch.device) -> str:
@@ -47,6 +48,7 @@ def extend_form(
     config: KVarNConfig,
     new_tokens: int = FLASHINFER_TOKENS,
     longest_prefix: int = 0,
+    num_qo_heads: int = 0,
 ) -> str:
     """Return "torch", "triton" or "flashinfer": how an extend step of `new_tokens` tokens runs, all requests together.
 
@@ -63,7 +65,8 @@ def extend_form(
     form = attention_form(device)
     if form == "torch" or device.type != "cuda" or config.is_canonical:
         return form
-    if new_tokens < FLASHINFER_TOKENS and new_tokens * longest_prefix < FLASHINFER_WORK:
+    work = new_tokens * longest_prefix * num_qo_heads * head_dim
+    if new_tokens < FLASHINFER_TOKENS and work < FLASHINFER_WORK:
         return form
     if dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128, 256) or not _has_flashinfer():
         return form

@@ -100,7 +100,9 @@ class KVarNAttentionBackend(compat.AttentionBackend):
 
     def _plan_prefill(self, batch: ExtendBatch) -> ExtendBatch:
         """Plan the step for all its layers if it runs on FlashInfer."""
-        if self._prefill is None or self._extend_form(batch.num_tokens, max(batch.prefix_lens_host)) != "flashinfer":
+        if self._prefill is None:
+            return batch
+        if self._extend_form(batch.num_tokens, max(batch.prefix_lens_host), self._qo_heads) != "flashinfer":
             return batch
         from kvarn_kernels.prefill import plan_prefill
 

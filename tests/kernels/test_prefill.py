@@ -201,8 +201,10 @@ def test_extend_form_says_what_runs_on_flashinfer(monkeypatch):
     cuda, bf16, enough = torch.device("cuda"), torch.bfloat16, ops.FLASHINFER_TOKENS
     assert ops.extend_form(cuda, bf16, 128, KVARN) == "flashinfer"
     assert ops.extend_form(cuda, bf16, 128, KVARN, enough - 1) == "triton"
-    assert ops.extend_form(cuda, bf16, 128, KVARN, 64, ops.FLASHINFER_WORK // 64 - 1) == "triton"
-    assert ops.extend_form(cuda, bf16, 128, KVARN, 64, ops.FLASHINFER_WORK // 64) == "flashinfer"
+    # 32 heads of 128, and a rank with 8 of them
+    assert ops.extend_form(cuda, bf16, 128, KVARN, 128, 49_151, 32) == "triton"
+    assert ops.extend_form(cuda, bf16, 128, KVARN, 128, 49_152, 32) == "flashinfer"
+    assert ops.extend_form(cuda, bf16, 128, KVARN, 128, 4 * 49_152 - 1, 8) == "triton"
     assert ops.extend_form(cuda, bf16, 128, CANONICAL) == "triton"
     assert ops.extend_form(cuda, torch.float32, 128, KVARN) == "triton"
     assert ops.extend_form(cuda, bf16, 96, KVARN) == "triton"
