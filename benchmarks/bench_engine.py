@@ -230,9 +230,9 @@ def main() -> None:
             for name, tokens in result["answers"].items():
                 equal = engines.agreement(baseline[name], tokens)
                 rows.append((f"equal tokens of {len(baseline[name])}: {name}", equal, ""))
+        backend = args.bf16_backend if cache in engines.STOCK else "kvarn"
         for quantity, value, unit in rows:
             print(f"{cache:26} {quantity:50} {value:14,.3f} {unit}", flush=True)
-            backend = args.bf16_backend if cache in engines.STOCK else "kvarn"
             row = {"cache": cache, "backend": backend, "quantity": quantity, "value": value, "unit": unit}
             written.append(common | row)
     if args.csv and written:

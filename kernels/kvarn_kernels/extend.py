@@ -167,12 +167,20 @@ def block_sizes(group: int, head_dim: int) -> tuple[int, int, int]:
     return max(1, rows // triton.next_power_of_2(group)), keys, warps
 
 
-def num_splits(batch: ExtendBatch, block_q: int, kv_heads: int, config: KVarNConfig) -> int:
-    """Return the splits of every request of a step: as many as fill the device, and 1 for a canonical preset."""
+def query_tiles(batch: ExtendBatch, block_q: int) -> list[int]:
+    """Return the query tiles of each request."""
+    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
+    return [triton.cdiv(seq, block_q) - prefix // block_q for prefix, seq in lens]
+
+
+def num_splits(batch: ExtendBatch, programs: int, config: KVarNConfig) -> int:
+    """Return the splits of every request of a step: as many as fill the device, and 1 for a canonical preset.
+
+    Args:
+        programs: that the step takes in one piece, one per query tile and KV head.
+    """
     if config.is_canonical:
         return 1
-    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
-    programs = kv_heads * sum(triton.cdiv(seq, block_q) - prefix // block_q for prefix, seq in lens)
     pages = max(batch.seq_lens_host) // config.tile_size
     return max(1, min(multiprocessors() // programs, pages // MIN_SPLIT_PAGES, MAX_SPLITS))
 
@@ -206,11 +214,11 @@ def extend(
     kv_heads, head_dim = cache.ring_k.shape[2:]
     group = rotated_q.shape[1] // kv_heads
     block_q, block_kv, warps = block_sizes(group, head_dim)
-    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
-    num_tiles = max((triton.cdiv(seq, block_q) - prefix // block_q for prefix, seq in lens), default=0)
+    tiles = query_tiles(batch, block_q)
+    num_tiles = max(tiles, default=0)
     if num_tiles == 0:
         return
-    splits = num_splits(batch, block_q, kv_heads, config)
+    splits = num_splits(batch, kv_heads * sum(tiles), config)
     partial_out = partial_lse = None
     if splits > 1:
         shape = (batch.num_tokens * splits, *rotated_q.shape[1:])

@@ -34,7 +34,6 @@ class PrefillWorkspace:
         keys, values: [M, Hk, G, D] model dtype, the past pages of one segment.
         num_qo_heads: query heads of the model.
         library: the module flashinfer.
-        multiprocessors: of the device, which a step is cut to fill.
         scratch: uint8 [16]; FlashInfer wants a buffer for split contexts, which are not used here.
         wrappers: FlashInfer's, one for each segment of a step, made when first used.
     """
@@ -43,7 +42,6 @@ class PrefillWorkspace:
     values: torch.Tensor
     num_qo_heads: int
     library: Any
-    multiprocessors: int
     scratch: torch.Tensor
     wrappers: list[Any] = field(default_factory=list)
 
@@ -158,7 +156,6 @@ def make_workspace(
         values=torch.empty(shape, dtype=dtype, device=device),
         num_qo_heads=num_qo_heads,
         library=library,
-        multiprocessors=decode_plan.multiprocessors(),
         scratch=torch.empty(16, dtype=torch.uint8, device=device),
     )
     _build_kernels(workspace)
@@ -178,7 +175,7 @@ def plan_prefill(
     """
     device = workspace.keys.device
     queries = prefill_plan.query_pages(prefix_lens, seq_lens, config)
-    splits = prefill_plan.num_splits(queries, workspace.num_qo_heads, workspace.multiprocessors)
+    splits = prefill_plan.num_splits(queries, workspace.num_qo_heads, decode_plan.multiprocessors())
     planned = []
     for n, segment in enumerate(prefill_plan.segments(queries, len(workspace.keys), config.tile_size, splits)):
         wrapper = workspace.wrapper(n)

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import tiny_model
 from sglang_kvarn import compat, cpu_platform
+
+# hard models are made by benchmarks/quality
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 OPTIONS = {
     "skip_tokenizer_init": True,

@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 import torch
+from quality import hard
 from tiny_model import flush, prompt
 from transformers import LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from quality import hard
 
 NEW = 16
 PROMPT = prompt(500, seed=1)

@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import tiny_model
 import torch
+from quality import hard
 from test_hard_model import KEY_CHANNELS, PROMPT, VALUE_CHANNELS, channels
 from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from quality import hard
 
 # the last prompt token that sees its own page only, so nothing quantised
 EXACT = 127

@@ -18,7 +18,7 @@ from builders import (
 from kvarn_kernels import extend as extend_module
 from kvarn_kernels import ops, torch_form
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.extend import extend, num_splits
+from kvarn_kernels.extend import extend, num_splits, query_tiles
 
 KVARN = KVarNConfig.from_preset("kvarn")
 CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
@@ -131,7 +131,7 @@ def test_extend_matches_the_oracle_where_the_pages_are_split(heads, head_dim, dt
 def test_splits_fill_the_device_but_for_canonical_presets():
     def of(tokens, prefix, config=KVARN, kv_heads=8):
         batch = SimpleNamespace(prefix_lens_host=[prefix], seq_lens_host=[prefix + tokens])
-        return num_splits(batch, 32, kv_heads, config)
+        return num_splits(batch, kv_heads * sum(query_tiles(batch, 32)), config)
 
     least = extend_module.MIN_SPLIT_PAGES * PAGE
     # 132 multiprocessors, tiles of 32 tokens
