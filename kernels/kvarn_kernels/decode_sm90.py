@@ -24,8 +24,14 @@ RING_UNITS = 2
 
 
 def is_supported(device: torch.device) -> bool:
-    """Return whether decode_sm90.cu can serve a device: CUDA, capability 9.0 or newer, NVRTC reachable."""
-    return nvrtc.capability(device) >= (9, 0)
+    """Return whether decode_sm90.cu can serve a device: NVRTC reachable, capability 9.0 or newer, shared memory enough.
+
+    Its buffers are sized for the 228 KiB of a multiprocessor of capability 9.0 or 10.0. GPUs of capability 12.0 have
+    100 KiB, where a block of head_dim 256 would not start; the Triton kernel runs there.
+    """
+    if nvrtc.capability(device) < (9, 0):
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= SHARED_OF_MULTIPROCESSOR
 
 
 def teams(record_bytes: int, head_dim: int) -> tuple[int, int]:

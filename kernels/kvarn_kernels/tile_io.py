@@ -94,11 +94,15 @@ def unpack_pair(words, tops, FIELD: tl.constexpr, BITS: tl.constexpr):
     TOP_MASK: tl.constexpr = 0x200 if BITS == 3 else 0
     if not is_interpreted():
         PTX: tl.constexpr = _unpack_pair_ptx(AMOUNT, MASK, TOP_AMOUNT, TOP_MASK)
-        types: tl.constexpr = (tl.float16, tl.float16)
+        # the dtypes are written out at the call: Triton 3.8 takes no tuple of dtypes from a constexpr
         if BITS == 3:
-            low, high = tl.inline_asm_elementwise(PTX, "=r,=r,r,r,r,r", [words, tops], types, is_pure=True, pack=2)
+            low, high = tl.inline_asm_elementwise(
+                PTX, "=r,=r,r,r,r,r", [words, tops], (tl.float16, tl.float16), is_pure=True, pack=2
+            )
         else:
-            low, high = tl.inline_asm_elementwise(PTX, "=r,=r,r,r", [words], types, is_pure=True, pack=2)
+            low, high = tl.inline_asm_elementwise(
+                PTX, "=r,=r,r,r", [words], (tl.float16, tl.float16), is_pure=True, pack=2
+            )
     else:
         x = (_shift(words, AMOUNT) & MASK) | (_shift(tops, TOP_AMOUNT) & TOP_MASK) | 0x3C00
         y = (_shift(words, AMOUNT - 16) & MASK) | (_shift(tops, TOP_AMOUNT - 16) & TOP_MASK) | 0x3C00

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# shared memory that a block may use, bytes (CUDA C programming guide, technical specifications per
-# capability)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# shared memory that a block may use, bytes (CUDA C programming guide, table of compute capabilities)
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 KERNELS = {
     "_rotate_kernel",
     "_encode_ring_kernel",
@@ -37,10 +43,12 @@ FORMS = [
     ("kvarn_k3v2_g128", 64, "float16", 9, 3),
     ("kvarn_k4v3_g128", 128, "bfloat16", 32, 8),
 ]
-SHORT = [(80, FORMS[0]), (90, FORMS[0]), (100, FORMS[0]), (90, FORMS[1]), (90, FORMS[2]), (90, FORMS[-1])]
-LONG = [
-    (capability, form) for form in FORMS for capability in SHARED_LIMIT if (capability, form) not in SHORT
+# every capability and every form at least once; -m long is the product of both
+SHORT = [
+    *((90, form) for form in FORMS[:3]),
+    *zip((80, 86, 89, 100, 120, 89), FORMS[3:], strict=True),
 ]
+LONG = [(capability, form) for form in FORMS for capability in SHARED_LIMIT if (capability, form) not in SHORT]
 
 
 @pytest.mark.parametrize(

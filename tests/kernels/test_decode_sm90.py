@@ -4,7 +4,10 @@
 Its results are tested where it runs: `test_decode.py` and `test_graph.py` on a GPU of capability 9.0 or later.
 """
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from cubin import compiled, registers_and_stack
 from kvarn_kernels import decode_sm90, nvrtc, tile
 from kvarn_kernels.config import KVarNConfig
@@ -58,3 +61,16 @@ def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     assert defines["RECORD"] % 16 == 0 and defines["RECORD"] == tile.record_bytes(
         head_dim, config.k_bits, config.v_bits
     )
+
+
+# compute capability, KiB of shared memory of a multiprocessor (CUDA C programming guide, table of capabilities)
+@pytest.mark.parametrize(
+    ("capability", "shared", "serves"),
+    [((8, 0), 164, False), ((8, 9), 100, False), ((9, 0), 228, True), ((10, 0), 228, True), ((12, 0), 100, False)],
+    ids=str,
+)
+def test_decode_sm90_serves_gpus_with_the_shared_memory_that_it_plans_with(capability, shared, serves, monkeypatch):
+    monkeypatch.setattr(nvrtc, "capability", lambda device: capability)
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=shared * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert decode_sm90.is_supported(torch.device("cuda")) is serves

@@ -138,3 +138,10 @@ def test_it_compiles_into_registers(kernel, preset, head_dim, is_bf16, tmp_path)
     # 8 tokens of a thread do not fit: about one access in ten is a spill
     limit = 640 if head_dim == 256 else 96
     assert registers <= 128 and stack <= limit, (registers, stack)
+
+
+@pytest.mark.parametrize("capability", ["80", "86", "89", "100", "120"])
+def test_it_compiles_for_every_capability(capability):
+    defines = encode_cuda.constants(KVarNConfig.from_preset("kvarn"), 64, 8, True)
+    kernel = encode_cuda.KERNELS[0]
+    assert compiled(nvrtc.source(encode_cuda.SOURCE, defines | encode_cuda.selection(kernel)), kernel, capability)
