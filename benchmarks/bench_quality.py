@@ -41,8 +41,9 @@ from quality.scores import Scores
 ALIASES = {name: KVarNConfig.from_preset(name).name for name in preset_names()}
 FIELDS = (
     *("cache", "bytes_per_token", "context", "positions", "kl_mean", "kl_median", "kl_p99", "flips"),
-    *("perplexity", "perplexity_16bit", "seconds"),
+    *("perplexity", "perplexity_16bit", "kl_of_fp8", "kl_of_fp8_low", "kl_of_fp8_high", "texts", "seconds"),
 )
+FP8 = "fp8_e4m3"
 
 
 def check(rows: list[caches.Cache], device: torch.device) -> None:
@@ -99,6 +100,13 @@ def collect(
 ) -> list[dict[str, Any]]:
     """Return one record per row on the untouched model: the judged positions, and every bucket of positions."""
     own = {row.name: scores[frames.UNTOUCHED.name, row.name] for row in rows}
+
+    def of_fp8(row: caches.Cache) -> dict[str, float]:
+        if FP8 not in own:
+            return {}
+        names = ("kl_of_fp8", "kl_of_fp8_low", "kl_of_fp8_high")
+        return dict(zip(names, own[row.name].ratio(own[FP8], judge_from, context), strict=True))
+
     return [
         {
             "cache": row.name,
@@ -106,6 +114,8 @@ def collect(
             "context": context,
             "positions": f"{judge_from}-{context}",
             **own[row.name].summary(judge_from, context),
+            **of_fp8(row),
+            "texts": len(own[row.name].divergence),
             "buckets": own[row.name].buckets(context),
             "seconds": round(own[row.name].seconds, 2),
         }
@@ -120,7 +130,8 @@ def show(results: list[dict[str, Any]], title: str) -> None:
 
     table = Table(title=title, title_justify="left")
     buckets = list(results[0]["buckets"])
-    for column in ("cache", "B/token/head", "KL mean", "median", "p99", "flips", "ppl", "ppl vs 16-bit"):
+    columns = ("cache", "B/token/head", "KL mean", "median", "p99", "flips", "ppl", "ppl vs 16-bit")
+    for column in (*columns, "KL / fp8's (95 %)"):
         table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
     for bucket in buckets:
         table.add_column(f"KL {bucket}", justify="right", no_wrap=True)
@@ -132,6 +143,7 @@ def show(results: list[dict[str, Any]], title: str) -> None:
             f"{row['flips']:.2%}",
             f"{row['perplexity']:.4f}",
             f"{row['perplexity'] / row['perplexity_16bit'] - 1:+.2%}",
+            "{kl_of_fp8:.2f} ({kl_of_fp8_low:.2f}-{kl_of_fp8_high:.2f})".format(**row) if "kl_of_fp8" in row else "-",
             *(f"{row['buckets'][bucket]['kl_mean']:.5f}" for bucket in buckets),
         )
     Console(width=200).print(table)

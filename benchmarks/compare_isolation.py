@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tenants on kvarn_canonical and on the stock 16-bit cache: does KVarN change more answers under the same load?
+"""Tenants on a kvarn cache and on the stock 16-bit cache: does KVarN change more answers under the same load?
 
     python benchmarks/compare_isolation.py FOLDER                                 # one GPU: 5,000 requests a cache
     python benchmarks/compare_isolation.py FOLDER --model tiny --requests 40 --tenants 8 --prompts 1
@@ -8,8 +8,8 @@ Runs `stress_isolation.py` once per cache with the same prompts, order, drops an
 the same time, four small servers side by side, on a CPU one after the other. Matrix products round by the
 batch, so that answers of a 16-bit cache part from those alone as well; KVarN passes if no secret leaked, no
 request was lost, and its share of differing answers is not larger than that of the stock cache by more than two
-standard errors of the difference. The answers alone are those of the distinct prompts (tenants x prompts), each
-asked once of a server of its own without a prefix cache; every request is judged by its prompt's.
+standard errors of the difference. The expected answer of a prompt is what a server gives that is asked nothing else,
+after the same prefix-cache hit (`stress.oracle`).
 
 Writes FOLDER/isolation.csv, one row per cache, FOLDER/CACHE.json with the differing answers, and CACHE.log.
 Exit status 1 if KVarN does not pass.
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="where the results go")
     parser.add_argument("--model", default="smollm2", help="tiny, smollm2, or a folder")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--kvarn", default="kvarn_canonical", help="the preset")
+    parser.add_argument("--kvarn", default="kvarn", help="the preset")
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--tenants", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=6, help="prompts of each tenant")

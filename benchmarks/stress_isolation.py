@@ -2,15 +2,15 @@
 """Many tenants on one small server: does any of them see another, and does every answer stay the same?
 
     python benchmarks/stress_isolation.py [--requests 500] [--tenants 32] [--model tiny|smollm2|DIR]
-        [--preset kvarn_canonical] [--faults running|all] [--json FILE]
+        [--preset kvarn] [--faults running|all] [--json FILE]
     python benchmarks/stress_isolation.py --url http://HOST:PORT --alone-url http://HOST:PORT ...
 
-Without --url it starts two servers: one without a prefix cache that answers every prompt alone, once, and one
-with a pool so small that it evicts and retracts all the time; all requests draw from these prompts. Prompts
-carry secrets and share prefixes in a tree; some clients disconnect or abort. Greedy answers must be those of the
-same prompt alone until a near tie (matrix products round by batch, `stress.load.NEAR_TIE`), and none may hold
-another's secret. This is for --preset kvarn_canonical and --dtype float32; elsewhere --allow bounds the
-differing answers by what a 16-bit cache shows.
+Without --url it starts two servers: one that answers every prompt alone, and one with a pool so small that it evicts
+and retracts all the time; all requests draw from these prompts. Prompts carry secrets and share prefixes in a tree;
+some clients disconnect or abort. Greedy answers must be those of the same prompt alone until a near tie
+(`stress.oracle.NEAR_TIE`: matrix products round by batch, and inputs that round differently may get other codes), and
+none may hold another's secret. "Alone" knows what a prefix-cache hit reads (`stress.oracle.Oracle`). --allow bounds
+the answers that may differ beyond a near tie, as they do in 16-bit models.
 
 Exit status 1 if an answer differs beyond --allow, a secret leaked, a request hung, a fault was not survived
 or --limit has passed. `compare_isolation.py` runs it once per cache.
@@ -37,10 +37,12 @@ import engines
 import httpx
 import kvarn_kernels
 import sglang_kvarn
+from kvarn_kernels.config import KVarNConfig
 from rich.console import Console
 from sglang_kvarn.demo import server as servers
 from stress import faults
-from stress.load import Alone, Answer, Load, answers_alone, run
+from stress.load import Answer, Load, run
+from stress.oracle import NEAR_TIE, Oracle
 from stress.tenants import Prompt, contains, text_prompts, token_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +54,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="tiny", help="tiny (random weights), smollm2, or a folder")
-    parser.add_argument("--preset", default="kvarn_canonical", help="value of --kv-cache-dtype")
+    parser.add_argument("--preset", default="kvarn", help="value of --kv-cache-dtype")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--tenants", type=int, default=32)
@@ -123,8 +125,9 @@ def launched(flags: list[str], *environment: str) -> Iterator[servers.Server]:
         server.stop()
 
 
-def judge(prompts: list[Prompt], alone: list[Alone], answers: list[Answer]) -> dict:
+def judge(oracle: Oracle, answers: list[Answer]) -> dict:
     """Compare every answer, also the part that a dropped client read, with the answer alone."""
+    prompts = oracle.prompts
     secrets = {prompt.tenant: prompt.secret for prompt in prompts}
     differing, near_ties, leaks, hung = [], [], [], []
     for n, answer in enumerate(answers):
@@ -132,11 +135,10 @@ def judge(prompts: list[Prompt], alone: list[Alone], answers: list[Answer]) -> d
         complete = answer.kind != "plain" or len(ids) == answer.new_tokens
         if answer.error or not complete:
             hung.append(f"{n}: {answer.error or f'{len(ids)} of {answer.new_tokens} tokens'}")
-        first = alone[answer.prompt].first_difference(answer)
+        first, margin = oracle.compare(answer)
         if first is not None:
-            where = {"prompt": answer.prompt, "kind": answer.kind, "first": first}
-            where |= {"margin": round(alone[answer.prompt].margins[first], 4)}
-            (differing if alone[answer.prompt].is_wrong(answer) else near_ties).append(where)
+            where = {"prompt": answer.prompt, "kind": answer.kind, "first": first, "margin": round(margin, 4)}
+            (differing if margin >= NEAR_TIE else near_ties).append(where)
         mine = prompts[answer.prompt].tenant
         if answer.output:
             leaks += [
@@ -168,28 +170,51 @@ def judge(prompts: list[Prompt], alone: list[Alone], answers: list[Answer]) -> d
     }
 
 
-def under_load(args: argparse.Namespace, url: str, prompts: list[Prompt], alone: list[Alone]) -> dict:
+def under_load(args: argparse.Namespace, url: str, oracle: Oracle) -> dict:
     """Run the load and judge it."""
-    load = Load(prompts, args.requests, tuple(args.new_tokens), seed=args.seed)
+    load = Load(oracle.prompts, args.requests, tuple(args.new_tokens), seed=args.seed)
     start = time.monotonic()
     answers = asyncio.run(run(url, load, args.seconds))
     seconds = time.monotonic() - start
-    return judge(prompts, alone, answers) | {
+    return judge(oracle, answers) | {
         "seconds": round(seconds, 1),
         "requests per second": round(len(answers) / seconds, 2),
     }
 
 
-def run_faults(args: argparse.Namespace, server, prompts: list[Prompt], alone: list[Alone]) -> list:
+def run_faults(args: argparse.Namespace, server, oracle: Oracle) -> list:
     """Run the faults on the server that the load ran on; the last one ends it."""
-    url = server.url
+    url, prompts = server.url, oracle.prompts
     found = [
-        asyncio.run(faults.oversized_prompt(url, prompts, alone, args.pool)),
-        asyncio.run(faults.more_requests_than_rows(url, prompts, alone, args.rows)),
-        asyncio.run(faults.disconnects_in_prefill(url, prompts, alone, args.rows)),
-        asyncio.run(faults.terminate_under_load(url, prompts, alone, server)),
+        asyncio.run(faults.oversized_prompt(url, prompts, oracle, args.pool)),
+        asyncio.run(faults.more_requests_than_rows(url, prompts, oracle, args.rows)),
+        asyncio.run(faults.disconnects_in_prefill(url, prompts, oracle, args.rows)),
+        asyncio.run(faults.terminate_under_load(url, prompts, oracle, server)),
     ]
     return found
+
+
+def hits_differ(preset: str) -> bool:
+    """Whether a prefix-cache hit reads other values than a miss with this cache."""
+    return preset.startswith("kvarn") and not KVarNConfig.from_preset(preset).is_canonical
+
+
+def make_prompts(args: argparse.Namespace, folder: str) -> list[Prompt]:
+    """Return the prompts as token ids, so that the oracle can cut them at pages."""
+    if args.model == "tiny":
+        return token_prompts(args.tenants, args.prompts)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = text_prompts(args.tenants, args.prompts)
+    return [Prompt(p.tenant, {"input_ids": tokenizer(p.payload["text"])["input_ids"]}, p.secret) for p in found]
+
+
+def ask_all(oracle: Oracle) -> None:
+    """Ask for the answer of every prompt with an empty prefix cache, before anything loads the machine."""
+    for prompt in range(len(oracle.prompts)):
+        oracle.alone(prompt)
+    CONSOLE.print(f"{len(oracle.prompts)} answers alone", highlight=False)
 
 
 def flush(url: str) -> None:
@@ -211,21 +236,24 @@ def end_at(limit: int) -> None:
 def main() -> int:
     args = arguments()
     end_at(args.limit)
-    make = token_prompts if args.model == "tiny" else text_prompts
-    prompts = make(args.tenants, args.prompts)
     longest = max(args.new_tokens)
     # threads that spin for each other stall two servers' worth of processes on few cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     result: dict = {"preset": args.preset, "model": args.model, "dtype": args.dtype, "seed": args.seed}
     found: list[faults.Fault] = []
     with tempfile.TemporaryDirectory(prefix="kvarn-stress-") as work:
+        folder = model_folder(args.model, Path(work))
+        prompts = make_prompts(args, folder)
+        window = hits_differ(args.preset)
         if args.url:
-            alone = answers_alone(args.alone_url or args.url, prompts, longest)
+            oracle = Oracle(args.alone_url or args.url, prompts, longest, window and args.alone_url is not None)
+            ask_all(oracle)
             flush(args.url)
-            result |= under_load(args, args.url, prompts, alone)
+            result |= under_load(args, args.url, oracle)
         else:
-            flags = server_flags(args, model_folder(args.model, Path(work)))
-            quiet = ["--disable-radix-cache", "--max-running-requests", "2", "--max-total-tokens", "8192"]
+            flags = server_flags(args, folder)
+            quiet = ["--max-running-requests", "2", "--max-total-tokens", "8192"]
+            quiet += [] if window else ["--disable-radix-cache"]
             small = ["--max-running-requests", str(args.rows), "--max-total-tokens", str(args.pool)]
             small += ["--chunked-prefill-size", "256", "--enable-mixed-chunk"]
             # as many requests as fit right now: memory runs out while they decode, and some are retracted
@@ -235,19 +263,20 @@ def main() -> int:
             code = fingerprint()
             with contextlib.ExitStack() as stack:
                 early = stack.enter_context(start()) if args.at_once else None
-                with launched([*flags, *quiet]) as server:
-                    server.wait(CONSOLE)
-                    alone = answers_alone(server.url, prompts, longest)
-                CONSOLE.print(f"{len(alone)} answers alone", highlight=False)
+                # it stays: what a hit is answered is asked when one was seen
+                quiet_server = stack.enter_context(launched([*flags, *quiet]))
+                quiet_server.wait(CONSOLE)
+                oracle = Oracle(quiet_server.url, prompts, longest, window)
+                ask_all(oracle)
                 server = early or stack.enter_context(start())
                 server.wait(CONSOLE)
                 if fingerprint() != code:
                     raise SystemExit(
                         "expected the same code in both servers, it changed in between: run again"
                     )
-                result |= under_load(args, server.url, prompts, alone)
+                result |= under_load(args, server.url, oracle)
                 if args.faults != "none":
-                    found = run_faults(args, server, prompts, alone)
+                    found = run_faults(args, server, oracle)
             if args.faults == "all":
                 port = servers.choose_port(None)
                 found.append(faults.out_of_memory_at_start(servers.launch_command(flags, port)))

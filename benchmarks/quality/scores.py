@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+# of texts, for an interval of a ratio
+RESAMPLES = 10_000
 BUCKETS = (0, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -55,6 +57,17 @@ class Scores:
             "perplexity": loss.nanmean().exp().item(),
             "perplexity_16bit": exact_loss.nanmean().exp().item(),
         }
+
+    def ratio(self, other: Scores, start: int, end: int) -> tuple[float, float, float]:
+        """Return (mean KL over that of another cache on the same texts, bounds of its 95 % interval).
+
+        The interval is that of the bootstrap over texts, since tokens of one text are not independent.
+        """
+        own, base = (torch.stack([t[start:end].mean() for t in s.divergence]).double().cpu() for s in (self, other))
+        drawn = torch.randint(len(own), (RESAMPLES, len(own)), generator=torch.Generator().manual_seed(0))
+        ratios = own[drawn].mean(1) / base[drawn].mean(1)
+        low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return (own.mean() / base.mean()).item(), low, high
 
     def buckets(self, context: int) -> dict[str, dict[str, float]]:
         """Return `summary` of each range of positions that the context reaches, named "start-end"."""

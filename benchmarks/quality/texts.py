@@ -38,7 +38,8 @@ class Text:
 
 def _content(name: str) -> tuple[Path, str]:
     if name not in KINDS:
-        return Path(name), Path(name).read_text(errors="replace")
+        path = Path(name) if Path(name).exists() else STDLIB / name
+        return path, path.read_text(errors="replace")
     path = STDLIB / KINDS[name]
     if name == "manual":
         from pydoc_data import topics
@@ -51,7 +52,7 @@ def load(name: str, length: int, seed: int, tokenizer: Any) -> Text:
     """Return a piece of a text, beginning at a line chosen by the seed.
 
     Args:
-        name: one of `KINDS`, or a path.
+        name: one of `KINDS`, or a path, which may begin in the folder of the standard library.
         length: tokens wanted.
 
     Raises:

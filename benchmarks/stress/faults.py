@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from stress.load import HANG_SECONDS, Alone, Answer, request_body, send
+from stress.load import HANG_SECONDS, Answer, request_body, send
+from stress.oracle import Oracle
 from stress.tenants import Prompt
 
 # seconds that a server may take to end after SIGTERM: SGLang answers what is in flight first, and 24 requests of 160
@@ -35,7 +36,7 @@ def _client(url: str) -> httpx.AsyncClient:
     )
 
 
-async def oversized_prompt(url: str, prompts: list[Prompt], alone: list[Alone], pool_tokens: int) -> Fault:
+async def oversized_prompt(url: str, prompts: list[Prompt], oracle: Oracle, pool_tokens: int) -> Fault:
     """A prompt longer than the pool is refused; the answers that run beside it are those alone."""
     prompt = prompts[0].payload
     if "input_ids" in prompt:
@@ -44,27 +45,27 @@ async def oversized_prompt(url: str, prompts: list[Prompt], alone: list[Alone], 
     else:
         longer = {"text": prompt["text"] * (pool_tokens // 40)}
     async with _client(url) as client:
-        mine = [Answer(n, "plain", len(alone[n].ids)) for n in range(4)]
+        mine = [Answer(n, "plain", oracle.new_tokens) for n in range(4)]
         others = [send(client, prompts[a.prompt], a, f"beside-{a.prompt}") for a in mine]
         body = request_body(Prompt(-1, longer, ""), 4)
         refused, *_ = await asyncio.gather(client.post("/generate", json=body), *others)
-    wrong = [a.prompt for a in mine if alone[a.prompt].is_wrong(a)]
+    wrong = [a.prompt for a in mine if oracle.is_wrong(a)]
     seen = f"HTTP {refused.status_code}: {refused.text[:160]}; {len(wrong)} of 4 other answers differ"
     return Fault("oversized prompt", refused.status_code == 400 and not wrong, seen)
 
 
-async def more_requests_than_rows(url: str, prompts: list[Prompt], alone: list[Alone], rows: int) -> Fault:
+async def more_requests_than_rows(url: str, prompts: list[Prompt], oracle: Oracle, rows: int) -> Fault:
     """Eight times as many requests at once as rows are all answered, as alone."""
     mine = [Answer(n % len(prompts), "plain", 8) for n in range(8 * rows)]
     started = time.monotonic()
     async with _client(url) as client:
         await asyncio.gather(*(send(client, prompts[a.prompt], a, f"crowd-{n}") for n, a in enumerate(mine)))
-    wrong = [a for a in mine if alone[a.prompt].is_wrong(a)]
+    wrong = [a for a in mine if oracle.is_wrong(a)]
     seen = f"{len(mine)} at once on {rows} rows in {time.monotonic() - started:.0f} s, {len(wrong)} differ"
     return Fault("more requests than rows", not wrong, seen)
 
 
-async def disconnects_in_prefill(url: str, prompts: list[Prompt], alone: list[Alone], rows: int) -> Fault:
+async def disconnects_in_prefill(url: str, prompts: list[Prompt], oracle: Oracle, rows: int) -> Fault:
     """Clients that leave before their first token give their rows back at once."""
     async with _client(url) as client:
 
@@ -80,19 +81,19 @@ async def disconnects_in_prefill(url: str, prompts: list[Prompt], alone: list[Al
 
         await asyncio.gather(*(leave(n) for n in range(4 * rows)))
         started = time.monotonic()
-        answer = Answer(0, "plain", len(alone[0].ids))
+        answer = Answer(0, "plain", oracle.new_tokens)
         await send(client, prompts[0], answer, "after-disconnects")
     seconds = time.monotonic() - started
-    right = not alone[0].is_wrong(answer)
+    right = not oracle.is_wrong(answer)
     seen = (
         f"{4 * rows} left, the next answer came after {seconds:.1f} s and is {'right' if right else 'wrong'}"
     )
     return Fault("disconnects in prefill", right, seen)
 
 
-async def terminate_under_load(url: str, prompts: list[Prompt], alone: list[Alone], server) -> Fault:
+async def terminate_under_load(url: str, prompts: list[Prompt], oracle: Oracle, server) -> Fault:
     """SIGTERM with requests in flight: the server ends with its processes, and no client hangs."""
-    mine = [Answer(n % len(prompts), "plain", len(alone[0].ids)) for n in range(24)]
+    mine = [Answer(n % len(prompts), "plain", oracle.new_tokens) for n in range(24)]
     async with _client(url) as client:
         tasks = [
             asyncio.ensure_future(send(client, prompts[a.prompt], a, f"late-{n}")) for n, a in enumerate(mine)
@@ -112,7 +113,7 @@ async def terminate_under_load(url: str, prompts: list[Prompt], alone: list[Alon
     seconds = time.monotonic() - started
     left = await asyncio.to_thread(_processes_of, server.process.pid)
     full = [a for a in mine if not a.error and a.output and len(a.output_ids) == a.new_tokens]
-    wrong = [a for a in full if alone[a.prompt].is_wrong(a)]
+    wrong = [a for a in full if oracle.is_wrong(a)]
     errors = sorted({a.error for a in mine if a.error})
     seen = (
         f"with {in_flight} requests in flight ended with code {code} after {seconds:.1f} s, {len(full)} of {len(mine)} "

@@ -15,10 +15,6 @@ from stress.tenants import Prompt
 
 # seconds until a request that gets no answer counts as hung
 HANG_SECONDS = 300
-# matrix products round by batch; keys that differ by 1e-7 can get other codes, which moves a logit of the tiny
-# model by up to 0.2 and the distance of its first two by up to 0.03 (28 runs of one prompt); a wrong read moves
-# them by several units
-NEAR_TIE = 0.1
 
 
 @dataclass
@@ -136,44 +132,3 @@ async def run(url: str, load: Load, seconds: float = float("inf")) -> list[Answe
     ) as client:
         await asyncio.gather(*(tenant(number, mine, client) for number, mine in plan.items()))
     return sent
-
-
-@dataclass(frozen=True)
-class Alone:
-    """The answer to a prompt that had a server to itself, and how far ahead each token was of the second.
-
-    Attributes:
-        ids: the tokens; margins: log probability of each token minus that of the next likely one.
-    """
-
-    ids: list[int]
-    margins: list[float]
-
-    def first_difference(self, answer: Answer) -> int | None:
-        """Return the index of the first token that differs from what was answered, None if none does."""
-        if not answer.output:
-            return None
-        ids = answer.output_ids
-        # a stream that is aborted in the queue ends with its last token alone
-        start = answer.output["meta_info"]["completion_tokens"] - len(ids)
-        pairs = enumerate(zip(ids, self.ids[start:], strict=False))
-        return next((start + n for n, (got, alone) in pairs if got != alone), None)
-
-    def is_wrong(self, answer: Answer) -> bool:
-        """Whether an answer failed, or differs where the first choice was clear."""
-        first = self.first_difference(answer)
-        return bool(answer.error) or (first is not None and self.margins[first] >= NEAR_TIE)
-
-
-def answers_alone(url: str, prompts: list[Prompt], new_tokens: int) -> list[Alone]:
-    """Return the greedy answer of each prompt, sent alone to a server without a prefix cache."""
-    alone = []
-    with httpx.Client(base_url=url, timeout=HANG_SECONDS, trust_env=False) as client:
-        for prompt in prompts:
-            body = {**request_body(prompt, new_tokens), "return_logprob": True, "top_logprobs_num": 2}
-            response = client.post("/generate", json=body)
-            response.raise_for_status()
-            output = response.json()
-            top = output["meta_info"]["output_top_logprobs"]
-            alone.append(Alone(output["output_ids"], [best[0] - second[0] for best, second in top]))
-    return alone

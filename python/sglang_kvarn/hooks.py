@@ -85,6 +85,12 @@ HOOKS = (
         report.add_to_server_info,
     ),
     Hook("mem_cache.memory_pool.ReqToTokenPool.alloc", "around", ("self", "reqs"), tail.record_exact_starts),
+    Hook(
+        "managers.schedule_batch.Req._compute_max_prefix_len",
+        "after",
+        ("self", "input_len"),
+        tail.limit_prefix,
+    ),
     *(
         Hook(target, "around", ("self", parameter), balanced_layers.with_plain_weights)
         for target, parameter in _WEIGHT_METHODS.items()

@@ -12,6 +12,8 @@ from kvarn_kernels.config import KVarNConfig
 from sglang_kvarn import compat
 
 _ATTRIBUTE = "kvarn_tail"
+# on SGLang's Req: tokens that its first row took from the prefix cache
+_FIRST_PREFIX = "kvarn_first_prefix"
 
 
 class Tail:
@@ -36,6 +38,7 @@ class Tail:
         self.ring_k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.ring_v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.exact_starts = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._hit_reads_as_miss = config.is_canonical
 
     @property
     def num_bytes(self) -> int:
@@ -48,6 +51,14 @@ class Tail:
         update = torch.tensor([rows, starts], dtype=torch.int64, pin_memory=pinned)
         update = update.to(self.exact_starts.device, non_blocking=True)
         self.exact_starts.index_copy_(0, update[0], update[1].int())
+
+    def note_first_prefixes(self, reqs: list[Any], starts: list[int]) -> None:
+        """Remember on each request what its first row took from the prefix cache, for `limit_prefix`."""
+        if self._hit_reads_as_miss:
+            return
+        for req, start in zip(reqs, starts, strict=True):
+            if not hasattr(req, _FIRST_PREFIX):
+                setattr(req, _FIRST_PREFIX, start)
 
     def attach(self, req_to_token_pool: Any) -> None:
         """Let `record_exact_starts` find this tail from SGLang's ReqToTokenPool."""
@@ -64,5 +75,18 @@ def record_exact_starts(original: Callable[..., Any], pool: Any, reqs: list[Any]
     rows = original(pool, reqs)
     if tail is not None and fresh and rows is not None:
         starts = [compat.prefix_len(req) for req in fresh]
+        tail.note_first_prefixes(fresh, starts)
         tail.set_exact_starts([compat.request_row(req) for req in fresh], starts)
     return rows
+
+
+def limit_prefix(result: int, req: Any, *args: Any, **kwargs: Any) -> int | None:
+    """Let a request that lost its row find in the prefix cache at most what it found at first.
+
+    Hook after ``Req._compute_max_prefix_len``. A request that is retracted, preempted or paused has its prompt in the
+    prefix cache when it comes back. With an exact window, the page after a cached prefix reads that prefix from
+    records, where the request read it exactly before: its answer would depend on the scheduler. So it computes again
+    what it had computed itself, and its exact start is what it was.
+    """
+    first = getattr(req, _FIRST_PREFIX, None)
+    return None if first is None else min(result, first)

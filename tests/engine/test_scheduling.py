@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import pytest
 from tiny_model import answers, expected, prompt
 
 LENGTHS = (330, 150, 60, 500, 129, 256)
 
 
-def test_mixed_chunks_and_retraction_change_no_token(start_engine, model, monkeypatch):
+@pytest.mark.parametrize("preset", ["kvarn_canonical", "kvarn"])
+def test_mixed_chunks_and_retraction_change_no_token(start_engine, model, monkeypatch, preset):
     monkeypatch.setenv("SGLANG_TEST_RETRACT", "1")
     monkeypatch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "7")
     prompts = [prompt(length, seed=length) for length in LENGTHS]
-    preset = "kvarn_canonical"
     with start_engine(kv_cache_dtype=preset, enable_mixed_chunk=True) as engine:
         got = answers(engine, prompts, 30)
     assert sum(answer["retractions"] for answer in got) > 0

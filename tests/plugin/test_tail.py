@@ -43,12 +43,17 @@ def between_chunks(req, prefix: int) -> None:
 row = compat.request_row
 
 
+def make_rows():
+    """Return SGLang's own row pool with 4 rows."""
+    return compat.resolve("sglang.srt.mem_cache.memory_pool.ReqToTokenPool")(
+        size=4, max_context_len=1024, device="cpu", enable_memory_saver=False
+    )
+
+
 @pytest.fixture
 def pool():
     """SGLang's own row pool with 4 rows and a tail."""
-    pool = compat.resolve("sglang.srt.mem_cache.memory_pool.ReqToTokenPool")(
-        size=4, max_context_len=1024, device="cpu", enable_memory_saver=False
-    )
+    pool = make_rows()
     tail = Tail(5, 1, 2, 64, KVarNConfig.from_preset("kvarn"), torch.float32, "cpu")
     tail.exact_starts.fill_(-1)
     tail.attach(pool)
@@ -89,9 +94,7 @@ def test_alloc_without_a_free_row_changes_nothing(pool):
 
 
 def test_alloc_of_a_pool_without_a_tail_is_stock():
-    rows = compat.resolve("sglang.srt.mem_cache.memory_pool.ReqToTokenPool")(
-        size=4, max_context_len=1024, device="cpu", enable_memory_saver=False
-    )
+    rows = make_rows()
     assert sorted(rows.alloc([request(128), request(0)])) in ([1, 2], [3, 4])
 
 
@@ -100,3 +103,31 @@ def test_tail_counts_its_bytes(preset):
     config = KVarNConfig.from_preset(preset)
     tail = Tail(5, 3, 2, 64, config, torch.bfloat16, "cpu")
     assert tail.num_bytes == 5 * 3 * 2 * config.ring_len * 2 * 64 * 2
+
+
+@pytest.mark.parametrize(("preset", "found"), [("kvarn", 256), ("kvarn_canonical", 511)])
+def test_a_request_that_lost_its_row_matches_at_most_what_it_matched_at_first(preset, found):
+    rows = make_rows()
+    Tail(5, 1, 2, 64, KVarNConfig.from_preset(preset), torch.float32, "cpu").attach(rows)
+    req = request(256)
+    assert req._compute_max_prefix_len(512) == 511
+    rows.alloc([req])
+    rows.free(req)
+    req.reset_for_retract()
+    # its own pages are in the prefix cache by now
+    assert req._compute_max_prefix_len(512) == found
+    # fewer may be left there, which is no new limit
+    set_prefix(req, 128)
+    rows.alloc([req])
+    rows.free(req)
+    req.reset_for_retract()
+    assert req._compute_max_prefix_len(512) == found
+    assert req._compute_max_prefix_len(200) == 199
+
+
+def test_a_request_that_found_nothing_finds_nothing_when_it_comes_back(pool):
+    req = request(0)
+    pool.rows.alloc([req])
+    pool.rows.free(req)
+    req.reset_for_retract()
+    assert req._compute_max_prefix_len(512) == 0
