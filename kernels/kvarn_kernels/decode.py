@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn_kernels import decode_sm90, tile
+from kvarn_kernels import decode_sm90, gpu, tile
 from kvarn_kernels.attend import (
     LOG2_E,
     SHIFT,
@@ -23,7 +23,10 @@ from kvarn_kernels.decode_plan import max_splits, ring_start, split_units, wante
 from kvarn_kernels.reference import first_row_dtype
 
 FIRST_BLOCK = 16
+# exact keys that are attended together; half as many where 64 of head_dim 256 take more shared memory (149,504 bytes)
+# than a block may use
 EXACT_BLOCK = 64
+EXACT_SHARED_256 = 149_504
 
 
 def make_workspace(
@@ -49,6 +52,11 @@ def make_workspace(
         wanted_splits=wanted,
         max_splits=most,
     )
+
+
+def exact_block(head_dim: int) -> int:
+    """Return how many exact keys are attended together; it depends on the model and the GPU only."""
+    return EXACT_BLOCK // 2 if head_dim == 256 and gpu.shared_memory() < EXACT_SHARED_256 else EXACT_BLOCK
 
 
 @triton.jit(do_not_specialize=["batch_size"])
@@ -192,7 +200,7 @@ def decode(
         WINDOW=config.window_pages,
         SPLIT_UNITS=split_units(config),
         FIRST_BLOCK=FIRST_BLOCK,
-        EXACT_BLOCK=EXACT_BLOCK,
+        EXACT_BLOCK=exact_block(head_dim),
         STAGES=2,
         num_warps=2,
     )

@@ -16,13 +16,11 @@ read by the host and grids are sized by max_splits, so that one CUDA graph serve
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
-from kvarn_kernels import decode_sm90
+from kvarn_kernels import decode_sm90, gpu
 from kvarn_kernels.cache import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
 
@@ -31,8 +29,6 @@ CANONICAL_SPLIT_UNITS = 16
 MIN_SPLIT_UNITS = 2
 RING_CHUNK = tl.constexpr(decode_sm90.RING_CHUNK)
 RING_UNITS = tl.constexpr(decode_sm90.RING_UNITS)
-# of an H100 or H200, where there is no GPU to ask
-MULTIPROCESSORS = 132
 # programs of the Triton kernel (2 warps) that a multiprocessor runs at once
 TRITON_PROGRAMS = 8
 # what wanted_splits plans with: units of a request, and units of time that a split takes besides its own
@@ -41,19 +37,11 @@ SPLIT_OVERHEAD = 4
 MAX_WAVES = 16
 
 
-@lru_cache(maxsize=1)
-def multiprocessors() -> int:
-    """Return the multiprocessors of the current GPU, an H100's where there is none."""
-    if not torch.cuda.is_available():
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-
-
 def resident_programs(head_dim: int) -> int:
     """Return the programs of the decode kernel that the current GPU runs at once."""
     device = torch.device("cuda")
     is_triton = torch.cuda.is_available() and not decode_sm90.is_supported(device)
-    return multiprocessors() * (TRITON_PROGRAMS if is_triton else decode_sm90.MIN_BLOCKS[head_dim])
+    return gpu.multiprocessors() * (TRITON_PROGRAMS if is_triton else decode_sm90.MIN_BLOCKS[head_dim])
 
 
 def split_units(config: KVarNConfig) -> int:

@@ -16,11 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvarn_kernels import tile
+from kvarn_kernels import gpu, tile
 from kvarn_kernels.attend import LOG2_E, SHIFT, attend_exact, normalise_query, weigh
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.decode_plan import multiprocessors
 from kvarn_kernels.launch import TritonLauncher
 from kvarn_kernels.merge import merge_splits
 from kvarn_kernels.reference import first_row_dtype
@@ -29,6 +28,8 @@ from kvarn_kernels.tile_io import cast, dot, load_keys, load_values
 
 # first rows of records that are attended together
 FIRST_BLOCK = 32
+# shared memory that a program of head_dim 256 takes with 64 rows, bytes; with 32 rows it takes half of that
+EXTEND_SHARED_256 = 139_264
 # pages of a split, at least, and splits of a request, at most
 MIN_SPLIT_PAGES, MAX_SPLITS = 8, 32
 
@@ -161,10 +162,12 @@ def _extend_kernel(
 _extend_launcher = TritonLauncher(_extend_kernel)
 
 
-def block_sizes(group: int, head_dim: int) -> tuple[int, int, int]:
-    """Return (query tokens of a tile, keys of a block, warps); they depend on the model only."""
-    rows, keys, warps = {64: (128, 128, 8), 128: (128, 64, 8), 256: (64, 64, 8)}[head_dim]
-    return max(1, rows // triton.next_power_of_2(group)), keys, warps
+def block_sizes(group: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Return (query tokens of a tile, keys of a block, warps, stages); they depend on the model and the GPU only."""
+    rows, keys, warps, stages = {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)}[head_dim]
+    if head_dim == 256 and gpu.shared_memory() < EXTEND_SHARED_256:
+        rows, keys, warps, stages = 32, 64, 4, 1
+    return max(1, rows // triton.next_power_of_2(group)), keys, warps, stages
 
 
 def query_tiles(batch: ExtendBatch, block_q: int) -> list[int]:
@@ -182,7 +185,7 @@ def num_splits(batch: ExtendBatch, programs: int, config: KVarNConfig) -> int:
     if config.is_canonical:
         return 1
     pages = max(batch.seq_lens_host) // config.tile_size
-    return max(1, min(multiprocessors() // programs, pages // MIN_SPLIT_PAGES, MAX_SPLITS))
+    return max(1, min(gpu.multiprocessors() // programs, pages // MIN_SPLIT_PAGES, MAX_SPLITS))
 
 
 @lru_cache(maxsize=64)
@@ -213,7 +216,7 @@ def extend(
     """
     kv_heads, head_dim = cache.ring_k.shape[2:]
     group = rotated_q.shape[1] // kv_heads
-    block_q, block_kv, warps = block_sizes(group, head_dim)
+    block_q, block_kv, warps, stages = block_sizes(group, head_dim)
     tiles = query_tiles(batch, block_q)
     num_tiles = max(tiles, default=0)
     if num_tiles == 0:
@@ -259,7 +262,7 @@ def extend(
         config.v_bits,
         config.window_pages,
         splits > 1,
-        2,
+        stages,
         num_warps=warps,
     )
     if partial_out is not None and partial_lse is not None:

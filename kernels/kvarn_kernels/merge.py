@@ -63,11 +63,15 @@ def _merge_kernel(
     # a matrix product takes 16 rows or more
     COPIES: tl.constexpr = 16 // ROWS
     x = tl.reshape(tl.broadcast_to(x[:, None, :], (ROWS, COPIES, D)), (16, D))
-    x = tl.reshape(unrotate(x, signs_ptr, 0, D, D), (ROWS, COPIES, D))
     to_store = valid[:, None, None] & (tl.arange(0, COPIES) == 0)[None, :, None]
-    # a pointer for every copy, of which one is used
-    out = out_ptr + (r * D)[:, None, None] + (tl.arange(0, COPIES) * 0)[None, :, None] + d[None, None, :]
-    tl.store(out, cast(x, out_ptr.dtype.element_ty), mask=to_store)
+    # half of the sign matrix at a time where all of it takes 128 KiB, more shared memory than most GPUs have
+    COLS: tl.constexpr = min(D, 128)
+    for column in tl.static_range(0, D, COLS):
+        c = column + tl.arange(0, COLS)
+        y = tl.reshape(unrotate(x, signs_ptr, column, D, COLS), (ROWS, COPIES, COLS))
+        # a pointer for every copy, of which one is used
+        out = out_ptr + (r * D)[:, None, None] + (tl.arange(0, COPIES) * 0)[None, :, None] + c[None, None, :]
+        tl.store(out, cast(y, out_ptr.dtype.element_ty), mask=to_store)
 
 
 _merge_launcher = TritonLauncher(_merge_kernel)

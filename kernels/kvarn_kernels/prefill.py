@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvarn_kernels import decode_plan, prefill_plan, tile
+from kvarn_kernels import gpu, prefill_plan, tile
 from kvarn_kernels.cache import ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dequantise import dequantise
@@ -175,7 +175,7 @@ def plan_prefill(
     """
     device = workspace.keys.device
     queries = prefill_plan.query_pages(prefix_lens, seq_lens, config)
-    splits = prefill_plan.num_splits(queries, workspace.num_qo_heads, decode_plan.multiprocessors())
+    splits = prefill_plan.num_splits(queries, workspace.num_qo_heads, gpu.multiprocessors())
     planned = []
     for n, segment in enumerate(prefill_plan.segments(queries, len(workspace.keys), config.tile_size, splits)):
         wrapper = workspace.wrapper(n)

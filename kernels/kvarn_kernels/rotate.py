@@ -25,12 +25,15 @@ def hadamard_signs(head_dim: int, dtype: torch.dtype, device: torch.device) -> t
 
 
 @triton.jit
-def rotate_block(x, signs_ptr, D: tl.constexpr):
-    """Return x H in float32 for x [ROWS, D] in a 16-bit dtype (exact products, float32 sums) or float32."""
-    d = tl.arange(0, D)
-    signs = tl.load(signs_ptr + d[:, None] * D + d[None, :])  # [D, D]
+def rotate_block(x, signs_ptr, begin, D: tl.constexpr, COLS: tl.constexpr):
+    """Return the channels begin .. begin + COLS - 1 of x H in float32.
+
+    x [ROWS, D] is in a 16-bit dtype (exact products, float32 sums) or float32.
+    """
+    d, c = tl.arange(0, D), begin + tl.arange(0, COLS)
+    signs = tl.load(signs_ptr + d[:, None] * D + c[None, :])  # [D, COLS]
     SCALE: tl.constexpr = 1.0 / (D**0.5)
-    return dot(x, signs, tl.zeros([x.shape[0], D], tl.float32)) * SCALE
+    return dot(x, signs, tl.zeros([x.shape[0], COLS], tl.float32)) * SCALE
 
 
 @triton.jit
@@ -60,14 +63,18 @@ def _rotate_rows(
     x = tl.load(
         x_ptr + (token * stride_x_token + head * stride_x_head)[:, None] + d[None, :], mask=valid[:, None], other=0.0
     )
-    rotated = rotate_block(x, signs_ptr, D)
     dest = token
     if RING_LEN > 0:
         row = tl.load(rows_ptr + token, mask=valid, other=0)
         position = tl.load(seq_lens_ptr + token, mask=valid, other=1).to(tl.int64) - 1
         dest = row * RING_LEN + position % RING_LEN
-    out = out_ptr + (dest * stride_out_token + head * stride_out_head)[:, None] + d[None, :]
-    tl.store(out, cast(rotated, out_ptr.dtype.element_ty), mask=valid[:, None])
+    out = out_ptr + dest * stride_out_token + head * stride_out_head
+    # the sign matrix of 256 channels takes 128 KiB, more shared memory than most GPUs have; half of it is enough
+    COLS: tl.constexpr = min(D, 128)
+    for begin in tl.static_range(0, D, COLS):
+        rotated = rotate_block(x, signs_ptr, begin, D, COLS)
+        c = begin + tl.arange(0, COLS)
+        tl.store(out[:, None] + c[None, :], cast(rotated, out_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History
-from kvarn_kernels import decode_plan, ops, reference, tile
+from kvarn_kernels import decode_plan, gpu, ops, reference, tile
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import make_workspace
@@ -81,7 +81,7 @@ def test_decode_writes_nothing_behind_the_split_buffer(monkeypatch):
     """The memory behind the buffer keeps its bytes at every batch size."""
     config = KVarNConfig.from_preset("kvarn")
     # 8 programs for 2 heads: a batch of 5 has more splits than the largest
-    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 2)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 2)
     monkeypatch.setattr(decode_plan, "MIN_SPLIT_UNITS", 1)
     workspace = make_workspace(6, QO_HEADS, KV_HEADS, HEAD_DIM, 24, config, torch.device("cpu"))
     assert workspace.max_splits == (4, 8, 12, 12, 20, 12)

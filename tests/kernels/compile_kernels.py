@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile every kernel that both entry points launch for an NVIDIA GPU, without one; one JSON line each.
 
-Usage: python compile_kernels.py CAPABILITY PRESET HEAD_DIM DTYPE NUM_QO_HEADS NUM_KV_HEADS
+Usage: python compile_kernels.py CAPABILITY SHARED_BYTES PRESET HEAD_DIM DTYPE NUM_QO_HEADS NUM_KV_HEADS
 
 The wrappers run with their own block sizes on CPU tensors; each launch is caught, specialised as Triton
 would do it and compiled instead.
@@ -26,7 +26,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 import triton
 from builders import make_cache, make_request, run_decode, run_extend
-from kvarn_kernels import extend, prefill
+from kvarn_kernels import extend, gpu, prefill
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import make_workspace
 from kvarn_kernels.merge import FEW_ROWS
@@ -96,9 +96,10 @@ def resources(kernel) -> dict[str, int]:
 
 
 def main(
-    capability: str, preset: str, head_dim: str, dtype: str, num_qo_heads: str, num_kv_heads: str
+    capability: str, shared: str, preset: str, head_dim: str, dtype: str, num_qo_heads: str, num_kv_heads: str
 ) -> None:
-    """Compile every distinct kernel of one form for one capability."""
+    """Compile every distinct kernel of one form for a GPU of that capability and shared memory of a block."""
+    gpu.shared_memory = lambda: int(shared)
     target = GPUTarget("cuda", int(capability), 32)
     heads = (int(num_qo_heads), int(num_kv_heads))
     seen = set()

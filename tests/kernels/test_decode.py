@@ -16,7 +16,7 @@ from builders import (
     relative_rms,
     run_decode,
 )
-from kvarn_kernels import decode_plan, torch_form
+from kvarn_kernels import decode_plan, gpu, torch_form
 from kvarn_kernels.cache import DecodeWorkspace
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import decode, make_workspace
@@ -158,7 +158,7 @@ def decode_behind_others(others: int, tokens: int, config: KVarNConfig) -> torch
 @pytest.mark.parametrize("tokens", [2 * PAGE, 17 * PAGE + 3])
 def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens, monkeypatch):
     # so few programs that a plan by the batch would differ
-    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 1)
     config = KVarNConfig.from_preset("kvarn_canonical")
     alone = decode_behind_others(0, tokens, config)
     assert all(torch.equal(decode_behind_others(others, tokens, config), alone) for others in (1, 4))
@@ -167,7 +167,7 @@ def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens, 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "kvarn_canonical"])
 def test_decode_of_default_presets_agrees_within_a_thousandth_at_any_batch_size(preset, monkeypatch):
     # so few programs that a batch of 1, 2 and 5 takes splits of 2, 3 and 5 units and more
-    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 1)
     monkeypatch.setattr(decode_plan, "MIN_SPLIT_UNITS", 1)
     config = KVarNConfig.from_preset(preset)
     alone = decode_behind_others(0, 6 * PAGE + 9, config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import RELATIVE_RMS, make_request, oracle, prefill, relative_rms
-from kvarn_kernels import decode_plan, decode_sm90, nvrtc, torch_form
+from kvarn_kernels import decode_plan, decode_sm90, gpu, nvrtc, torch_form
 from kvarn_kernels.cache import DecodeBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from test_decode import PAGE, TOLERANCE, decode_step, make_cache, make_requests
@@ -121,7 +121,7 @@ def test_every_form_matches_the_oracle(run_as_cpp, preset, dtype, head_dim, head
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
 def test_records_may_land_late_and_warps_stand_still(run_as_cpp, monkeypatch, preset, seed):
     # one split of all pages, so that every buffer is filled several times
-    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 1)
     monkeypatch.setattr(decode_plan, "MIN_SPLIT_UNITS", 64)
     run_as_cpp(seed)
     requests = make_requests([14 * PAGE + 3, 9 * PAGE], HEADS, 64, torch.float16)

@@ -10,7 +10,7 @@ import torch
 from builders import DEVICE, PAGE, int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvarn_kernels import decode_plan
+from kvarn_kernels import decode_plan, gpu
 from kvarn_kernels.cache import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.decode import make_workspace
@@ -114,6 +114,6 @@ def test_the_split_buffer_holds_every_batch_size(preset, max_pages):
 def test_gpus_without_the_cuda_kernel_run_more_programs_at_once(monkeypatch):
     hopper = decode_plan.wanted_splits(1, 8, 128)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 108)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 108)
     monkeypatch.setattr(decode_plan.decode_sm90, "is_supported", lambda device: False)
     assert decode_plan.wanted_splits(1, 8, 128) == 108 * 8 // 8 > hopper

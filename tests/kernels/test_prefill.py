@@ -18,7 +18,7 @@ from builders import (
     relative_rms,
     run_extend,
 )
-from kvarn_kernels import decode_plan, ops, prefill_plan, torch_form
+from kvarn_kernels import gpu, ops, prefill_plan, torch_form
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.prefill import PrefillWorkspace, make_workspace, num_pages, plan_prefill, workspace_bytes
 from kvarn_kernels.prefill import prefill as prefill_kernel
@@ -92,7 +92,7 @@ def test_prefill_merges_the_segments_of_a_step_beyond_the_workspace(pages):
 def test_prefill_reads_the_records_of_a_few_queries_in_splits(pages, monkeypatch):
     monkeypatch.setattr(prefill_plan, "SPLIT_PAGES", 1)
     request = make_request(6 * PAGE + 20, (2, 1), 64, torch.float16)
-    monkeypatch.setattr(decode_plan, "multiprocessors", lambda: 12)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 12)
     workspace = workspace_for(request, pages)
     splits = []
 
