@@ -57,7 +57,8 @@ LONG = [(capability, form) for form in FORMS for capability in SHARED_LIMIT if (
     ids=lambda x: f"sm_{x}" if isinstance(x, int) else "-".join(map(str, x)),
 )
 def test_compile_every_kernel_for_a_capability(capability, form):
-    command = [sys.executable, str(HERE / "compile_kernels.py"), str(capability), str(SHARED_LIMIT[capability]), *map(str, form)]
+    arguments = [capability, SHARED_LIMIT[capability], *form]
+    command = [sys.executable, str(HERE / "compile_kernels.py"), *map(str, arguments)]
     path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=500
