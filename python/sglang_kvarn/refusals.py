@@ -257,9 +257,9 @@ def check_layers(model: torch.nn.Module) -> None:
     Raises:
         ValueError: the first such property.
     """
-    for layer in model.modules():
-        if not isinstance(layer, compat.RadixAttention):
-            continue
+    layers = [layer for layer in model.modules() if isinstance(layer, compat.RadixAttention)]
+    shapes = {(layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim) for layer in layers}
+    for layer in layers:
         properties = (
             (layer.logit_cap > 0, f"a logit cap of {layer.logit_cap}"),
             (layer.sliding_window_size > -1, f"a sliding window of {layer.sliding_window_size} tokens"),
@@ -268,6 +268,8 @@ def check_layers(model: torch.nn.Module) -> None:
             (layer.xai_temperature_len > 0, "temperature by position"),
             (layer.head_dim not in SUPPORTED_HEAD_DIMS, f"head_dim {layer.head_dim}"),
             (layer.v_head_dim != layer.head_dim, "values and keys of different width"),
+            # the pool and the workspace of the decode kernels have one shape
+            (len(shapes) > 1, "attention layers of different shapes"),
         )
         for applies, what in properties:
             if applies:
