@@ -39,6 +39,8 @@ _NAMES = {
     "add_attention_backend_choices": "sglang.srt.server_args:add_attention_backend_choices",
     "envs": "sglang.srt.environ:envs",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
+    "is_hybrid_swa_model": "sglang.srt.configs.model_config:is_hybrid_swa_model",
+    "is_minimax_sparse": "sglang.srt.configs.model_config:is_minimax_sparse",
     "load_plugins": "sglang.srt.plugins:load_plugins",
     "mambaish_config": "sglang.srt.configs.hybrid_arch:mambaish_config",
     "register_attention_backend": "sglang.srt.layers.attention.attention_registry:register_attention_backend",
@@ -146,6 +148,24 @@ def model_config(server_args: Any) -> Any:
     if _since("0.5.20"):
         return resolve("sglang.srt.arg_groups.overrides.model_config_of")(server_args)
     return server_args.get_model_config()
+
+
+def is_sparse(model_config: Any) -> bool:
+    """Whether SGLang attends to chosen tokens only, in a backend and mostly a pool of its own."""
+    config, text = model_config.hf_config, model_config.hf_text_config
+    if resolve(_NAMES["is_minimax_sparse"])(config):
+        return True
+    # from 0.5.23 on; with the variable SGLang attends to all tokens
+    if getattr(config, "has_minicpm_sparse_attention", False):
+        return not resolve(_NAMES["envs"]).SGLANG_MINICPM_FORCE_DENSE.get()
+    keys = ("sparse_attention_config", "index_topk")
+    return any(getattr(source, key, None) is not None for source in (config, text) for key in keys)
+
+
+def is_window_model(model_config: Any) -> bool:
+    """Whether SGLang knows the model as one with windows, also where --disable-hybrid-swa-memory is given."""
+    known = resolve(_NAMES["is_hybrid_swa_model"])
+    return model_config.is_hybrid_swa or known(model_config.hf_config.architectures, model_config.hf_text_config)
 
 
 def max_running_requests(server_args: Any) -> int | None:

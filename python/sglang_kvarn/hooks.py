@@ -62,6 +62,7 @@ _WEIGHT_METHODS = {
 HOOKS = (
     Hook("server_args.ServerArgs.add_cli_args", "after", ("parser",), settings.add_choices),
     Hook(compat.resolution_target(), "before", ("self",), settings.apply_defaults),
+    Hook(compat.resolution_target(), "around", ("self",), refusals.resolve_or_refuse),
     Hook("server_args.ServerArgs.check_server_args", "after", ("self",), _refuse),
     Hook("mem_cache.kv_cache_dtype.configure_kv_cache_dtype", "around", _DTYPE_PARAMETERS, settings.cache_dtype),
     Hook(

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,18 @@ from sglang_kvarn import compat, settings
 _NOT_A_SLOT = (
     "a token has no bytes of its own to copy, only a page of 128 tokens has, and the newest are in a ring"
 )
+
+_FULL_LAYERS = {"full_attention", "attention"}
+_BIDIRECTIONAL = "attention to later tokens, as encoders have"
+# what SGLang writes into the code of a model, so that no configuration shows it
+_IN_CODE = {
+    **dict.fromkeys(("BertModel", "BertForSequenceClassification", "Contriever", "CLIPModel"), _BIDIRECTIONAL),
+    **dict.fromkeys(("XLMRobertaModel", "XLMRobertaForSequenceClassification"), _BIDIRECTIONAL),
+    **dict.fromkeys(("EmbeddingGemmaModel", "HrmTextForCausalLM"), _BIDIRECTIONAL),
+    # diffusion models, also where --dllm-algorithm is not given
+    **dict.fromkeys(("LLaDA2MoeModelLM", "SDARForCausalLM", "SDARMoeForCausalLM"), _BIDIRECTIONAL),
+    **dict.fromkeys(("Grok1ForCausalLM", "Grok1ModelForCausalLM"), "a logit cap"),
+}
 
 
 @dataclass(frozen=True)
@@ -150,10 +163,28 @@ def check_arguments(server_args: Any) -> None:
                 "add --kv-cache-dtype kvarn or drop --attention-backend"
             )
         return
+    # the model first: SGLang may have changed arguments on its account, which the user never gave
+    check_model(compat.model_config(server_args))
     for refusal in ARGUMENTS:
         if refusal.applies(server_args):
             raise ValueError(refusal.sentence(server_args.kv_cache_dtype))
-    check_model(compat.model_config(server_args))
+
+
+def resolve_or_refuse(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Resolve the arguments; where SGLang refuses to and the model is the reason, say so. Hook around resolution.
+
+    SGLang checks the attention backend and the page size that a kvarn cache brings against lists for some models. The
+    error that it raises names arguments that the user never gave.
+
+    Raises:
+        ValueError: the property of the model that is not served; any other error is SGLang's.
+    """
+    try:
+        return original(server_args, *args, **kwargs)
+    except (AssertionError, RuntimeError, ValueError):
+        if settings.preset_of(server_args) is not None:
+            check_model(compat.model_config(server_args))
+        raise
 
 
 def check_model(model_config: Any) -> None:
@@ -162,25 +193,43 @@ def check_model(model_config: Any) -> None:
     Raises:
         ValueError: the property of the model that is not served.
     """
-    text = model_config.hf_text_config
-    layer_types = getattr(text, "layer_types", None) or ()
-    properties = (
-        (model_config.attention_arch.name != "MHA", "latent attention (MLA)"),
-        (compat.mambaish_config(model_config) is not None, "linear attention or state-space layers"),
-        (model_config.is_hybrid_swa or "sliding_attention" in layer_types, "sliding-window layers"),
-        (getattr(text, "attn_logit_softcapping", None) is not None, "a logit cap"),
-        (getattr(model_config, "attention_chunk_size", None) is not None, "chunked attention"),
-        (model_config.is_encoder_decoder, "cross attention"),
-        (bool(model_config.has_attention_sinks), "attention sinks"),
-        (model_config.head_dim not in SUPPORTED_HEAD_DIMS, f"head_dim {model_config.head_dim}"),
-        (
-            model_config.v_head_dim != model_config.head_dim,
-            f"values of {model_config.v_head_dim} and keys of {model_config.head_dim} channels",
-        ),
-    )
-    for applies, what in properties:
+    for applies, what in chain(_attention_properties(model_config), _head_properties(model_config)):
         if applies:
             _refuse_model(model_config.hf_config.architectures[0], what)
+
+
+def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
+    """Yield what rules a model out by which tokens attend to which, and how."""
+    config, text = model_config.hf_config, model_config.hf_text_config
+    kinds = set(getattr(text, "layer_types", None) or ())
+    # first: Inkling's state cannot be asked for before SGLang publishes its arguments
+    yield compat.is_window_model(model_config) or "sliding_attention" in kinds, "sliding-window layers"
+    yield compat.mambaish_config(model_config) is not None, "linear attention or state-space layers"
+    yield model_config.attention_arch.name == "MLA", "latent attention (MLA)"
+    yield model_config.attention_arch.name != "MHA", f"attention of kind {model_config.attention_arch.name}"
+    yield compat.is_sparse(model_config), "sparse attention (to tokens that an index chooses)"
+    yield getattr(config, "dual_chunk_attention_config", None) is not None, "dual-chunk attention"
+    yield getattr(model_config, "attention_chunk_size", None) is not None, "chunked attention"
+    yield (getattr(text, "loop_num", None) or 1) > 1, "loops over its layers, with windows from the second one on"
+    yield not kinds <= _FULL_LAYERS, f"layers of type {', '.join(sorted(kinds - _FULL_LAYERS))}"
+    yield model_config.is_encoder_decoder, "cross attention"
+    bidirectional = getattr(text, "use_bidirectional_attention", None) or getattr(text, "is_causal", None) is False
+    yield bool(bidirectional), _BIDIRECTIONAL
+    yield bool(model_config.has_attention_sinks), "attention sinks"
+    yield getattr(text, "attn_logit_softcapping", None) is not None, "a logit cap"
+    yield getattr(model_config, "use_alibi", False), "a bias by position (ALiBi)"
+    yield (getattr(text, "num_kv_shared_layers", None) or 0) > 0, "layers that share another layer's keys and values"
+    for architecture in config.architectures:
+        yield architecture in _IN_CODE, _IN_CODE.get(architecture, "")
+
+
+def _head_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
+    """Yield what rules a model out by the shape of its heads."""
+    keys, values = model_config.head_dim, model_config.v_head_dim
+    yield keys not in SUPPORTED_HEAD_DIMS, f"head_dim {keys}"
+    yield values != keys, f"values of {values} and keys of {keys} channels"
+    heads = getattr(model_config.hf_text_config, "num_attention_heads_per_layer", None) or ()
+    yield not set(heads) <= {model_config.num_attention_heads}, "layers with different numbers of query heads"
 
 
 def check_device(device: str, dtype: torch.dtype) -> None:
@@ -208,9 +257,9 @@ def check_layers(model: torch.nn.Module) -> None:
     Raises:
         ValueError: the first such property.
     """
-    for layer in model.modules():
-        if not isinstance(layer, compat.RadixAttention):
-            continue
+    layers = [layer for layer in model.modules() if isinstance(layer, compat.RadixAttention)]
+    shapes = {(layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim) for layer in layers}
+    for layer in layers:
         properties = (
             (layer.logit_cap > 0, f"a logit cap of {layer.logit_cap}"),
             (layer.sliding_window_size > -1, f"a sliding window of {layer.sliding_window_size} tokens"),
@@ -219,6 +268,8 @@ def check_layers(model: torch.nn.Module) -> None:
             (layer.xai_temperature_len > 0, "temperature by position"),
             (layer.head_dim not in SUPPORTED_HEAD_DIMS, f"head_dim {layer.head_dim}"),
             (layer.v_head_dim != layer.head_dim, "values and keys of different width"),
+            # the pool and the workspace of the decode kernels have one shape
+            (len(shapes) > 1, "attention layers of different shapes"),
         )
         for applies, what in properties:
             if applies:
@@ -243,6 +294,7 @@ def check_call(k: torch.Tensor | None, save_kv_cache: bool, extra: dict[str, Any
 
 def _refuse_model(model: str, what: str) -> None:
     raise ValueError(
-        f"{model} has {what}, which a kvarn cache does not serve (it takes multi-head or grouped-query "
-        f"attention with head_dim {', '.join(map(str, SUPPORTED_HEAD_DIMS))}): drop --kv-cache-dtype"
+        f"{model} has {what}, which a kvarn cache does not serve (it takes causal multi-head or grouped-query "
+        f"attention to all earlier tokens, head_dim {', '.join(map(str, SUPPORTED_HEAD_DIMS))}): "
+        "drop --kv-cache-dtype"
     )

@@ -47,11 +47,14 @@ def server_args():
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """Return a function that makes a model folder with a configuration and no weights."""
+    """Return a function that makes a model folder with a configuration and no weights.
 
-    def make(**changes) -> str:
+    Its fields stand beside those of LLAMA, or alone (`plain=False`): then defaults of the model's class fill the rest.
+    """
+
+    def make(*, plain: bool = True, **changes) -> str:
         folder: Path = tmp_path_factory.mktemp("model")
-        (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+        (folder / "config.json").write_text(json.dumps(LLAMA | changes if plain else changes))
         return str(folder)
 
     return make

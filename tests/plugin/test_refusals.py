@@ -207,6 +207,14 @@ def test_check_layers_names_the_property(kwargs, word):
         refusals.check_layers(Layers(**kwargs))
 
 
+def test_check_layers_refuses_layers_of_different_shapes():
+    layers = torch.nn.ModuleList([Layers(), Layers(layer_id=1)])
+    refusals.check_layers(layers)
+    layers.append(Layers(layer_id=2, num_heads=8))
+    with pytest.raises(ValueError, match="layers of different shapes"):
+        refusals.check_layers(layers)
+
+
 def test_check_call_refuses_shared_caches_and_sinks():
     k = torch.zeros(1)
     refusals.check_call(k, True, {"sinks": None})

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every architecture of the installed SGLang is judged, and each verdict is what a launch says at its arguments."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import os
+import re
+import textwrap
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from model_table import CHANGES, DRAFTS, LATENT, REFUSED, SERVED, WINDOWS, WRAPPERS
+from sglang_kvarn import compat, refusals
+
+TWO_LAYERS = {"num_hidden_layers": 2}
+DUAL_CHUNK = {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}}
+SEVEN_B = {"hidden_size": 4096, "num_attention_heads": 32, "head_dim": 128}
+FULL = {"sliding_window": 0, "layer_types": ["full_attention"] * 2, "num_attention_heads_per_layer": [64, 64]}
+# verdicts that a default configuration does not show: architecture, model_type, configuration, word (None: served)
+VARIANTS = [
+    ("AfmoeForCausalLM", "afmoe", TWO_LAYERS | WINDOWS, "sliding-window layers"),
+    ("BaichuanForCausalLM", "-", SEVEN_B, None),
+    ("DeepseekVL2ForCausalLM", "-", {"use_mla": False}, None),
+    ("Gemma3TextModel", "-", {"use_bidirectional_attention": True}, "attention to later tokens"),
+    ("Glm4ForCausalLM", "glm4", DUAL_CHUNK, "dual-chunk attention"),
+    ("GraniteMoeHybridForCausalLM", "granitemoehybrid", TWO_LAYERS | {"layer_types": ["attention"] * 2}, None),
+    ("HunYuanMoEV1ForCausalLM", "-", {"use_cla": True, "cla_share_factor": 2}, None),
+    ("IQuestLoopCoderForCausalLM", "-", {"loop_num": 1}, None),
+    ("InternVLChatModel", "internvl_chat", {"llm_config": {"architectures": ["GptOssForCausalLM"]}}, "sliding-window"),
+    ("LagunaForCausalLM", "laguna", TWO_LAYERS | FULL, None),
+    ("LlamaForCausalLM", "-", {"attn_logit_softcapping": 50.0}, "a logit cap"),
+    ("LlamaForCausalLM", "-", {"head_dim": 80}, "head_dim 80"),
+    ("LlamaForCausalLM", "-", {"head_dim": 96}, "head_dim 96"),
+    ("LlamaForCausalLM", "-", {"index_topk": 2048}, "sparse attention"),
+    ("LlamaForCausalLM", "-", {"is_causal": False}, "attention to later tokens"),
+    ("LlamaForCausalLM", "-", {"layer_types": ["full_attention", "conv"]}, "layers of type conv"),
+    ("LlamaForCausalLM", "-", {"num_attention_heads_per_layer": [4, 4]}, None),
+    ("LlamaForCausalLM", "-", {"num_attention_heads_per_layer": [4, 8]}, "different numbers of query heads"),
+    ("LlamaForCausalLM", "-", {"num_kv_shared_layers": 1}, "share another layer's keys and values"),
+    ("LlamaForCausalLM", "-", {"v_head_dim": 128}, "values of 128 and keys of 64 channels"),
+    ("MiMoV2ForCausalLM", "-", {"hybrid_layer_pattern": [0, 0], "v_head_dim": 128}, "sliding-window layers"),
+    # SGLang gives these models no window, so a kvarn cache computes what a 16-bit cache does
+    ("MistralForCausalLM", "mistral", {"sliding_window": 4096}, None),
+    ("Phi3ForCausalLM", "phi3", {"hidden_size": 4096, "sliding_window": 2047}, None),
+    ("Olmo2ForCausalLM", "olmo3", {}, "sliding-window layers"),
+    ("PixtralForConditionalGeneration", "deepseek_v3", LATENT, "latent attention"),
+    ("Qwen2ForCausalLM", "qwen2", DUAL_CHUNK, "dual-chunk attention"),
+    ("Qwen2ForCausalLM", "qwen2", {"use_sliding_window": True, "sliding_window": 512}, "sliding-window layers"),
+    ("Qwen2MoeForCausalLM", "qwen2_moe", DUAL_CHUNK, "dual-chunk attention"),
+    ("Qwen3MoeForCausalLM", "qwen3_moe", DUAL_CHUNK, "dual-chunk attention"),
+]
+# what a model of SERVED passes to its attention only if the configuration asks for it, which the variants above check
+BY_CONFIGURATION = {
+    *("afmoe.sliding_window_size", "olmo2.sliding_window_size"),
+    *("granite.sliding_window_size", "granitemoe.sliding_window_size"),  # Granite SWA, an architecture of its own
+    *("commandr.sliding_window_size", "sarvam_moe.v_head_dim"),  # Cohere2 and Sarvam MLA likewise
+}
+PLAIN_ATTENTION = {"layer_id", "num_heads", "head_dim", "scaling", "num_kv_heads", "quant_config", "prefix"}
+# what SGLang asks before it wraps attention in a backend, or builds a pool, of another kind than the plain one
+WRAPPERS_ASK = {"Dots3Config", "hybrid_gdn_config", "is_minimax_sparse", "mambaish_config"}
+POOLS_ASK = {
+    *("is_dsa_model", "is_dsv4_model", "use_mla_backend", "is_hybrid_swa", "mambaish_config", "is_minimax_sparse"),
+    # arguments and platforms, not models
+    *("is_out_of_tree", "attention_backend", "mtp_pool", "is_float4_e2m1fn_x2", "quant_method"),
+}
+
+
+# parts of these conditions that ask nothing of a model
+NEUTRAL = {
+    *("runner", "model_config", "hf_config", "hf_text_config", "self", "isinstance", "cfg", "kv_cache_dtype"),
+    *("current_platform", "server_args", "get_exec", "kernel", "enable_page_major", "kv_cache_dtype_str"),
+}
+
+
+def sources() -> list[tuple[Path, ast.Module, list[str]]]:
+    """Return SGLang's models as (file, source, architectures): importing them takes a minute and a GPU."""
+    found = []
+    for path in compat.resolve("sglang.srt.models").__path__:
+        for file in sorted(Path(path).glob("*.py")):
+            tree = ast.parse(file.read_text(encoding="utf-8-sig"))
+            for node in tree.body:
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EntryClass":
+                    entries = node.value.elts if isinstance(node.value, ast.List | ast.Tuple) else [node.value]
+                    found.append((file, tree, [ast.unparse(entry) for entry in entries]))
+    return found
+
+
+SOURCES = sources()
+INSTALLED = [name for _, _, names in SOURCES for name in names]
+
+
+def here(verdicts: dict[str, str]) -> list[tuple[str, str]]:
+    return [row for row in verdicts.items() if row[0] in INSTALLED]
+
+
+def asked(function) -> set[str]:
+    """Return the names in the conditions of a function that decide on its own level which object it returns."""
+    tests = []
+
+    def visit(statements: list[ast.stmt]) -> None:
+        for statement in statements:
+            if isinstance(statement, ast.If):
+                tests.append(statement.test)
+                visit(statement.orelse)
+
+    visit(ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].body)
+    return {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for test in tests
+        for node in ast.walk(test)
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Take back the variables that SGLang sets for a model."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture
+def launch(server_args, model_dir):
+    """Return a function that goes as far as a launch goes before it spawns a process."""
+
+    def check(architecture: str, model_type: str, changes: dict, **arguments) -> None:
+        kind = "llama+" if model_type == "-" else model_type
+        config = {"architectures": [architecture], "model_type": kind.removesuffix("+"), **changes}
+        path = model_dir(plain=kind.endswith("+"), **config)
+        server_args(model_path=path, kv_cache_dtype="kvarn", **arguments).check_server_args()
+
+    return check
+
+
+def refused(word: str):
+    return pytest.raises(ValueError, match=rf"^\w+ has .*{re.escape(word)}.*: drop --kv-cache-dtype$")
+
+
+def test_every_architecture_of_sglang_is_judged():
+    judged = [*SERVED, *(name for verdicts in REFUSED.values() for name in verdicts), *DRAFTS, *WRAPPERS]
+    assert len(INSTALLED) > 150 and len(judged) == len(set(judged))
+    new = sorted(set(INSTALLED) - set(judged))
+    assert not new, f"SGLang {compat.version()} adds architectures that nobody judged: {', '.join(new)}"
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), here(SERVED), ids=lambda value: value)
+def test_launch_takes(launch, architecture, model_type):
+    launch(architecture, model_type, CHANGES.get(architecture, {}))
+
+
+@pytest.mark.parametrize(
+    ("word", "architecture", "model_type"),
+    [(word, *row) for word, verdicts in REFUSED.items() for row in here(verdicts)],
+    ids=lambda value: value,
+)
+def test_launch_refuses(launch, word, architecture, model_type):
+    with refused(word):
+        launch(architecture, model_type, CHANGES.get(architecture, {}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "changes", "word"),
+    VARIANTS,
+    ids=[f"{architecture}-{word or 'served'}" for architecture, _, _, word in VARIANTS],
+)
+def test_launch_judges_by_the_configuration(launch, architecture, model_type, changes, word):
+    with refused(word) if word else contextlib.nullcontext():
+        launch(architecture, model_type, changes)
+
+
+@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "MiMoV2ForCausalLM", "UnlimitedOCRForCausalLM"])
+def test_launch_refuses_windows_also_where_their_memory_is_disabled(launch, architecture):
+    model_type = REFUSED["sliding-window layers"][architecture]
+    with refused("sliding-window layers"):
+        launch(architecture, model_type, CHANGES.get(architecture, {}), disable_hybrid_swa_memory=True)
+
+
+def test_resolution_leaves_errors_that_are_not_about_the_model_to_sglang(server_args, model_dir):
+    def fail(args):
+        raise AssertionError("a port in use")
+
+    with pytest.raises(AssertionError, match="a port in use"):
+        refusals.resolve_or_refuse(fail, server_args(model_path=model_dir(), kv_cache_dtype="kvarn"))
+    with pytest.raises(ValueError, match="head_dim 96"):
+        refusals.resolve_or_refuse(fail, server_args(model_path=model_dir(head_dim=96), kv_cache_dtype="kvarn"))
+    with pytest.raises(AssertionError, match="a port in use"):
+        refusals.resolve_or_refuse(fail, server_args(model_path=model_dir(head_dim=96)))
+
+
+def test_served_architectures_pass_nothing_else_to_attention():
+    passed = {
+        f"{file.stem}.{keyword.arg}"
+        for file, tree, names in SOURCES
+        if set(names) & set(SERVED)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "RadixAttention"
+        for keyword in node.keywords
+        if keyword.arg not in PLAIN_ATTENTION
+    }
+    assert passed <= BY_CONFIGURATION, f"served, and something else than plain attention: {passed - BY_CONFIGURATION}"
+
+
+def test_sglang_wraps_attention_for_no_other_reason():
+    wrapper = compat.resolve("sglang.srt.layers.attention.attention_registry.attn_backend_wrapper")
+    assert not asked(wrapper) - WRAPPERS_ASK - NEUTRAL
+
+
+def test_sglang_builds_another_pool_for_no_other_reason():
+    configurator = compat.resolve("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator")
+    assert not asked(configurator._build_token_to_kv_pool) - POOLS_ASK - NEUTRAL
