@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention of one layer: KVarN against FlashInfer (bf16, fp8), SGLang's Triton kernel and copy bandwidth.
+"""Decode attention of one layer: KVarN against FA3, FlashInfer (bf16, fp8), SGLang's Triton kernel and copy bandwidth.
 
     python benchmarks/bench_decode.py --csv benchmarks/results/decode.csv
 
@@ -236,6 +236,46 @@ def flashinfer_fp8(problem: Problem) -> list[Candidate]:
     return [_flashinfer(problem, torch.float8_e4m3fn, True)]
 
 
+def fa3_bf16(problem: Problem) -> list[Candidate]:
+    """Return FlashAttention 3 of sgl_kernel on pages of 128 tokens, as stock SGLang decodes by default on Hopper."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    shape = problem.shape
+    page_table = problem.physical_pages()
+    per_layer = shape.batch * shape.pages * PAGE * 4 * shape.kv_heads * shape.head_dim
+    layers = shape.layers(per_layer)
+    caches = []
+    for _ in range(layers):
+        kv = []
+        for pages, new in ((problem.k_pages, problem.k_new), (problem.v_pages, problem.v_new)):
+            cache = torch.empty(
+                page_table.numel() + 1, PAGE, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16, device=DEVICE
+            )
+            cache[page_table.flatten().long()] = pages[problem.page_of.flatten()]
+            cache[page_table[:, -1].long(), (shape.context - 1) % PAGE] = new
+            kv.append(cache)
+        caches.append(kv)
+    seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
+    qo_indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(problem.q)
+
+    def run(layer: int) -> None:
+        flash_attn_with_kvcache(
+            problem.q,
+            *caches[layer],
+            page_table=page_table,
+            cache_seqlens=seq_lens,
+            cu_seqlens_q=qo_indptr,
+            max_seqlen_q=1,
+            softmax_scale=shape.head_dim**-0.5,
+            causal=True,
+            out=out,
+        )
+
+    total = shape.batch * shape.context * 4 * shape.kv_heads * shape.head_dim
+    return [Candidate(run, out, layers, total, problem.exact, 1e-2)]
+
+
 def sglang_triton(problem: Problem) -> list[Candidate]:
     """Return SGLang's own Triton decode kernel on a bf16 cache, 8 or 16 splits."""
     from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
@@ -372,6 +412,7 @@ def providers(args: argparse.Namespace) -> dict[str, Callable[[Problem], list[Ca
     """Return the chosen providers, baselines first."""
     baselines: dict[str, Callable[[Problem], list[Candidate]]] = {
         "flashinfer_bf16": flashinfer_bf16,
+        "fa3_bf16": fa3_bf16,
         "flashinfer_fp8": flashinfer_fp8,
         "sglang_triton_bf16": sglang_triton,
     }
@@ -389,7 +430,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", default="32/8", help="query heads / KV heads, default %(default)s")
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128, 256))
     parser.add_argument("--presets", nargs="*", default=["kvarn"], choices=preset_names())
-    all_baselines = ["flashinfer_bf16", "flashinfer_fp8", "sglang_triton_bf16"]
+    all_baselines = ["flashinfer_bf16", "fa3_bf16", "flashinfer_fp8", "sglang_triton_bf16"]
     parser.add_argument("--baselines", nargs="*", default=all_baselines, choices=all_baselines)
     parser.add_argument("--parts", action="store_true", help="also time the three steps of a layer of each preset")
     parser.add_argument("--replays", type=int, default=20, help="timed graph replays, default %(default)s")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the rows of `bench_engine.py --prefills --csv`: time to first token of each cache, and against the first.
 
-    python benchmarks/plot_prefill.py benchmarks/results/engine_prefill_8b.csv benchmarks/results/engine_prefill_8b.png
+    python benchmarks/plot_prefill.py benchmarks/results/engine_fa3_8b.csv benchmarks/results/engine_fa3_8b.png
 
 The baseline is bf16; shapes are NEW+CACHED tokens.
 """

@@ -163,7 +163,7 @@ def test_compare_isolation_loads_both_caches_alike(monkeypatch, tmp_path):
     args = compare_isolation.arguments()
     kvarn, stock = (compare_isolation.command(args, cache) for cache in (args.kvarn, compare_isolation.STOCK))
     different = [(one, other) for one, other in zip(kvarn, stock, strict=True) if one != other]
-    assert [one for one, _ in different[:2]] == ["kvarn_canonical", str(tmp_path / "kvarn_canonical.json")]
+    assert [one for one, _ in different[:2]] == ["kvarn", str(tmp_path / "kvarn.json")]
     assert len(different) == 3 and "--page-size 128" in different[2][1]
 
 
@@ -180,7 +180,7 @@ def test_the_decode_plot_draws_the_published_rows(tmp_path):
 
 
 def test_the_prefill_plot_draws_the_published_rows(tmp_path):
-    title, times = plot_prefill.read(Path(__file__).parent.parent / "benchmarks/results/engine_prefill_8b.csv")
+    title, times = plot_prefill.read(Path(__file__).parent.parent / "benchmarks/results/engine_fa3_8b.csv")
     assert "H100" in title and list(times) == ["bf16", "kvarn"] and "2048+32768" in times["kvarn"]
     plot_prefill.draw(title, times, tmp_path / "prefill.png")
     assert (tmp_path / "prefill.png").stat().st_size > 10_000

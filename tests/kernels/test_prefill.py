@@ -218,7 +218,7 @@ def test_workspace_is_bounded_and_charged():
     assert num_pages(8, 128, 2, 10**6) == 396 and num_pages(8, 128, 2, 10) == 10 and num_pages(8, 128, 2, 1) == 2
     # a chunk of 8K on 256K tokens of context
     assert workspace_bytes(8, 128, 2, 10**6, 2048 + 64 + 4) <= 256 << 20
-    workspace = make_workspace(4, 2, 64, torch.float16, 10, torch.device("cpu"), flashinfer_standin)
+    workspace = make_workspace(4, 2, 64, torch.float16, 10, DEVICE, flashinfer_standin)
     assert workspace.keys.shape == (10, 2, PAGE, 64)
     pages = workspace.keys.nbytes + workspace.values.nbytes
     assert workspace_bytes(2, 64, 2, 10, 9) - pages == 2 * ((8 << 20) + (128 << 10))
