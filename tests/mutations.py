@@ -34,6 +34,7 @@ DEQUANTISE = "tests/kernels/test_dequantise.py"
 ENCODE, REFERENCE = "tests/kernels/test_encode.py", "tests/kernels/test_reference.py"
 TORCH = "tests/kernels/test_torch_form.py"
 POSITION = "tests/kernels/test_position_rule.py"
+TAIL = "tests/plugin/test_tail.py"
 BALANCE, BALANCE_LAYERS = "tests/plugin/test_balance.py", "tests/plugin/test_balanced_layers.py"
 BALANCE_ENGINE = "tests/engine/test_hard_model.py"
 INTERPRETED_ENGINE = "tests/engine/test_interpreted_kernels.py"
@@ -90,6 +91,41 @@ MUTATIONS = (
         "        chosen.take_out(weights)\n",
         "        pass\n",
         (BALANCE_LAYERS,),
+    ),
+    Mutation(
+        "a retracted request that finds its own pages",
+        f"{PLUGIN}/tail.py",
+        "return None if first is None else min(result, first)",
+        "return None",
+        (TAIL,),
+    ),
+    Mutation(
+        "a second admission that moves the limit",
+        f"{PLUGIN}/tail.py",
+        "if not hasattr(req, _FIRST_PREFIX):",
+        "if True:",
+        (TAIL,),
+    ),
+    Mutation(
+        "a limit for presets whose hits read as misses",
+        f"{PLUGIN}/tail.py",
+        "if self._hit_reads_as_miss:",
+        "if False:",
+        (TAIL,),
+    ),
+    Mutation(
+        "the first half of 256 channels rotated twice",
+        f"{KERNELS}/rotate.py",
+        "rotated = rotate_block(x, signs_ptr, begin, D, COLS)",
+        "rotated = rotate_block(x, signs_ptr, 0, D, COLS)",
+        ("tests/kernels/test_rotate.py",),
+    ),
+    Mutation(
+        "the first half of 256 channels merged twice",
+        f"{KERNELS}/merge.py",
+        "unrotate(x, signs_ptr, column, D, COLS)",
+        "unrotate(x, signs_ptr, 0, D, COLS)",
+        (DECODE,),
     ),
     Mutation(
         "ring slot of the next position (torch form)",
