@@ -6,7 +6,6 @@ The one hook that stays has nothing to do with the cache: it fills the arguments
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,8 +41,7 @@ class KVarNFormat(_registry.KVCacheFormat):
     def build_pool(self, kvc: Any, *, max_total_num_tokens: int, req_to_token_pool: Any) -> Any:
         from sglang_kvarn import pool
 
-        sizes = SimpleNamespace(max_total_num_tokens=max_total_num_tokens)
-        built = pool.build(None, kvc, sizes=sizes, req_to_token_pool=req_to_token_pool)
+        built = pool.build(kvc, max_total_num_tokens=max_total_num_tokens, req_to_token_pool=req_to_token_pool)
 
         def note(reqs: list[Any]) -> None:
             starts = [compat.prefix_len(req) for req in reqs]

@@ -33,11 +33,14 @@ class Hook:
         return f"sglang.srt.{self.target}"
 
 
-def _build_pool(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # the pool subclasses SGLang's, so its module is imported once SGLang builds a pool, not when plugins load
+def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
+    if settings.target_preset(configurator) is None:
+        return original(configurator, *args, **kwargs)
+    # the pool subclasses SGLang's, so its module is imported once SGLang builds a kvarn pool, not when plugins load
     from sglang_kvarn import pool
 
-    return pool.build(original, *args, **kwargs)
+    tokens = kwargs["sizes"].max_total_num_tokens
+    return pool.build(configurator, max_total_num_tokens=tokens, req_to_token_pool=kwargs["req_to_token_pool"])
 
 
 def _refuse(result: Any, server_args: Any) -> None:

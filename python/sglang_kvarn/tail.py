@@ -57,12 +57,13 @@ class Tail:
 def record_exact_starts(original: Callable[..., Any], pool: Any, reqs: list[Any]) -> Any:
     """Note the prefix length of each request that gets a row. Hook around ``ReqToTokenPool.alloc``.
 
-    A request that comes back with its next chunk keeps its row and its exact start.
+    A request that comes back with its next chunk keeps its row and its exact start. Other caches have no tail.
     """
-    tail = getattr(pool, _ATTRIBUTE, None)
+    if (tail := getattr(pool, _ATTRIBUTE, None)) is None:
+        return original(pool, reqs)
     fresh = [req for req in reqs if compat.request_row(req) is None]
     rows = original(pool, reqs)
-    if tail is not None and fresh and rows is not None:
+    if fresh and rows is not None:
         starts = [compat.prefix_len(req) for req in fresh]
         tail.set_exact_starts([compat.request_row(req) for req in fresh], starts)
     return rows
