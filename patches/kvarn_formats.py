@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin for an SGLang that has the registry of this folder: what would be left of `sglang_kvarn.hooks`.
 
-The one hook that stays has nothing to do with the cache: it fills the arguments that a CPU needs.
+The registry builds a cache. What stays are the hooks on weights, which are balanced while a server runs, the one on
+server info, and one that fills the arguments that a CPU needs.
 """
 
 from __future__ import annotations
@@ -61,10 +62,19 @@ def apply_cpu_defaults(server_args: Any) -> None:
         server_args.attention_backend = chosen
 
 
+CPU_DEFAULTS = hooks.Hook(
+    compat.resolution_target(),
+    "before",
+    ("self",),
+    apply_cpu_defaults,
+    why="The user would have to name what a CPU needs.",
+)
+
+
 def register() -> None:
     """Register the formats and the attention backend; called by SGLang in every process it starts."""
     cpu_platform.prepare_environment()
-    hooks.HOOKS = (hooks.Hook(compat.resolution_target(), "before", ("self",), apply_cpu_defaults),)
+    hooks.HOOKS = (CPU_DEFAULTS, *(hook for hook in hooks.HOOKS if hook.replaced_by is None))
     hooks.register_all()
     for name in preset_names():
         _registry.register_kv_cache_format(KVarNFormat(name))
