@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin for an SGLang that has the registry of this folder: what would be left of `sglang_kvarn.hooks`.
 
-The one hook that stays has nothing to do with the cache: it fills the arguments that a CPU needs.
+The registry builds a cache. What stays are the hooks on weights, which are balanced while a server runs, on server
+info, on requests that come back, on models that SGLang refuses itself, and one that fills the arguments of a CPU.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,14 +42,9 @@ class KVarNFormat(_registry.KVCacheFormat):
     def build_pool(self, kvc: Any, *, max_total_num_tokens: int, req_to_token_pool: Any) -> Any:
         from sglang_kvarn import pool
 
-        sizes = SimpleNamespace(max_total_num_tokens=max_total_num_tokens)
-        built = pool.build(None, kvc, sizes=sizes, req_to_token_pool=req_to_token_pool)
+        built = pool.build(kvc, max_total_num_tokens=max_total_num_tokens, req_to_token_pool=req_to_token_pool)
 
-        def note(reqs: list[Any]) -> None:
-            starts = [compat.prefix_len(req) for req in reqs]
-            built.tail.set_exact_starts([compat.request_row(req) for req in reqs], starts)
-
-        req_to_token_pool.register_on_alloc(note)
+        req_to_token_pool.register_on_alloc(built.tail.note_rows)
         return built
 
 
@@ -63,10 +58,19 @@ def apply_cpu_defaults(server_args: Any) -> None:
         server_args.attention_backend = chosen
 
 
+CPU_DEFAULTS = hooks.Hook(
+    compat.resolution_target(),
+    "before",
+    ("self",),
+    apply_cpu_defaults,
+    why="The user would have to name what a CPU needs.",
+)
+
+
 def register() -> None:
     """Register the formats and the attention backend; called by SGLang in every process it starts."""
     cpu_platform.prepare_environment()
-    hooks.HOOKS = (hooks.Hook(compat.resolution_target(), "before", ("self",), apply_cpu_defaults),)
+    hooks.HOOKS = (CPU_DEFAULTS, *(hook for hook in hooks.HOOKS if hook.replaced_by is None))
     hooks.register_all()
     for name in preset_names():
         _registry.register_kv_cache_format(KVarNFormat(name))

@@ -16,7 +16,7 @@ from sglang_kvarn.balance import AttentionWeights, Balance
 logger = logging.getLogger(__name__)
 
 BALANCE_ENV = "KVARN_BALANCE"
-# on an attention layer (RadixAttention), so that a second backend over the same model finds it
+# on an attention layer (RadixAttention), so that a second backend over the same model finds it, and on its model
 _STATE = "kvarn_balance"
 
 
@@ -39,6 +39,7 @@ def balance_layers(model_runner: Any) -> None:
             setattr(module.attn, _STATE, chosen)
             balanced.append(chosen)
     if balanced:
+        setattr(model_runner.model, _STATE, True)
         logger.info(
             "KVarN balanced the channels of %d heads, by up to %g, and keeps a bias of the values out of the cache in "
             "%d layers; %d layers have other weights",
@@ -59,8 +60,11 @@ def with_plain_weights(original: Callable[..., Any], self: Any, *args: Any, **kw
     """Let SGLang read or write weights as a checkpoint has them. Hook around what updates, saves or sends them.
 
     The factors stay those of the start: keys and values that are still cached have them, whatever the weights become.
+    A server without a kvarn cache balances nothing, and its worker need not hold a model.
     """
-    model = self.tp_worker.model_runner.model
+    model: Any = getattr(getattr(self.tp_worker, "model_runner", None), "model", None)
+    if not hasattr(model, _STATE):
+        return original(self, *args, **kwargs)
     for chosen, weights in _balanced(model):
         chosen.take_out(weights)
     try:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.ops import attention_form, extend_form
 
 from sglang_kvarn import compat, settings
 
@@ -175,13 +174,16 @@ def workspace_bytes(
         dtype: the model's; decode_batch: the largest; rows: requests at a time; context_len: of the longest, in tokens;
             chunk_len: the most new tokens of a request in a step.
     """
+    # not with the module, which a server without a kvarn cache imports too
+    from kvarn_kernels import ops
+
     total, heads, pages = 0, (shape.kv_heads, shape.head_dim), -(-context_len // config.tile_size) + 1
-    if attention_form(device) == "triton":
+    if ops.attention_form(device) == "triton":
         from kvarn_kernels.decode import make_workspace
 
         workspace = make_workspace(decode_batch, shape.qo_heads, *heads, pages, config, torch.device("meta"))
         total += workspace.num_bytes
-    if extend_form(device, dtype, shape.head_dim, config) == "flashinfer":
+    if ops.extend_form(device, dtype, shape.head_dim, config) == "flashinfer":
         from kvarn_kernels import prefill
 
         # the pages of a chunk and of its window count twice: exact, and as records for the pages after them

@@ -55,6 +55,9 @@ _ADDED_ARGUMENTS = {
     "weight_cache_mode": "0.5.18",
 }
 
+# see `resolution_target`: until 0.5.18, from 0.5.20 on
+RESOLUTION_TARGETS = ("server_args.ServerArgs.__post_init__", "server_args.ServerArgs.resolve_once")
+
 # Below sglang.srt.models, as 0.5.16 and 0.5.23 have them: q, k, v = qkv_proj(x), then q_norm and k_norm over each head
 # where there are any, RoPE, attention, o_proj; nothing else in between. Subclasses are others (Ministral3 scales q).
 PLAIN_ATTENTION = (
@@ -120,7 +123,7 @@ def resolution_target() -> str:
 
     Until 0.5.18 the constructor does it; from 0.5.20 on the launcher calls it, in the parent process only.
     """
-    return f"server_args.ServerArgs.{'resolve_once' if _since('0.5.20') else '__post_init__'}"
+    return RESOLUTION_TARGETS[_since("0.5.20")]
 
 
 def is_resolved(server_args: Any) -> bool:

@@ -57,7 +57,10 @@ def split_cores(cores: list[int], ranks: int) -> str:
 
 
 def apply_defaults(server_args: Any) -> None:
-    """Fill what the user left open and a CPU needs; does nothing where another platform is active."""
+    """Fill what the user left open and a CPU needs; does nothing where another platform is active.
+
+    Whatever the cache, since SGLang runs on this platform with any.
+    """
     if server_args.device not in (None, "cpu") or not is_active():
         return
     server_args.device = "cpu"

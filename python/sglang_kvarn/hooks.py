@@ -20,12 +20,16 @@ class Hook:
         kind: "before", "after" or "around", as SGLang's HookRegistry defines them.
         parameters: names that the function must have, because the hook reads them or passes them on.
         function: the hook.
+        why: what SGLang would do without it, one sentence.
+        replaced_by: what makes it needless in an SGLang with the registry of ``patches``; None if nothing does.
     """
 
     target: str
     kind: str
     parameters: tuple[str, ...]
     function: Callable[..., Any]
+    why: str
+    replaced_by: str | None = None
 
     @property
     def path(self) -> str:
@@ -33,11 +37,14 @@ class Hook:
         return f"sglang.srt.{self.target}"
 
 
-def _build_pool(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # the pool subclasses SGLang's, so its module is imported once SGLang builds a pool, not when plugins load
+def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
+    if settings.target_preset(configurator) is None:
+        return original(configurator, *args, **kwargs)
+    # the pool subclasses SGLang's, so its module is imported once SGLang builds a kvarn pool, not when plugins load
     from sglang_kvarn import pool
 
-    return pool.build(original, *args, **kwargs)
+    tokens = kwargs["sizes"].max_total_num_tokens
+    return pool.build(configurator, max_total_num_tokens=tokens, req_to_token_pool=kwargs["req_to_token_pool"])
 
 
 def _refuse(result: Any, server_args: Any) -> None:
@@ -47,55 +54,120 @@ def _refuse(result: Any, server_args: Any) -> None:
 
 
 _CONFIGURATOR = "mem_cache.kv_cache_configurator.KVCacheConfigurator"
-_DTYPE_PARAMETERS = ("server_args_kv_cache_dtype", "model_dtype", "is_draft_worker")
-_POOL_PARAMETERS = ("self", "sizes", "req_to_token_pool")
-# what reads or writes the weights of a running server, by its one parameter
-_SOURCES = ("disk", "distributed", "tensor", "ipc")
 _WEIGHTS = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-_WEIGHT_METHODS = {
-    **dict.fromkeys([f"{_WEIGHTS}.update_weights_from_{source}" for source in _SOURCES], "recv_req"),
-    **dict.fromkeys([f"{_WEIGHTS}.{name}" for name in ("get_weights_by_name", "check_weights")], "recv_req"),
-    **dict.fromkeys([f"{_WEIGHTS}.save_{kind}_model" for kind in ("remote", "sharded")], "params"),
-    "managers.scheduler.Scheduler.send_weights_to_remote_instance": "recv_req",
-}
+_SOURCES = ("disk", "distributed", "tensor", "ipc")
+
+
+def _weight_hooks() -> list[Hook]:
+    """Return the hooks on what reads or writes the weights of a running server, by its one parameter."""
+    why_writes = "The weights of a checkpoint would take the place of balanced ones."
+    why_reads = "Whoever asks for the weights would get balanced ones."
+    methods = [
+        *((f"{_WEIGHTS}.update_weights_from_{source}", "recv_req", why_writes) for source in _SOURCES),
+        *((f"{_WEIGHTS}.{name}", "recv_req", why_reads) for name in ("get_weights_by_name", "check_weights")),
+        *((f"{_WEIGHTS}.save_{kind}_model", "params", why_reads) for kind in ("remote", "sharded")),
+        ("managers.scheduler.Scheduler.send_weights_to_remote_instance", "recv_req", why_reads),
+    ]
+    function = balanced_layers.with_plain_weights
+    return [Hook(target, "around", ("self", parameter), function, why) for target, parameter, why in methods]
+
 
 HOOKS = (
-    Hook("server_args.ServerArgs.add_cli_args", "after", ("parser",), settings.add_choices),
-    Hook(compat.resolution_target(), "before", ("self",), settings.apply_defaults),
-    Hook(compat.resolution_target(), "around", ("self",), refusals.resolve_or_refuse),
-    Hook("server_args.ServerArgs.check_server_args", "after", ("self",), _refuse),
-    Hook("mem_cache.kv_cache_dtype.configure_kv_cache_dtype", "around", _DTYPE_PARAMETERS, settings.cache_dtype),
+    Hook(
+        "server_args.ServerArgs.add_cli_args",
+        "after",
+        ("parser",),
+        settings.add_choices,
+        why="The command line would refuse the names of the presets.",
+        replaced_by="names of registered formats are choices",
+    ),
+    Hook(
+        compat.resolution_target(),
+        "before",
+        ("self",),
+        settings.apply_defaults,
+        why="The user would have to name the attention backend, pages of 128 tokens, and what a CPU needs.",
+        replaced_by="`attention_backend`, `page_size` of the format; what a CPU needs stays a hook",
+    ),
+    Hook(
+        compat.resolution_target(),
+        "around",
+        ("self",),
+        refusals.resolve_or_refuse,
+        why="SGLang would refuse some models by arguments that the user never gave.",
+    ),
+    Hook(
+        "server_args.ServerArgs.check_server_args",
+        "after",
+        ("self",),
+        _refuse,
+        why="What a kvarn cache does not serve would fail in a process of the server, or answer wrongly.",
+        replaced_by="`check_server_args`",
+    ),
+    Hook(
+        "mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
+        "around",
+        ("server_args_kv_cache_dtype", "model_dtype", "is_draft_worker"),
+        settings.cache_dtype,
+        why="The storage type of a preset, uint8, would be unknown; a draft model keeps its own.",
+        replaced_by="`storage_dtype`",
+    ),
     Hook(
         "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
         "around",
         ("self", "kvc", "num_layers"),
         budget.cell_size,
+        why="A token would be charged as keys and values of one byte per channel.",
+        replaced_by="`bytes_per_token`",
     ),
     Hook(
         f"{_CONFIGURATOR}._profile_available_bytes",
         "after",
         ("self", "pre_model_load_memory"),
         budget.charge_fixed_bytes,
+        why="The ring and the workspaces would have no memory, and the number of their rows would be open.",
+        replaced_by="`fixed_bytes`, asked for before tokens are counted",
     ),
-    Hook(f"{_CONFIGURATOR}.resolve_max_num_reqs", "after", ("self", "token_capacity"), budget.cap_rows),
-    Hook(f"{_CONFIGURATOR}._build_token_to_kv_pool", "around", _POOL_PARAMETERS, _build_pool),
+    Hook(
+        f"{_CONFIGURATOR}.resolve_max_num_reqs",
+        "after",
+        ("self", "token_capacity"),
+        budget.cap_rows,
+        why="There would be more rows than were charged.",
+        replaced_by="`max_requests`",
+    ),
+    Hook(
+        f"{_CONFIGURATOR}._build_token_to_kv_pool",
+        "around",
+        ("self", "sizes", "req_to_token_pool"),
+        _build_pool,
+        why="The pool would not hold records, and the rows of requests would have no tail.",
+        replaced_by="`build_pool`",
+    ),
+    Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.alloc",
+        "around",
+        ("self", "reqs"),
+        tail.record_exact_starts,
+        why="Nobody would know how much of a request came from the prefix cache when the request got its row.",
+        replaced_by="`ReqToTokenPool.register_on_alloc` (`register_on_alloc_rows`, which 0.5.20 has, is not given "
+        "the requests)",
+    ),
     Hook(
         "managers.scheduler.Scheduler.get_internal_state",
         "after",
         ("self", "recv_req"),
         report.add_to_server_info,
+        why="`/server_info` would not say what the cache holds.",
     ),
-    Hook("mem_cache.memory_pool.ReqToTokenPool.alloc", "around", ("self", "reqs"), tail.record_exact_starts),
     Hook(
         "managers.schedule_batch.Req._compute_max_prefix_len",
         "after",
         ("self", "input_len"),
         tail.limit_prefix,
+        why="A request that lost its row would find its own prompt in the prefix cache, and read other values.",
     ),
-    *(
-        Hook(target, "around", ("self", parameter), balanced_layers.with_plain_weights)
-        for target, parameter in _WEIGHT_METHODS.items()
-    ),
+    *_weight_hooks(),
 )
 
 # what `register_all` handed to SGLang in this process; the proof that it was applied is `is_applied`

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -104,22 +103,23 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         raise ValueError("expected no slot to move, got move_kv_cache: drop --speculative-algorithm")
 
 
-def build(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build our pool for a kvarn target model. Hook around ``_build_token_to_kv_pool``."""
+def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: Any) -> KVarNTokenToKVPool:
+    """Build the pool of a kvarn target model.
+
+    Args:
+        configurator: SGLang's KVCacheConfigurator; max_total_num_tokens: of the pool, whole pages.
+        req_to_token_pool: SGLang's ReqToTokenPool, which gets the tail.
+    """
     config = settings.target_preset(configurator)
-    if config is None:
-        return original(configurator, *args, **kwargs)
+    assert config is not None, "another cache is SGLang's to build"
     refusals.check_model(configurator.model_config)
-    req_to_token_pool = kwargs["req_to_token_pool"]
     pool_class = partial(
         KVarNTokenToKVPool,
         config=config,
         rows=req_to_token_pool.req_to_token.shape[0],
         model_dtype=configurator.model_dtype,
     )
-    pool = configurator._build_mha_kv_pool(
-        max_total_num_tokens=kwargs["sizes"].max_total_num_tokens, mha_pool_class=pool_class
-    )
+    pool = configurator._build_mha_kv_pool(max_total_num_tokens=max_total_num_tokens, mha_pool_class=pool_class)
     pool.tail.attach(req_to_token_pool)
     if compat.get_parallel().tp_rank == 0:
         _log(pool, budget.model_shape(configurator))

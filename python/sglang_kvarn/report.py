@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from sglang_kvarn import settings
+
 if TYPE_CHECKING:
     from sglang_kvarn.pool import KVarNTokenToKVPool
 
@@ -34,13 +36,12 @@ def add_to_server_info(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
 
     "pages_in_use" are those that requests and the prefix cache hold; all but the newest of each request are encoded.
     """
-    from sglang_kvarn.pool import KVarNTokenToKVPool
-
+    if settings.preset_of(scheduler.server_args) is None:
+        return result
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
-    if isinstance(pool, KVarNTokenToKVPool):
-        used = (allocator.size - allocator.available_size()) // pool.config.tile_size
-        result.internal_state["kvarn"] = facts(pool) | {"pages_in_use": used}
+    used = (allocator.size - allocator.available_size()) // pool.config.tile_size
+    result.internal_state["kvarn"] = facts(pool) | {"pages_in_use": used}
     return result
 
 

@@ -52,8 +52,13 @@ class Tail:
         update = update.to(self.exact_starts.device, non_blocking=True)
         self.exact_starts.index_copy_(0, update[0], update[1].int())
 
-    def note_first_prefixes(self, reqs: list[Any], starts: list[int]) -> None:
-        """Remember on each request what its first row took from the prefix cache, for `limit_prefix`."""
+    def note_rows(self, reqs: list[Any]) -> None:
+        """Note what requests that just got their rows took from the prefix cache.
+
+        Each remembers what its first row took, for `limit_prefix`.
+        """
+        starts = [compat.prefix_len(req) for req in reqs]
+        self.set_exact_starts([compat.request_row(req) for req in reqs], starts)
         if self._hit_reads_as_miss:
             return
         for req, start in zip(reqs, starts, strict=True):
@@ -68,15 +73,14 @@ class Tail:
 def record_exact_starts(original: Callable[..., Any], pool: Any, reqs: list[Any]) -> Any:
     """Note the prefix length of each request that gets a row. Hook around ``ReqToTokenPool.alloc``.
 
-    A request that comes back with its next chunk keeps its row and its exact start.
+    A request that comes back with its next chunk keeps its row and its exact start. Other caches have no tail.
     """
-    tail = getattr(pool, _ATTRIBUTE, None)
+    if (tail := getattr(pool, _ATTRIBUTE, None)) is None:
+        return original(pool, reqs)
     fresh = [req for req in reqs if compat.request_row(req) is None]
     rows = original(pool, reqs)
-    if tail is not None and fresh and rows is not None:
-        starts = [compat.prefix_len(req) for req in fresh]
-        tail.note_first_prefixes(fresh, starts)
-        tail.set_exact_starts([compat.request_row(req) for req in fresh], starts)
+    if fresh and rows is not None:
+        tail.note_rows(fresh)
     return rows
 
 

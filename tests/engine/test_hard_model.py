@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +25,8 @@ def channels(chosen: Iterable[int], value: float = FACTOR, other: float = 1.0) -
     return made
 
 
-@pytest.fixture(scope="module")
-def hard_model(model, tmp_path_factory) -> str:
-    """Return the folder of the tiny model with other weights, whose 16-bit answers are the same."""
-    folder = tmp_path_factory.mktemp("hard")
+def save(folder: Path, model: str) -> str:
+    """Write the tiny model with other weights, whose 16-bit answers are the same, and return the folder's name."""
     plain = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = plain.config
     config.attention_bias = True
@@ -47,6 +46,12 @@ def hard_model(model, tmp_path_factory) -> str:
         torch.testing.assert_close(network(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
     network.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def hard_model(model, tmp_path_factory) -> str:
+    """Return the folder of the hard model."""
+    return save(tmp_path_factory.mktemp("hard"), model)
 
 
 def answer(engine) -> tuple[list[int], torch.Tensor]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import httpx
 from rich.console import Console
@@ -39,9 +38,3 @@ def test_server_info_and_metrics_carry_the_sizes_of_the_cache(model):
     assert facts["pool_tokens"] == 2048 and facts["ring_rows"] == 4
     assert facts["bytes_per_token"] > 0 and facts["ring_bytes"] > 0
     assert {name: float(value) for name, value in metrics.items()} == facts and facts.keys() == report.GAUGES.keys()
-
-
-def test_other_caches_are_left_alone():
-    state = SimpleNamespace(internal_state={"a": 1})
-    scheduler = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: object()))
-    assert report.add_to_server_info(state, scheduler, None).internal_state == {"a": 1}

@@ -15,8 +15,17 @@ from kvarn_kernels.config import preset_names
 from sglang_kvarn import compat, cpu_platform
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINE_TESTS = ROOT / "tests" / "engine"
+# where the tiny model and the hard one are made; the hard one is of benchmarks/quality
+ENGINE_TESTS = [str(ROOT / "tests" / "engine"), str(ROOT / "benchmarks")]
 NEW = 8
+# what reads or writes the weights of a running server
+_UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+WEIGHTS = [
+    *(f"{_UPDATER}.update_weights_from_{source}" for source in ("disk", "distributed", "tensor", "ipc")),
+    *(f"{_UPDATER}.{name}" for name in ("get_weights_by_name", "check_weights")),
+    *(f"{_UPDATER}.save_{kind}_model" for kind in ("remote", "sharded")),
+    "managers.scheduler.Scheduler.send_weights_to_remote_instance",
+]
 
 PARSE = """
 import contextlib, io, json, sys
@@ -50,13 +59,22 @@ LINES = {
 
 SERVE = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
-import sglang, tiny_model
+sys.path[:0] = json.loads(sys.argv[1])
+import sglang, test_hard_model, tiny_model
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     engine = sglang.Engine(**options, custom_sigquit_handler=tiny_model.fail)
     shared, tokens = tiny_model.prompt(300, seed=1), tiny_model.prompt(300, seed=1) + tiny_model.prompt(90, seed=2)
-    found = [tiny_model.answers(engine, [t], int(sys.argv[3]))[0] for t in (shared, tokens)]
+    found = {"answers": [tiny_model.answers(engine, [t], int(sys.argv[3]))[0] for t in (shared, tokens)]}
+    found["info"] = engine.get_server_info()["internal_states"][0].get("kvarn")
+    found["scores"] = []
+    for _ in range(2):
+        # not from the prefix cache; SGLang ends a server whose weights are updated while its last step is in flight
+        tiny_model.flush(engine)
+        tokens, scores = test_hard_model.answer(engine)
+        found["scores"].append([tokens, scores.tolist()])
+        tiny_model.flush(engine)
+        assert engine.update_weights_from_disk(options["model_path"])[0]
     engine.shutdown()
     print(json.dumps(found))
 """
@@ -96,7 +114,7 @@ def run(environment: dict[str, str], script: str, *arguments: str) -> subprocess
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     """Return the folder of the tiny model of the engine tests."""
-    sys.path.insert(0, str(ENGINE_TESTS))
+    sys.path[:0] = ENGINE_TESTS
     import tiny_model
 
     return tiny_model.save(tmp_path_factory.mktemp("tiny"))
@@ -115,8 +133,10 @@ def parsed(patched, model, tmp_path_factory) -> dict:
 
 def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     assert parsed["file"].startswith(patched["PYTHONPATH"].split(os.pathsep)[0])
-    # the arguments that a CPU needs are all that is hooked
-    assert parsed["hooked"] == [f"sglang.srt.{compat.resolution_target()}"]
+    # the arguments that a CPU needs, and what has nothing to do with how a cache is built
+    kept = ["managers.scheduler.Scheduler.get_internal_state", compat.resolution_target(), *WEIGHTS]
+    kept.append("managers.schedule_batch.Req._compute_max_prefix_len")
+    assert parsed["hooked"] == sorted({f"sglang.srt.{target}" for target in kept})
     assert parsed["preset"] == ["kvarn", 128]
 
 
@@ -129,13 +149,15 @@ def test_parsing_refuses_what_the_format_refuses(parsed):
     assert parsed["other page size"].startswith("ValueError: another --page-size than 128 cannot be combined")
 
 
-def test_engine_gives_the_oracles_tokens_through_the_registry(patched, model, tmp_path):
-    import tiny_model
+@pytest.fixture(scope="module")
+def served(patched, model, tmp_path_factory) -> dict:
+    """Return what an engine with the hard model answers, its log, and its answers to one prompt after a reload each."""
+    import test_hard_model
 
-    script = tmp_path / "serve.py"
+    script = tmp_path_factory.mktemp("serve") / "serve.py"
     script.write_text(SERVE)
     options = {
-        "model_path": model,
+        "model_path": test_hard_model.save(tmp_path_factory.mktemp("hard"), model),
         "kv_cache_dtype": "kvarn",
         "skip_tokenizer_init": True,
         "dtype": "float32",
@@ -145,12 +167,31 @@ def test_engine_gives_the_oracles_tokens_through_the_registry(patched, model, tm
         "random_seed": 0,
         "log_level": "info",
     }
-    done = run(patched, str(script), str(ENGINE_TESTS), json.dumps(options), str(NEW))
+    done = run(patched, str(script), json.dumps(ENGINE_TESTS), json.dumps(options), str(NEW))
     assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]) | {"log": done.stderr}
+
+
+def test_engine_gives_the_oracles_tokens_through_the_registry(served, model):
+    import tiny_model
+
     # fixed bytes and the pool, as the hooks log them
-    assert "KVarN: 4 requests at a time" in done.stderr and "KVarN kvarn_k4v2_g128: 236 bytes" in done.stderr
-    miss, hit = json.loads(done.stdout.splitlines()[-1])
+    log = served["log"]
+    assert "KVarN: 4 requests at a time" in log and "KVarN kvarn_k4v2_g128: 236 bytes" in log
+    miss, hit = served["answers"]
     shared, tokens = tiny_model.prompt(300, seed=1), tiny_model.prompt(300, seed=1) + tiny_model.prompt(90, seed=2)
     assert miss["tokens"] == tiny_model.expected(model, shared, "kvarn", new_tokens=NEW)
     assert hit["cached"] == 256
     assert hit["tokens"] == tiny_model.expected(model, tokens, "kvarn", cached=256, new_tokens=NEW)
+
+
+def test_engine_answers_as_before_after_the_same_checkpoint_is_loaded_again(served):
+    # outliers and a bias of the values, which the reload would put back
+    assert "KVarN balanced the channels" in served["log"]
+    (tokens, scores), (again, scores_again) = served["scores"]
+    assert again == tokens
+    assert scores_again == pytest.approx(scores, rel=0, abs=1e-5)
+
+
+def test_server_info_has_the_sizes_of_the_cache_through_the_registry(served):
+    assert served["info"]["preset"] == "kvarn_k4v2_g128" and served["info"]["pool_tokens"] == 4096

@@ -116,7 +116,7 @@ def test_charge_fixed_bytes_charges_the_workspace_of_the_kernels(monkeypatch):
 def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
     from kvarn_kernels import prefill
 
-    monkeypatch.setattr(budget, "extend_form", lambda *args: "flashinfer")
+    monkeypatch.setattr("kvarn_kernels.ops.extend_form", lambda *args: "flashinfer")
     kvc = configurator("kvarn", requested=4)
     left = budget.charge_fixed_bytes(GIB, kvc, 0)
     ring = 5 * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))

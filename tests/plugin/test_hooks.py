@@ -69,8 +69,8 @@ def test_register_all_refuses_an_untested_sglang(monkeypatch):
 
 
 def test_register_all_registers_nothing_when_a_signature_does_not_fit(monkeypatch):
-    moved = hooks.Hook("server_args.ServerArgs.gone", "after", ("self",), print)
-    renamed = hooks.Hook("server_args.ServerArgs.check_server_args", "after", ("args",), print)
+    moved = hooks.Hook("server_args.ServerArgs.gone", "after", ("self",), print, why="")
+    renamed = hooks.Hook("server_args.ServerArgs.check_server_args", "after", ("args",), print, why="")
     monkeypatch.setattr(hooks, "_registered", [])
     monkeypatch.setattr(hooks, "HOOKS", (*hooks.HOOKS, moved, renamed))
     registered = []

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server whose cache is one of SGLang's own is what it is without the plugin: hooks, arguments, an engine."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import sglang_kvarn
+import torch
+from sglang_kvarn import compat, hooks
+
+CONFIGURATOR = {"is_draft_worker": False, "server_args": SimpleNamespace(kv_cache_dtype="auto")}
+SERVER_ARGS = {"kv_cache_dtype": "fp8_e4m3", "attention_backend": "triton", "device": "cuda"}
+
+
+class Unread:
+    """What a hook has no business with on a stock server."""
+
+    def __getattr__(self, name: str) -> None:
+        raise AssertionError(f"{name} is read")
+
+
+def configurator() -> SimpleNamespace:
+    return SimpleNamespace(**CONFIGURATOR)
+
+
+def manager(worker: object) -> SimpleNamespace:
+    return SimpleNamespace(tp_worker=worker)
+
+
+class Model(torch.nn.Module):
+    """A model with attributes, as all have, whose layers nobody may walk through."""
+
+    def modules(self):
+        raise AssertionError("its layers are read")
+
+
+# by the function of the hook: arguments and keyword arguments of the function that it hooks, of stock servers
+STOCK = {
+    "settings.apply_defaults": [((SimpleNamespace(**SERVER_ARGS),), {})],
+    "refusals.resolve_or_refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
+    "tail.limit_prefix": [((SimpleNamespace(return_logprob=False), 512), {})],
+    "hooks._refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
+    "settings.cache_dtype": [
+        ((), {"server_args_kv_cache_dtype": name, "model_dtype": Unread(), "is_draft_worker": draft})
+        for name in ("auto", "fp8_e4m3", None)
+        for draft in (False, True)
+    ],
+    "budget.cell_size": [((Unread(), configurator(), Unread()), {})],
+    "budget.charge_fixed_bytes": [((configurator(), Unread()), {})],
+    "budget.cap_rows": [((configurator(), Unread()), {}), ((configurator(),), {"token_capacity": Unread()})],
+    "hooks._build_pool": [((configurator(),), {"sizes": Unread(), "req_to_token_pool": Unread()})],
+    "report.add_to_server_info": [
+        ((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)), Unread()), {}),
+    ],
+    "tail.record_exact_starts": [((SimpleNamespace(size=4), [Unread()]), {})],
+    "balanced_layers.with_plain_weights": [
+        ((manager(SimpleNamespace(model_runner=SimpleNamespace(model=Model()))), Unread()), {}),
+        # a worker that holds no model itself
+        ((manager(SimpleNamespace()), Unread()), {}),
+    ],
+}
+
+
+def name_of(hook: hooks.Hook) -> str:
+    return f"{hook.function.__module__.rpartition('.')[2]}.{hook.function.__name__}"
+
+
+CALLS = [
+    pytest.param(hook, *call, id=f"{hook.target}-{i}")
+    for hook in hooks.HOOKS
+    # its test is the next one
+    if name_of(hook) != "settings.add_choices"
+    for i, call in enumerate(STOCK[name_of(hook)])
+]
+
+
+@pytest.mark.parametrize(("hook", "args", "kwargs"), CALLS)
+def test_a_hook_passes_arguments_and_result_of_a_stock_server_on(hook, args, kwargs, caplog, monkeypatch):
+    caplog.set_level("DEBUG")
+    # as on a machine with a GPU; on a CPU the platform that comes with the plugin has defaults of its own
+    monkeypatch.setattr("sglang_kvarn.cpu_platform._has_accelerator", lambda: True)
+    for module in ("pool", "backend"):
+        monkeypatch.setitem(sys.modules, f"sglang_kvarn.{module}", None)
+        monkeypatch.delattr(sglang_kvarn, module, raising=False)
+    before = [copy.copy(vars(x)) for x in args if isinstance(x, SimpleNamespace)]
+    result, calls = object(), []
+
+    def original(*args, **kwargs):
+        calls.append((args, kwargs))
+        return result
+
+    hooked = compat.resolve("sglang.srt.plugins.hook_registry._wrap_fn")(
+        original, hook.function, compat.HookType(hook.kind)
+    )
+    assert hooked(*args, **kwargs) is result
+    ((passed, named),) = calls
+    assert len(passed) == len(args) and all(x is y for x, y in zip(passed, args, strict=True))
+    assert named.keys() == kwargs.keys() and all(named[key] is value for key, value in kwargs.items())
+    assert [vars(x) for x in args if isinstance(x, SimpleNamespace)] == before and not caplog.records
+
+
+def test_the_presets_are_all_that_the_command_line_gains():
+    parser, plain = argparse.ArgumentParser(), argparse.ArgumentParser()
+    for made in (parser, plain):
+        made.add_argument("--kv-cache-dtype", choices=["auto", "fp8_e4m3"], default="auto", help="Format.")
+        made.add_argument("--page-size", type=int)
+    (hook,) = [hook for hook in hooks.HOOKS if name_of(hook) == "settings.add_choices"]
+    assert hook.function(None, parser) is None
+    for line in ([], ["--kv-cache-dtype", "fp8_e4m3", "--page-size", "1"]):
+        assert parser.parse_args(line) == plain.parse_args(line)
