@@ -66,7 +66,7 @@ def apply_cpu_defaults(server_args: Any) -> None:
 def register() -> None:
     """Register the formats and the attention backend; called by SGLang in every process it starts."""
     cpu_platform.prepare_environment()
-    hooks.HOOKS = (hooks.Hook(compat.resolution_target(), "before", ("self",), apply_cpu_defaults),)
+    hooks.HOOKS = (hooks.Hook(compat.resolution_target(), "before", ("self",), apply_cpu_defaults, "arguments"),)
     hooks.register_all()
     for name in preset_names():
         _registry.register_kv_cache_format(KVarNFormat(name))

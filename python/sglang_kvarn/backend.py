@@ -14,6 +14,7 @@ from kvarn_kernels.cache import DecodeBatch, ExtendBatch
 from sglang_kvarn import balanced_layers, budget, compat, hooks, refusals
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 from sglang_kvarn.pool import KVarNTokenToKVPool
+from sglang_kvarn.refused import Refused
 
 if TYPE_CHECKING:
     from kvarn_kernels.prefill import PrefillWorkspace
@@ -30,8 +31,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         hooks.verify_hooks()
         pool = model_runner.token_to_kv_pool
         if not isinstance(pool, KVarNTokenToKVPool):
-            raise ValueError(
-                f"expected a kvarn cache for the attention backend kvarn, got {type(pool).__name__}: "
+            raise Refused(
+                f"--attention-backend kvarn needs a kvarn cache, not {type(pool).__name__}: "
                 "add --kv-cache-dtype kvarn or drop --attention-backend"
             )
         refusals.check_device(model_runner.device, model_runner.dtype)

@@ -23,6 +23,7 @@ def collect() -> dict[str, Any]:
         compat.check_version()
         problems += hooks.signature_problems()
         compat.load_plugins()
+        hooks.register_rest()
         missing = set(hooks.missing_hooks())
         in_place = {hook.path: hook.path not in missing for hook in hooks.HOOKS}
         if missing:
