@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kvarn_kernels.config import KVarNConfig, preset_names
-from sglang_kvarn import budget, compat, hooks
+from sglang_kvarn import budget, compat, hooks, report
 from sglang_kvarn.refused import Refused
 
 QWEN3_8B = budget.ModelShape(layers=36, kv_heads=8, qo_heads=32, head_dim=128, itemsize=2)
@@ -171,6 +171,7 @@ def test_pool_allocates_what_was_charged(preset):
         rows=5,
         model_dtype=torch.float16,
     )
+    assert report.facts(pool)["ring_rows"] == 4
     page = shape.token_bytes(config) * 128
     assert pool.get_kv_size_bytes() == (tokens // 128 + 1) * page + 5 * shape.row_bytes(config)
     # one page beyond the budget is SGLang's padding page, in every pool; less than one page is left over
