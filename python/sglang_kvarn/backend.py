@@ -51,12 +51,12 @@ class KVarNAttentionBackend(compat.AttentionBackend):
             warm_up(self.pool.layer_cache(self.pool.start_layer), self._qo_heads, self.config, self._prefill)
         self._decode: DecodeBatch | None = None
         self._extend: ExtendBatch | None = None
-        logger.info(
-            "KVarN attention runs as %s on %s, long extends as %s",
-            self.form,
-            self.req_to_token.device,
-            "flashinfer" if self._prefill else self.form,
-        )
+        logger.info("KVarN on %s: %s", self.req_to_token.device, self._describe())
+
+    def _describe(self) -> str:
+        pool, flashinfer = self.pool, self._prefill is not None
+        device = pool.records[0].device
+        return ops.describe(device, pool.model_dtype, pool.head_dim, self.config, flashinfer=flashinfer)
 
     def _make_buffers(self, max_batch: int) -> DecodeBuffers:
         buffers = DecodeBuffers(max_batch, self.req_to_token)

@@ -21,6 +21,7 @@ def test_main_ends_with_ok(monkeypatch, capsys):
     code, out = run(monkeypatch, capsys)
     assert code == 0 and out.splitlines()[-1] == "ok"
     assert all(name in out for name in preset_names())
+    assert "kernels        encode, decode and extends by torch\n" in out
     assert out.count("hook ok") == len({hook.path for hook in hooks.HOOKS})
 
 
