@@ -11,7 +11,7 @@ import torch
 from kvarn_kernels import ops
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch
 
-from sglang_kvarn import balanced_layers, budget, compat, hooks, refusals
+from sglang_kvarn import balanced_layers, budget, compat, hooks, refusals, scales
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 from sglang_kvarn.pool import KVarNTokenToKVPool
 from sglang_kvarn.refused import Refused
@@ -52,6 +52,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         self._decode: DecodeBatch | None = None
         self._extend: ExtendBatch | None = None
         logger.info("KVarN on %s: %s", self.req_to_token.device, self._describe())
+        scales.log_unused(model_runner)
 
     def _describe(self) -> str:
         pool, flashinfer = self.pool, self._prefill is not None
