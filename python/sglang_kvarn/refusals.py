@@ -186,6 +186,7 @@ def check_arguments(server_args: Any) -> None:
     _check_table(server_args, ARGUMENTS)
     if settings.preset_of(server_args) is not None:
         check_model(compat.model_config(server_args))
+        check_heads(server_args, compat.model_config(server_args))
 
 
 def _check_table(server_args: Any, refusals: Iterable[Refusal]) -> None:
@@ -227,6 +228,27 @@ def check_model(model_config: Any) -> None:
     for applies, what in properties:
         if applies:
             _refuse_model(model_config.hf_config.architectures[0], what)
+
+
+def check_heads(server_args: Any, model_config: Any) -> None:
+    """Refuse a number of ranks among which the heads cannot be shared.
+
+    On a GPU several ranks may hold the same KV head. On a CPU SGLang makes up heads until their number fits, for which
+    a checkpoint has no weights.
+
+    Raises:
+        Refused: the heads, the ranks, and what to set.
+    """
+    ranks, qo_heads = server_args.tp_size, model_config.num_attention_heads
+    kv_heads = model_config.get_total_num_kv_heads()
+    is_replicated = server_args.device != "cpu" and ranks % kv_heads == 0
+    if qo_heads % ranks == 0 and (kv_heads % ranks == 0 or is_replicated):
+        return
+    sizes = [str(n) for n in range(1, kv_heads + 1) if qo_heads % n == kv_heads % n == 0]
+    raise Refused(
+        f"--tp-size {ranks} cannot share the {qo_heads} query heads and {kv_heads} KV heads of this model"
+        f"{' on a CPU' if server_args.device == 'cpu' else ''}: set --tp-size to {' or '.join(sizes)}"
+    )
 
 
 def check_device(device: str, dtype: torch.dtype) -> None:

@@ -219,6 +219,43 @@ def test_models_are_refused_in_the_parent(server_args, model_dir, changes, word)
         args.check_server_args()
 
 
+@pytest.mark.parametrize(
+    ("device", "tp_size", "heads", "sizes"),
+    [
+        ("cpu", 2, (6, 3), "1 or 3"),
+        ("cpu", 2, (4, 1), "1"),
+        ("cuda", 2, (6, 3), "1 or 3"),
+        # query heads are never replicated
+        ("cuda", 3, (8, 1), "1"),
+        ("cuda", 4, (6, 2), "1 or 2"),
+    ],
+)
+def test_check_heads_names_the_heads_and_the_sizes_that_fit(device, tp_size, heads, sizes):
+    args = SimpleNamespace(device=device, tp_size=tp_size)
+    model = SimpleNamespace(num_attention_heads=heads[0], get_total_num_kv_heads=lambda: heads[1])
+    with pytest.raises(Refused) as error:
+        refusals.check_heads(args, model)
+    assert f"--tp-size {tp_size} cannot share the {heads[0]} query heads and {heads[1]} KV heads" in str(error.value)
+    assert str(error.value).endswith(f": set --tp-size to {sizes}")
+    assert (" on a CPU" in str(error.value)) == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "tp_size", "heads"),
+    [("cpu", 2, (4, 2)), ("cpu", 1, (5, 3)), ("cuda", 2, (4, 2)), ("cuda", 4, (8, 2)), ("cuda", 8, (8, 1))],
+)
+def test_check_heads_takes_ranks_that_share_or_repeat_kv_heads(device, tp_size, heads):
+    model = SimpleNamespace(num_attention_heads=heads[0], get_total_num_kv_heads=lambda: heads[1])
+    refusals.check_heads(SimpleNamespace(device=device, tp_size=tp_size), model)
+
+
+def test_ranks_that_do_not_fit_the_heads_are_refused_in_the_parent(server_args, model_dir):
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 384}
+    args = server_args(model_path=model_dir(**heads), kv_cache_dtype="kvarn", tp_size=2)
+    with pytest.raises(Refused, match="set --tp-size to 1 or 3"):
+        args.check_server_args()
+
+
 class Layers(torch.nn.Module):
     """A model with one attention layer."""
 
