@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 RING_SHARE = 0.05
 MIN_ROWS = 8
 MAX_ROWS = 4096
-# SGLang keeps a page free for every request that it starts, so a pool of one page starts none
-MIN_PAGES = 2
+# the prompt, the answer, and the page that SGLang keeps free: a pool of one page starts no request, of two answers none
+MIN_PAGES = 3
 MIB = 1 << 20
 
 

@@ -85,8 +85,8 @@ ARGUMENTS = (
     Refusal(
         lambda args: args.max_total_tokens is not None and args.max_total_tokens < MIN_POOL_TOKENS,
         f"--kv-cache-dtype {{preset}} needs a --max-total-tokens of at least {MIN_POOL_TOKENS}, not"
-        f" {{args.max_total_tokens}}, because a page has {settings.PAGE_SIZE} tokens and SGLang keeps one free for"
-        " every request that it starts: raise --max-total-tokens",
+        f" {{args.max_total_tokens}}, because a request takes a page of {settings.PAGE_SIZE} tokens for its prompt, one"
+        " for its answer and one that SGLang keeps free: raise --max-total-tokens",
     ),
     _flag("speculative_algorithm", "speculative decoding is not supported yet", off=None),
     _flag("disaggregation_mode", "the ring with the newest tokens of a request is not transferred", off="null"),

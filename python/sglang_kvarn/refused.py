@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import multiprocessing
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -50,22 +51,27 @@ def leave_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) ->
         raise SystemExit(str(refusal)) from refusal
 
 
-def send_refusal(
-    original: Callable[..., Any],
-    cls: type,
-    server_args: Any,
-    port_args: Any,
-    run_scheduler_process_func: Callable[..., None],
-    **kwargs: Any,
-) -> Any:
-    """Let the schedulers send their refusal to this process. Hook around ``Engine._launch_scheduler_processes``.
+def end_launch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let schedulers send their refusal to this process, and leave no process behind. Hook around
+    ``Engine._launch_subprocesses``.
 
     With replicas (``--dp-size``) a controller reads what schedulers send, so there the scheduler prints its sentence.
     """
-    run = run_scheduler_process_func
-    if settings.preset_of(server_args) is not None and compat.resolved_arguments(server_args).dp_size == 1:
-        run = functools.partial(_run_scheduler, run)
-    return original(cls, server_args, port_args, run, **kwargs)
+    call = inspect.signature(original).bind(*args, **kwargs)
+    server_args = call.arguments["server_args"]
+    if settings.preset_of(server_args) is None or compat.resolved_arguments(server_args).dp_size > 1:
+        return original(*args, **kwargs)
+    run = call.arguments["run_scheduler_process_func"]
+    call.arguments["run_scheduler_process_func"] = functools.partial(_run_scheduler, run)
+    others = set(multiprocessing.active_children())
+    try:
+        return original(*call.args, **call.kwargs)
+    except Refused:
+        # the detokenizer waits for messages, and a program for its children
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+            process.join()
+        raise
 
 
 def _run_scheduler(run: Callable[..., None], *args: Any, **kwargs: Any) -> None:

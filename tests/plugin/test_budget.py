@@ -102,12 +102,12 @@ def test_charge_fixed_bytes_fixes_the_rows_when_the_user_does_not():
     assert budget.cap_rows(3, kvc, 6) == 3
 
 
-def test_charge_fixed_bytes_refuses_a_pool_of_less_than_two_pages():
+def test_charge_fixed_bytes_refuses_a_pool_of_less_than_three_pages():
     kvc = configurator("kvarn", requested=4)
     shape, config = budget.model_shape(kvc), KVarNConfig.from_preset("kvarn")
-    ring, pages = 5 * shape.row_bytes(config), 2 * 128 * shape.token_bytes(config)
+    ring, pages = 5 * shape.row_bytes(config), 3 * 128 * shape.token_bytes(config)
     assert budget.charge_fixed_bytes(ring + pages, kvc, 0) == pages
-    with pytest.raises(Refused, match=r"for 2 pages of tokens.*: lower --max-running-requests or raise"):
+    with pytest.raises(Refused, match=r"for 3 pages of tokens.*: lower --max-running-requests or raise"):
         budget.charge_fixed_bytes(ring + pages - 1, kvc, 0)
 
 

@@ -19,7 +19,7 @@ CASES = [
     ("decode_attention_backend", "fa3", "--decode-attention-backend"),
     ("page_size", 64, "needs a page size of 128, not 64,"),
     ("chunked_prefill_size", 100, "a multiple of the page size 128, or -1 for prompts in one piece, not 100"),
-    ("max_total_tokens", 128, "needs a --max-total-tokens of at least 256, not 128,"),
+    ("max_total_tokens", 383, "needs a --max-total-tokens of at least 384, not 383,"),
     ("device", "xpu", "needs an NVIDIA GPU or a CPU"),
     ("speculative_algorithm", "EAGLE", "--speculative-algorithm"),
     ("disaggregation_mode", "prefill", "--disaggregation-mode"),
@@ -124,6 +124,10 @@ def test_check_arguments_refuses_rocm(served, monkeypatch):
 @pytest.mark.parametrize("size", [-1, 0, None, 128, 8192])
 def test_check_arguments_takes_chunks_of_whole_pages_and_no_chunks(served, size):
     refusals.check_arguments(Changed(served, chunked_prefill_size=size))
+
+
+def test_check_arguments_takes_a_pool_of_three_pages(served):
+    refusals.check_arguments(Changed(served, max_total_tokens=384))
 
 
 def test_check_arguments_names_both_flags_of_dp_attention(served):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -64,12 +65,18 @@ def launch(outcome, preset="kvarn", dp_size=1):
     """Start a stand-in for a scheduler in this process, as SGLang's Engine does; return the reader of its pipe."""
     reader, writer = multiprocessing.Pipe(duplex=False)
 
-    def launch_scheduler_processes(cls, server_args, port_args, run_scheduler_process_func):
+    def launch_subprocesses(cls, server_args, init_tokenizer_manager_func, run_scheduler_process_func):
         run_scheduler_process_func(server_args, writer, outcome)
         return reader
 
     args = SimpleNamespace(kv_cache_dtype=preset, dp_size=dp_size)
-    return refused.send_refusal(launch_scheduler_processes, object, args, None, run_scheduler_process)
+    return refused.end_launch(
+        launch_subprocesses,
+        object,
+        server_args=args,
+        init_tokenizer_manager_func=None,
+        run_scheduler_process_func=run_scheduler_process,
+    )
 
 
 @pytest.fixture
@@ -113,6 +120,28 @@ def test_a_scheduler_that_starts_or_fails_otherwise_is_left_to_sglang(resolved):
     assert refused.raise_refusal(wait, [launch(None)], []) == [{"status": "ready"}]
     with pytest.raises(RuntimeError, match="Initialization failed"):
         refused.raise_refusal(wait, [launch(ValueError("other"))], [])
+
+
+def test_a_launch_that_is_refused_leaves_its_processes_dead_and_others_alive(resolved):
+    context = multiprocessing.get_context("fork")
+    other = context.Process(target=time.sleep, args=(600,))
+    other.start()
+    started = []
+
+    def launch_subprocesses(cls, server_args, run_scheduler_process_func):
+        started.append(context.Process(target=time.sleep, args=(600,)))
+        started[0].start()
+        raise Refused("too small")
+
+    args = SimpleNamespace(kv_cache_dtype="kvarn", dp_size=1)
+    try:
+        with pytest.raises(Refused, match="too small"):
+            refused.end_launch(launch_subprocesses, object, args, None)
+        assert other.is_alive() and not started[0].is_alive()
+    finally:
+        for process in (other, *started):
+            process.kill()
+            process.join()
 
 
 @pytest.mark.parametrize(("preset", "dp_size"), [("auto", 1), ("kvarn", 2)])
