@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -179,12 +178,6 @@ def test_server_args_are_refused_in_the_parent(server_args, model_dir, chosen, w
 def test_resolution_refuses_what_sglang_would_advise_on_otherwise(server_args, model_dir, chosen, word):
     with pytest.raises(Refused, match=word):
         server_args(**({"model_path": model_dir(), "kv_cache_dtype": "kvarn"} | chosen))
-
-
-def test_check_typed_reads_no_argument_that_only_resolution_fills():
-    fields = dataclasses.fields(compat.resolve("sglang.srt.server_args.ServerArgs"))
-    chosen = {"kv_cache_dtype": "kvarn", "attention_backend": "kvarn", "page_size": 128}
-    refusals.check_typed(SimpleNamespace(**({field.name: field.default for field in fields} | chosen)))
 
 
 @pytest.mark.parametrize(
