@@ -78,10 +78,10 @@ HOOKS = (
     Hook(compat.resolution_target(), "before", ("self",), _resolve, "arguments"),
     Hook("server_args.ServerArgs.check_server_args", "after", ("self",), _refuse, "arguments"),
     Hook(
-        "entrypoints.engine.Engine._launch_subprocesses",
+        "entrypoints.engine.Engine._launch_scheduler_processes",
         "around",
-        ("server_args", "run_scheduler_process_func"),
-        refused.end_launch,
+        ("server_args", "port_args", "run_scheduler_process_func"),
+        refused.launch_schedulers,
         "launch",
     ),
     Hook("entrypoints.engine._wait_for_scheduler_ready", "around", _WAIT_PARAMETERS, refused.raise_refusal, "launch"),

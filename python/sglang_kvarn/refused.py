@@ -51,21 +51,32 @@ def leave_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) ->
         raise SystemExit(str(refusal)) from refusal
 
 
-def end_launch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Let schedulers send their refusal to this process, and leave no process behind. Hook around
-    ``Engine._launch_subprocesses``.
+def launch_schedulers(
+    original: Callable[..., Any],
+    cls: type,
+    server_args: Any,
+    port_args: Any,
+    run_scheduler_process_func: Callable[..., None],
+    **kwargs: Any,
+) -> Any:
+    """Let schedulers send their refusal to this process, and leave no process behind.
 
-    With replicas (``--dp-size``) a controller reads what schedulers send, so there the scheduler prints its sentence.
+    Hook around ``Engine._launch_scheduler_processes``. With replicas (``--dp-size``) a controller reads what schedulers
+    send, so there the scheduler prints its sentence.
     """
-    call = inspect.signature(original).bind(*args, **kwargs)
-    server_args = call.arguments["server_args"]
     if settings.preset_of(server_args) is None or compat.resolved_arguments(server_args).dp_size > 1:
-        return original(*args, **kwargs)
-    run = call.arguments["run_scheduler_process_func"]
-    call.arguments["run_scheduler_process_func"] = functools.partial(_run_scheduler, run)
+        return original(cls, server_args, port_args, run_scheduler_process_func, **kwargs)
     others = set(multiprocessing.active_children())
+    run = functools.partial(_run_scheduler, run_scheduler_process_func)
+    launched, processes = original(cls, server_args, port_args, run, **kwargs)
+    launched.wait_for_ready = functools.partial(_wait, launched.wait_for_ready, others)
+    return launched, processes
+
+
+def _wait(wait_for_ready: Callable[[], None], others: set[Any]) -> None:
+    """Wait for the schedulers; where they refuse, end every child process but the others."""
     try:
-        return original(*call.args, **call.kwargs)
+        wait_for_ready()
     except Refused:
         # the detokenizer waits for messages, and a program for its children
         for process in set(multiprocessing.active_children()) - others:

@@ -61,22 +61,27 @@ def run_scheduler_process(server_args, pipe_writer, outcome):
         pipe_writer.send({"status": "SIGQUIT", "error": str(error)})
 
 
-def launch(outcome, preset="kvarn", dp_size=1):
-    """Start a stand-in for a scheduler in this process, as SGLang's Engine does; return the reader of its pipe."""
-    reader, writer = multiprocessing.Pipe(duplex=False)
+def launch(outcome, preset="kvarn", dp_size=1, start=lambda: None):
+    """Start a stand-in for a scheduler in this process, as SGLang's Engine does.
 
-    def launch_subprocesses(cls, server_args, init_tokenizer_manager_func, run_scheduler_process_func):
+    Returns:
+        What its ``_launch_scheduler_processes`` returns: a result with `wait_for_ready`, the processes.
+    """
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    processes = [Process()]
+
+    def launch_scheduler_processes(cls, server_args, port_args, run_scheduler_process_func):
         run_scheduler_process_func(server_args, writer, outcome)
-        return reader
+        start()
+        infos = []
+
+        def wait_for_ready():
+            infos.extend(refused.raise_refusal(wait, [reader], processes))
+
+        return SimpleNamespace(wait_for_ready=wait_for_ready, scheduler_infos=infos), processes
 
     args = SimpleNamespace(kv_cache_dtype=preset, dp_size=dp_size)
-    return refused.end_launch(
-        launch_subprocesses,
-        object,
-        server_args=args,
-        init_tokenizer_manager_func=None,
-        run_scheduler_process_func=run_scheduler_process,
-    )
+    return refused.launch_schedulers(launch_scheduler_processes, object, args, None, run_scheduler_process)
 
 
 @pytest.fixture
@@ -109,37 +114,34 @@ class Process:
 
 
 def test_what_a_scheduler_refuses_is_raised_where_it_was_started(resolved):
-    processes = [Process(), Process()]
+    launched, (process,) = launch(Refused("too small: raise it"))
     with pytest.raises(Refused, match=r"^too small: raise it$"):
-        refused.raise_refusal(wait, [launch(Refused("too small: raise it"))], processes)
+        launched.wait_for_ready()
     # no scheduler is left to print after the sentence
-    assert [process.calls for process in processes] == [["join", "kill"]] * 2
+    assert process.calls == ["join", "kill"]
 
 
 def test_a_scheduler_that_starts_or_fails_otherwise_is_left_to_sglang(resolved):
-    assert refused.raise_refusal(wait, [launch(None)], []) == [{"status": "ready"}]
+    launched, (process,) = launch(None)
+    launched.wait_for_ready()
+    assert launched.scheduler_infos == [{"status": "ready"}] and process.calls == []
+    launched, (process,) = launch(ValueError("other"))
     with pytest.raises(RuntimeError, match="Initialization failed"):
-        refused.raise_refusal(wait, [launch(ValueError("other"))], [])
+        launched.wait_for_ready()
+    assert process.calls == []
 
 
 def test_a_launch_that_is_refused_leaves_its_processes_dead_and_others_alive(resolved):
     context = multiprocessing.get_context("fork")
-    other = context.Process(target=time.sleep, args=(600,))
+    other, started = (context.Process(target=time.sleep, args=(600,)) for _ in range(2))
     other.start()
-    started = []
-
-    def launch_subprocesses(cls, server_args, run_scheduler_process_func):
-        started.append(context.Process(target=time.sleep, args=(600,)))
-        started[0].start()
-        raise Refused("too small")
-
-    args = SimpleNamespace(kv_cache_dtype="kvarn", dp_size=1)
     try:
+        launched, _ = launch(Refused("too small"), start=started.start)
         with pytest.raises(Refused, match="too small"):
-            refused.end_launch(launch_subprocesses, object, args, None)
-        assert other.is_alive() and not started[0].is_alive()
+            launched.wait_for_ready()
+        assert other.is_alive() and not started.is_alive()
     finally:
-        for process in (other, *started):
+        for process in (other, started):
             process.kill()
             process.join()
 
