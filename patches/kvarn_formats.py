@@ -27,6 +27,7 @@ class KVarNFormat(_registry.KVCacheFormat):
         self.name = name
 
     def check_server_args(self, cfg: Any) -> None:
+        hooks.register_rest()
         hooks.verify_hooks()
         refusals.check_arguments(cfg)
 
@@ -64,6 +65,7 @@ CPU_DEFAULTS = hooks.Hook(
     ("self",),
     apply_cpu_defaults,
     why="The user would have to name what a CPU needs.",
+    where="arguments",
 )
 
 

@@ -23,8 +23,13 @@ MIN_BLOCKS = {64: 2, 128: 1, 256: 1}
 
 
 def is_supported(cache: LayerCache) -> bool:
-    """Return whether encode.cu can serve a cache: CUDA, capability 8.0 or newer, a ring of 16-bit floats."""
-    return cache.ring_k.dtype != torch.float32 and nvrtc.capability(cache.ring_k.device) >= (8, 0)
+    """Return whether encode.cu can serve a cache."""
+    return serves(cache.ring_k.device, cache.ring_k.dtype)
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether encode.cu can serve a model: CUDA, capability 8.0 or newer, 16-bit floats."""
+    return dtype != torch.float32 and nvrtc.capability(device) >= (8, 0)
 
 
 def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool) -> dict[str, Any]:

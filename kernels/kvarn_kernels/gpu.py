@@ -28,4 +28,6 @@ def shared_memory() -> int:
     """
     if not torch.cuda.is_available():
         return SHARED_MEMORY
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # torch's type stub lacks it
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]

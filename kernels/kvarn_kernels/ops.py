@@ -73,6 +73,27 @@ def extend_form(
     return "flashinfer"
 
 
+def describe(
+    device: torch.device, dtype: torch.dtype, head_dim: int, config: KVarNConfig, *, flashinfer: bool = True
+) -> str:
+    """Return in words what encodes and attends, e.g. "encode by Triton, decode by Triton, extends by Triton".
+
+    Args:
+        dtype: the model's; flashinfer: whether its kernels could be built.
+    """
+    if attention_form(device) == "torch":
+        return "encode, decode and extends by torch"
+    from kvarn_kernels import decode_sm90, encode_cuda
+
+    encode = f"CUDA C++ ({encode_cuda.SOURCE})" if encode_cuda.serves(device, dtype) else "Triton"
+    is_decode_cuda = decode_sm90.is_supported(device) and dtype != torch.float32
+    decode = f"CUDA C++ ({decode_sm90.SOURCE})" if is_decode_cuda else "Triton"
+    extends = "extends by Triton"
+    if flashinfer and extend_form(device, dtype, head_dim, config) == "flashinfer":
+        extends = "short extends by Triton, long extends by FlashInfer"
+    return f"encode by {encode}, decode by {decode}, {extends}"
+
+
 @lru_cache(maxsize=1)
 def _has_flashinfer() -> bool:
     return importlib.util.find_spec("flashinfer") is not None

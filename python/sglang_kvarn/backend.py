@@ -11,9 +11,10 @@ import torch
 from kvarn_kernels import ops
 from kvarn_kernels.cache import DecodeBatch, ExtendBatch
 
-from sglang_kvarn import balanced_layers, budget, compat, hooks, refusals
+from sglang_kvarn import balanced_layers, budget, compat, hooks, refusals, scales
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 from sglang_kvarn.pool import KVarNTokenToKVPool
+from sglang_kvarn.refused import Refused
 
 if TYPE_CHECKING:
     from kvarn_kernels.prefill import PrefillWorkspace
@@ -30,8 +31,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         hooks.verify_hooks()
         pool = model_runner.token_to_kv_pool
         if not isinstance(pool, KVarNTokenToKVPool):
-            raise ValueError(
-                f"expected a kvarn cache for the attention backend kvarn, got {type(pool).__name__}: "
+            raise Refused(
+                f"--attention-backend kvarn needs a kvarn cache, not {type(pool).__name__}: "
                 "add --kv-cache-dtype kvarn or drop --attention-backend"
             )
         refusals.check_device(model_runner.device, model_runner.dtype)
@@ -50,12 +51,13 @@ class KVarNAttentionBackend(compat.AttentionBackend):
             warm_up(self.pool.layer_cache(self.pool.start_layer), self._qo_heads, self.config, self._prefill)
         self._decode: DecodeBatch | None = None
         self._extend: ExtendBatch | None = None
-        logger.info(
-            "KVarN attention runs as %s on %s, long extends as %s",
-            self.form,
-            self.req_to_token.device,
-            "flashinfer" if self._prefill else self.form,
-        )
+        logger.info("KVarN on %s: %s", self.req_to_token.device, self._describe())
+        scales.log_unused(model_runner)
+
+    def _describe(self) -> str:
+        pool, flashinfer = self.pool, self._prefill is not None
+        device = pool.records[0].device
+        return ops.describe(device, pool.model_dtype, pool.head_dim, self.config, flashinfer=flashinfer)
 
     def _make_buffers(self, max_batch: int) -> DecodeBuffers:
         buffers = DecodeBuffers(max_batch, self.req_to_token)

@@ -12,12 +12,15 @@ import torch
 from kvarn_kernels.config import KVarNConfig
 
 from sglang_kvarn import compat, settings
+from sglang_kvarn.refused import Refused
 
 logger = logging.getLogger(__name__)
 
 RING_SHARE = 0.05
 MIN_ROWS = 8
 MAX_ROWS = 4096
+# the prompt, the answer, and the page that SGLang keeps free: a pool of one page starts no request, of two answers none
+MIN_PAGES = 3
 MIB = 1 << 20
 
 
@@ -70,7 +73,7 @@ def choose_rows(available: int, row_bytes: int, requested: int | None) -> tuple[
         requested: the user's ``--max-running-requests`` for this rank, None to derive it.
 
     Raises:
-        ValueError: the ring of these rows (and of the padding row) does not leave room for a cache.
+        Refused: the ring of these rows (and of the padding row) does not leave room for a cache.
     """
     if requested is not None:
         rows, reason = requested, "--max-running-requests"
@@ -79,10 +82,10 @@ def choose_rows(available: int, row_bytes: int, requested: int | None) -> tuple[
         rows = min(max(affordable, MIN_ROWS), MAX_ROWS)
         reason = f"at most {RING_SHARE:.0%} of the KV memory, at least {MIN_ROWS}, at most {MAX_ROWS}"
     if (rows + 1) * row_bytes >= available:
-        raise ValueError(
-            f"expected the ring of exact tokens to fit the KV memory ({available / MIB:,.0f} MiB), but "
-            f"{rows} requests take {(rows + 1) * row_bytes / MIB:,.0f} MiB: lower --max-running-requests or "
-            "raise --mem-fraction-static"
+        raise Refused(
+            f"a kvarn cache needs {(rows + 1) * row_bytes / MIB:,.1f} MiB for the newest tokens of {rows} requests at "
+            f"a time, but {available / MIB:,.1f} MiB are left for it: lower --max-running-requests or raise "
+            "--mem-fraction-static"
         )
     return rows, reason
 
@@ -100,6 +103,9 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
 
     The rows are fixed here, before tokens are counted, and passed on as ``max_running_requests``: a larger
     pool would otherwise ask for more rows, which would shrink the pool.
+
+    Raises:
+        Refused: what is left holds no pool that a request could use.
     """
     config = settings.target_preset(configurator)
     if config is None:
@@ -129,7 +135,14 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
         workspace / MIB,
         result / MIB,
     )
-    return result - ring - workspace
+    left, needed = result - ring - workspace, MIN_PAGES * settings.PAGE_SIZE * shape.token_bytes(config)
+    if left < needed:
+        raise Refused(
+            f"a kvarn cache needs {needed / MIB:,.1f} MiB for {MIN_PAGES} pages of tokens, but of {result / MIB:,.1f} "
+            f"MiB the ring of {rows} requests and the workspace leave {max(left, 0) / MIB:,.1f} MiB: lower "
+            "--max-running-requests or raise --mem-fraction-static"
+        )
+    return left
 
 
 def cap_rows(result: int, configurator: Any, token_capacity: int) -> int | None:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_kvarn import balanced_layers, budget, compat, refusals, report, settings, tail
+from sglang_kvarn import balanced_layers, budget, compat, refusals, refused, report, settings, tail
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Hook:
         function: the hook.
         why: what SGLang would do without it, one sentence.
         replaced_by: what makes it needless in an SGLang with the registry of ``patches``; None if nothing does.
+        where: "arguments" where they are parsed and resolved, "launch" in the process that starts the schedulers,
+            "scheduler" in a scheduler.
     """
 
     target: str
@@ -30,6 +33,7 @@ class Hook:
     function: Callable[..., Any]
     why: str
     replaced_by: str | None = None
+    where: str = "scheduler"
 
     @property
     def path(self) -> str:
@@ -45,6 +49,14 @@ def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **k
 
     tokens = kwargs["sizes"].max_total_num_tokens
     return pool.build(configurator, max_total_num_tokens=tokens, req_to_token_pool=kwargs["req_to_token_pool"])
+
+
+def _resolve(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse what was typed before SGLang can advise otherwise, and fill what was left open."""
+    settings.apply_defaults(server_args)
+    refusals.check_typed(server_args)
+    if settings.preset_of(server_args) is not None:
+        register_rest()
 
 
 def _refuse(result: Any, server_args: Any) -> None:
@@ -80,14 +92,24 @@ HOOKS = (
         settings.add_choices,
         why="The command line would refuse the names of the presets.",
         replaced_by="names of registered formats are choices",
+        where="arguments",
+    ),
+    Hook(
+        "server_args.ServerArgs.add_cli_args",
+        "after",
+        ("parser",),
+        refused.print_sentence,
+        why="A command that is refused would end with a traceback.",
+        where="arguments",
     ),
     Hook(
         compat.resolution_target(),
         "before",
         ("self",),
-        settings.apply_defaults,
+        _resolve,
         why="The user would have to name the attention backend, pages of 128 tokens, and what a CPU needs.",
         replaced_by="`attention_backend`, `page_size` of the format; what a CPU needs stays a hook",
+        where="arguments",
     ),
     Hook(
         compat.resolution_target(),
@@ -95,6 +117,7 @@ HOOKS = (
         ("self",),
         refusals.resolve_or_refuse,
         why="SGLang would refuse some models by arguments that the user never gave.",
+        where="arguments",
     ),
     Hook(
         "server_args.ServerArgs.check_server_args",
@@ -103,6 +126,30 @@ HOOKS = (
         _refuse,
         why="What a kvarn cache does not serve would fail in a process of the server, or answer wrongly.",
         replaced_by="`check_server_args`",
+        where="arguments",
+    ),
+    Hook(
+        "entrypoints.engine.Engine._launch_scheduler_processes",
+        "around",
+        ("server_args", "port_args", "run_scheduler_process_func"),
+        refused.launch_schedulers,
+        why="A scheduler could not send its refusal to the process that started it.",
+        where="launch",
+    ),
+    Hook(
+        "entrypoints.engine._wait_for_scheduler_ready",
+        "around",
+        ("scheduler_pipe_readers", "scheduler_procs"),
+        refused.raise_refusal,
+        why="What a scheduler refuses would not be raised where a program can catch it.",
+        where="launch",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.__init__",
+        "around",
+        ("self", "server_args"),
+        refused.leave_scheduler,
+        why="A scheduler that refuses would print a traceback and kill the process that started it.",
     ),
     Hook(
         "mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
@@ -170,14 +217,14 @@ HOOKS = (
     *_weight_hooks(),
 )
 
-# what `register_all` handed to SGLang in this process; the proof that it was applied is `is_applied`
+# what was handed to SGLang in this process; the proof that it was applied is `is_applied`
 _registered: list[Hook] = []
 
 
-def signature_problems() -> list[str]:
-    """Return one sentence per hook that does not fit the installed SGLang; empty if all fit."""
+def signature_problems(hooks: Iterable[Hook] | None = None) -> list[str]:
+    """Return one sentence per hook, of all by default, that does not fit the installed SGLang; empty if all fit."""
     problems = []
-    for hook in HOOKS:
+    for hook in HOOKS if hooks is None else hooks:
         try:
             names = inspect.signature(compat.resolve(hook.path)).parameters
         except (ImportError, AttributeError) as error:
@@ -189,8 +236,17 @@ def signature_problems() -> list[str]:
     return problems
 
 
+def needed_hooks() -> tuple[Hook, ...]:
+    """Return the hooks that this process needs to serve a kvarn cache; the first process of a program needs all."""
+    return HOOKS if multiprocessing.parent_process() is None else tuple(h for h in HOOKS if h.where != "launch")
+
+
 def register_all() -> None:
-    """Check version and signatures, then hand every hook and the attention backend to SGLang.
+    """Check version and signatures, then hand attention backend and hooks to SGLang.
+
+    A process that another one started gets every hook it needs. The first process of a program gets those of the
+    arguments: the others take seconds to import, which a command with an argument that is refused need not wait for.
+    They follow with `register_rest`.
 
     Raises:
         RuntimeError: nothing was registered; the message names what does not fit.
@@ -198,15 +254,38 @@ def register_all() -> None:
     if _registered:
         return
     compat.check_version()
-    problems = signature_problems()
+    first = multiprocessing.parent_process() is None
+    chosen = [hook for hook in needed_hooks() if hook.where == "arguments" or not first]
+    _check_signatures(chosen)
+    compat.add_attention_backend_choices([settings.ATTENTION_BACKEND])
+    compat.register_attention_backend(settings.ATTENTION_BACKEND)(_create_backend)
+    _register(chosen)
+
+
+def register_rest() -> None:
+    """Put the hooks in place that `register_all` left out; does nothing where they are.
+
+    Raises:
+        RuntimeError: none of them was registered; the message names what does not fit.
+    """
+    rest = [hook for hook in needed_hooks() if hook not in _registered]
+    if rest:
+        _check_signatures(rest)
+        _register(rest)
+        compat.HookRegistry.apply_hooks()
+
+
+def _check_signatures(hooks: list[Hook]) -> None:
+    problems = signature_problems(hooks)
     if problems:
         raise RuntimeError(
             f"sglang-kvarn does not fit SGLang {compat.version()}: {'; '.join(problems)}. "
             f"Install one of {', '.join(compat.TESTED_VERSIONS)}"
         )
-    compat.add_attention_backend_choices([settings.ATTENTION_BACKEND])
-    compat.register_attention_backend(settings.ATTENTION_BACKEND)(_create_backend)
-    for hook in HOOKS:
+
+
+def _register(hooks: list[Hook]) -> None:
+    for hook in hooks:
         compat.HookRegistry.register(hook.path, hook.function, compat.HookType(hook.kind))
         _registered.append(hook)
 
@@ -225,8 +304,8 @@ def is_applied(hook: Hook) -> bool:
 
 
 def missing_hooks() -> list[str]:
-    """Return the paths of the hooks that are not in place in this process."""
-    return [hook.path for hook in HOOKS if not is_applied(hook)]
+    """Return the paths of the hooks that this process needs and that are not in place."""
+    return [hook.path for hook in needed_hooks() if not is_applied(hook)]
 
 
 def verify_hooks() -> None:

@@ -132,13 +132,13 @@ def _log(pool: KVarNTokenToKVPool, shape: budget.ModelShape) -> None:
     token, full = shape.token_bytes(pool.config), shape.full_token_bytes(2)
     logger.info(
         "KVarN %s: %s bytes per token against %s in 16 bit (%.2fx), pool %s tokens in %.1f MiB, "
-        "ring %d rows in %.1f MiB",
+        "rings of %d requests in %.1f MiB",
         pool.config.name,
         f"{token:,}",
         f"{full:,}",
         full / token,
         f"{pool.size:,}",
         sum(r.nbytes for r in pool.records) / budget.MIB,
-        pool.tail.exact_starts.shape[0],
+        pool.tail.max_requests,
         pool.tail.num_bytes / budget.MIB,
     )

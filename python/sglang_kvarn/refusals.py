@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kvarn cache does not serve: one sentence each, with what, why and what to drop."""
+"""What a kvarn cache does not serve: one sentence each, with what is expected, what came, why and what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
 
-from sglang_kvarn import compat, settings
+from sglang_kvarn import budget, compat, settings
+from sglang_kvarn.refused import Refused
 
-_NOT_A_SLOT = (
-    "a token has no bytes of its own to copy, only a page of 128 tokens has, and the newest are in a ring"
-)
+MIN_POOL_TOKENS = budget.MIN_PAGES * settings.PAGE_SIZE
+
+_NOT_A_SLOT = f"it copies single tokens, and {settings.PAGE_SIZE} tokens share one record"
+_OTHER_LAYOUT = "it changes the layout of a 16-bit cache"
+_CONTEXT_PARALLEL = "context parallelism writes the cache outside the attention backend"
+_TWO_BATCHES = "two batches would share one set of decode buffers"
+_SESSION = "a session may be cut back into a page that is already quantised"
 
 _FULL_LAYERS = {"full_attention", "attention"}
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
@@ -35,114 +40,151 @@ class Refusal:
     """Describe one combination of arguments that is refused.
 
     Attributes:
-        applies: reads `compat.resolved_arguments`.
-        what: the feature, as the subject of the sentence.
-        why: the reason.
-        drop: what to change.
+        applies: reads ServerArgs, as typed and as `compat.resolved_arguments` returns them.
+        text: the sentence, with {preset} and {args} in it: what is expected, what came, why, what to do.
+        typed: whether it can be read as typed, before SGLang resolves the arguments.
     """
 
     applies: Callable[[Any], bool]
-    what: str
-    why: str
-    drop: str
+    text: str
+    typed: bool = True
 
-    def sentence(self, preset: str) -> str:
+    def sentence(self, server_args: Any) -> str:
         """Return the whole message."""
-        return f"{self.what} cannot be combined with --kv-cache-dtype {preset}: {self.why}; {self.drop}"
+        return self.text.format(preset=server_args.kv_cache_dtype, args=server_args)
 
 
-def _flag(name: str, why: str, *, off: Any = False, what: str | None = None) -> Refusal:
+def _text(what: str, why: str, drop: str) -> str:
+    """Return the sentence about a feature that is not served."""
+    return f"{what} cannot be combined with --kv-cache-dtype {{preset}}, because {why}: {drop}"
+
+
+def _flag(name: str, why: str, *, off: Any = False) -> Refusal:
     """Return the refusal of an argument that has any other value than `off`."""
     option = "--" + name.replace("_", "-")
-    return Refusal(lambda args: compat.argument(args, name, off) != off, what or option, why, f"drop {option}")
+    return Refusal(lambda args: compat.argument(args, name, off) != off, _text(option, why, f"drop {option}"))
 
 
 ARGUMENTS = (
     Refusal(
         lambda args: args.attention_backend != settings.ATTENTION_BACKEND,
-        "another --attention-backend than kvarn",
-        "only the kvarn backend reads tile records",
-        "drop --attention-backend, or --kv-cache-dtype for a model that needs a backend of its own",
+        "--kv-cache-dtype {preset} needs the attention backend kvarn, not {args.attention_backend}, because no other"
+        " one reads its records: drop --attention-backend, or --kv-cache-dtype for a model that needs another backend",
     ),
     Refusal(
         lambda args: (
             args.prefill_attention_backend not in (None, settings.ATTENTION_BACKEND)
             or args.decode_attention_backend not in (None, settings.ATTENTION_BACKEND)
         ),
-        "a separate prefill or decode attention backend",
-        "only the kvarn backend reads and writes tile records",
-        "drop --prefill-attention-backend and --decode-attention-backend",
+        "--kv-cache-dtype {preset} needs the attention backend kvarn for prefill and decode, because no other one"
+        " reads its records: drop --prefill-attention-backend and --decode-attention-backend",
     ),
     Refusal(
         lambda args: args.page_size != settings.PAGE_SIZE,
-        f"another --page-size than {settings.PAGE_SIZE}",
-        "a page is one tile",
-        "drop --page-size",
+        f"--kv-cache-dtype {{preset}} needs a page size of {settings.PAGE_SIZE}, not {{args.page_size}}, because a"
+        " page is one quantisation tile: drop --page-size",
     ),
     Refusal(
-        lambda args: args.device not in ("cuda", "cpu") or torch.version.hip is not None,
-        "another device than a CUDA GPU or a CPU",
-        "the kernels are tested on NVIDIA GPUs only",
-        "drop --kv-cache-dtype",
+        lambda args: args.device not in (None, "cuda", "cpu") or torch.version.hip is not None,
+        "--kv-cache-dtype {preset} needs an NVIDIA GPU or a CPU, because its kernels are tested on nothing else:"
+        " drop --kv-cache-dtype",
     ),
-    _flag("speculative_algorithm", "rejected draft tokens cannot be taken back out of a record", off=None),
-    _flag("disaggregation_mode", "the ring of exact tokens is not transferred", off="null"),
+    Refusal(
+        lambda args: (args.chunked_prefill_size or 0) > 0 and args.chunked_prefill_size % settings.PAGE_SIZE != 0,
+        f"--kv-cache-dtype {{preset}} needs a --chunked-prefill-size that is a multiple of the page size"
+        f" {settings.PAGE_SIZE}, or -1 for prompts in one piece, not {{args.chunked_prefill_size}}:"
+        f" set it to a multiple of {settings.PAGE_SIZE}",
+    ),
+    Refusal(
+        lambda args: args.max_total_tokens is not None and args.max_total_tokens < MIN_POOL_TOKENS,
+        f"--kv-cache-dtype {{preset}} needs a --max-total-tokens of at least {MIN_POOL_TOKENS}, not"
+        f" {{args.max_total_tokens}}, because a request takes a page of {settings.PAGE_SIZE} tokens for its prompt, one"
+        " for its answer and one that SGLang keeps free: raise --max-total-tokens",
+    ),
+    _flag("speculative_algorithm", "speculative decoding is not supported yet", off=None),
+    _flag("disaggregation_mode", "the ring with the newest tokens of a request is not transferred", off="null"),
     _flag("encoder_only", "an encoder has no KV cache"),
     _flag("enable_hierarchical_cache", "its transfers may copy a page before its record is written"),
     _flag("enable_hisparse", _NOT_A_SLOT),
     _flag("enable_lmcache", _NOT_A_SLOT),
     _flag("enable_flexkv", _NOT_A_SLOT),
     _flag("enable_unified_cache_external_linker", _NOT_A_SLOT),
-    _flag("enable_kv_cache_sharding", _NOT_A_SLOT),
+    _flag("enable_kv_cache_sharding", "it spreads single tokens over ranks, and a page of them is one record"),
     _flag("radix_cache_backend", "only SGLang's own prefix cache is tested", off=None),
-    _flag("enable_deterministic_inference", "the backend is not on SGLang's list of deterministic backends"),
-    _flag("rl_on_policy_target", "it asks for deterministic attention", off=None),
-    _flag("enable_torch_compile", "the compiler would trace the kernel launcher"),
+    _flag("rl_on_policy_target", "it needs an attention backend that SGLang lists as deterministic", off=None),
+    _flag("enable_deterministic_inference", "SGLang does not list the attention backend kvarn as deterministic"),
+    _flag("enable_torch_compile", "the compiler would trace the code that launches the kernels"),
     Refusal(
         lambda args: args.cuda_graph_config.prefill.backend in ("full", "tc_piecewise"),
-        "a full or compiled prefill CUDA graph",
-        "the extend kernels are sized by the batch on the host",
-        "drop --cuda-graph-backend-prefill, or set it to breakable or disabled",
+        _text(
+            "a full or compiled prefill CUDA graph",
+            "the host sizes the extend kernels by the batch",
+            "drop --cuda-graph-backend-prefill, or set it to breakable or disabled",
+        ),
+        typed=False,
     ),
     Refusal(
         lambda args: args.cuda_graph_config.decode.backend in ("breakable", "tc_piecewise"),
-        "a breakable or compiled decode CUDA graph",
-        "only the full decode graph is tested",
-        "drop --cuda-graph-backend-decode",
+        _text(
+            "a breakable or compiled decode CUDA graph",
+            "only the full decode graph is tested",
+            "drop --cuda-graph-backend-decode",
+        ),
+        typed=False,
     ),
-    _flag("enable_memory_saver", "records and ring are not in a region that can be released"),
-    _flag("dcp_size", "decode context parallelism spreads a page over ranks", off=1),
-    _flag("attn_cp_size", "context parallelism writes the cache outside the attention backend", off=1),
-    _flag("enable_prefill_cp", "context parallelism writes the cache outside the attention backend"),
-    _flag("enable_dp_attention", "it is not tested yet"),
-    _flag("attn_dp_size", "it is not tested yet", off=1),
+    _flag("enable_memory_saver", "the memory of records and ring cannot be released and restored"),
+    _flag("dcp_size", "decode context parallelism spreads the tokens of a page over ranks", off=1),
+    _flag("attn_cp_size", _CONTEXT_PARALLEL, off=1),
+    _flag("enable_prefill_cp", _CONTEXT_PARALLEL),
+    Refusal(
+        # SGLang ignores --enable-dp-attention without --dp-size
+        lambda args: args.enable_dp_attention and args.dp_size > 1,
+        _text(
+            "--enable-dp-attention with --dp-size {args.dp_size}",
+            "DP attention is not tested yet",
+            "drop --enable-dp-attention and --dp-size",
+        ),
+    ),
+    _flag("attn_dp_size", "DP attention is not tested yet", off=1),
     _flag("pp_size", "pipeline parallelism is not tested yet", off=1),
-    _flag("enable_two_batch_overlap", "two batches would share one set of decode buffers"),
-    _flag("enable_single_batch_overlap", "it is not tested yet"),
-    _flag("enable_pdmux", "two batches would share one set of decode buffers"),
+    _flag("enable_two_batch_overlap", _TWO_BATCHES),
+    _flag("enable_single_batch_overlap", "the overlap is not tested yet"),
+    _flag("enable_pdmux", _TWO_BATCHES),
     _flag("dllm_algorithm", "a diffusion model rewrites tokens that are already quantised", off=None),
-    _flag("enable_streaming_session", "a session may be trimmed into a page that is already quantised"),
-    _flag("enable_session_radix_cache", "a session may be trimmed into a page that is already quantised"),
-    _flag("enable_mis", "multi-item scoring masks tokens in the middle of a sequence"),
-    _flag("enable_page_major_kv_layout", "it is a layout of 16-bit caches"),
-    _flag("enable_unified_memory", "it is a layout of 16-bit caches"),
-    _flag("prefill_only_disable_kv_cache", "there would be no cache to quantise"),
-    _flag("kv_canary", "it reads the cache slot by slot", off="none"),
+    _flag("enable_streaming_session", _SESSION),
+    _flag("enable_session_radix_cache", _SESSION),
+    _flag("enable_mis", "the kernels cannot mask tokens in the middle of a sequence"),
+    _flag("enable_page_major_kv_layout", _OTHER_LAYOUT),
+    _flag("enable_unified_memory", _OTHER_LAYOUT),
+    _flag("prefill_only_disable_kv_cache", "it leaves no cache to quantise"),
+    _flag("kv_canary", "it reads the cache token by token, and a token of this cache is part of a record", off="none"),
     _flag("enable_nvidia_megakernel", "its fused steps do not call the attention backend"),
-    _flag("use_ray", "Ray actors do not load SGLang plugins"),
+    _flag("use_ray", "Ray actors do not load SGLang's plugins"),
     Refusal(
         lambda args: compat.envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get(),
-        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
-        "the ring is fixed before CUDA graphs are captured",
-        "unset it",
+        _text(
+            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+            "the size of the ring is fixed before CUDA graphs are captured",
+            "unset the variable",
+        ),
     ),
     Refusal(
         lambda args: compat.envs.SGLANG_USE_HND_KVCACHE.get(),
-        "SGLANG_USE_HND_KVCACHE",
-        "it is a layout of 16-bit caches",
-        "unset it",
+        _text("SGLANG_USE_HND_KVCACHE", _OTHER_LAYOUT, "unset the variable"),
     ),
 )
+
+
+def check_typed(server_args: Any) -> None:
+    """Refuse what the arguments rule out as typed, before SGLang rejects or changes them for another reason.
+
+    Args:
+        server_args: ServerArgs with attention backend and page size filled in, not resolved yet.
+
+    Raises:
+        Refused: one sentence: what is expected, what came, why, what to do.
+    """
+    _check_table(server_args, [refusal for refusal in ARGUMENTS if refusal.typed])
 
 
 def check_arguments(server_args: Any) -> None:
@@ -152,22 +194,29 @@ def check_arguments(server_args: Any) -> None:
         server_args: as `compat.resolved_arguments` returns them.
 
     Raises:
-        ValueError: one sentence: what, why, what to drop.
+        Refused: one sentence: what is expected, what came, why, what to do.
     """
-    preset = settings.preset_of(server_args)
-    if preset is None:
+    is_ours = settings.preset_of(server_args) is not None
+    if is_ours:
+        # the model first: SGLang may have changed arguments on its account, which the user never gave
+        check_model(compat.model_config(server_args))
+    _check_table(server_args, ARGUMENTS)
+    if is_ours:
+        check_heads(server_args, compat.model_config(server_args))
+
+
+def _check_table(server_args: Any, refusals: Iterable[Refusal]) -> None:
+    if settings.preset_of(server_args) is None:
         if server_args.attention_backend == settings.ATTENTION_BACKEND:
-            raise ValueError(
-                f"--attention-backend kvarn cannot be combined with --kv-cache-dtype "
-                f"{server_args.kv_cache_dtype}: it reads tile records only; "
+            raise Refused(
+                "--attention-backend kvarn needs one of the caches kvarn*, not --kv-cache-dtype "
+                f"{server_args.kv_cache_dtype}, because it reads nothing else: "
                 "add --kv-cache-dtype kvarn or drop --attention-backend"
             )
         return
-    # the model first: SGLang may have changed arguments on its account, which the user never gave
-    check_model(compat.model_config(server_args))
-    for refusal in ARGUMENTS:
+    for refusal in refusals:
         if refusal.applies(server_args):
-            raise ValueError(refusal.sentence(server_args.kv_cache_dtype))
+            raise Refused(refusal.sentence(server_args))
 
 
 def resolve_or_refuse(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -177,10 +226,12 @@ def resolve_or_refuse(original: Callable[..., Any], server_args: Any, *args: Any
     error that it raises names arguments that the user never gave.
 
     Raises:
-        ValueError: the property of the model that is not served; any other error is SGLang's.
+        Refused: the property of the model that is not served; any other error is SGLang's.
     """
     try:
         return original(server_args, *args, **kwargs)
+    except Refused:
+        raise
     except (AssertionError, RuntimeError, ValueError):
         if settings.preset_of(server_args) is not None:
             check_model(compat.model_config(server_args))
@@ -191,7 +242,7 @@ def check_model(model_config: Any) -> None:
     """Refuse models by their configuration (SGLang's ModelConfig).
 
     Raises:
-        ValueError: the property of the model that is not served.
+        Refused: the property of the model that is not served.
     """
     for applies, what in chain(_attention_properties(model_config), _head_properties(model_config)):
         if applies:
@@ -232,22 +283,43 @@ def _head_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     yield not set(heads) <= {model_config.num_attention_heads}, "layers with different numbers of query heads"
 
 
+def check_heads(server_args: Any, model_config: Any) -> None:
+    """Refuse a number of ranks among which the heads cannot be shared.
+
+    On a GPU several ranks may hold the same KV head. On a CPU SGLang makes up heads until their number fits, for which
+    a checkpoint has no weights.
+
+    Raises:
+        Refused: the heads, the ranks, and what to set.
+    """
+    ranks, qo_heads = server_args.tp_size, model_config.num_attention_heads
+    kv_heads = model_config.get_total_num_kv_heads()
+    is_replicated = server_args.device != "cpu" and ranks % kv_heads == 0
+    if qo_heads % ranks == 0 and (kv_heads % ranks == 0 or is_replicated):
+        return
+    sizes = [str(n) for n in range(1, kv_heads + 1) if qo_heads % n == kv_heads % n == 0]
+    raise Refused(
+        f"--tp-size {ranks} cannot share the {qo_heads} query heads and {kv_heads} KV heads of this model"
+        f"{' on a CPU' if server_args.device == 'cpu' else ''}: set --tp-size to {' or '.join(sizes)}"
+    )
+
+
 def check_device(device: str, dtype: torch.dtype) -> None:
     """Refuse what is only known in the process that owns the device.
 
     Raises:
-        ValueError: the GPU is older than sm_80, or the model is not 16 bit on a GPU.
+        Refused: the GPU is older than sm_80, or the model is not 16 bit on a GPU.
     """
     if device != "cuda":
         return
     if torch.cuda.get_device_capability() < (8, 0):
-        raise ValueError(
-            f"expected a GPU of compute capability 8.0 or later, got {torch.cuda.get_device_name()}: "
+        raise Refused(
+            f"a kvarn cache needs a GPU of compute capability 8.0 or later, not {torch.cuda.get_device_name()}: "
             "drop --kv-cache-dtype"
         )
     if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"expected a model in float16 or bfloat16 on a GPU, got {dtype}: set --dtype bfloat16"
+        raise Refused(
+            f"a kvarn cache needs a model in float16 or bfloat16 on a GPU, not {dtype}: set --dtype bfloat16"
         )
 
 
@@ -280,20 +352,20 @@ def check_call(k: torch.Tensor | None, save_kv_cache: bool, extra: dict[str, Any
     """Refuse a call of an attention layer that the kernels would answer wrongly.
 
     Raises:
-        ValueError: the layer shares another layer's cache, or passes something that changes the scores.
+        Refused: the layer shares another layer's cache, or passes something that changes the scores.
     """
     if k is None or not save_kv_cache:
-        raise ValueError(
-            "expected every attention layer to write its own keys and values, but layers of this model share "
-            "them: drop --kv-cache-dtype"
+        raise Refused(
+            "a kvarn cache needs attention layers that write their own keys and values, but layers of this model "
+            "share them: drop --kv-cache-dtype"
         )
     unknown = [name for name, value in extra.items() if value is not None]
     if unknown:
-        raise ValueError(f"expected plain attention, got {', '.join(unknown)}: drop --kv-cache-dtype")
+        raise Refused(f"a kvarn cache needs plain attention, but got {', '.join(unknown)}: drop --kv-cache-dtype")
 
 
 def _refuse_model(model: str, what: str) -> None:
-    raise ValueError(
+    raise Refused(
         f"{model} has {what}, which a kvarn cache does not serve (it takes causal multi-head or grouped-query "
         f"attention to all earlier tokens, head_dim {', '.join(map(str, SUPPORTED_HEAD_DIMS))}): "
         "drop --kv-cache-dtype"

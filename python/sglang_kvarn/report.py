@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 GAUGES = {
     "bytes_per_token": "Bytes of the KV cache per token, records of all layers of this process",
     "pool_tokens": "Tokens that the pool of records holds",
-    "ring_rows": "Requests that have a ring of exact tokens",
-    "ring_bytes": "Bytes of all rings",
+    "ring_rows": "Requests that there are rings of exact tokens for, so that run at a time",
+    "ring_bytes": "Bytes of all rings, with the one that padded rows of CUDA graphs write",
 }
 
 
@@ -26,7 +26,7 @@ def facts(pool: KVarNTokenToKVPool) -> dict[str, Any]:
         "preset": pool.config.name,
         "bytes_per_token": sum(records[0].nbytes for records in pool.records) // pool.config.tile_size,
         "pool_tokens": pool.size,
-        "ring_rows": pool.tail.exact_starts.shape[0],
+        "ring_rows": pool.tail.max_requests,
         "ring_bytes": pool.tail.num_bytes,
     }
 

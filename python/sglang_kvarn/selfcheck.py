@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS, KVarNConfig, preset_names
-from kvarn_kernels.ops import attention_form
+from kvarn_kernels.ops import describe
 
 from sglang_kvarn import compat, cpu_platform, hooks
 
@@ -23,6 +23,7 @@ def collect() -> dict[str, Any]:
         compat.check_version()
         problems += hooks.signature_problems()
         compat.load_plugins()
+        hooks.register_rest()
         missing = set(hooks.missing_hooks())
         in_place = {hook.path: hook.path not in missing for hook in hooks.HOOKS}
         if missing:
@@ -37,7 +38,8 @@ def collect() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "attention": attention_form(device),
+        # what most models are
+        "kernels": describe(device, torch.bfloat16, 128, KVarNConfig.from_preset("kvarn")),
         "hooks": in_place,
         "bytes_per_token_and_head": {
             name: {str(d): KVarNConfig.from_preset(name).bytes_per_token(d) for d in SUPPORTED_HEAD_DIMS}
@@ -50,7 +52,7 @@ def collect() -> dict[str, Any]:
 def report(facts: dict[str, Any]) -> str:
     """Return the facts as lines of text; the last one says ok or what is wrong."""
     lines = [f"{name:14} {value or 'not installed'}" for name, value in facts["versions"].items()]
-    lines += [f"{'device':14} {facts['device']}, attention as {facts['attention']}"]
+    lines += [f"{'device':14} {facts['device']}", f"{'kernels':14} {facts['kernels']}"]
     lines += [f"hook {'ok' if ok else 'MISSING':8} {path}" for path, ok in facts["hooks"].items()]
     lines += ["bytes per token and KV head" + "".join(f"{f'D={d}':>8}" for d in SUPPORTED_HEAD_DIMS)]
     for name, sizes in facts["bytes_per_token_and_head"].items():

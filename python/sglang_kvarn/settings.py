@@ -42,8 +42,8 @@ def add_choices(result: Any, parser: argparse.ArgumentParser) -> None:
     )
 
 
-def apply_defaults(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Fill what the user left open. Hook before `compat.resolution_target`."""
+def apply_defaults(server_args: Any) -> None:
+    """Fill what the user left open, before SGLang resolves the arguments."""
     if compat.is_resolved(server_args):
         return
     preset = preset_of(server_args)

@@ -45,6 +45,11 @@ class Tail:
         """Bytes of all rings."""
         return sum(ring.nbytes for ring in (*self.ring_k, *self.ring_v))
 
+    @property
+    def max_requests(self) -> int:
+        """Requests that have a ring at a time: every row but the padding row."""
+        return self.exact_starts.shape[0] - 1
+
     def set_exact_starts(self, rows: list[int], starts: list[int]) -> None:
         """Write the exact starts of rows, in stream order and without waiting for the device."""
         pinned = self.exact_starts.is_cuda

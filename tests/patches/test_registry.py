@@ -135,7 +135,9 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     assert parsed["file"].startswith(patched["PYTHONPATH"].split(os.pathsep)[0])
     # the arguments that a CPU needs, and what has nothing to do with how a cache is built
     kept = ["managers.scheduler.Scheduler.get_internal_state", compat.resolution_target(), *WEIGHTS]
-    kept.append("managers.schedule_batch.Req._compute_max_prefix_len")
+    kept += ["managers.schedule_batch.Req._compute_max_prefix_len", "managers.scheduler.Scheduler.__init__"]
+    kept += ["server_args.ServerArgs.add_cli_args", "entrypoints.engine._wait_for_scheduler_ready"]
+    kept.append("entrypoints.engine.Engine._launch_scheduler_processes")
     assert parsed["hooked"] == sorted({f"sglang.srt.{target}" for target in kept})
     assert parsed["preset"] == ["kvarn", 128]
 
@@ -146,7 +148,7 @@ def test_parsing_lists_the_registered_formats_for_a_wrong_name(parsed):
 
 
 def test_parsing_refuses_what_the_format_refuses(parsed):
-    assert parsed["other page size"].startswith("ValueError: another --page-size than 128 cannot be combined")
+    assert parsed["other page size"].startswith("Refused: --kv-cache-dtype kvarn needs a page size of 128, not 64")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from sglang_kvarn import compat, cpu_platform
+from sglang_kvarn import compat, cpu_platform, hooks
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -30,6 +30,7 @@ def plugins() -> None:
     """Load SGLang's plugins once in this process."""
     cpu_platform.prepare_environment()
     compat.load_plugins()
+    hooks.register_rest()
 
 
 @pytest.fixture(scope="session")

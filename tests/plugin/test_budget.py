@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kvarn_kernels.config import KVarNConfig, preset_names
-from sglang_kvarn import budget, compat, hooks
+from sglang_kvarn import budget, compat, hooks, report
+from sglang_kvarn.refused import Refused
 
 QWEN3_8B = budget.ModelShape(layers=36, kv_heads=8, qo_heads=32, head_dim=128, itemsize=2)
 GIB = 1 << 30
@@ -73,7 +74,7 @@ def test_choose_rows_takes_five_percent_but_at_least_eight():
 def test_choose_rows_takes_what_the_user_asks_for_or_says_why_not():
     row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
     assert budget.choose_rows(55 * GIB, row, 256) == (256, "--max-running-requests")
-    with pytest.raises(ValueError, match="2048 requests take 73,764 MiB: lower --max-running-requests"):
+    with pytest.raises(Refused, match=r"needs 73,764\.0 MiB .* 2048 requests .* 56,320\.0 MiB are left .*: lower"):
         budget.choose_rows(55 * GIB, row, 2048)
 
 
@@ -99,6 +100,15 @@ def test_charge_fixed_bytes_fixes_the_rows_when_the_user_does_not():
     assert 0.04 * GIB < GIB - left <= 0.05 * GIB
     assert budget.cap_rows(4096, kvc, 10**6) == rows
     assert budget.cap_rows(3, kvc, 6) == 3
+
+
+def test_charge_fixed_bytes_refuses_a_pool_of_less_than_three_pages():
+    kvc = configurator("kvarn", requested=4)
+    shape, config = budget.model_shape(kvc), KVarNConfig.from_preset("kvarn")
+    ring, pages = 5 * shape.row_bytes(config), 3 * 128 * shape.token_bytes(config)
+    assert budget.charge_fixed_bytes(ring + pages, kvc, 0) == pages
+    with pytest.raises(Refused, match=r"for 3 pages of tokens.*: lower --max-running-requests or raise"):
+        budget.charge_fixed_bytes(ring + pages - 1, kvc, 0)
 
 
 def test_charge_fixed_bytes_charges_the_workspace_of_the_kernels(monkeypatch):
@@ -161,6 +171,7 @@ def test_pool_allocates_what_was_charged(preset):
         rows=5,
         model_dtype=torch.float16,
     )
+    assert report.facts(pool)["ring_rows"] == 4
     page = shape.token_bytes(config) * 128
     assert pool.get_kv_size_bytes() == (tokens // 128 + 1) * page + 5 * shape.row_bytes(config)
     # one page beyond the budget is SGLang's padding page, in every pool; less than one page is left over

@@ -68,19 +68,38 @@ def test_register_all_refuses_an_untested_sglang(monkeypatch):
     assert hooks._registered == []
 
 
-def test_register_all_registers_nothing_when_a_signature_does_not_fit(monkeypatch):
-    moved = hooks.Hook("server_args.ServerArgs.gone", "after", ("self",), print, why="")
-    renamed = hooks.Hook("server_args.ServerArgs.check_server_args", "after", ("args",), print, why="")
+@pytest.mark.parametrize(("where", "register"), [("arguments", hooks.register_all), ("scheduler", hooks.register_rest)])
+def test_nothing_is_registered_when_a_signature_does_not_fit(monkeypatch, where, register):
+    moved = hooks.Hook("server_args.ServerArgs.gone", "after", ("self",), print, why="", where=where)
+    renamed = hooks.Hook("server_args.ServerArgs.check_server_args", "after", ("args",), print, why="", where=where)
     monkeypatch.setattr(hooks, "_registered", [])
     monkeypatch.setattr(hooks, "HOOKS", (*hooks.HOOKS, moved, renamed))
     registered = []
     monkeypatch.setattr(compat.HookRegistry, "register", lambda *args: registered.append(args))
     with pytest.raises(RuntimeError, match=r"gone is missing.*check_server_args has no parameter args"):
-        hooks.register_all()
+        register()
     assert registered == [] and hooks._registered == []
 
 
-def test_register_all_twice_changes_nothing():
+def test_register_twice_changes_nothing():
     before = list(hooks._registered)
     hooks.register_all()
+    hooks.register_rest()
     assert hooks._registered == before and len(before) == len(hooks.HOOKS)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first process", "scheduler"])
+def test_register_all_leaves_out_what_the_process_does_not_need(monkeypatch, is_first):
+    monkeypatch.setattr(hooks, "_registered", [])
+    monkeypatch.setattr(hooks.multiprocessing, "parent_process", lambda: None if is_first else object())
+    registered = []
+    monkeypatch.setattr(compat.HookRegistry, "register", lambda path, *args: registered.append(path))
+    hooks.register_all()
+    wanted = ["arguments"] if is_first else ["arguments", "scheduler"]
+    assert registered == [hook.path for hook in hooks.HOOKS if hook.where in wanted]
+    monkeypatch.setattr(compat.HookRegistry, "apply_hooks", lambda: registered.append("applied"))
+    hooks.register_rest()
+    if is_first:
+        assert registered.pop() == "applied" and sorted(registered) == sorted(hook.path for hook in hooks.HOOKS)
+    else:
+        assert registered == [hook.path for hook in hooks.HOOKS if hook.where in wanted]

@@ -9,14 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang_kvarn import compat, refusals
+from sglang_kvarn.refused import Refused
 
 # argument, refused value, a word of the sentence
 CASES = [
     ("attention_backend", "torch_native", "--attention-backend"),
     ("prefill_attention_backend", "fa3", "--prefill-attention-backend"),
     ("decode_attention_backend", "fa3", "--decode-attention-backend"),
-    ("page_size", 64, "--page-size"),
-    ("device", "xpu", "device"),
+    ("page_size", 64, "needs a page size of 128, not 64,"),
+    ("chunked_prefill_size", 100, "a multiple of the page size 128, or -1 for prompts in one piece, not 100"),
+    ("max_total_tokens", 383, "needs a --max-total-tokens of at least 384, not 383,"),
+    ("device", "xpu", "needs an NVIDIA GPU or a CPU"),
     ("speculative_algorithm", "EAGLE", "--speculative-algorithm"),
     ("disaggregation_mode", "prefill", "--disaggregation-mode"),
     ("encoder_only", True, "--encoder-only"),
@@ -34,7 +37,6 @@ CASES = [
     ("dcp_size", 2, "--dcp-size"),
     ("attn_cp_size", 2, "--attn-cp-size"),
     ("enable_prefill_cp", True, "--enable-prefill-cp"),
-    ("enable_dp_attention", True, "--enable-dp-attention"),
     ("attn_dp_size", 2, "--attn-dp-size"),
     ("pp_size", 2, "--pp-size"),
     ("enable_two_batch_overlap", True, "--enable-two-batch-overlap"),
@@ -89,8 +91,10 @@ def refused(args) -> str:
 def test_check_arguments_names_the_flag_the_reason_and_the_way_out(served, name, value, word):
     getattr(served, name)
     message = refused(Changed(served, **{name: value}))
-    assert word in message and "cannot be combined with --kv-cache-dtype kvarn: " in message
-    assert "; drop " in message and "\n" not in message and "TODO" not in message
+    assert word in message and "--kv-cache-dtype kvarn" in message and "\n" not in message
+    assert "{" not in message
+    _, colon, way_out = message.rpartition(": ")
+    assert colon and way_out.split()[0] in ("drop", "raise", "set")
 
 
 @pytest.mark.parametrize(("phase", "backend"), GRAPHS)
@@ -116,8 +120,27 @@ def test_check_arguments_refuses_rocm(served, monkeypatch):
     assert "NVIDIA" in refused(served)
 
 
+@pytest.mark.parametrize("size", [-1, 0, None, 128, 8192])
+def test_check_arguments_takes_chunks_of_whole_pages_and_no_chunks(served, size):
+    refusals.check_arguments(Changed(served, chunked_prefill_size=size))
+
+
+def test_check_arguments_takes_a_pool_of_three_pages(served):
+    refusals.check_arguments(Changed(served, max_total_tokens=384))
+
+
+def test_check_arguments_names_both_flags_of_dp_attention(served):
+    message = refused(Changed(served, enable_dp_attention=True, dp_size=2))
+    assert message.startswith("--enable-dp-attention with --dp-size 2 cannot be combined")
+    assert message.endswith(": drop --enable-dp-attention and --dp-size")
+    # SGLang ignores the first without the second, and replicas are served
+    refusals.check_arguments(Changed(served, enable_dp_attention=True))
+    refusals.check_arguments(Changed(served, dp_size=2))
+
+
 def test_every_refusal_of_the_table_has_a_case():
-    cases = len(CASES) - 1 + len(VARIABLES) + 2  # prefill and decode backend are one refusal; two for graphs
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention
+    cases = len(CASES) - 1 + len(VARIABLES) + 3
     assert len(refusals.ARGUMENTS) == cases
 
 
@@ -133,15 +156,28 @@ def test_every_refusal_of_the_table_has_a_case():
     ids=str,
 )
 def test_server_args_are_refused_in_the_parent(server_args, model_dir, chosen, word):
-    args = server_args(model_path=model_dir(), kv_cache_dtype="kvarn", **chosen)
-    with pytest.raises(ValueError, match=word):
-        args.check_server_args()
+    with pytest.raises(Refused, match=word):
+        server_args(model_path=model_dir(), kv_cache_dtype="kvarn", **chosen)
 
 
-def test_backend_without_cache_is_refused(server_args, model_dir):
-    args = server_args(model_path=model_dir(), attention_backend="kvarn")
-    with pytest.raises(ValueError, match="add --kv-cache-dtype kvarn or drop --attention-backend"):
-        args.check_server_args()
+@pytest.mark.parametrize(
+    ("chosen", "word"),
+    [
+        ({"speculative_algorithm": "NGRAM"}, "speculative decoding is not supported yet: drop --speculative-algorithm"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative decoding is not supported yet"),
+        ({"enable_deterministic_inference": True}, "drop --enable-deterministic-inference"),
+        ({"rl_on_policy_target": "fsdp"}, "drop --rl-on-policy-target"),
+        ({"enable_dp_attention": True, "dp_size": 2}, "drop --enable-dp-attention and --dp-size"),
+        ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "drop --enable-dp-attention and --dp-size"),
+        ({"chunked_prefill_size": 100}, "not 100: set it to a multiple of 128"),
+        ({"max_total_tokens": 100}, "raise --max-total-tokens"),
+        ({"attention_backend": "kvarn", "kv_cache_dtype": "auto"}, "add --kv-cache-dtype kvarn"),
+    ],
+    ids=str,
+)
+def test_resolution_refuses_what_sglang_would_advise_on_otherwise(server_args, model_dir, chosen, word):
+    with pytest.raises(Refused, match=word):
+        server_args(**({"model_path": model_dir(), "kv_cache_dtype": "kvarn"} | chosen))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +213,43 @@ def test_backend_without_cache_is_refused(server_args, model_dir):
 def test_models_are_refused_in_the_parent(server_args, model_dir, changes, word):
     args = server_args(model_path=model_dir(**changes), kv_cache_dtype="kvarn")
     with pytest.raises(ValueError, match=word):
+        args.check_server_args()
+
+
+@pytest.mark.parametrize(
+    ("device", "tp_size", "heads", "sizes"),
+    [
+        ("cpu", 2, (6, 3), "1 or 3"),
+        ("cpu", 2, (4, 1), "1"),
+        ("cuda", 2, (6, 3), "1 or 3"),
+        # query heads are never replicated
+        ("cuda", 3, (8, 1), "1"),
+        ("cuda", 4, (6, 2), "1 or 2"),
+    ],
+)
+def test_check_heads_names_the_heads_and_the_sizes_that_fit(device, tp_size, heads, sizes):
+    args = SimpleNamespace(device=device, tp_size=tp_size)
+    model = SimpleNamespace(num_attention_heads=heads[0], get_total_num_kv_heads=lambda: heads[1])
+    with pytest.raises(Refused) as error:
+        refusals.check_heads(args, model)
+    assert f"--tp-size {tp_size} cannot share the {heads[0]} query heads and {heads[1]} KV heads" in str(error.value)
+    assert str(error.value).endswith(f": set --tp-size to {sizes}")
+    assert (" on a CPU" in str(error.value)) == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "tp_size", "heads"),
+    [("cpu", 2, (4, 2)), ("cpu", 1, (5, 3)), ("cuda", 2, (4, 2)), ("cuda", 4, (8, 2)), ("cuda", 8, (8, 1))],
+)
+def test_check_heads_takes_ranks_that_share_or_repeat_kv_heads(device, tp_size, heads):
+    model = SimpleNamespace(num_attention_heads=heads[0], get_total_num_kv_heads=lambda: heads[1])
+    refusals.check_heads(SimpleNamespace(device=device, tp_size=tp_size), model)
+
+
+def test_ranks_that_do_not_fit_the_heads_are_refused_in_the_parent(server_args, model_dir):
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 384}
+    args = server_args(model_path=model_dir(**heads), kv_cache_dtype="kvarn", tp_size=2)
+    with pytest.raises(Refused, match="set --tp-size to 1 or 3"):
         args.check_server_args()
 
 
@@ -234,7 +307,7 @@ def test_check_device_asks_for_16_bit_on_a_gpu(monkeypatch):
         refusals.check_device("cuda", torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    with pytest.raises(ValueError, match=r"8\.0 or later, got Tesla T4"):
+    with pytest.raises(ValueError, match=r"8\.0 or later, not Tesla T4"):
         refusals.check_device("cuda", torch.float16)
 
 

@@ -21,7 +21,8 @@ def test_main_ends_with_ok(monkeypatch, capsys):
     code, out = run(monkeypatch, capsys)
     assert code == 0 and out.splitlines()[-1] == "ok"
     assert all(name in out for name in preset_names())
-    # one line per function: the resolution of arguments has two hooks
+    assert "kernels        encode, decode and extends by torch\n" in out
+    # one line per function: some have several hooks
     assert out.count("hook ok") == len({hook.path for hook in hooks.HOOKS})
 
 

@@ -41,8 +41,9 @@ class Model(torch.nn.Module):
 
 # by the function of the hook: arguments and keyword arguments of the function that it hooks, of stock servers
 STOCK = {
-    "settings.apply_defaults": [((SimpleNamespace(**SERVER_ARGS),), {})],
+    "hooks._resolve": [((SimpleNamespace(**SERVER_ARGS),), {})],
     "refusals.resolve_or_refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
+    "refused.leave_scheduler": [((Unread(), Unread()), {})],
     "tail.limit_prefix": [((SimpleNamespace(return_logprob=False), 512), {})],
     "hooks._refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
     "settings.cache_dtype": [
@@ -73,8 +74,8 @@ def name_of(hook: hooks.Hook) -> str:
 CALLS = [
     pytest.param(hook, *call, id=f"{hook.target}-{i}")
     for hook in hooks.HOOKS
-    # its test is the next one
-    if name_of(hook) != "settings.add_choices"
+    # those on the parser have tests below; the launch is hooked for a kvarn cache only
+    if hook.target != "server_args.ServerArgs.add_cli_args" and hook.where != "launch"
     for i, call in enumerate(STOCK[name_of(hook)])
 ]
 
@@ -113,3 +114,22 @@ def test_the_presets_are_all_that_the_command_line_gains():
     assert hook.function(None, parser) is None
     for line in ([], ["--kv-cache-dtype", "fp8_e4m3", "--page-size", "1"]):
         assert parser.parse_args(line) == plain.parse_args(line)
+
+
+def test_the_launch_of_a_stock_server_is_not_hooked(monkeypatch):
+    registered = []
+    monkeypatch.setattr(hooks, "_registered", [])
+    monkeypatch.setattr(hooks, "_register", registered.extend)
+    hooks.register_all()
+    hooks._resolve(SimpleNamespace(**SERVER_ARGS))
+    assert registered and all(hook.where == "arguments" for hook in registered)
+
+
+def test_an_error_of_a_stock_command_is_shown_as_before(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: shown.append(error))
+    (hook,) = [hook for hook in hooks.HOOKS if name_of(hook) == "refused.print_sentence"]
+    assert hook.function(None, argparse.ArgumentParser()) is None
+    error = (ValueError, ValueError("no refusal"), None)
+    sys.excepthook(*error)
+    assert shown == [error] and capsys.readouterr().err == ""

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user sees of a refusal: of a command the last line and exit code 1, of the library a ValueError."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from sglang_kvarn import cpu_platform
+
+# the ring of so many requests fits no memory, which only a scheduler knows
+TOO_MANY = 10**7
+COMMAND = "-m sglang.launch_server --kv-cache-dtype kvarn --dtype float32 --skip-tokenizer-init --model-path"
+
+
+needs_no_gpu = pytest.mark.skipif(not cpu_platform.is_active(), reason="for a machine without a GPU")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            "--speculative-algorithm NGRAM",
+            "--speculative-algorithm cannot be combined with --kv-cache-dtype kvarn, because speculative decoding is "
+            "not supported yet: drop --speculative-algorithm",
+        ),
+        (f"--max-running-requests {TOO_MANY}", f"for the newest tokens of {TOO_MANY} requests at a time, but "),
+    ],
+    ids=["argument", "scheduler"],
+)
+@needs_no_gpu
+def test_a_command_ends_with_the_sentence_and_exit_code_1(model, flags, sentence):
+    command = [sys.executable, *COMMAND.split(), model, *flags.split()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and sentence in lines[-1], result.stderr[-3000:]
+    assert not any(line.startswith("Traceback") for line in lines)
+
+
+LIBRARY = """
+import sys
+import sglang
+
+if __name__ == "__main__":
+    try:
+        sglang.Engine(model_path=sys.argv[1], kv_cache_dtype="kvarn", dtype="float32", skip_tokenizer_init=True,
+                      max_running_requests=int(sys.argv[2]))
+    except ValueError as error:
+        print(error)
+"""
+
+
+@needs_no_gpu
+def test_a_program_gets_the_sentence_of_a_scheduler_as_a_value_error_and_can_end(model, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(LIBRARY)
+    command = [sys.executable, str(program), model, str(TOO_MANY)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0 and f"of {TOO_MANY} requests at a time" in result.stdout.splitlines()[-1]
