@@ -4,8 +4,8 @@
 A program attends BLOCK_Q tokens of one request and KV head, aligned to pages, so that its rows share what
 they read: the records of the older pages, then the exact first rows of those pages, then the exact keys, each
 in blocks at fixed positions and in the order of positions. A masked block leaves the state of a row unchanged
-bit for bit. So the output of a position has the same bits whatever the chunk, the page ids and the other
-requests.
+bit for bit. So, in a step whose pages are not split (`num_splits`; those of canonical presets never are), the
+output of a position has the same bits whatever the chunk, the page ids and the other requests.
 """
 
 from __future__ import annotations
