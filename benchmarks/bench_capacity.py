@@ -2,7 +2,7 @@
 """How many tokens a GiB of KV memory holds: every preset against a 16-bit and an fp8 cache, ring rows
 included.
 
-    python benchmarks/bench_capacity.py [--gib 40] [--requests 64 256] [--csv benchmarks/results/capacity.csv]
+    python benchmarks/bench_capacity.py [--gib 40] [--requests 32 256] [--csv benchmarks/results/capacity.csv]
 
 No GPU is needed: the figures come from the functions that size the pool of a server (`sglang_kvarn.budget`), for a
 CUDA host with what is installed here (FlashInfer: a workspace of prefill). What a server takes besides, the padding
@@ -34,6 +34,8 @@ SHAPES = {
 PRESETS = [name for name in preset_names() if name not in ("kvarn", "kvarn_canonical")]
 # SGLang's --chunked-prefill-size on an 80 GB GPU
 CHUNK = 8192
+# and the largest batch of its decode graphs there
+GRAPH_BATCH = 256
 FIELDS = (
     *("model", "layers", "kv_heads", "head_dim", "kv_gib", "cache", "bytes_per_token", "requests"),
     *("ring_mib", "workspace_mib", "pool_tokens", "tokens_per_gib", "to_bf16", "to_fp8"),
@@ -70,7 +72,7 @@ def kvarn_row(
         context: longest request in tokens.
     """
     config = KVarNConfig.from_preset(name)
-    rows, _ = choose_rows(memory, shape.row_bytes(config), requested)
+    rows, _ = choose_rows(memory, shape.row_bytes(config), requested, GRAPH_BATCH)
     # one more row is the padding target of CUDA graphs
     ring = (rows + 1) * shape.row_bytes(config)
     workspace = workspace_bytes(shape, config, torch.device("cuda"), torch.bfloat16, rows + 1, rows, context, CHUNK)
@@ -129,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=SHAPES, action="append", help="default: all")
     parser.add_argument("--gib", type=float, default=40.0, help="KV memory of one GPU (default: %(default)s)")
-    parser.add_argument("--requests", type=int, nargs="*", default=[64, 256], help="requests at a time")
+    parser.add_argument("--requests", type=int, nargs="*", default=[32, 256], help="requests at a time")
     parser.add_argument(
         "--context", type=int, default=32768, help="longest request (default: %(default)s tokens)"
     )

@@ -16,7 +16,9 @@ from sglang_kvarn.refused import Refused
 
 logger = logging.getLogger(__name__)
 
-RING_SHARE = 0.05
+# shares of the KV memory: what rings take at most so that every batch that stock SGLang captures a decode graph for can
+# run, and what they may take beyond that
+GRAPH_RING_SHARE, RING_SHARE = 0.2, 0.05
 MIN_ROWS = 8
 MAX_ROWS = 4096
 # the prompt, the answer, and the page that SGLang keeps free: a pool of one page starts no request, of two answers none
@@ -64,13 +66,18 @@ def model_shape(configurator: Any) -> ModelShape:
     )
 
 
-def choose_rows(available: int, row_bytes: int, requested: int | None) -> tuple[int, str]:
+def choose_rows(available: int, row_bytes: int, requested: int | None, graph_batch: int = 0) -> tuple[int, str]:
     """Return the number of request rows that get a ring, and why.
+
+    Without a wish of the user, as many requests run as stock SGLang captures decode graphs for, while their rings take
+    at most a fifth of the memory. Fewer rows would let short requests wait beside an empty pool: Qwen3-8B on an H100
+    ran 69 of 256 chats at a time when rings took 5 %, at 0.77 times the throughput of stock SGLang.
 
     Args:
         available: bytes for the KV cache, ring included.
         row_bytes: ring bytes of one row.
         requested: the user's ``--max-running-requests`` for this rank, None to derive it.
+        graph_batch: the largest batch of a decode graph, 0 without graphs.
 
     Raises:
         Refused: the ring of these rows (and of the padding row) does not leave room for a cache.
@@ -78,9 +85,12 @@ def choose_rows(available: int, row_bytes: int, requested: int | None) -> tuple[
     if requested is not None:
         rows, reason = requested, "--max-running-requests"
     else:
-        affordable = int(available * RING_SHARE) // row_bytes - 1
-        rows = min(max(affordable, MIN_ROWS), MAX_ROWS)
-        reason = f"at most {RING_SHARE:.0%} of the KV memory, at least {MIN_ROWS}, at most {MAX_ROWS}"
+        some, many = (int(available * share) // row_bytes - 1 for share in (RING_SHARE, GRAPH_RING_SHARE))
+        rows = min(max(some, min(graph_batch, many), MIN_ROWS), MAX_ROWS)
+        reason = (
+            f"as many as decode graphs take while rings fit {GRAPH_RING_SHARE:.0%} of the KV memory, or more that fit "
+            f"{RING_SHARE:.0%}; at least {MIN_ROWS}, at most {MAX_ROWS}"
+        )
     if (rows + 1) * row_bytes >= available:
         raise Refused(
             f"a kvarn cache needs {(rows + 1) * row_bytes / MIB:,.1f} MiB for the newest tokens of {rows} requests at "
@@ -112,7 +122,7 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
         return None
     shape, server_args = model_shape(configurator), configurator.server_args
     requested = compat.max_running_requests(server_args)
-    rows, reason = choose_rows(result, shape.row_bytes(config), requested)
+    rows, reason = choose_rows(result, shape.row_bytes(config), requested, graph_batch_size(server_args))
     if requested is None:
         compat.set_max_running_requests(server_args, rows)
     ring = (rows + 1) * shape.row_bytes(config)
@@ -128,12 +138,13 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
     )
     logger.info(
         "KVarN: %d requests at a time (%s), ring %.1f MiB, workspace %.1f MiB of %.1f MiB KV memory;"
-        " change it with --max-running-requests",
+        " a request less at a time (--max-running-requests) makes room for %s tokens more",
         rows,
         reason,
         ring / MIB,
         workspace / MIB,
         result / MIB,
+        f"{shape.row_bytes(config) // shape.token_bytes(config):,}",
     )
     left, needed = result - ring - workspace, MIN_PAGES * settings.PAGE_SIZE * shape.token_bytes(config)
     if left < needed:
@@ -156,8 +167,13 @@ def cap_rows(result: int, configurator: Any, token_capacity: int) -> int | None:
 
 def decode_batch_size(server_args: Any, rows: int) -> int:
     """Return the largest decode batch: every row, or the largest CUDA graph if that is padded beyond them."""
+    return max(rows + 1, graph_batch_size(server_args))
+
+
+def graph_batch_size(server_args: Any) -> int:
+    """Return the largest batch that a decode CUDA graph is captured for, 0 where there are none."""
     graph = compat.resolved_arguments(server_args).cuda_graph_config.decode
-    return max(rows + 1, graph.max_bs or 0) if graph.backend != "disabled" else rows + 1
+    return (graph.max_bs or 0) if graph.backend != "disabled" else 0
 
 
 def step_pages(rows: int, context_pages: int) -> int:

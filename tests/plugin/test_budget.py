@@ -62,13 +62,37 @@ def test_model_shape_counts_the_heads_of_one_rank(monkeypatch, tp_size):
     assert (shape.kv_heads, shape.qo_heads) == (max(1, 2 // tp_size), 4 // tp_size)
 
 
-def test_choose_rows_takes_five_percent_but_at_least_eight():
+def test_choose_rows_takes_five_percent_but_at_least_eight_without_graphs():
     row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
     rows, reason = budget.choose_rows(55 * GIB, row, None)
     assert (rows + 1) * row <= 0.05 * 55 * GIB < (rows + 2) * row
     assert "5%" in reason
     assert budget.choose_rows(4 * GIB, row, None)[0] == budget.MIN_ROWS
     assert budget.choose_rows(10**6 * GIB, row, None)[0] == budget.MAX_ROWS
+
+
+def test_choose_rows_takes_the_batch_of_the_decode_graphs_within_a_fifth_of_the_memory():
+    row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
+    # an H100: 256 rings of 36 MiB are 16 % of 55 GiB; of 24 GiB they would be 38 %
+    assert budget.choose_rows(55 * GIB, row, None, 256)[0] == 256
+    rows, reason = budget.choose_rows(24 * GIB, row, None, 256)
+    assert (rows + 1) * row <= 0.2 * 24 * GIB < (rows + 2) * row and "20%" in reason
+    # never fewer than without graphs, and the user's word is the last
+    assert budget.choose_rows(55 * GIB, row, None, 8) == budget.choose_rows(55 * GIB, row, None, 0)
+    assert budget.choose_rows(55 * GIB, row, 16, 256)[0] == 16
+
+
+def test_charge_fixed_bytes_reads_the_batch_of_the_decode_graphs():
+    kvc = configurator("kvarn", requested=None)
+    row = budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
+    kvc.server_args.cuda_graph_config.decode.max_bs = 100
+    budget.charge_fixed_bytes(1000 * row, kvc, 0)
+    # graphs are disabled
+    assert kvc.server_args.max_running_requests == 49
+    kvc = configurator("kvarn", requested=None)
+    kvc.server_args.cuda_graph_config.decode = SimpleNamespace(backend="full", max_bs=100)
+    budget.charge_fixed_bytes(1000 * row, kvc, 0)
+    assert kvc.server_args.max_running_requests == 100
 
 
 def test_choose_rows_takes_what_the_user_asks_for_or_says_why_not():
