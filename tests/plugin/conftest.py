@@ -7,22 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from model_table import LLAMA
 from sglang_kvarn import compat, cpu_platform, hooks
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "float32",
-}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,14 +2,28 @@
 """Every model architecture that a tested SGLang has, judged: served, refused, or loaded in another way.
 
 A row is an architecture and the `model_type` whose default configuration stands for it. Where the defaults are no
-model, "+" adds the fields of `conftest.LLAMA`; "-", for a configuration that is code on the Hub, is "llama+".
+model, "+" adds the fields of `LLAMA`; "-", for a configuration that is code on the Hub, is "llama+".
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from conftest import LLAMA
+# a configuration that is served; tests change what they are about
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
 
 WINDOWS = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
 LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
