@@ -57,15 +57,26 @@ def check(found: dict) -> None:
 
 @pytest.mark.timeout(900)
 def test_tenants_on_a_small_server_get_the_answers_of_a_server_of_their_own(tmp_path):
-    flags = "--requests 60 --tenants 12 --prompts 1 --pool 1536 --new-tokens 8 24 48 --faults running"
-    check(stress(tmp_path, flags, limit=840))
+    # canonical: requests that compute one prefix at the same time share its pages, so that the answer of a window
+    # preset can be that of a mixture of histories, which no server gives alone
+    flags = "--preset kvarn_canonical --requests 60 --tenants 12 --prompts 1 --pool 1536 --new-tokens 8 24 48"
+    check(stress(tmp_path, f"{flags} --faults running", limit=840))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_tenants_of_a_window_preset_see_nothing_of_each_other(tmp_path):
+    found = stress(tmp_path, "--requests 120 --tenants 12 --prompts 2 --pool 1536 --allow 120", limit=1740)
+    assert (found["leaked secrets"], found["failed"]) == (0, 0)
+    assert found["prefix hits"] > found["requests"] // 4 and found["retractions"] > 0
+    assert found["differing"] <= found["requests"] // 4
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_500_requests_of_32_tenants(tmp_path):
-    flags = "--requests 500 --prompts 2 --rows 10 --pool 2048 --new-tokens 8 40 96 160 --faults all"
-    check(stress(tmp_path, flags, limit=3540))
+    flags = "--preset kvarn_canonical --requests 500 --prompts 2 --rows 10 --pool 2048 --new-tokens 8 40 96 160"
+    check(stress(tmp_path, f"{flags} --faults all", limit=3540))
 
 
 @pytest.mark.long
