@@ -17,6 +17,10 @@ _STATUS = "refused by sglang-kvarn"
 # seconds for the other ranks, which refuse too; until then they may still print
 _JOIN_SECONDS = 10
 
+# with its traceback a refusal keeps what SGLang's launch had made: the garbage collector may find a ZeroMQ context
+# there before the sockets of it, and would wait for them without end; at exit nothing waits
+_kept: list[BaseException] = []
+
 
 class Refused(ValueError):
     """Say in one sentence what a kvarn cache does not serve: what was expected, what came, what to do."""
@@ -77,11 +81,12 @@ def _wait(wait_for_ready: Callable[[], None], others: set[Any]) -> None:
     """Wait for the schedulers; where they refuse, end every child process but the others."""
     try:
         wait_for_ready()
-    except Refused:
+    except Refused as refusal:
         # the detokenizer waits for messages, and a program for its children
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
             process.join()
+        _kept.append(refusal)
         raise
 
 

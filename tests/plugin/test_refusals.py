@@ -63,6 +63,12 @@ GRAPHS = [
 VARIABLES = ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE"]
 
 
+@pytest.fixture(autouse=True)
+def cores(monkeypatch):
+    """Keep the cores of ranks out of the environment of later tests, where resolving more than one rank puts them."""
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+
+
 class Changed:
     """Resolved arguments of which some are others."""
 
