@@ -172,8 +172,8 @@ MUTATIONS = (
     Mutation(
         "prefix hit read from the ring of the row's last owner",
         f"{PLUGIN}/tail.py",
-        "[compat.prefix_len(req) for req in fresh]",
-        "[0 for req in fresh]",
+        "[compat.prefix_len(req) for req in reqs]",
+        "[0 for req in reqs]",
         (FUZZ,),
     ),
     Mutation(
