@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kvarn_kernels import nvrtc, ops
@@ -15,6 +17,13 @@ AMPERE = "encode by CUDA C++ (encode.cu), decode by Triton, "
 TRITON = "encode by Triton, decode by Triton, "
 FLASHINFER = "short extends by Triton, long extends by FlashInfer"
 ONE_FORM = "extends by Triton"
+
+
+@pytest.fixture(autouse=True)
+def shared_memory_of_an_h100(monkeypatch):
+    """Let a GPU of any capability have the shared memory that decode_sm90.cu plans with."""
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
 @pytest.mark.parametrize(
