@@ -5,14 +5,13 @@
     python benchmarks/bench_engine.py --model qwen3-8b-dummy --caches bf16 kvarn --prefills 2048+0 2048+32768
     python benchmarks/bench_engine.py --model smollm2 --caches bf16 kvarn kvarn_k4v4_g128 --prompts
 
-Every cache gets an engine of its own in a process of its own, one after the other, with the same memory fraction.
-A shape BATCHxCONTEXT feeds BATCH random prompts of CONTEXT tokens three times: to the first token (nothing cached),
-to the first token again (all full pages cached), and to 65 tokens; the time per token is the difference of the last
-two over 64. Shapes of up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random
-tokens on top of CACHED ones that the prefix cache holds, --repeats times, each time other new tokens: one request at a
-time, to its first token. Dummy weights give true speeds and sizes, not texts. --prompts adds three chats and one long
-prompt with a second turn on top of it, greedy, and counts the tokens until the first one that differs from the first
-cache.
+Every cache gets an engine of its own in a process of its own, one after the other, with the same memory fraction. A
+shape BATCHxCONTEXT feeds BATCH random prompts of CONTEXT tokens to the first token (nothing cached), to the first token
+again (all full pages cached), and to 65 tokens; the time per token is the difference of the last two over 64. Shapes of
+up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED
+ones that the prefix cache holds, --repeats times, each time other new tokens: one request at a time, to its first
+token. Dummy weights give true speeds and sizes, not texts. --prompts adds three chats and one long prompt with a second
+turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache.
 """
 
 from __future__ import annotations
@@ -45,6 +44,9 @@ CHATS = (
     "Write a short story about a robot that learns to paint.",
 )
 DECODED = 64
+# requests of a shape to the first token and to the last one, of which the medians count: one that is late by 0.2 s
+# would move the time of a token by 3 ms
+TRIES = 3
 # tokens of a shape up to which it runs once before it is measured; what a larger one needs has run by then
 WARMED_UP = 100_000
 COLUMNS = [
@@ -99,8 +101,9 @@ def measure_shape(engine: Any, batch: int, context: int, seed: int) -> list[tupl
         return time.perf_counter() - started, answers
 
     miss, _ = seconds(1)
-    hit, answers = seconds(1)
-    whole, _ = seconds(1 + DECODED)
+    hits = [seconds(1) for _ in range(TRIES)]
+    hit, answers = statistics.median(taken for taken, _ in hits), hits[-1][1]
+    whole = statistics.median(seconds(1 + DECODED)[0] for _ in range(TRIES))
     shape = f"{batch}x{context}"
     per_token = (whole - hit) / DECODED
     return [

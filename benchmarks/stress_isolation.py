@@ -42,7 +42,7 @@ from rich.console import Console
 from sglang_kvarn.demo import server as servers
 from stress import faults
 from stress.load import Answer, Load, run
-from stress.oracle import NEAR_TIE, Oracle
+from stress.oracle import NEAR_TIE, Oracle, flush
 from stress.tenants import Prompt, contains, text_prompts, token_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,11 +217,6 @@ def ask_all(oracle: Oracle) -> None:
     CONSOLE.print(f"{len(oracle.prompts)} answers alone", highlight=False)
 
 
-def flush(url: str) -> None:
-    """Empty the prefix cache of a running server."""
-    httpx.post(f"{url}/flush_cache", timeout=60, trust_env=False).raise_for_status()
-
-
 def end_at(limit: int) -> None:
     """End this run and its servers after so many seconds, or on SIGTERM."""
 
@@ -248,7 +243,8 @@ def main() -> int:
         if args.url:
             oracle = Oracle(args.alone_url or args.url, prompts, longest, window and args.alone_url is not None)
             ask_all(oracle)
-            flush(args.url)
+            with httpx.Client(base_url=args.url, timeout=60, trust_env=False) as client:
+                flush(client)
             result |= under_load(args, args.url, oracle)
         else:
             flags = server_flags(args, folder)

@@ -29,6 +29,19 @@ NEAR_TIE = 0.1
 History = tuple[int, ...]
 
 
+def flush(client: httpx.Client) -> None:
+    """Empty the prefix cache of a server; SGLang refuses while the last step of a request is in flight.
+
+    Raises:
+        httpx.HTTPStatusError: the server did not become idle within 10 s.
+    """
+    for _ in range(100):
+        if (response := client.post("/flush_cache")).is_success:
+            return
+        time.sleep(0.1)
+    response.raise_for_status()
+
+
 @dataclass(frozen=True)
 class Alone:
     """The answer to a prompt that had a server to itself, and how far ahead each token was of the second.
@@ -114,7 +127,7 @@ class Oracle:
     def _ask(self, prompt: int, history: History) -> Alone:
         payload = self.prompts[prompt].payload
         if self._hits_differ:
-            self._flush()
+            flush(self._client)
             for start in history:
                 self._generate(Prompt(-1, {"input_ids": payload["input_ids"][:start]}, ""), 1)
         output = self._generate(self.prompts[prompt], self.new_tokens, return_logprob=True, top_logprobs_num=2)
@@ -122,14 +135,6 @@ class Oracle:
         wanted = history[-1] if history else 0
         assert meta["cached_tokens"] == wanted, f"expected {wanted} cached tokens, got {meta['cached_tokens']}"
         return Alone(output["output_ids"], [best[0] - second[0] for best, second in meta["output_top_logprobs"]])
-
-    def _flush(self) -> None:
-        """Empty the prefix cache; SGLang refuses while the last step of a request is in flight."""
-        for _ in range(100):
-            if (response := self._client.post("/flush_cache")).is_success:
-                return
-            time.sleep(0.1)
-        response.raise_for_status()
 
     def _generate(self, prompt: Prompt, new_tokens: int, **more: object) -> dict:
         response = self._client.post("/generate", json={**request_body(prompt, new_tokens), **more})

@@ -169,7 +169,7 @@ def decode(
     workspace = batch.workspace
     assert workspace is not None, "the Triton form needs a DecodeWorkspace"
     batch_size, head_dim = batch.rows.shape[0], cache.ring_k.shape[3]
-    if decode_sm90.is_supported(cache.records.device) and cache.ring_k.dtype != torch.float32:
+    if decode_sm90.serves(cache.records.device, cache.ring_k.dtype):
         scale = sm_scale * LOG2_E
         decode_sm90.decode(cache, batch, config, num_qo_heads, num_kv_heads, scale, split_units(config))
         return

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from kvarn_kernels import nvrtc
+from kvarn_kernels import gpu, nvrtc
 from kvarn_kernels.cache import DecodeBatch, LayerCache
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.launch import CudaLauncher, current_stream
@@ -29,9 +29,12 @@ def is_supported(device: torch.device) -> bool:
     Its buffers are sized for the 228 KiB of a multiprocessor of capability 9.0 or 10.0. GPUs of capability 12.0 have
     100 KiB, where a block of head_dim 256 would not start; the Triton kernel runs there.
     """
-    if nvrtc.capability(device) < (9, 0):
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= SHARED_OF_MULTIPROCESSOR
+    return nvrtc.capability(device) >= (9, 0) and gpu.shared_memory_of_multiprocessor() >= SHARED_OF_MULTIPROCESSOR
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether decode_sm90.cu can serve a model: a device that it supports, 16-bit floats."""
+    return dtype != torch.float32 and is_supported(device)
 
 
 def teams(record_bytes: int, head_dim: int) -> tuple[int, int]:

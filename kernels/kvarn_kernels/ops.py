@@ -86,8 +86,7 @@ def describe(
     from kvarn_kernels import decode_sm90, encode_cuda
 
     encode = f"CUDA C++ ({encode_cuda.SOURCE})" if encode_cuda.serves(device, dtype) else "Triton"
-    is_decode_cuda = decode_sm90.is_supported(device) and dtype != torch.float32
-    decode = f"CUDA C++ ({decode_sm90.SOURCE})" if is_decode_cuda else "Triton"
+    decode = f"CUDA C++ ({decode_sm90.SOURCE})" if decode_sm90.serves(device, dtype) else "Triton"
     extends = "extends by Triton"
     if flashinfer and extend_form(device, dtype, head_dim, config) == "flashinfer":
         extends = "short extends by Triton, long extends by FlashInfer"

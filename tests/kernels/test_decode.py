@@ -16,10 +16,10 @@ from builders import (
     relative_rms,
     run_decode,
 )
-from kvarn_kernels import decode_plan, gpu, torch_form
+from kvarn_kernels import decode_plan, decode_sm90, gpu, torch_form
 from kvarn_kernels.cache import DecodeWorkspace
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.decode import decode, make_workspace
+from kvarn_kernels.decode import decode, exact_block, make_workspace
 from kvarn_kernels.decode_plan import plan_decode
 from kvarn_kernels.merge import merge
 from kvarn_kernels.store import store_decode
@@ -79,6 +79,18 @@ def test_decode_matches_the_oracle_in_every_form(preset, dtype, heads, head_dim)
     requests = make_requests([3 * PAGE + 1], heads, head_dim, dtype)
     for request, out in zip(requests, decode_step(requests, heads, config), strict=True):
         assert relative_rms(out, oracle(request, config, len(request.q) - 1)[0]) < TOLERANCE[dtype]
+
+
+def test_decode_matches_the_oracle_with_the_blocks_of_a_gpu_with_less_shared_memory(monkeypatch):
+    full = exact_block(256)
+    # such GPUs run the Triton kernel
+    monkeypatch.setattr(decode_sm90, "is_supported", lambda device: False)
+    monkeypatch.setattr(gpu, "shared_memory", lambda: 99 << 10)
+    assert exact_block(256) != full
+    config = KVarNConfig.from_preset("kvarn")
+    requests = make_requests([3 * PAGE + 1, PAGE + 77], (6, 1), 256, torch.float16)
+    for request, out in zip(requests, decode_step(requests, (6, 1), config), strict=True):
+        assert relative_rms(out, oracle(request, config, len(request.q) - 1)[0]) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])

@@ -4,12 +4,10 @@
 Its results are tested where it runs: `test_decode.py` and `test_graph.py` on a GPU of capability 9.0 or later.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from cubin import compiled, registers_and_stack
-from kvarn_kernels import decode_sm90, nvrtc, tile
+from kvarn_kernels import decode_sm90, gpu, nvrtc, tile
 from kvarn_kernels.config import KVarNConfig
 
 # preset, head_dim, KV heads, query heads per KV head, bfloat16, pages of a split
@@ -71,6 +69,5 @@ def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
 )
 def test_decode_sm90_serves_gpus_with_the_shared_memory_that_it_plans_with(capability, shared, serves, monkeypatch):
     monkeypatch.setattr(nvrtc, "capability", lambda device: capability)
-    properties = SimpleNamespace(shared_memory_per_multiprocessor=shared * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu, "shared_memory_of_multiprocessor", lambda: shared * 1024)
     assert decode_sm90.is_supported(torch.device("cuda")) is serves

@@ -16,7 +16,7 @@ from builders import (
     run_extend,
 )
 from kvarn_kernels import extend as extend_module
-from kvarn_kernels import ops, torch_form
+from kvarn_kernels import gpu, ops, torch_form
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.extend import extend, num_splits, query_tiles
 
@@ -82,6 +82,16 @@ def test_extend_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype)
     request = make_request(307, heads, head_dim, dtype)
     out = prefill(attention, request, [307], cache_for(request, config), config)
     assert relative_rms(out, oracle(request, config)) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (16, 2)], ids=str)
+def test_extend_matches_the_oracle_with_the_blocks_of_a_gpu_with_less_shared_memory(heads, monkeypatch):
+    full = extend_module.block_sizes(heads[0] // heads[1], 256)
+    monkeypatch.setattr(gpu, "shared_memory", lambda: 99 << 10)
+    assert extend_module.block_sizes(heads[0] // heads[1], 256) != full
+    request = make_request(2 * PAGE + 51, heads, 256, torch.float16)
+    out = prefill(attention, request, [70, PAGE + 109], cache_for(request, CANONICAL), CANONICAL)
+    assert relative_rms(out, oracle(request, CANONICAL)) < BOUND[torch.float16]
 
 
 @pytest.mark.parametrize("least", [1, extend_module.MIN_SPLIT_PAGES], ids=lambda n: f"splits_of_{n}")

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from kvarn_kernels import nvrtc, ops
+from kvarn_kernels import gpu, nvrtc, ops
 from kvarn_kernels.config import KVarNConfig
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -22,8 +20,7 @@ ONE_FORM = "extends by Triton"
 @pytest.fixture(autouse=True)
 def shared_memory_of_an_h100(monkeypatch):
     """Let a GPU of any capability have the shared memory that decode_sm90.cu plans with."""
-    properties = SimpleNamespace(shared_memory_per_multiprocessor=228 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu, "shared_memory_of_multiprocessor", lambda: 228 << 10)
 
 
 @pytest.mark.parametrize(
