@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plugin for an SGLang that has the registry of this folder: what would be left of `sglang_kvarn.hooks`.
+"""The plugin for an SGLang that has the registry of this folder: what would be left of `sglang_kvarn.plugin`.
 
 The registry builds a cache. What stays are the hooks on weights, which are balanced while a server runs, on server
 info, on requests that come back, on models that SGLang refuses itself, and one that fills the arguments of a CPU.
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from kvarn_kernels.config import preset_names
-from sglang_kvarn import budget, compat, cpu_platform, hooks, refusals, settings
+from sglang_kvarn import budget, compat, hook, plugin, refusals, settings
+from sglang_kvarn.cpu import platform
 
 _registry = compat.resolve("sglang.srt.mem_cache.kv_cache_format")
 
@@ -27,8 +28,8 @@ class KVarNFormat(_registry.KVCacheFormat):
         self.name = name
 
     def check_server_args(self, cfg: Any) -> None:
-        hooks.register_rest()
-        hooks.verify_hooks()
+        plugin.register_rest()
+        hook.verify_hooks()
         refusals.check_arguments(cfg)
 
     def bytes_per_token(self, kvc: Any) -> int:
@@ -54,12 +55,12 @@ def apply_cpu_defaults(server_args: Any) -> None:
     if compat.is_resolved(server_args):
         return
     chosen = server_args.attention_backend
-    cpu_platform.apply_defaults(server_args)
+    platform.apply_defaults(server_args)
     if settings.preset_of(server_args) is not None:
         server_args.attention_backend = chosen
 
 
-CPU_DEFAULTS = hooks.Hook(
+CPU_DEFAULTS = hook.Hook(
     compat.resolution_target(),
     "before",
     ("self",),
@@ -71,8 +72,8 @@ CPU_DEFAULTS = hooks.Hook(
 
 def register() -> None:
     """Register the formats and the attention backend; called by SGLang in every process it starts."""
-    cpu_platform.prepare_environment()
-    hooks.HOOKS = (CPU_DEFAULTS, *(hook for hook in hooks.HOOKS if hook.replaced_by is None))
-    hooks.register_all()
+    platform.prepare_environment()
+    hook.declare((CPU_DEFAULTS, *(h for h in plugin.HOOKS if h.replaced_by is None)))
+    plugin.register_all()
     for name in preset_names():
         _registry.register_kv_cache_format(KVarNFormat(name))

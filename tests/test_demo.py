@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from kvarn_kernels.config import preset_names
 from rich.console import Console
-from sglang_kvarn import smollm2
 from sglang_kvarn.demo import chat, report, server
+from sglang_kvarn.demo import model as smollm2
 from sglang_kvarn.demo.__main__ import parse_arguments
 
 DEMO = [sys.executable, "-m", "sglang_kvarn.demo"]

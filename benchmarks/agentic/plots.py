@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agentic.summary import CLIFF_SHARE, cliff
+from benchmarks.agentic.summary import CLIFF_SHARE, cliff
+from benchmarks.common import plots
 
 
 def _columns(points: list[dict], cache: str) -> dict[str, list]:
@@ -24,11 +25,7 @@ def _columns(points: list[dict], cache: str) -> dict[str, list]:
 
 def draw(points: list[dict], path: Path, title: str) -> None:
     """Draw three panels and write them to a file; points without a finished turn have no place in them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.pyplot()
     points = [point for point in points if point["requests"]]
     figure, (times, hits, speed) = pyplot.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
     for number, cache in enumerate(dict.fromkeys(point["cache"] for point in points)):
@@ -46,9 +43,7 @@ def draw(points: list[dict], path: Path, title: str) -> None:
     for point in points:
         # smaller pages find a little more
         theory[point["sessions"]] = max(point["theory_rate"], theory.get(point["sessions"], 0.0))
-    hits.plot(
-        sorted(theory), [theory[n] for n in sorted(theory)], "k--", linewidth=1, label="nothing evicted"
-    )
+    hits.plot(sorted(theory), [theory[n] for n in sorted(theory)], "k--", linewidth=1, label="nothing evicted")
     times.set(title="time to first token", ylabel="seconds", yscale="log")
     hits.set(title=f"prompt tokens found (cliff: {CLIFF_SHARE} of theory)", ylabel="share", ylim=(0, 1.02))
     speed.set(title="output", ylabel="tokens/s", ylim=(0, None))

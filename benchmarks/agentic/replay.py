@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from agentic import client as http
-from agentic import counters
-from agentic.theory import theoretical_hit
-from agentic.workload import History, Turn, Workload
+from benchmarks.agentic import client as http
+from benchmarks.agentic import counters
+from benchmarks.agentic.theory import theoretical_hit
+from benchmarks.agentic.workload import History, Turn, Workload
 
 # times that the server is asked to empty its cache, a tenth of a second apart
 FLUSH_TRIES = 300

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables, cliffs and the picture of a sweep, on disk and on the terminal."""
+"""Rows, cliffs and the picture of a sweep, on disk and on the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from agentic import plots, store, summary
+from benchmarks.agentic import plots, summary
+from benchmarks.common.rows import Figure
+from benchmarks.common.store import Store
 
 # heading -> field, factor, digits
 FIGURES = {
@@ -29,6 +31,35 @@ FIGURES = {
 }
 
 
+# metric of a point or of the turns of one index -> unit
+UNITS = {
+    **dict.fromkeys(("requests", "failed", "server_requests", "retracted_requests"), "requests"),
+    **dict.fromkeys(("seconds", "start_seconds"), "s"),
+    **dict.fromkeys((f"{name}_{p}" for name in ("ttft", "tpot", "later_ttft") for p in ("p50", "p95")), "s"),
+    **dict.fromkeys((f"{name}_tokens" for name in ("prompt", "cached", "theory", "output", "mean_prompt")), "tokens"),
+    **dict.fromkeys((f"server_{name}_tokens" for name in ("prompt", "generated", "cached")), "tokens"),
+    **dict.fromkeys(("evicted_tokens", "pool_tokens"), "tokens"),
+    **dict.fromkeys((f"{name}_tokens_per_second" for name in ("output", "prompt", "computed")), "tokens/s"),
+    **dict.fromkeys(("hit_rate", "theory_rate", "hit_share", "pool_usage_mean", "pool_usage_peak", "retractions"), ""),
+    "requests_per_second": "requests/s",
+    "sessions_resident": "sessions",
+    "cut_turns": "turns",
+    "pool_gib": "GiB",
+}
+# of a point, in no summary
+HIDDEN = ("turns", "by_turn", "server_command", "error_messages")
+
+
+def _figures(found: dict) -> list[Figure]:
+    return [Figure(name, found[name], unit) for name, unit in UNITS.items() if found.get(name) is not None]
+
+
+def rows(point: dict) -> list[tuple[dict, list[Figure]]]:
+    """Return settings and figures of a point, and of its turns by index."""
+    head = {"sessions": point["sessions"]}
+    return [(head, _figures(point)), *((head | {"turn": turn["turn"]}, _figures(turn)) for turn in point["by_turn"])]
+
+
 def cliffs(points: list[dict]) -> dict[str, int | None]:
     """Return the cliff of every cache."""
     return {
@@ -37,13 +68,11 @@ def cliffs(points: list[dict]) -> dict[str, int | None]:
     }
 
 
-def write(results: store.Store, caches: list[str]) -> list[dict]:
-    """Write points.csv, turns.csv, summary.json and agentic.png of all points; return the points."""
+def write(results: Store, caches: list[str]) -> list[dict]:
+    """Write summary.json and agentic.png of all points; return the points."""
     points = results.load(caches)
-    rows = store.point_rows(points)
-    store.write_csv(results.folder / "points.csv", rows)
-    store.write_csv(results.folder / "turns.csv", store.turn_rows(points))
-    whole = {"cliff": cliffs(points), "against_bf16": summary.against(points, "bf16"), "points": rows}
+    shown = [{key: value for key, value in point.items() if key not in HIDDEN} for point in points]
+    whole = {"cliff": cliffs(points), "against_bf16": summary.against(points, "bf16"), "points": shown}
     (results.folder / "summary.json").write_text(json.dumps(whole, indent=1))
     if any(point["requests"] for point in points):
         title = f"{points[0]['model']} on {points[0]['device']}, SGLang {points[0]['sglang']}"

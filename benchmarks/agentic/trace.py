@@ -17,16 +17,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from agentic.workload import Shape, Turn, Workload
+from benchmarks.agentic.workload import Shape, Turn, Workload
 
 BLOCK = 512
 
 
 def _value(line: dict, key: str, number: int):
     if key not in line:
-        raise ValueError(
-            f"expected {key!r} in line {number} of the trace, got {sorted(line)}: see agentic/trace.py"
-        )
+        raise ValueError(f"expected {key!r} in line {number} of the trace, got {sorted(line)}: see agentic/trace.py")
     return line[key]
 
 

@@ -87,9 +87,7 @@ class Shape:
 
     def session(self, number: int) -> list[Turn]:
         """Return the turns of one session, equal whatever the number of sessions."""
-        think = (
-            np.random.default_rng([self.seed, 2, number]).uniform(0.5, 1.5, self.turns) * self.think_seconds
-        )
+        think = np.random.default_rng([self.seed, 2, number]).uniform(0.5, 1.5, self.turns) * self.think_seconds
         first = Turn(self.tokens(self.task_tokens, 1, number, 0), self.output_tokens)
         rest = [
             Turn(self.tokens(self.turn_tokens, 1, number, n + 1), self.output_tokens, float(think[n]))

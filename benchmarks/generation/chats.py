@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 
-from generation import words
-from generation.tasks import Encode, Task, story
+from benchmarks.generation import words
+from benchmarks.generation.tasks import Encode, Task, story
 
 
 def conversation(encode: Encode, turns: int, part: int, draw: random.Random) -> list[Task]:

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table with a column per cache."""
+"""The records of all caches as rows and as a table with a column per cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
-COLUMNS = (
-    *("device", "torch", "sglang", "model", "dtype", "seed", "cache", "task", "mode", "prompts", "prompt_tokens"),
-    *("cached_tokens", "quantity", "value", "of", "unit"),
-)
+from benchmarks.common.rows import Figure
+
+SETTINGS = ("task", "mode", "prompts", "prompt_tokens", "cached_tokens", "of")
+
+
+def row(record: dict[str, Any]) -> tuple[dict[str, Any], Figure]:
+    """Return settings and figure of a record of `scoring.summarise`."""
+    figure = Figure(record["quantity"].replace(" ", "_"), record["value"], record["unit"])
+    return {name: record[name] for name in SETTINGS}, figure
 
 
 def totals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -30,7 +35,7 @@ def totals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
-    """Print rows as `COLUMNS` names them, a line per task, mode and quantity, and the totals of each mode."""
+    """Print records, a line per task, mode and quantity, and the totals of each mode."""
     from rich.console import Console
     from rich.table import Table
 

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-import engines
-
-from generation.scoring import Answer
-from generation.tasks import Task
+from benchmarks.common import launch
+from benchmarks.generation.scoring import Answer
+from benchmarks.generation.tasks import Task
 
 
 def _ask(engine: Any, tokenizer: Any, tasks: list[Task], mode: str, temperature: float = 0.0) -> list[Answer]:
@@ -35,8 +34,8 @@ def answer_tasks(engine: Any, tokenizer: Any, tasks: Iterable[Task], samples: in
     answers = []
     for section, group in groupby(tasks, key=lambda task: task.section):
         own = list(group)
-        engines.report_progress(section)
-        engines.flush(engine)
+        launch.report_progress(section)
+        launch.flush(engine)
         answers += _ask(engine, tokenizer, own, "greedy")
         if own[0].expected is not None:
             for _ in range(samples):
@@ -48,12 +47,12 @@ def hold_conversations(engine: Any, tokenizer: Any, conversations: list[list[Tas
     """Hold conversations side by side, turn by turn, then ask every turn again with an empty prefix cache."""
     turns = [list(tasks) for tasks in zip(*conversations, strict=True)]
     answers = []
-    engines.flush(engine)
+    launch.flush(engine)
     for number, tasks in enumerate(turns, 1):
-        engines.report_progress(f"conversation, turn {number} of {len(turns)}")
+        launch.report_progress(f"conversation, turn {number} of {len(turns)}")
         answers += _ask(engine, tokenizer, tasks, "hit")
     for number, tasks in enumerate(turns, 1):
-        engines.report_progress(f"conversation without prefix hits, turn {number} of {len(turns)}")
-        engines.flush(engine)
+        launch.report_progress(f"conversation without prefix hits, turn {number} of {len(turns)}")
+        launch.flush(engine)
         answers += _ask(engine, tokenizer, tasks, "miss")
     return answers

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from engines import agreement
+from benchmarks.common.answers import agreement
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from quality import texts
-
-from generation import words
+from benchmarks.generation import words
+from benchmarks.quality import texts
 
 # token ids of a text
 Encode = Callable[[str], list[int]]

@@ -6,16 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from kvarn_kernels import reference
-from kvarn_kernels.cache import ExtendBatch, LayerCache
+from kvarn_kernels.attention import Attention
+from kvarn_kernels.batch import QKV, ExtendBatch, Limits
 from kvarn_kernels.config import KVarNConfig, preset_names
-from kvarn_kernels.ops import extend_attention
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.record.tile import TILE_SIZE
+from kvarn_kernels.shape import AttentionShape
 
-from quality import published
+from benchmarks.quality import published
 
-PAGE = 128
+PAGE = TILE_SIZE
 # attends q [T, Hq, D] to k, v [T, Hk, D] (after RoPE, model dtype), causally: float32 [T, Hq, D]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -104,7 +108,7 @@ def fp8() -> Cache:
 
 
 def kvarn(name: str, window_pages: int | None = None) -> Cache:
-    """Return a preset, run as it is served: `ops.extend_attention`, the kernels on a GPU and torch on a CPU.
+    """Return a preset, run as it is served: `Attention`, the kernels on a GPU and torch on a CPU.
 
     Args:
         window_pages: another exact window than the preset's, to see what it is worth; a request's ring has a page
@@ -114,9 +118,15 @@ def kvarn(name: str, window_pages: int | None = None) -> Cache:
     if window_pages is not None:
         config = replace(config, name=f"{config.name} window {window_pages}", window_pages=window_pages)
 
+    # one for each shape and length, not for each layer
+    @lru_cache(maxsize=2)
+    def attention_of(shape: AttentionShape, device: torch.device, pages: int) -> Attention:
+        return Attention(shape, config, device, Limits(1, pages, 1, pages))
+
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
         tokens, kv_heads, head_dim = k.shape
         pages = -(-tokens // PAGE)
+        attention = attention_of(AttentionShape(q.shape[1], kv_heads, head_dim, q.dtype), q.device, pages)
         ring = [k.new_zeros(2, config.ring_len, kv_heads, head_dim) for _ in range(2)]
         size = (pages + 1, kv_heads, config.record_bytes(head_dim))
         records = torch.zeros(size, dtype=torch.uint8, device=k.device)
@@ -135,7 +145,7 @@ def kvarn(name: str, window_pages: int | None = None) -> Cache:
             seq_lens_host=[tokens],
         )
         out = torch.empty_like(q)
-        extend_attention(q, k, v, out, LayerCache(records, *ring), batch, config, sm_scale)
+        attention.attend(QKV(q, k, v), out, LayerCache(records, *ring), attention.plan(batch), sm_scale)
         return out.float()
 
     return Cache(config.name, config.bytes_per_token, attend, config, balanced=True)

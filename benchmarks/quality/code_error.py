@@ -9,13 +9,12 @@ from statistics import fmean
 import torch
 from kvarn_kernels import reference
 
-from quality import caches
-from quality.model import Model
-from quality.texts import Text
+from benchmarks.quality import caches
+from benchmarks.quality.model import Model
+from benchmarks.quality.texts import Text
 
 BITS = (2, 3, 4)
 READ_BACK = {"kvarn": caches.read_fitted, "min / max": caches.read_min_max}
-
 
 
 def shares(model: Model, pieces: list[Text]) -> dict[tuple[str, str, int], float]:

@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
 from typing import Any
 
-from quality.caches import Cache
-from quality.frames import UNTOUCHED, Frame
-from quality.scores import Scores
+from benchmarks.quality.caches import Cache
+from benchmarks.quality.frames import UNTOUCHED, Frame
+from benchmarks.quality.scores import Scores
 
 # beside the 16-bit cache
 CACHES = ("kvarn_k4v2_g128", "kvarn_k4v4_g128", "kvarn_k2v2_g128", "fp8_e4m3")
-FIELDS = (
-    *("inputs", "cache", "bytes_per_token", "dtype", "context", "positions", "finite", "kl_mean", "kl_ratio"),
-    *("kl_median", "kl_p99", "flips", "perplexity", "perplexity_16bit", "seconds"),
-)
 
 
 def collect(
@@ -80,11 +74,3 @@ def show(results: list[dict[str, Any]], title: str) -> None:
             f"{row['perplexity'] / row['perplexity_16bit'] - 1:+.2%}",
         )
     Console(width=160).print(table)
-
-
-def write_csv(results: list[dict[str, Any]], dtype: str, target: Path) -> None:
-    """Write one line per frame and cache."""
-    with target.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows({**row, "dtype": dtype} for row in results)

@@ -12,7 +12,7 @@ one of them into the keys and values that enter the cache and takes it out again
     v + c, out - c      attention weights sum to one: a bias of v_proj and one of o_proj
 
 Factors are powers of two. So the weights are those of a model that could have been trained like this, and what a server
-does with weights (sglang_kvarn.balance) is done with them.
+does with weights (kvarn_kernels.balance) is done with them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from quality.frames import Frame
+from benchmarks.quality.frames import Frame
 
 # channels of a head that get the factor or the bias
 OUTLIERS = 4

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from quality.frames import Frame, Inputs
+from benchmarks.quality.frames import Frame, Inputs
 
 
 def widened(head_dim: int, width: int) -> Frame:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sglang_kvarn import balance, compat
+from kvarn_kernels import balance
+from sglang_kvarn import compat
 
-from quality import caches
-from quality.frames import UNTOUCHED, Frame
+from benchmarks.quality import caches
+from benchmarks.quality.frames import UNTOUCHED, Frame
 
 ATTENTION = "bench_quality"
 

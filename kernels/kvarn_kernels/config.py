@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a preset means: bit widths, tile size and the exact window."""
+"""What a preset means: bit widths, the exact window, and the order of sums."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvarn_kernels import tile
+from kvarn_kernels.record import tile
 
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
 _BIT_WIDTHS = {"k4v2": (4, 2), "k4v3": (4, 3), "k4v4": (4, 4), "k3v2": (3, 2), "k2v2": (2, 2)}
@@ -15,48 +15,45 @@ _ALIASES = {"kvarn": "kvarn_k4v2_g128", "kvarn" + _CANONICAL: "kvarn_k4v2_g128" 
 
 @dataclass(frozen=True)
 class KVarNConfig:
-    """Describe one cache format.
+    """Describe one cache format, in tiles of `tile.TILE_SIZE` tokens.
 
-    Example: ``KVarNConfig.from_preset("kvarn")`` has 4-bit keys, 2-bit values, tiles of 128 tokens and a window
-    of one page; its record takes 14,336 bytes at head_dim 128, so 112 bytes per token and KV head against 512 in
-    16 bit.
+    Example: ``KVarNConfig.from_preset("kvarn")`` has 4-bit keys, 2-bit values and a window of one page; its record
+    takes 14,336 bytes at head_dim 128, so 112 bytes per token and KV head against 512 in 16 bit.
 
     Attributes:
         name: full preset name, e.g. ``kvarn_k4v2_g128``.
         k_bits, v_bits: bits per key / value code, 2, 3 or 4.
-        tile_size: tokens in a tile (the paper's group), equal to SGLang's page size.
         window_pages: pages before the query's own page that are read exactly (position rule, `reference.attention`).
+            Without one, a prefix-cache hit reads the same values as a miss.
+        fixed_order: whether the sums of a position are taken in an order that depends on the position alone, so that
+            its output has the same bits whatever the chunks and the other requests of a step.
     """
 
     name: str
     k_bits: int
     v_bits: int
-    tile_size: int = 128
     window_pages: int = 1
+    fixed_order: bool = False
 
     @classmethod
     def from_preset(cls, name: str) -> KVarNConfig:
-        """Return the configuration of a preset.
+        """Return the configuration of a preset; ``_canonical`` is no window and a fixed order.
 
         Raises:
             ValueError: the name is not one of `preset_names`.
         """
         full = _ALIASES.get(name, name)
         for bits, (k_bits, v_bits) in _BIT_WIDTHS.items():
-            for suffix, window_pages in (("", 1), (_CANONICAL, 0)):
-                if full == f"kvarn_{bits}_g128{suffix}":
-                    return cls(name=full, k_bits=k_bits, v_bits=v_bits, window_pages=window_pages)
+            if full == f"kvarn_{bits}_g{tile.TILE_SIZE}":
+                return cls(full, k_bits, v_bits)
+            if full == f"kvarn_{bits}_g{tile.TILE_SIZE}{_CANONICAL}":
+                return cls(full, k_bits, v_bits, window_pages=0, fixed_order=True)
         raise ValueError(f"expected a KVarN preset, one of {', '.join(preset_names())}, got {name!r}")
 
     @property
-    def is_canonical(self) -> bool:
-        """Whether a prefix-cache hit reads the same values as a miss (no exact window)."""
-        return self.window_pages == 0
-
-    @property
     def ring_len(self) -> int:
-        """Tokens in the ring of one request row: the window and the query's own page."""
-        return (self.window_pages + 1) * self.tile_size
+        """Tokens that the ring of a request row holds at least: the window and the query's own page."""
+        return (self.window_pages + 1) * tile.TILE_SIZE
 
     def record_bytes(self, head_dim: int) -> int:
         """Return the bytes of one record (one page of one KV head, keys and values).
@@ -71,11 +68,11 @@ class KVarNConfig:
     def bytes_per_token(self, head_dim: int) -> int:
         """Return the record bytes per token and KV head; 112 for ``kvarn`` at head_dim 128 (16-bit: 512)."""
         total = self.record_bytes(head_dim)
-        assert total % self.tile_size == 0, "a record is a whole number of bytes per token"
-        return total // self.tile_size
+        assert total % tile.TILE_SIZE == 0, "a record is a whole number of bytes per token"
+        return total // tile.TILE_SIZE
 
 
 def preset_names() -> list[str]:
     """Return every accepted preset name, the alias first."""
-    full = [f"kvarn_{bits}_g128{suffix}" for suffix in ("", _CANONICAL) for bits in _BIT_WIDTHS]
+    full = [f"kvarn_{bits}_g{tile.TILE_SIZE}{suffix}" for suffix in ("", _CANONICAL) for bits in _BIT_WIDTHS]
     return [*_ALIASES, *full]

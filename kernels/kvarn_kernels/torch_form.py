@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two entry points in batched torch, for a CPU: record bytes, position rule and memory of the kernels.
+"""Both kinds of step in batched torch, for a CPU: record bytes, position rule and memory of the kernels.
 
 Requests are attended one by one and prompts in blocks at fixed positions, so that the output of a position has the
 same bits whatever the chunk, the page ids and the other requests. It reads nothing but the request's own ring row,
@@ -11,35 +11,36 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
+from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.reference import decode_tile, encode_tile, rotate
 
 # pages that are encoded or decoded at once; bounds the float64 temporaries of the encoder to some 100 MB
 PAGE_SLAB = 32
-# positions that are attended together, a divisor of the page: a matrix product rounds a row by its place and by the
-# number of rows, so that a chunk fills whole blocks up with zeros. 9 query heads of 64 on one core, blocks of 16, 32,
-# 64, 128: 2,048 tokens take 326, 349, 270, 343 ms, one token after them 9, 11, 16, 24 ms
+# positions that are attended together, a divisor of the page. A matrix product rounds a row by its place and by the
+# number of rows, so a chunk is filled up with zeros to whole blocks. On one core 2,048 tokens of 9 heads of 64 took 270
+# ms; blocks of 16, 32 and 128 took 326, 349 and 343 ms
 QUERY_BLOCK = 64
 
 
 def record_pages(position: int, exact_start: int, config: KVarNConfig) -> int:
     """Return how many leading pages the query at a position reads from records; the others are exact."""
-    page = position // config.tile_size
-    return min(page, max(page - config.window_pages, exact_start // config.tile_size))
+    page = position // TILE_SIZE
+    return min(page, max(page - config.window_pages, exact_start // TILE_SIZE))
 
 
 def _decode_pages(
     cache: LayerCache, pages: torch.Tensor, config: KVarNConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the decoded keys and values of n pages, each float32 [Hk, n * G, D]."""
-    kv_heads, head_dim = cache.ring_k.shape[2:]
-    shape = (kv_heads, len(pages), config.tile_size, head_dim)
+    shape = (cache.num_kv_heads, len(pages), TILE_SIZE, cache.head_dim)
     k, v = (torch.empty(shape, dtype=torch.float32, device=cache.records.device) for _ in range(2))
     for start in range(0, len(pages), PAGE_SLAB):
         slab = slice(start, start + PAGE_SLAB)
         k[:, slab], v[:, slab] = decode_tile(
-            cache.records[pages[slab].long()].transpose(0, 1), config, head_dim
+            cache.records[pages[slab].long()].transpose(0, 1), config, cache.head_dim
         )
     return k.flatten(1, 2), v.flatten(1, 2)
 
@@ -48,7 +49,7 @@ def _encode_pages(
     k: torch.Tensor, v: torch.Tensor, cache: LayerCache, pages: torch.Tensor, config: KVarNConfig
 ) -> None:
     """Encode n whole pages of rotated keys and values, each [n * G, Hk, D], into the records of page ids."""
-    tiles = [x.unflatten(0, (len(pages), config.tile_size)).transpose(1, 2) for x in (k, v)]
+    tiles = [x.unflatten(0, (len(pages), TILE_SIZE)).transpose(1, 2) for x in (k, v)]
     for start in range(0, len(pages), PAGE_SLAB):
         slab = slice(start, start + PAGE_SLAB)
         cache.records[pages[slab].long()] = encode_tile(tiles[0][slab], tiles[1][slab], config)
@@ -93,33 +94,27 @@ def _attend(
     return out.reshape(qo_heads, queries, head_dim).transpose(0, 1)
 
 
-def decode_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    cache: LayerCache,
-    batch: DecodeBatch,
-    config: KVarNConfig,
-    sm_scale: float,
+def attend_decode(
+    new: QKV, out: torch.Tensor, cache: LayerCache, batch: DecodeBatch, config: KVarNConfig, sm_scale: float
 ) -> None:
-    """Store one new token per request, encode the page it fills, and attend; see `ops.decode_attention`."""
+    """Store one new token per request, encode the page it fills, and attend; see `Attention.attend`."""
+    q, k, v = new
     rotated_q = rotate(q)
-    slots = (batch.seq_lens.long() - 1) % config.ring_len
+    slots = (batch.seq_lens.long() - 1) % cache.ring_len
     cache.ring_k[batch.rows, slots] = rotate(k).to(cache.ring_k.dtype)
     cache.ring_v[batch.rows, slots] = rotate(v).to(cache.ring_v.dtype)
     rotated_out = torch.empty_like(rotated_q)
     requests = zip(batch.rows.tolist(), batch.seq_lens.tolist(), batch.exact_starts.tolist(), strict=True)
     for b, (row, seq_len, exact_start) in enumerate(requests):
-        if seq_len % config.tile_size == 0:
+        if seq_len % TILE_SIZE == 0:
             k_page, v_page = (
-                _ring_tokens(x, row, seq_len - config.tile_size, seq_len) for x in (cache.ring_k, cache.ring_v)
+                _ring_tokens(x, row, seq_len - TILE_SIZE, seq_len) for x in (cache.ring_k, cache.ring_v)
             )
             _encode_pages(k_page, v_page, cache, batch.store_pages[b : b + 1], config)
         n = record_pages(seq_len - 1, exact_start, config)
         records = _decode_pages(cache, batch.page_table[b, :n], config)
         exact_k, exact_v = (
-            _ring_tokens(x, row, n * config.tile_size, seq_len).transpose(0, 1).float()
+            _ring_tokens(x, row, n * TILE_SIZE, seq_len).transpose(0, 1).float()
             for x in (cache.ring_k, cache.ring_v)
         )
         rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale)[0]
@@ -134,22 +129,20 @@ def _store_chunk(chunk: torch.Tensor, ring: torch.Tensor, row: int, prefix_len: 
 
 
 def _extend_request(
-    q: torch.Tensor,
-    chunk: tuple[torch.Tensor, torch.Tensor],
-    cache: LayerCache,
-    row: int,
-    prefix_len: int,
-    exact_start: int,
-    pages: torch.Tensor,
-    config: KVarNConfig,
-    sm_scale: float,
+    rotated: QKV, b: int, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig, sm_scale: float
 ) -> torch.Tensor:
-    """Encode, attend and store one request.
+    """Encode, attend and store request b of a batch.
 
     Args:
-        q: float32 [n, Hq, D]; chunk: keys and values, each [n, Hk, D]; rotated; pages: int32 [P_max].
+        rotated: its new tokens, q in float32.
+
+    Returns:
+        float32 [n, Hq, D], rotated.
     """
-    size = config.tile_size
+    q, *chunk = rotated
+    row, exact_start, pages = int(batch.rows[b]), int(batch.exact_starts[b]), batch.page_table[b]
+    prefix_len = batch.prefix_lens_host[b]
+    size = TILE_SIZE
     seq_len = prefix_len + len(q)
     first_exact = record_pages(prefix_len, exact_start, config) * size
     # positions first_exact .. seq_len - 1; the own page of the first new token is always among them
@@ -179,32 +172,14 @@ def _extend_request(
     return out[lead : lead + len(q)]
 
 
-def extend_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    cache: LayerCache,
-    batch: ExtendBatch,
-    config: KVarNConfig,
-    sm_scale: float,
+def attend_extend(
+    new: QKV, out: torch.Tensor, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig, sm_scale: float
 ) -> None:
-    """Store new tokens, encode the pages they fill, and attend; see `ops.extend_attention`."""
-    rows, exact_starts = batch.rows.tolist(), batch.exact_starts.tolist()
+    """Store new tokens, encode the pages they fill, and attend; see `Attention.attend`."""
+    q, k, v = new
     start = 0
-    for b, (prefix_len, seq_len) in enumerate(zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)):
-        own = slice(start, start + seq_len - prefix_len)
-        chunk = (rotate(k[own]).to(cache.ring_k.dtype), rotate(v[own]).to(cache.ring_v.dtype))
-        rotated_out = _extend_request(
-            rotate(q[own]),
-            chunk,
-            cache,
-            rows[b],
-            prefix_len,
-            exact_starts[b],
-            batch.page_table[b],
-            config,
-            sm_scale,
-        )
-        out[own] = rotate(rotated_out).to(out.dtype)
+    for b, new_tokens in enumerate(batch.new_tokens):
+        own = slice(start, start + new_tokens)
+        rotated = QKV(rotate(q[own]), rotate(k[own]).to(cache.dtype), rotate(v[own]).to(cache.dtype))
+        out[own] = rotate(_extend_request(rotated, b, cache, batch, config, sm_scale)).to(out.dtype)
         start = own.stop

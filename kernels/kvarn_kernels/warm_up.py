@@ -1,66 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build every kernel of extend steps before the first request, which would wait seconds for a compiler otherwise.
+"""Steps that launch every kernel of extend steps, so that no request waits seconds for a compiler.
 
-Those of decode steps are built when their CUDA graphs are captured, what only steps on FlashInfer need with their
-workspace.
+Kernels of decode steps are built when their CUDA graphs are captured.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
-from kvarn_kernels import extend, merge, ops
-from kvarn_kernels.cache import ExtendBatch, LayerCache
+from kvarn_kernels.batch import ExtendBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.prefill import PrefillWorkspace, plan_prefill
+from kvarn_kernels.read import extend, merge
+from kvarn_kernels.record.tile import TILE_SIZE
+from kvarn_kernels.shape import AttentionShape
 
 
-def warm_up(
-    cache: LayerCache, num_qo_heads: int, config: KVarNConfig, workspace: PrefillWorkspace | None
-) -> None:
-    """Run an extend step of zeros in every form, on page 0 and row 0, which are padding.
-
-    Args:
-        cache: of any layer; record 0 and ring 0 are written.
-        workspace: of steps that run on FlashInfer; None if none does.
-    """
-    page = config.tile_size
-    # a full page and nothing cached; splits, with a merge of few and of many rows
-    steps: list[tuple[int, int, PrefillWorkspace | None]] = [(0, page, None)]
-    if not config.is_canonical:
-        cached = (2 * extend.MIN_SPLIT_PAGES + 1) * page
-        steps += [(cached, 1, None), (cached, -(-merge.FEW_ROWS // num_qo_heads), None)]
-    if workspace is not None:
-        steps += [(0, page, workspace)]
-    for cached, new, form in steps:
-        _step(cache, num_qo_heads, config, cached, new, form)
+def full_page(device: torch.device) -> ExtendBatch:
+    """Return a step of one full page with nothing cached."""
+    return _step(0, TILE_SIZE, device)
 
 
-def _step(
-    cache: LayerCache, num_qo_heads: int, config: KVarNConfig, cached: int, new: int, workspace: PrefillWorkspace | None
-) -> None:
-    """Run a step of one request with `new` tokens after `cached` ones, all of whose pages are page 0."""
-    kv_heads, head_dim = cache.ring_k.shape[2:]
-    device, length = cache.records.device, cached + new
+def batches(shape: AttentionShape, config: KVarNConfig, device: torch.device) -> list[ExtendBatch]:
+    """Return steps for every kernel that reads records: a full page; splits, with a merge of few and of many rows."""
+    steps = [full_page(device)]
+    if not config.fixed_order:
+        cached = (2 * extend.MIN_SPLIT_PAGES + 1) * TILE_SIZE
+        steps += [_step(cached, new, device) for new in (1, -(-merge.FEW_ROWS // shape.num_qo_heads))]
+    return steps
+
+
+def _step(cached: int, new: int, device: torch.device) -> ExtendBatch:
+    """Return a step of one request with `new` tokens after `cached` ones; its pages are page 0, its row is row 0."""
+    length = cached + new
 
     def int32(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    batch = ExtendBatch(
+    return ExtendBatch(
         rows=torch.zeros(1, dtype=torch.int64, device=device),
         prefix_lens=int32(cached),
         seq_lens=int32(length),
         qo_indptr=int32(0, new),
-        page_table=torch.zeros(1, -(-length // config.tile_size), dtype=torch.int32, device=device),
+        page_table=torch.zeros(1, -(-length // TILE_SIZE), dtype=torch.int32, device=device),
         exact_starts=int32(0),
         prefix_lens_host=[cached],
         seq_lens_host=[length],
     )
-    if workspace is not None:
-        plan = plan_prefill(workspace, batch.prefix_lens_host, batch.seq_lens_host, config)
-        batch = dataclasses.replace(batch, prefill=plan)
-    q = torch.zeros(new, num_qo_heads, head_dim, dtype=cache.ring_k.dtype, device=device)
-    k = q.new_zeros(new, kv_heads, head_dim)
-    ops.extend_attention(q, k, torch.zeros_like(k), torch.empty_like(q), cache, batch, config, 1.0)

@@ -13,14 +13,15 @@ def register() -> None:
         RuntimeError: the installed SGLang is not a tested version, or a hook does not fit it. SGLang logs
             this and goes on without the plugin, so that the preset names stay unknown.
     """
-    from sglang_kvarn import cpu_platform, hooks
+    from sglang_kvarn import plugin
+    from sglang_kvarn.cpu import platform
 
-    cpu_platform.prepare_environment()
-    hooks.register_all()
+    platform.prepare_environment()
+    plugin.register_all()
 
 
 def activate_cpu_platform() -> str | None:
     """Return the class of the CPU platform, None where a device or another platform plugin is to be used."""
-    from sglang_kvarn import cpu_platform
+    from sglang_kvarn.cpu import platform
 
-    return cpu_platform.activate()
+    return platform.activate()

@@ -9,21 +9,28 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from kvarn_kernels import balance
+from kvarn_kernels.balance import AttentionWeights, Balance
 
-from sglang_kvarn import balance, compat
-from sglang_kvarn.balance import AttentionWeights, Balance
+from sglang_kvarn import compat, settings
 
 logger = logging.getLogger(__name__)
 
 BALANCE_ENV = "KVARN_BALANCE"
-# on an attention layer (RadixAttention), so that a second backend over the same model finds it, and on its model
+# attribute of an attention layer (RadixAttention), where weight updates find it, and of its model
 _STATE = "kvarn_balance"
 
 
-def balance_layers(model_runner: Any) -> None:
-    """Balance the attention modules of a model where that pays; what is balanced stays as it is.
+def balance_loaded(result: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Balance the model that was just loaded, if its cache is a kvarn cache. Hook after ``ModelRunner.load_model``."""
+    if settings.preset_of(model_runner.server_args) is not None and not model_runner.is_draft_worker:
+        balance_layers(model_runner)
 
-    Called before any CUDA graph is captured. Every rank balances its own heads.
+
+def balance_layers(model_runner: Any) -> None:
+    """Balance the attention modules of a model where that pays; a module that is balanced already stays as it is.
+
+    Comes before any CUDA graph is captured. Every rank balances its own heads.
     """
     if os.environ.get(BALANCE_ENV) == "0":
         return

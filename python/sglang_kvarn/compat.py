@@ -30,6 +30,7 @@ _NAMES = {
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
     "MHATokenToKVPool": "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+    "ModelConfig": "sglang.srt.configs.model_config:ModelConfig",
     "PagedTokenToKVPoolAllocator": "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator",
     "PlatformEnum": "sglang.srt.platforms.device_mixin:PlatformEnum",
     "RMSNorm": "sglang.srt.layers.layernorm:RMSNorm",

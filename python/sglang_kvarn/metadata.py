@@ -6,22 +6,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvarn_kernels.cache import DecodeBatch, DecodeWorkspace, ExtendBatch
+from kvarn_kernels.batch import DecodeBatch, ExtendBatch
 
-PAGE_SHIFT = 7
-PAGE_SIZE = 1 << PAGE_SHIFT
+from sglang_kvarn.settings import PAGE_SIZE
+
+PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
 
 
 class DecodeBuffers:
     """Hold the tensors of decode steps of up to B requests: made once, filled in place, as graphs need it.
 
     Attributes:
-        rows, seq_lens, store_pages, page_table, exact_starts, workspace: as in `DecodeBatch`, for B requests.
+        rows, seq_lens, store_pages, page_table, exact_starts: as in `DecodeBatch`, for B requests.
     """
 
-    def __init__(
-        self, max_batch: int, req_to_token: torch.Tensor, workspace: DecodeWorkspace | None = None
-    ) -> None:
+    def __init__(self, max_batch: int, req_to_token: torch.Tensor) -> None:
         device = req_to_token.device
         # slot of the first token of each page; [R, P_max], a view
         self._first_slots = req_to_token[:, ::PAGE_SIZE]
@@ -30,10 +29,8 @@ class DecodeBuffers:
         self.seq_lens = torch.ones(max_batch, dtype=torch.int32, device=device)
         self.store_pages = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self.exact_starts = torch.zeros(max_batch, dtype=torch.int32, device=device)
-        self.page_table = torch.zeros(
-            (max_batch, self._first_slots.shape[1]), dtype=torch.int32, device=device
-        )
-        self.workspace = workspace
+        pages = self._first_slots.shape[1]
+        self.page_table = torch.zeros((max_batch, pages), dtype=torch.int32, device=device)
 
     def fill(self, forward_batch: Any, exact_starts: torch.Tensor) -> DecodeBatch:
         """Describe a decode step: no allocation and no wait for the device.
@@ -51,11 +48,10 @@ class DecodeBuffers:
             page_table=self.page_table[:size],
             store_pages=self.store_pages[:size],
             exact_starts=self.exact_starts[:size],
-            workspace=self.workspace,
         )
         batch.rows.copy_(forward_batch.req_pool_indices[:size])
         batch.seq_lens.copy_(forward_batch.seq_lens[:size])
-        # a graph replay pads every tensor but this one
+        # a graph replay pads every tensor except out_cache_loc
         slots = forward_batch.out_cache_loc[:size]
         batch.store_pages[len(slots) :].zero_()
         batch.store_pages[: len(slots)].copy_(slots).bitwise_right_shift_(PAGE_SHIFT)

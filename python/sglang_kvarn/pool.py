@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from kvarn_kernels.cache import LayerCache
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.shape import AttentionShape
 
-from sglang_kvarn import budget, compat, hooks, refusals, report, settings
-from sglang_kvarn.tail import Tail
+from sglang_kvarn import budget, compat, hook, refusals, report, settings
+from sglang_kvarn.capacity import MIB, ModelShape
+from sglang_kvarn.rows import Tail
+from sglang_kvarn.settings import PAGE_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -23,43 +26,33 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     A slot is page * 128 + offset as in any SGLang pool, but has no row: a page of a layer is Hk records.
 
     Attributes:
-        config: the preset; model_dtype: dtype of the rings.
+        config: the preset; shape: of the attention of every layer.
         records: per layer uint8 [pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
         tail: rings and exact starts.
     """
 
     def __init__(
-        self, *args: Any, config: KVarNConfig, rows: int, model_dtype: torch.dtype, **kwargs: Any
+        self, *args: Any, config: KVarNConfig, rows: int, shape: AttentionShape, **kwargs: Any
     ) -> None:
-        hooks.verify_hooks()
-        self.config, self._rows, self.model_dtype = config, rows, model_dtype
+        hook.verify_hooks()
+        self.config, self._rows, self.shape = config, rows, shape
         super().__init__(*args, **kwargs)
 
     def _create_buffers(self) -> None:
-        if self.page_size != self.config.tile_size or self.size % self.page_size:
+        if self.page_size != PAGE_SIZE or self.size % self.page_size:
             raise ValueError(
-                f"expected whole pages of {self.config.tile_size} tokens, got {self.size} tokens in pages of "
+                f"expected whole pages of {PAGE_SIZE} tokens, got {self.size} tokens in pages of "
                 f"{self.page_size}: drop --page-size"
             )
         pages = self.size // self.page_size + 1
-        shape = (pages, self.head_num, self.config.record_bytes(self.head_dim))
-        self.records = [
-            torch.zeros(shape, dtype=torch.uint8, device=self.device) for _ in range(self.layer_num)
-        ]
-        self.tail = Tail(
-            self._rows,
-            self.layer_num,
-            self.head_num,
-            self.head_dim,
-            self.config,
-            self.model_dtype,
-            self.device,
-        )
+        size = (pages, self.head_num, self.config.record_bytes(self.head_dim))
+        self.records = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(self.layer_num)]
+        self.tail = Tail(self._rows, self.layer_num, self.shape, self.config, self.device)
         self._layer_caches = [
             LayerCache(*tensors)
             for tensors in zip(self.records, self.tail.ring_k, self.tail.ring_v, strict=True)
         ]
-        # SGLang's transfer code walks these; there is no row per slot to transfer
+        # SGLang's transfer code walks these lists. They stay empty: a slot has no row of its own to transfer
         self.k_buffer: list[torch.Tensor] = []
         self.v_buffer: list[torch.Tensor] = []
 
@@ -70,6 +63,16 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     def get_kv_size_bytes(self) -> int:
         """Return the bytes of records and rings."""
         return sum(r.nbytes for r in self.records) + self.tail.num_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """Return preset and sizes, JSON types."""
+        return {
+            "preset": self.config.name,
+            "bytes_per_token": sum(records[0].nbytes for records in self.records) // PAGE_SIZE,
+            "pool_tokens": self.size,
+            "ring_rows": self.tail.max_requests,
+            "ring_bytes": self.tail.num_bytes,
+        }
 
     def _clear_buffers(self) -> None:
         del self.records, self.tail, self._layer_caches
@@ -113,22 +116,18 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
     config = settings.target_preset(configurator)
     assert config is not None, "another cache is SGLang's to build"
     refusals.check_model(configurator.model_config)
-    pool_class = partial(
-        KVarNTokenToKVPool,
-        config=config,
-        rows=req_to_token_pool.req_to_token.shape[0],
-        model_dtype=configurator.model_dtype,
-    )
+    shape, rows = budget.model_shape(configurator), req_to_token_pool.req_to_token.shape[0]
+    pool_class = partial(KVarNTokenToKVPool, config=config, rows=rows, shape=shape.attention)
     pool = configurator._build_mha_kv_pool(max_total_num_tokens=max_total_num_tokens, mha_pool_class=pool_class)
     pool.tail.attach(req_to_token_pool)
     if compat.get_parallel().tp_rank == 0:
-        _log(pool, budget.model_shape(configurator))
+        _log(pool, shape)
         if configurator.server_args.enable_metrics:
-            report.export(pool)
+            report.export(pool.facts())
     return pool
 
 
-def _log(pool: KVarNTokenToKVPool, shape: budget.ModelShape) -> None:
+def _log(pool: KVarNTokenToKVPool, shape: ModelShape) -> None:
     token, full = shape.token_bytes(pool.config), shape.full_token_bytes(2)
     logger.info(
         "KVarN %s: %s bytes per token against %s in 16 bit (%.2fx), pool %s tokens in %.1f MiB, "
@@ -138,7 +137,7 @@ def _log(pool: KVarNTokenToKVPool, shape: budget.ModelShape) -> None:
         f"{full:,}",
         full / token,
         f"{pool.size:,}",
-        sum(r.nbytes for r in pool.records) / budget.MIB,
+        sum(r.nbytes for r in pool.records) / MIB,
         pool.tail.max_requests,
-        pool.tail.num_bytes / budget.MIB,
+        pool.tail.num_bytes / MIB,
     )

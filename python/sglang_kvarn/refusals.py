@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
 
-from sglang_kvarn import budget, compat, settings
+from sglang_kvarn import capacity, compat, settings
 from sglang_kvarn.refused import Refused
 
-MIN_POOL_TOKENS = budget.MIN_PAGES * settings.PAGE_SIZE
+MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
 
 _NOT_A_SLOT = f"it copies single tokens, and {settings.PAGE_SIZE} tokens share one record"
 _OTHER_LAYOUT = "it changes the layout of a 16-bit cache"
@@ -202,7 +202,7 @@ def check_arguments(server_args: Any) -> None:
         check_model(compat.model_config(server_args))
     _check_table(server_args, ARGUMENTS)
     if is_ours:
-        check_heads(server_args, compat.model_config(server_args))
+        check_ranks(server_args.tp_size, compat.model_config(server_args), on_cpu=server_args.device == "cpu")
 
 
 def _check_table(server_args: Any, refusals: Iterable[Refusal]) -> None:
@@ -283,7 +283,7 @@ def _head_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     yield not set(heads) <= {model_config.num_attention_heads}, "layers with different numbers of query heads"
 
 
-def check_heads(server_args: Any, model_config: Any) -> None:
+def check_ranks(ranks: int, model_config: Any, *, on_cpu: bool) -> None:
     """Refuse a number of ranks among which the heads cannot be shared.
 
     On a GPU several ranks may hold the same KV head. On a CPU SGLang makes up heads until their number fits, for which
@@ -292,15 +292,15 @@ def check_heads(server_args: Any, model_config: Any) -> None:
     Raises:
         Refused: the heads, the ranks, and what to set.
     """
-    ranks, qo_heads = server_args.tp_size, model_config.num_attention_heads
+    qo_heads = model_config.num_attention_heads
     kv_heads = model_config.get_total_num_kv_heads()
-    is_replicated = server_args.device != "cpu" and ranks % kv_heads == 0
+    is_replicated = not on_cpu and ranks % kv_heads == 0
     if qo_heads % ranks == 0 and (kv_heads % ranks == 0 or is_replicated):
         return
     sizes = [str(n) for n in range(1, kv_heads + 1) if qo_heads % n == kv_heads % n == 0]
     raise Refused(
         f"--tp-size {ranks} cannot share the {qo_heads} query heads and {kv_heads} KV heads of this model"
-        f"{' on a CPU' if server_args.device == 'cpu' else ''}: set --tp-size to {' or '.join(sizes)}"
+        f"{' on a CPU' if on_cpu else ''}: set --tp-size to {' or '.join(sizes)}"
     )
 
 

@@ -17,8 +17,8 @@ _STATUS = "refused by sglang-kvarn"
 # seconds for the other ranks, which refuse too; until then they may still print
 _JOIN_SECONDS = 10
 
-# with its traceback a refusal keeps what SGLang's launch had made: the garbage collector may find a ZeroMQ context
-# there before the sockets of it, and would wait for them without end; at exit nothing waits
+# refusals that were raised. The traceback of one holds what SGLang's launch had made; if the garbage collector freed a
+# ZeroMQ context there before its sockets, it would wait for them without end, so nothing is freed before the exit
 _kept: list[BaseException] = []
 
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from kvarn_kernels.config import KVarNConfig, preset_names
+from kvarn_kernels.record.tile import TILE_SIZE
 
-from sglang_kvarn import compat, cpu_platform
+from sglang_kvarn import compat
+from sglang_kvarn.cpu import platform
 
 ATTENTION_BACKEND = "kvarn"
-PAGE_SIZE = 128
+# a page of SGLang's pool is a tile of every KV head
+PAGE_SIZE = TILE_SIZE
 
 
 def preset_of(server_args: Any) -> KVarNConfig | None:
@@ -52,7 +55,7 @@ def apply_defaults(server_args: Any) -> None:
             server_args.attention_backend = ATTENTION_BACKEND
         if server_args.page_size is None:
             server_args.page_size = PAGE_SIZE
-    cpu_platform.apply_defaults(server_args)
+    platform.apply_defaults(server_args)
 
 
 def cache_dtype(original: Any, **kwargs: Any) -> tuple[str | None, torch.dtype]:

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-import tiny_model
-from sglang_kvarn import compat, cpu_platform
+from sglang_kvarn import compat
+from sglang_kvarn.cpu import platform
 
-# hard models are made by benchmarks/quality
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from benchmarks.common import tiny_model
 
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -36,8 +33,8 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def start_engine(model):
     """Return a context manager that runs an engine as a user would start it, on the CPU."""
-    cpu_platform.prepare_environment()
-    if not cpu_platform.is_active():
+    platform.prepare_environment()
+    if not platform.is_active():
         pytest.skip("these tests are for a machine without a GPU")
 
     @contextmanager

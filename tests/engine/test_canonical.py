@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_model import answers, expected, flush, prompt
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from generation import runs, tasks
+from benchmarks.common.tiny_model import answers, expected, flush, prompt
+from benchmarks.generation import runs, tasks
 
 PRESET = "kvarn_canonical"
 NEW = 12

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from quality import hard
-from tiny_model import flush, prompt
 from transformers import LlamaForCausalLM
+
+from benchmarks.common.tiny_model import flush, prompt
+from benchmarks.quality import hard
 
 NEW = 16
 PROMPT = prompt(500, seed=1)

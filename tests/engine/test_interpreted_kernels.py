@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tiny_model import answers, expected, prompt
+from benchmarks.common.tiny_model import answers, expected, prompt
 
 PRESET = "kvarn_canonical"
 

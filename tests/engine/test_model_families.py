@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny_model
 import torch
-from quality import hard
 from test_hard_model import KEY_CHANNELS, PROMPT, VALUE_CHANNELS, channels
 from transformers import AutoModelForCausalLM
+
+from benchmarks.common import tiny_model
+from benchmarks.quality import hard
 
 # the last prompt token that sees its own page only, so nothing quantised
 EXACT = 127

@@ -7,14 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from sglang_kvarn import cpu_platform
+from sglang_kvarn.cpu import platform
 
 # the ring of so many requests fits no memory, which only a scheduler knows
 TOO_MANY = 10**7
 COMMAND = "-m sglang.launch_server --kv-cache-dtype kvarn --dtype float32 --skip-tokenizer-init --model-path"
 
 
-needs_no_gpu = pytest.mark.skipif(not cpu_platform.is_active(), reason="for a machine without a GPU")
+needs_no_gpu = pytest.mark.skipif(not platform.is_active(), reason="for a machine without a GPU")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import httpx
 from rich.console import Console
 from sglang_kvarn import report
 from sglang_kvarn.demo import server as servers
-from tiny_model import prompt
+
+from benchmarks.common.tiny_model import prompt
 
 FLAGS = "--kv-cache-dtype kvarn_k2v2_g128 --dtype float32 --skip-tokenizer-init --skip-server-warmup --enable-metrics"
 FLAGS += " --max-total-tokens 2048 --max-running-requests 3 --log-level warning"

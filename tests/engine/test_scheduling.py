@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny_model import answers, expected, prompt
+
+from benchmarks.common.tiny_model import answers, expected, prompt
 
 LENGTHS = (330, 150, 60, 500, 129, 256)
 

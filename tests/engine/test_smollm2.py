@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from sglang_kvarn import smollm2
+from sglang_kvarn.demo import model as smollm2
 
 PROMPTS = (
     "\n\nThe water cycle has four stages: evaporation,",

@@ -10,20 +10,21 @@ import subprocess
 import sys
 
 import pytest
-from sglang_kvarn import cpu_platform
-from tiny_model import prompt
+from sglang_kvarn.cpu import platform
+
+from benchmarks.common.tiny_model import prompt
 
 # one request: what is logged of a second depends on when the first is freed
 NEW, PROMPT = 12, prompt(300, seed=1)
 MODEL = {"skip_tokenizer_init": True, "dtype": "float32", "random_seed": 0}
-# what the CPU platform sets, and `cpu_platform.apply_defaults` where the user leaves it open
+# what the CPU platform sets, and `platform.apply_defaults` where the user leaves it open
 CPU = {
     "device": "cpu",
     "disable_cuda_graph": True,
     "disable_custom_all_reduce": True,
     "attention_backend": "torch_native",
-    "max_running_requests": cpu_platform.MAX_RUNNING_REQUESTS,
-    "max_total_tokens": cpu_platform.MAX_TOTAL_TOKENS,
+    "max_running_requests": platform.MAX_RUNNING_REQUESTS,
+    "max_total_tokens": platform.MAX_TOTAL_TOKENS,
 }
 SIZES = {"max_running_requests": 4, "max_total_tokens": 4096}
 # without lines on decode batches, which depend on it too
@@ -90,7 +91,7 @@ def register():
 @pytest.fixture(scope="module")
 def runs(model, tmp_path_factory) -> dict[str, dict]:
     """Return what a process found with the plugin and without it, and its log."""
-    if not cpu_platform.is_active():
+    if not platform.is_active():
         pytest.skip("these engines are for a machine without a GPU")
     site = tmp_path_factory.mktemp("site")
     (site / "run.py").write_text(RUN)
@@ -143,12 +144,13 @@ def test_a_step_runs_nothing_of_the_plugin(runs):
     assert probe["steps"] >= NEW - 1
     ours = {name: n for name, n in probe["ours"].items() if ".report." not in name and ".settings." not in name}
     # when the prefix cache is asked for a request that waits, and when the request gets its row
-    assert ours.keys() == {"sglang_kvarn.tail.limit_prefix", "sglang_kvarn.tail.record_exact_starts"}
-    assert ours["sglang_kvarn.tail.record_exact_starts"] == 1 and ours["sglang_kvarn.tail.limit_prefix"] < NEW - 1
+    assert ours.keys() == {"sglang_kvarn.rows.limit_prefix", "sglang_kvarn.rows.record_exact_starts"}
+    assert ours["sglang_kvarn.rows.record_exact_starts"] == 1 and ours["sglang_kvarn.rows.limit_prefix"] < NEW - 1
 
 
 def test_a_server_imports_neither_kernels_nor_the_pool(runs):
     loaded = runs["with"]["probe"]["modules"]
     kernels = [name for name in loaded if name.startswith("kvarn_kernels.")]
-    assert kernels == ["kvarn_kernels.config", "kvarn_kernels.tile"]
+    light = ("balance", "batch", "config", "device", "device.gpu", "record", "record.tile", "shape")
+    assert kernels == [f"kvarn_kernels.{name}" for name in light]
     assert not {"sglang_kvarn.pool", "sglang_kvarn.backend", "sglang_kvarn.metadata"} & set(loaded)

@@ -10,13 +10,14 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def sglang() -> None:
     """Load the plugin's hooks and the few server arguments that SGLang's pools read."""
-    from sglang_kvarn import compat, cpu_platform, hooks
+    from sglang_kvarn import compat, plugin
+    from sglang_kvarn.cpu import platform
 
     # thousands of small tensors: more threads only wait for each other
     torch.set_num_threads(1)
-    cpu_platform.prepare_environment()
+    platform.prepare_environment()
     compat.load_plugins()
-    hooks.register_rest()
+    plugin.register_rest()
     from prefix_cache import calls
 
     calls.publish_arguments()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real servers with many tenants: `benchmarks/stress_isolation.py` in short, and in long what runs by hand."""
+"""Real servers with many tenants: `benchmarks.isolation.stress_isolation` in short, and in long what runs by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import test_fuzz
-from sglang_kvarn import cpu_platform
+from sglang_kvarn.cpu import platform
 from world import use_plain_allocation_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,16 +23,12 @@ LATENCY = 120
 
 def stress(tmp_path: Path, flags: str, limit: int) -> dict:
     """Run the script for so many seconds at most; return its result, whatever it found."""
-    if not cpu_platform.is_active():
+    if not platform.is_active():
         pytest.skip("its servers are for a machine without a GPU; there, give it a --url")
     result = tmp_path / "result.json"
     command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "stress_isolation.py"),
-        "--json",
-        str(result),
-        "--limit",
-        str(limit),
+        *(sys.executable, "-m", "benchmarks.isolation.stress_isolation"),
+        *("--result", str(result), "--timeout", str(limit)),
         *flags.split(),
     ]
     done = subprocess.run(
@@ -59,14 +55,15 @@ def check(found: dict) -> None:
 def test_tenants_on_a_small_server_get_the_answers_of_a_server_of_their_own(tmp_path):
     # canonical: requests that compute one prefix at the same time share its pages, so that the answer of a window
     # preset can be that of a mixture of histories, which no server gives alone
-    flags = "--preset kvarn_canonical --requests 60 --tenants 12 --prompts 1 --pool 1536 --new-tokens 8 24 48"
-    check(stress(tmp_path, f"{flags} --faults running", limit=840))
+    load = "--requests 60 --tenants 12 --prompts-per-tenant 1 --max-total-tokens 1536 --new-tokens 8 24 48"
+    check(stress(tmp_path, f"--cache kvarn_canonical {load} --faults running", limit=840))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_tenants_of_a_window_preset_see_nothing_of_each_other(tmp_path):
-    found = stress(tmp_path, "--requests 120 --tenants 12 --prompts 2 --pool 1536 --allow 120", limit=1740)
+    load = "--requests 120 --tenants 12 --prompts-per-tenant 2 --max-total-tokens 1536"
+    found = stress(tmp_path, f"{load} --allow 120", limit=1740)
     assert (found["leaked secrets"], found["failed"]) == (0, 0)
     assert found["prefix hits"] > found["requests"] // 4 and found["retractions"] > 0
     assert found["differing"] <= found["requests"] // 4
@@ -75,8 +72,9 @@ def test_tenants_of_a_window_preset_see_nothing_of_each_other(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_500_requests_of_32_tenants(tmp_path):
-    flags = "--preset kvarn_canonical --requests 500 --prompts 2 --rows 10 --pool 2048 --new-tokens 8 40 96 160"
-    check(stress(tmp_path, f"{flags} --faults all", limit=3540))
+    load = "--requests 500 --prompts-per-tenant 2 --max-running-requests 10 --max-total-tokens 2048"
+    flags = f"--cache kvarn_canonical {load} --new-tokens 8 40 96 160 --faults all"
+    check(stress(tmp_path, flags, limit=3540))
 
 
 @pytest.mark.long
@@ -95,7 +93,7 @@ def test_200_000_steps_of_random_lives(preset, monkeypatch):
 @pytest.mark.timeout(3600)
 def test_every_mutation_is_caught():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "mutations.py")], capture_output=True, text=True
+        [sys.executable, "-m", "tests.mutations.run"], cwd=ROOT, capture_output=True, text=True
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout

@@ -7,20 +7,23 @@ import dataclasses
 
 import pytest
 import torch
-from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History
-from kvarn_kernels import decode_plan, gpu, ops, reference, tile
-from kvarn_kernels.cache import DecodeBatch, ExtendBatch, LayerCache
+from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, History
+from kvarn_kernels import reference
+from kvarn_kernels.attention import TORCH, TRITON
+from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.decode import make_workspace
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read import decode_plan
+from kvarn_kernels.record import tile
 from test_known_failures import PRESETS, tokens
-from world import pages_of, run_kernels
+from world import SHAPE, attend, attention_with, pages_of
 
-FORMS = ["torch", "triton"]
+FORMS = {"torch": TORCH, "triton": TRITON}
 POISON = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "beyond fp16": 1e6}
 
 
 def decode_inputs(config: KVarNConfig, lengths: list[int], max_pages: int = 24):
-    """Return (qkv, cache, batch, histories) of one decode step in which every token but the last is stored.
+    """Return (new, cache, batch, histories) of one decode step in which every token but the last is stored.
 
     Page ids and rows are permuted, unused memory is NaN.
     """
@@ -48,17 +51,12 @@ def decode_inputs(config: KVarNConfig, lengths: list[int], max_pages: int = 24):
         store_pages=torch.stack([table[b, (n - 1) // PAGE] for b, n in enumerate(lengths)]),
         exact_starts=torch.zeros(size, dtype=torch.int32),
     )
-    qkv = tuple(torch.stack([getattr(h, name)[-1] for h in histories]) for name in "qkv")
-    return qkv, LayerCache(records, *rings), batch, histories
+    new = QKV(*(torch.stack([getattr(h, name)[-1] for h in histories]) for name in "qkv"))
+    return new, LayerCache(records, *rings), batch, histories
 
 
-def decode_in(form: str, qkv, cache: LayerCache, batch: DecodeBatch, config: KVarNConfig) -> torch.Tensor:
-    out = torch.full_like(qkv[0], float("nan"))
-    if form == "torch":
-        ops.decode_attention(*qkv, out, cache, batch, config, SM_SCALE)
-    else:
-        run_kernels(True, qkv, out, cache, batch, config)
-    return out
+def run_in(form: str, new: QKV, cache: LayerCache, batch, config: KVarNConfig) -> torch.Tensor:
+    return attend(attention_with(FORMS[form], config, len(batch.rows)), new, cache, batch)
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -71,8 +69,8 @@ def test_a_row_masked_in_a_whole_split_stays_finite(preset):
     """Splits beyond a short request hold no key: exp(-inf - -inf) was NaN, and NaN spread in the merge."""
     config = KVarNConfig.from_preset(preset)
     lengths = [1, 5, PAGE, PAGE + 1, 18 * PAGE + 3]
-    qkv, cache, batch, histories = decode_inputs(config, lengths)
-    out = decode_in("triton", qkv, cache, batch, config)
+    new, cache, batch, histories = decode_inputs(config, lengths)
+    out = run_in("triton", new, cache, batch, config)
     for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
         assert error(out[b], history.output(n - 1, n, 0)[0]) < 1e-2, n
 
@@ -80,10 +78,10 @@ def test_a_row_masked_in_a_whole_split_stays_finite(preset):
 def test_decode_writes_nothing_behind_the_split_buffer(monkeypatch):
     """The memory behind the buffer keeps its bytes at every batch size."""
     config = KVarNConfig.from_preset("kvarn")
-    # 8 programs for 2 heads: a batch of 5 has more splits than the largest
-    monkeypatch.setattr(gpu, "multiprocessors", lambda: 2)
     monkeypatch.setattr(decode_plan, "MIN_SPLIT_UNITS", 1)
-    workspace = make_workspace(6, QO_HEADS, KV_HEADS, HEAD_DIM, 24, config, torch.device("cpu"))
+    attention = attention_with(TRITON, config, 6)
+    # 8 programs for 2 heads: a batch of 5 has more splits than the largest
+    workspace = decode_plan.make_workspace(SHAPE, config, torch.device("cpu"), 6, 24, resident=8)
     assert workspace.max_splits == (4, 8, 12, 12, 20, 12)
     entries = workspace.partial_lse.shape[0]
     lse, out = torch.full((entries + 8, QO_HEADS), 7.0), torch.full((entries + 8, QO_HEADS, HEAD_DIM), 7.0)
@@ -91,10 +89,10 @@ def test_decode_writes_nothing_behind_the_split_buffer(monkeypatch):
     guarded = dataclasses.replace(
         workspace, partial_lse=lse[:entries], partial_out=out[:entries], split_requests=requests[:entries]
     )
+    attention._decode_workspace = guarded
     for size in (1, 5, 6):
-        qkv, cache, batch, histories = decode_inputs(config, [5 * PAGE + 1, 3 * PAGE, 70, 300, 9, 1][:size])
-        got = torch.full_like(qkv[0], float("nan"))
-        run_kernels(True, qkv, got, cache, dataclasses.replace(batch, workspace=guarded), config)
+        new, cache, batch, histories = decode_inputs(config, [5 * PAGE + 1, 3 * PAGE, 70, 300, 9, 1][:size])
+        got = attend(attention, new, cache, batch)
         for b, history in enumerate(histories):
             n = len(history.tokens)
             assert error(got[b], history.output(n - 1, n, 0)[0]) < 1e-2, (size, n)
@@ -111,19 +109,19 @@ def test_decode_a_poisoned_request_leaves_every_other_bit_alone(preset, poison, 
     config = KVarNConfig.from_preset(preset)
     lengths = [2 * PAGE, PAGE + 7, 3 * PAGE]
 
-    def run(poisoned: bool):
+    def step(poisoned: bool):
         torch.manual_seed(1)
-        qkv, cache, batch, _ = decode_inputs(config, lengths)
+        new, cache, batch, _ = decode_inputs(config, lengths)
         if poisoned:
             cache.ring_k[batch.rows[0]] = poison
             cache.ring_v[batch.rows[0], ::3] = poison
-            for x in qkv:
+            for x in new:
                 x[0, 1, 5] = poison
-        out = decode_in(form, qkv, cache, batch, config)
+        out = run_in(form, new, cache, batch, config)
         own = torch.cat([batch.page_table[b, : -(-n // PAGE)] for b, n in enumerate(lengths) if b])
         return out[1:], cache.records[own.long()], cache.ring_k[batch.rows[1:]]
 
-    clean, poisoned = run(False), run(True)
+    clean, poisoned = step(False), step(True)
     assert clean[0].isfinite().all()
     for one, other in zip(clean, poisoned, strict=True):
         # the unused part of the rings is NaN
@@ -139,7 +137,7 @@ def test_extend_a_poisoned_request_leaves_every_other_bit_alone(poison, form):
     sizes = [200, 150]
     histories = [History(tokens(n, seed=n), pages_of(config)) for n in sizes]
 
-    def run(poisoned: bool):
+    def step(poisoned: bool):
         records = torch.full((5, KV_HEADS, config.record_bytes(HEAD_DIM)), 0xFF, dtype=torch.uint8)
         rings = [torch.full((3, config.ring_len, KV_HEADS, HEAD_DIM), float("nan")) for _ in range(2)]
         cache = LayerCache(records, *rings)
@@ -153,18 +151,14 @@ def test_extend_a_poisoned_request_leaves_every_other_bit_alone(poison, form):
             prefix_lens_host=[0, 0],
             seq_lens_host=sizes,
         )
-        qkv = [torch.cat([getattr(h, name) for h in histories]) for name in "qkv"]
+        new = QKV(*(torch.cat([getattr(h, name) for h in histories]) for name in "qkv"))
         if poisoned:
-            for x in qkv:
+            for x in new:
                 x[3, 0, 7] = x[199, 1, 0] = x[150] = poison
-        out = torch.full_like(qkv[0], float("nan"))
-        if form == "torch":
-            ops.extend_attention(*qkv, out, cache, batch, config, SM_SCALE)
-        else:
-            run_kernels(False, tuple(qkv), out, cache, batch, config)
+        out = run_in(form, new, cache, batch, config)
         return out[200:], records[1], rings[0][2, :150], rings[1][2, :150]
 
-    for clean, other in zip(run(False), run(True), strict=True):
+    for clean, other in zip(step(False), step(True), strict=True):
         assert torch.equal(clean, other)
 
 
@@ -185,8 +179,8 @@ def test_canonical_decode_gives_a_request_the_same_bits_in_any_company(form):
     """The number of splits followed the batch, so that a neighbour changed the last bits of an answer."""
     config = KVarNConfig.from_preset("kvarn_canonical")
     lengths = [20 * PAGE + 3, 5, 3 * PAGE]
-    qkv, cache, batch, _ = decode_inputs(config, lengths)
-    together = decode_in(form, qkv, cache, batch, config)
+    new, cache, batch, _ = decode_inputs(config, lengths)
+    together = run_in(form, new, cache, batch, config)
     for b in range(len(lengths)):
         alone = dataclasses.replace(
             batch,
@@ -195,5 +189,5 @@ def test_canonical_decode_gives_a_request_the_same_bits_in_any_company(form):
                 for name in ("rows", "seq_lens", "page_table", "store_pages", "exact_starts")
             },
         )
-        one = decode_in(form, tuple(x[b : b + 1] for x in qkv), cache, alone, config)
+        one = run_in(form, QKV(*(x[b : b + 1] for x in new)), cache, alone, config)
         assert torch.equal(one[0], together[b])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 # shared memory that a block may use, bytes (CUDA C programming guide, table of compute capabilities)
 SHARED_LIMIT = {
     80: 163 * 1024,
@@ -58,8 +58,8 @@ LONG = [(capability, form) for form in FORMS for capability in SHARED_LIMIT if (
 )
 def test_compile_every_kernel_for_a_capability(capability, form):
     arguments = [capability, SHARED_LIMIT[capability], *form]
-    command = [sys.executable, str(HERE / "compile_kernels.py"), *map(str, arguments)]
-    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    command = [sys.executable, str(SUPPORT / "compile_kernels.py"), *map(str, arguments)]
+    path = os.pathsep.join([str(SUPPORT), *filter(None, sys.path)])
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=500
     )

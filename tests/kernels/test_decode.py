@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decode step of the kernels (store, encode, split-KV attention, merge) against the oracle."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from builders import (
     DEVICE,
     PAGE,
     RELATIVE_RMS,
+    attention_for,
+    encoded,
     make_cache,
     make_request,
     oracle,
@@ -16,13 +18,11 @@ from builders import (
     relative_rms,
     run_decode,
 )
-from kvarn_kernels import decode_plan, decode_sm90, gpu, torch_form
-from kvarn_kernels.cache import DecodeWorkspace
+from kvarn_kernels import torch_form
+from kvarn_kernels.attention import TRITON, Kernels
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.decode import decode, exact_block, make_workspace
-from kvarn_kernels.decode_plan import plan_decode
-from kvarn_kernels.merge import merge
-from kvarn_kernels.store import store_decode
+from kvarn_kernels.device.gpu import Gpu, gpu_of
+from kvarn_kernels.read import decode, decode_plan
 
 PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k3v2_g128", "kvarn_k2v2_g128"]
 
@@ -31,23 +31,13 @@ PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kv
 TOLERANCE = {dtype: bound + 1.5e-3 for dtype, bound in RELATIVE_RMS.items()}
 
 
-def kernels(q, k, v, out, cache, batch, config, sm_scale):
-    plan_decode(batch, config)
-    store_decode(q, k, v, cache, batch, config)
-    decode(cache, batch, config, q.shape[1], k.shape[1], sm_scale)
-    merge(out, batch, config)
+# one program at a time, so that the plan of a step without a fixed order depends on its other requests
+ONE_MULTIPROCESSOR = replace(gpu_of(DEVICE), multiprocessors=1)
 
 
-def poisoned_workspace(batch_size, heads, head_dim, max_pages, config) -> DecodeWorkspace:
-    workspace = make_workspace(batch_size, *heads, head_dim, max_pages, config, DEVICE)
-    for x in (workspace.rotated_q, workspace.partial_out, workspace.partial_lse):
-        x.fill_(float("nan"))
-    for x in (workspace.split_requests, workspace.split_indptr):
-        x.fill_(-1)
-    return workspace
-
-
-def decode_step(requests, heads, config, padding=0, cache=None):
+def decode_step(
+    requests, heads, config, padding=0, cache=None, gpu: Gpu | None = None, kernels: Kernels | None = None
+):
     """Prefill all but the last token of each request in the torch form, decode the last one with the kernels."""
     head_dim, dtype = requests[0].q.shape[-1], requests[0].q.dtype
     pages = 1 + max(max(r.pages) for r in requests)
@@ -56,11 +46,12 @@ def decode_step(requests, heads, config, padding=0, cache=None):
     for request in requests:
         if len(request.q) - 1 > request.exact_start:
             chunks = [len(request.q) - 1 - request.exact_start]
-            prefill(torch_form.extend_attention, request, chunks, cache, config)
+            prefill(torch_form.attend_extend, request, chunks, cache, config)
     most_pages = 1 + max(len(r.pages) for r in requests)
-    workspace = poisoned_workspace(len(requests) + padding, heads, head_dim, most_pages, config)
-    positions = [len(r.q) - 1 for r in requests]
-    return run_decode(kernels, requests, positions, cache, config, padding=padding, workspace=workspace)
+    attention = attention_for(
+        cache, heads[0], config, kernels, max_batch=len(requests) + padding, max_pages=most_pages, gpu=gpu
+    )
+    return run_decode(attention, requests, [len(r.q) - 1 for r in requests], cache, config, padding=padding)
 
 
 def make_requests(lengths, heads, head_dim, dtype):
@@ -81,15 +72,14 @@ def test_decode_matches_the_oracle_in_every_form(preset, dtype, heads, head_dim)
         assert relative_rms(out, oracle(request, config, len(request.q) - 1)[0]) < TOLERANCE[dtype]
 
 
-def test_decode_matches_the_oracle_with_the_blocks_of_a_gpu_with_less_shared_memory(monkeypatch):
-    full = exact_block(256)
-    # such GPUs run the Triton kernel
-    monkeypatch.setattr(decode_sm90, "is_supported", lambda device: False)
-    monkeypatch.setattr(gpu, "shared_memory", lambda: 99 << 10)
-    assert exact_block(256) != full
+def test_decode_matches_the_oracle_with_the_blocks_of_a_gpu_with_less_shared_memory():
+    small = replace(gpu_of(DEVICE), shared_memory=99 << 10)
+    assert decode.exact_block(256, small) != decode.exact_block(256, gpu_of(DEVICE))
     config = KVarNConfig.from_preset("kvarn")
     requests = make_requests([3 * PAGE + 1, PAGE + 77], (6, 1), 256, torch.float16)
-    for request, out in zip(requests, decode_step(requests, (6, 1), config), strict=True):
+    # such GPUs run the Triton kernel
+    outs = decode_step(requests, (6, 1), config, gpu=small, kernels=TRITON)
+    for request, out in zip(requests, outs, strict=True):
         assert relative_rms(out, oracle(request, config, len(request.q) - 1)[0]) < TOLERANCE[torch.float16]
 
 
@@ -119,7 +109,7 @@ def test_decode_after_a_prefix_hit_reads_records_before_exact_start(preset, toke
     heads = (4, 1)
     owner = make_request(tokens, heads, 64, torch.float16, row=1)
     cache = make_cache(config, 1, 64, torch.float16, 1 + max(owner.pages), rows=3)
-    prefill(torch_form.extend_attention, owner, [2 * PAGE], cache, config)
+    prefill(torch_form.attend_extend, owner, [2 * PAGE], cache, config)
     guest = make_request(tokens, heads, 64, torch.float16, row=2)
     guest.exact_start = 2 * PAGE
     (out,) = decode_step([guest], heads, config, cache=cache)
@@ -130,13 +120,19 @@ def test_decode_keeps_encoding_pages_over_many_steps():
     config = KVarNConfig.from_preset("kvarn")
     request = make_request(2 * PAGE + 3, (2, 1), 64, torch.float16)
     cache = make_cache(config, 1, 64, torch.float16, 8, rows=2)
-    prefill(torch_form.extend_attention, request, [PAGE - 2], cache, config)
-    workspace = poisoned_workspace(1, (2, 1), 64, 3, config)
+    prefill(torch_form.attend_extend, request, [PAGE - 2], cache, config)
+    attention = attention_for(cache, 2, config, max_batch=1, max_pages=3)
     expected = oracle(request, config)
     for position in range(PAGE - 2, 2 * PAGE + 3):
-        (out,) = run_decode(kernels, [request], [position], cache, config, workspace=workspace)
-        if position % 16 == 0 or position % PAGE in (0, 1, PAGE - 1):
+        # a step takes the interpreter half a second, and most of them find nothing to encode
+        by_kernels = position % 16 == 0 or position % PAGE in (0, 1, 2, PAGE - 2, PAGE - 1)
+        attend = attention if by_kernels or DEVICE.type == "cuda" else torch_form.attend_decode
+        (out,) = run_decode(attend, [request], [position], cache, config)
+        if by_kernels:
             assert relative_rms(out, expected[position]) < TOLERANCE[torch.float16], position
+    for page in range(2):
+        k, v = (torch_form.rotate(x[page * PAGE : (page + 1) * PAGE]).half() for x in (request.k, request.v))
+        assert torch.equal(cache.records[request.pages[page]], encoded(k, v, config)), page
 
 
 def test_decode_survives_magnitudes_beyond_fp16():
@@ -163,14 +159,12 @@ def decode_behind_others(others: int, tokens: int, config: KVarNConfig) -> torch
     """Return the output of a request that is the last of a batch, on other pages and in another row each time."""
     requests = make_requests([*(70 + 64 * n for n in range(others)), tokens], (4, 1), 64, torch.float16)
     mine = make_request(tokens, (4, 1), 64, torch.float16)
-    requests[-1] = dataclasses.replace(mine, row=others + 1, pages=requests[-1].pages[::-1])
-    return decode_step(requests, (4, 1), config, padding=others % 3)[-1]
+    requests[-1] = replace(mine, row=others + 1, pages=requests[-1].pages[::-1])
+    return decode_step(requests, (4, 1), config, padding=others % 3, gpu=ONE_MULTIPROCESSOR)[-1]
 
 
 @pytest.mark.parametrize("tokens", [2 * PAGE, 17 * PAGE + 3])
-def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens, monkeypatch):
-    # so few programs that a plan by the batch would differ
-    monkeypatch.setattr(gpu, "multiprocessors", lambda: 1)
+def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens):
     config = KVarNConfig.from_preset("kvarn_canonical")
     alone = decode_behind_others(0, tokens, config)
     assert all(torch.equal(decode_behind_others(others, tokens, config), alone) for others in (1, 4))
@@ -179,7 +173,7 @@ def test_decode_of_canonical_presets_is_the_same_bits_at_any_batch_size(tokens, 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "kvarn_canonical"])
 def test_decode_of_default_presets_agrees_within_a_thousandth_at_any_batch_size(preset, monkeypatch):
     # so few programs that a batch of 1, 2 and 5 takes splits of 2, 3 and 5 units and more
-    monkeypatch.setattr(gpu, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(decode, "RESIDENT", 4)
     monkeypatch.setattr(decode_plan, "MIN_SPLIT_UNITS", 1)
     config = KVarNConfig.from_preset(preset)
     alone = decode_behind_others(0, 6 * PAGE + 9, config)

@@ -10,19 +10,27 @@ import torch
 from builders import DEVICE, PAGE, int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvarn_kernels import decode_plan, gpu
-from kvarn_kernels.cache import DecodeBatch
+from kvarn_kernels.batch import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.decode import make_workspace
+from kvarn_kernels.device.gpu import H100, Gpu
+from kvarn_kernels.read import decode, decode_plan, decode_sm90
+from kvarn_kernels.shape import AttentionShape
 
 PRESETS = ["kvarn", "kvarn_canonical"]
 MAX_PAGES = 400
 LENGTH = st.one_of(st.integers(1, 3 * PAGE), st.integers(1, MAX_PAGES * PAGE))
 
 
+def make_workspace(max_batch, heads, head_dim, max_pages, config, device) -> decode_plan.DecodeWorkspace:
+    """Return the workspace of an H100."""
+    shape = AttentionShape(*heads, head_dim, torch.bfloat16)
+    resident = decode_sm90.resident_programs(head_dim, H100)
+    return decode_plan.make_workspace(shape, config, device, max_batch, max_pages, resident)
+
+
 def plan(lengths: list[int], config: KVarNConfig, heads=(32, 8), head_dim=128, starts: list[int] | None = None):
     """Return (splits of each request, workspace) of a step; the workspace serves twice the batch."""
-    workspace = make_workspace(2 * len(lengths), *heads, head_dim, MAX_PAGES, config, DEVICE)
+    workspace = make_workspace(2 * len(lengths), heads, head_dim, MAX_PAGES, config, DEVICE)
     workspace.split_requests.fill_(-1)
     workspace.split_indptr.fill_(-1)
     size = len(lengths)
@@ -32,9 +40,8 @@ def plan(lengths: list[int], config: KVarNConfig, heads=(32, 8), head_dim=128, s
         page_table=torch.zeros(size, MAX_PAGES, dtype=torch.int32, device=DEVICE),
         store_pages=int32(*[0] * size),
         exact_starts=int32(*(starts or [0] * size)),
-        workspace=workspace,
     )
-    decode_plan.plan_decode(batch, config)
+    decode_plan.plan_decode(batch, workspace, config)
     indptr = workspace.split_indptr.tolist()
     assert indptr[0] == 0 and set(indptr[size + 1 :]) <= {-1}
     return [end - begin for begin, end in pairwise(indptr[: size + 1])], workspace
@@ -75,7 +82,7 @@ def test_splits_of_canonical_presets_depend_on_the_request_only():
     alone = [plan([n], config)[0][0] for n in (1, 900, 17 * PAGE, 300 * PAGE)]
     together, _ = plan([5, 1, 900, 17 * PAGE, 40_000, 300 * PAGE], config)
     assert [together[n] for n in (1, 2, 3, 5)] == alone
-    assert alone == [-(-units(n, config) // decode_plan.CANONICAL_SPLIT_UNITS) for n in (1, 900, 17 * PAGE, 300 * PAGE)]
+    assert alone == [-(-units(n, config) // decode_plan.FIXED_SPLIT_UNITS) for n in (1, 900, 17 * PAGE, 300 * PAGE)]
 
 
 def test_tokens_of_the_prefix_are_no_ring():
@@ -91,9 +98,9 @@ def test_tokens_of_the_prefix_are_no_ring():
 @pytest.mark.parametrize("heads", [(32, 8), (9, 3), (8, 1), (64, 4)])
 def test_waves_are_full_or_as_many_as_requests(heads, head_dim):
     config = KVarNConfig.from_preset("kvarn")
-    workspace = make_workspace(300, *heads, head_dim, MAX_PAGES, config, torch.device("meta"))
+    workspace = make_workspace(300, heads, head_dim, MAX_PAGES, config, torch.device("meta"))
     programs = heads[1] * -(-heads[0] // heads[1] // 8)
-    resident = decode_plan.resident_programs(head_dim)
+    resident = decode_sm90.resident_programs(head_dim, H100)
     for size, wanted in enumerate(workspace.wanted_splits, 1):
         last = wanted * programs % resident
         assert wanted == size or last == 0 or last > resident - programs, size
@@ -105,15 +112,13 @@ def test_waves_are_full_or_as_many_as_requests(heads, head_dim):
 def test_the_split_buffer_holds_every_batch_size(preset, max_pages):
     """A small batch may have more splits than a large one; other ports sized the buffer for the large one."""
     config = KVarNConfig.from_preset(preset)
-    workspace = make_workspace(65, 8, 2, 64, max_pages, config, torch.device("meta"))
+    workspace = make_workspace(65, (8, 2), 64, max_pages, config, torch.device("meta"))
     assert all(size <= most <= len(workspace.partial_out) for size, most in enumerate(workspace.max_splits, 1))
     assert len(workspace.split_requests) == len(workspace.partial_lse) == len(workspace.partial_out)
     assert len(workspace.split_indptr) == 66
 
 
-def test_gpus_without_the_cuda_kernel_run_more_programs_at_once(monkeypatch):
-    hopper = decode_plan.wanted_splits(1, 8, 128)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "multiprocessors", lambda: 108)
-    monkeypatch.setattr(decode_plan.decode_sm90, "is_supported", lambda device: False)
-    assert decode_plan.wanted_splits(1, 8, 128) == 108 * 8 // 8 > hopper
+def test_gpus_without_the_cuda_kernel_run_more_programs_at_once():
+    a100 = Gpu((8, 0), 108, 163 << 10, 164 << 10)
+    hopper = decode_plan.wanted_splits(1, 8, decode_sm90.resident_programs(128, H100))
+    assert decode_plan.wanted_splits(1, 8, decode.resident_programs(a100)) == 108 * 8 // 8 > hopper

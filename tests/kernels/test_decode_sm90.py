@@ -5,35 +5,38 @@ Its results are tested where it runs: `test_decode.py` and `test_graph.py` on a 
 """
 
 import pytest
-import torch
 from cubin import compiled, registers_and_stack
-from kvarn_kernels import decode_sm90, gpu, nvrtc, tile
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device import nvrtc
+from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.read import decode_sm90
+from kvarn_kernels.record import tile
 
-# preset, head_dim, KV heads, query heads per KV head, bfloat16, pages of a split
+# preset, head_dim, KV heads, query heads per KV head, bfloat16
 FORMS = [
-    ("kvarn", 128, 8, 4, True, 0),
-    ("kvarn", 128, 8, 4, False, 0),
-    ("kvarn_canonical", 128, 4, 7, True, 16),
-    ("kvarn", 64, 3, 3, False, 0),
-    ("kvarn", 256, 1, 8, True, 0),
-    ("kvarn_k4v4_g128", 128, 8, 4, True, 0),
-    ("kvarn_k4v4_g128", 64, 2, 1, True, 0),
-    ("kvarn_k4v3_g128", 128, 8, 4, True, 0),
-    ("kvarn_k4v3_g128", 64, 3, 3, False, 0),
-    ("kvarn_k4v3_g128", 256, 1, 8, True, 0),
-    ("kvarn_k3v2_g128", 128, 8, 4, True, 0),
-    ("kvarn_k3v2_g128", 64, 3, 3, False, 0),
-    ("kvarn_k3v2_g128", 256, 1, 8, True, 0),
-    ("kvarn_k2v2_g128", 128, 8, 12, True, 0),
-    ("kvarn_k2v2_g128", 64, 8, 6, True, 0),
-    ("kvarn_k2v2_g128", 256, 2, 4, True, 0),
+    ("kvarn", 128, 8, 4, True),
+    ("kvarn", 128, 8, 4, False),
+    ("kvarn_canonical", 128, 4, 7, True),
+    ("kvarn", 64, 3, 3, False),
+    ("kvarn", 256, 1, 8, True),
+    ("kvarn_k4v4_g128", 128, 8, 4, True),
+    ("kvarn_k4v4_g128", 64, 2, 1, True),
+    ("kvarn_k4v3_g128", 128, 8, 4, True),
+    ("kvarn_k4v3_g128", 64, 3, 3, False),
+    ("kvarn_k4v3_g128", 256, 1, 8, True),
+    ("kvarn_k3v2_g128", 128, 8, 4, True),
+    ("kvarn_k3v2_g128", 64, 3, 3, False),
+    ("kvarn_k3v2_g128", 256, 1, 8, True),
+    ("kvarn_k2v2_g128", 128, 8, 12, True),
+    ("kvarn_k2v2_g128", 64, 8, 6, True),
+    ("kvarn_k2v2_g128", 256, 2, 4, True),
 ]
 
 
 def code_of(form: tuple, capability: str) -> bytes:
     preset, *rest = form
-    defines = decode_sm90.constants(KVarNConfig.from_preset(preset), *rest)
+    config = KVarNConfig.from_preset(preset)
+    defines = decode_sm90.constants(config, *rest, config.ring_len)
     return compiled(nvrtc.source(decode_sm90.SOURCE, defines), "kvarn_decode", capability)
 
 
@@ -53,7 +56,7 @@ def test_decode_sm90_compiles_for_blackwell():
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     config = KVarNConfig.from_preset(preset)
-    defines = decode_sm90.constants(config, head_dim, 8, 4, True, 0)
+    defines = decode_sm90.constants(config, head_dim, 8, 4, True, config.ring_len)
     # 227 KiB for all resident blocks of a multiprocessor, 1 KiB of each is reserved
     assert (decode_sm90.shared_bytes(defines) + 2048) * decode_sm90.MIN_BLOCKS[head_dim] <= 228 * 1024
     assert defines["RECORD"] % 16 == 0 and defines["RECORD"] == tile.record_bytes(
@@ -67,7 +70,5 @@ def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     [((8, 0), 164, False), ((8, 9), 100, False), ((9, 0), 228, True), ((10, 0), 228, True), ((12, 0), 100, False)],
     ids=str,
 )
-def test_decode_sm90_serves_gpus_with_the_shared_memory_that_it_plans_with(capability, shared, serves, monkeypatch):
-    monkeypatch.setattr(nvrtc, "capability", lambda device: capability)
-    monkeypatch.setattr(gpu, "shared_memory_of_multiprocessor", lambda: shared * 1024)
-    assert decode_sm90.is_supported(torch.device("cuda")) is serves
+def test_decode_sm90_serves_gpus_with_the_shared_memory_that_it_plans_with(capability, shared, serves):
+    assert decode_sm90.runs_on(Gpu(capability, 132, (shared - 1) << 10, shared << 10)) is serves

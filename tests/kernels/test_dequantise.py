@@ -5,9 +5,9 @@ import pytest
 import torch
 from builders import DEVICE, PAGE, make_cache, make_request, prefill, relative_rms
 from kvarn_kernels import reference, torch_form
-from kvarn_kernels.cache import ExtendBatch
+from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.dequantise import dequantise
+from kvarn_kernels.dense.dequantise import PageList, dequantise
 
 KVARN = KVarNConfig.from_preset("kvarn")
 # one rounding to the model's dtype (2^-12.6 and 2^-9.6 of a value on average), and fp16 operands (2^-12)
@@ -35,13 +35,14 @@ def filled(cache, request, config, prefix: int, numbers: list[int], num_exact: i
 
     The new tokens are those of the request after the prefix; the rows after them are NaN.
     """
-    kv_heads, head_dim = cache.ring_k.shape[2:]
-    shape = (len(numbers) + 1, kv_heads, PAGE, head_dim)
+    shape = (len(numbers) + 1, cache.num_kv_heads, PAGE, cache.head_dim)
     keys, values = (torch.full(shape, float("nan"), dtype=request.k.dtype, device=DEVICE) for _ in range(2))
     pages = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
     batch = batch_of(request, prefix, len(request.k))
-    k, v = (torch.cat([x[prefix:], torch.full_like(x[:PAGE], float("nan"))]) for x in (request.k, request.v))
-    dequantise(keys, values, k, v, torch.zeros_like(pages), pages, num_exact, cache, batch, config)
+    new = QKV(
+        *(torch.cat([x[prefix:], torch.full_like(x[:PAGE], float("nan"))]) for x in (request.q, request.k, request.v))
+    )
+    dequantise((keys, values), new, PageList(torch.zeros_like(pages), pages, num_exact), cache, batch, config)
     assert keys[-1].isnan().all() and values[-1].isnan().all()
     return keys[:-1], values[:-1]
 
@@ -67,7 +68,7 @@ def test_dequantise_matches_the_decoded_records(preset, head_dim, dtype):
     config = KVarNConfig.from_preset(preset)
     request = make_request(3 * PAGE + 5, (2, 2), head_dim, dtype)
     cache = make_cache(config, 2, head_dim, dtype, pages=8, rows=3)
-    prefill(torch_form.extend_attention, request, [3 * PAGE], cache, config)
+    prefill(torch_form.attend_extend, request, [3 * PAGE], cache, config)
     for ring in (cache.ring_k, cache.ring_v):
         ring.fill_(float("nan"))
     got = filled(cache, request, config, 3 * PAGE, [2, 0, 1, 0], num_exact=0)
@@ -86,7 +87,7 @@ def test_dequantise_takes_exact_pages_from_the_ring_and_then_from_the_chunk(dtyp
     request = make_request(4 * PAGE + 7, (2, 1), head_dim, dtype, row=2)
     cache = make_cache(KVARN, 1, head_dim, dtype, pages=8, rows=3)
     prefix = 2 * PAGE + 44
-    prefill(torch_form.extend_attention, request, [prefix], cache, KVARN)
+    prefill(torch_form.attend_extend, request, [prefix], cache, KVARN)
     cache.records[request.pages[1]] = 0xFF
     keys, values = filled(cache, request, KVARN, prefix, [1, 2, 3, 4, 0], num_exact=4)
     for x, exact in ((keys, request.k), (values, request.v)):
@@ -100,7 +101,7 @@ def test_dequantise_takes_exact_pages_from_the_ring_and_then_from_the_chunk(dtyp
 def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records():
     request = make_request(2 * PAGE + 45, (2, 1), 64, torch.float16, row=2)
     cache = make_cache(KVARN, 1, 64, torch.float16, pages=8, rows=3)
-    prefill(torch_form.extend_attention, request, [2 * PAGE + 44], cache, KVARN)
+    prefill(torch_form.attend_extend, request, [2 * PAGE + 44], cache, KVARN)
     request.exact_start = 2 * PAGE
     cache.ring_k[2, PAGE:], cache.ring_v[2, PAGE:] = float("nan"), float("nan")
     windows = filled(cache, request, KVARN, 2 * PAGE + 44, [1, 2], num_exact=2)
@@ -119,7 +120,7 @@ def test_dequantise_stays_finite_for_the_largest_keys_and_values(dtype):
         x[:, :, 0] = largest
         x[0] = largest / 16
     cache = make_cache(KVARN, 1, 128, dtype, pages=4, rows=3)
-    prefill(torch_form.extend_attention, request, [PAGE], cache, KVARN)
+    prefill(torch_form.attend_extend, request, [PAGE], cache, KVARN)
     for x, exact in zip(filled(cache, request, KVARN, PAGE, [0], 0), (request.k, request.v), strict=True):
         assert x.isfinite().all()
         assert relative_rms(x[0, 0, 0], exact[0, 0]) < 2 * BOUND[dtype]

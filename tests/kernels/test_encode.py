@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encode kernel against the oracle: the same bytes, whatever the source of the rows."""
+"""The encoders against the oracle: the same bytes, whatever the source of the tokens."""
 
 import pytest
 import torch
 from builders import DEVICE, PAGE, encoded, int32, make_cache, random_rows
 from kvarn_kernels import reference
-from kvarn_kernels.cache import ExtendBatch, LayerCache
+from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.encode import encode_from_chunk, encode_from_ring
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.write import encode, encode_cuda
 
 PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k3v2_g128", "kvarn_k2v2_g128"]
 KV_HEADS = 2
+
+
+@pytest.fixture(params=[encode, encode_cuda] if DEVICE.type == "cuda" else [encode], ids=lambda m: m.__name__)
+def encoder(request):
+    """The module whose encoder is tested: both forms where a GPU runs them."""
+    return request.param
 
 
 def filled_cache(config, head_dim, dtype, scale=1.0) -> LayerCache:
@@ -20,22 +27,33 @@ def filled_cache(config, head_dim, dtype, scale=1.0) -> LayerCache:
     return cache
 
 
+def decode_batch(rows: torch.Tensor, seq_lens: torch.Tensor, store_pages: torch.Tensor) -> DecodeBatch:
+    """Return a step whose page table and exact starts are not read."""
+    return DecodeBatch(rows, seq_lens, store_pages[:, None], store_pages, torch.zeros_like(seq_lens))
+
+
+def encode_row_1(encoder, cache: LayerCache, config) -> None:
+    """Encode the first page of request row 1 into page 2."""
+    encoder.encode_from_ring(cache, decode_batch(torch.tensor([1], device=DEVICE), int32(PAGE), int32(2)), config)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_encode_from_ring_gives_the_bytes_of_the_oracle(preset, dtype, head_dim):
+def test_encode_from_ring_gives_the_bytes_of_the_oracle(encoder, preset, dtype, head_dim):
     config = KVarNConfig.from_preset(preset)
     cache = filled_cache(config, head_dim, dtype)
     before = cache.records.clone()
     # request 0 fills its second page, request 1 is in the middle of one, request 2 is a padded row
-    encode_from_ring(cache, torch.tensor([2, 1, 0], device=DEVICE), int32(2 * PAGE, 100, 1), int32(3, 4, 0), config)
+    batch = decode_batch(torch.tensor([2, 1, 0], device=DEVICE), int32(2 * PAGE, 100, 1), int32(3, 4, 0))
+    encoder.encode_from_ring(cache, batch, config)
     slots = torch.arange(PAGE, 2 * PAGE, device=DEVICE) % config.ring_len
     assert torch.equal(cache.records[3], encoded(cache.ring_k[2, slots], cache.ring_v[2, slots], config))
     others = [0, 1, 2, 4, 5]
     assert torch.equal(cache.records[others], before[others])
 
 
-def test_encode_from_ring_finds_full_pages_anywhere_in_a_large_batch():
+def test_encode_from_ring_finds_full_pages_anywhere_in_a_large_batch(encoder):
     config, size = KVarNConfig.from_preset("kvarn"), 100
     cache = make_cache(config, KV_HEADS, 64, torch.float16, pages=size, rows=size)
     cache.ring_k.copy_(random_rows(cache.ring_k.shape, torch.float16))
@@ -45,7 +63,7 @@ def test_encode_from_ring_finds_full_pages_anywhere_in_a_large_batch():
     full = (3, 40, 99)
     seq_lens = int32(*(PAGE if b in full else 1 + b for b in range(size)))
     pages = torch.arange(size, device=DEVICE).flip(0)
-    encode_from_ring(cache, torch.arange(size, device=DEVICE), seq_lens, pages.int(), config)
+    encoder.encode_from_ring(cache, decode_batch(torch.arange(size, device=DEVICE), seq_lens, pages.int()), config)
     for b in full:
         record = encoded(cache.ring_k[b, :PAGE], cache.ring_v[b, :PAGE], config)
         assert torch.equal(cache.records[pages[b]], record)
@@ -54,10 +72,10 @@ def test_encode_from_ring_finds_full_pages_anywhere_in_a_large_batch():
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e5])
-def test_encode_keeps_its_accuracy_at_any_magnitude(scale):
+def test_encode_keeps_its_accuracy_at_any_magnitude(encoder, scale):
     config = KVarNConfig.from_preset("kvarn")
     cache = filled_cache(config, 64, torch.bfloat16, scale)
-    encode_from_ring(cache, torch.tensor([1], device=DEVICE), int32(PAGE), int32(2), config)
+    encode_row_1(encoder, cache, config)
     k, v = cache.ring_k[1, :PAGE].transpose(0, 1), cache.ring_v[1, :PAGE].transpose(0, 1)
     assert torch.equal(cache.records[2], reference.encode_tile(k, v, config))
     for got, exact, bound in zip(
@@ -68,24 +86,24 @@ def test_encode_keeps_its_accuracy_at_any_magnitude(scale):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-def test_encode_of_poisoned_rows_stays_finite(poison):
+def test_encode_of_poisoned_rows_stays_finite(encoder, poison):
     config = KVarNConfig.from_preset("kvarn")
     cache = filled_cache(config, 64, torch.float16)
     cache.ring_k[1, 5, 0, 3] = poison
     cache.ring_v[1, 7, 0, 3] = poison
-    encode_from_ring(cache, torch.tensor([1], device=DEVICE), int32(PAGE), int32(2), config)
+    encode_row_1(encoder, cache, config)
     for side in reference.decode_tile(cache.records[2], config, 64):
         assert side.isfinite().all()
 
 
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_k2v2_g128", "kvarn_canonical"])
-def test_encode_of_constant_and_zero_rows_is_exact(preset):
+def test_encode_of_constant_and_zero_rows_is_exact(encoder, preset):
     config = KVarNConfig.from_preset(preset)
     cache = filled_cache(config, 64, torch.float16)
     cache.ring_k[1].zero_()
     cache.ring_v[1].zero_()
     cache.ring_k[1, :, 1] = 3.0
-    encode_from_ring(cache, torch.tensor([1], device=DEVICE), int32(PAGE), int32(2), config)
+    encode_row_1(encoder, cache, config)
     k, v = reference.decode_tile(cache.records[2], config, 64)
     assert torch.equal(k[0], torch.zeros_like(k[0])) and torch.equal(k[1], torch.full_like(k[1], 3.0))
     assert torch.equal(v, torch.zeros_like(v))
@@ -93,7 +111,7 @@ def test_encode_of_constant_and_zero_rows_is_exact(preset):
 
 @pytest.mark.parametrize(("prefix", "seq"), [(0, 300), (100, 260), (127, 129), (128, 256), (250, 250 + 300), (5, 90)])
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128_canonical"])
-def test_encode_from_chunk_joins_ring_and_chunk(preset, prefix, seq):
+def test_encode_from_chunk_joins_ring_and_chunk(encoder, preset, prefix, seq):
     config = KVarNConfig.from_preset(preset)
     cache = filled_cache(config, 64, torch.float16)
     before = cache.records.clone()
@@ -113,7 +131,7 @@ def test_encode_from_chunk_joins_ring_and_chunk(preset, prefix, seq):
         prefix_lens_host=[10, prefix],
         seq_lens_host=[13, seq],
     )
-    encode_from_chunk(*chunk, cache, batch, config)
+    encoder.encode_from_chunk(QKV(torch.empty(0), *chunk), cache, batch, config)
     written = []
     for page in range(prefix // PAGE, seq // PAGE):
         rows = slice(page * PAGE, (page + 1) * PAGE)

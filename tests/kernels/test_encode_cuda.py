@@ -13,9 +13,11 @@ import pytest
 import torch
 from builders import PAGE, encoded, int32, random_rows
 from cubin import compiled, registers_and_stack
-from kvarn_kernels import encode_cuda, nvrtc
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device import nvrtc
+from kvarn_kernels.write import encode_cuda
 
+SUPPORT = Path(__file__).parents[1] / "support"
 KV_HEADS, ROWS = 2, 3
 CPU = torch.device("cpu")
 cpu_int32, cpu_rows = partial(int32, device=CPU), partial(random_rows, device=CPU)
@@ -39,14 +41,13 @@ def library(tmp_path_factory):
     def build(config: KVarNConfig, head_dim: int, is_bf16: bool) -> ctypes.CDLL:
         key = (config.name, head_dim, is_bf16)
         if key not in built:
-            defines = encode_cuda.constants(config, head_dim, KV_HEADS, is_bf16)
+            defines = encode_cuda.constants(config, head_dim, KV_HEADS, is_bf16, config.ring_len)
             defines |= encode_cuda.selection(*encode_cuda.KERNELS)
             path = folder / f"{len(built)}.cpp"
             path.write_text('#include "cuda_on_cpu.h"\n' + nvrtc.source(encode_cuda.SOURCE, defines) + LAUNCHERS)
             command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
-            subprocess.run(
-                [*command, f"-I{Path(__file__).parent}", path, "-o", path.with_suffix(".so")], check=True, timeout=120
-            )
+            command += [f"-I{SUPPORT}", path, "-o", path.with_suffix(".so")]
+            subprocess.run(command, check=True, timeout=120)
             built[key] = ctypes.CDLL(str(path.with_suffix(".so")))
         return built[key]
 
@@ -132,7 +133,8 @@ def test_poisoned_and_constant_rows_give_the_bytes_of_the_oracle(library, poison
     ],
 )
 def test_it_compiles_into_registers(kernel, preset, head_dim, is_bf16, tmp_path):
-    defines = encode_cuda.constants(KVarNConfig.from_preset(preset), head_dim, 8, is_bf16)
+    config = KVarNConfig.from_preset(preset)
+    defines = encode_cuda.constants(config, head_dim, 8, is_bf16, config.ring_len)
     source = nvrtc.source(encode_cuda.SOURCE, defines | encode_cuda.selection(kernel))
     registers, stack = registers_and_stack(compiled(source, kernel, "90"), tmp_path)
     # 8 tokens of a thread do not fit: about one access in ten is a spill
@@ -142,6 +144,7 @@ def test_it_compiles_into_registers(kernel, preset, head_dim, is_bf16, tmp_path)
 
 @pytest.mark.parametrize("capability", ["80", "86", "89", "100", "120"])
 def test_it_compiles_for_every_capability(capability):
-    defines = encode_cuda.constants(KVarNConfig.from_preset("kvarn"), 64, 8, True)
+    config = KVarNConfig.from_preset("kvarn")
+    defines = encode_cuda.constants(config, 64, 8, True, config.ring_len)
     kernel = encode_cuda.KERNELS[0]
     assert compiled(nvrtc.source(encode_cuda.SOURCE, defines | encode_cuda.selection(kernel)), kernel, capability)

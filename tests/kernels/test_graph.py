@@ -3,18 +3,16 @@
 
 import pytest
 import torch
-from builders import DEVICE, PAGE, RELATIVE_RMS, make_cache, make_request, oracle, prefill, relative_rms
-from kvarn_kernels import ops
-from kvarn_kernels.cache import DecodeBatch
+from builders import DEVICE, PAGE, RELATIVE_RMS, attention_for, make_cache, make_request, oracle, prefill, relative_rms
+from kvarn_kernels.batch import QKV, DecodeBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.decode import make_workspace
 
 pytestmark = pytest.mark.gpu
 HEADS, HEAD_DIM = (8, 2), 128
 TOLERANCE = RELATIVE_RMS[torch.bfloat16] + 1e-3
 
 
-def static_batch(size: int, max_pages: int, config: KVarNConfig) -> DecodeBatch:
+def static_batch(size: int, max_pages: int) -> DecodeBatch:
     """Return a batch of padded rows: row 0, page 0, one token."""
     return DecodeBatch(
         rows=torch.zeros(size, dtype=torch.int64, device=DEVICE),
@@ -22,7 +20,6 @@ def static_batch(size: int, max_pages: int, config: KVarNConfig) -> DecodeBatch:
         page_table=torch.zeros(size, max_pages, dtype=torch.int32, device=DEVICE),
         store_pages=torch.zeros(size, dtype=torch.int32, device=DEVICE),
         exact_starts=torch.zeros(size, dtype=torch.int32, device=DEVICE),
-        workspace=make_workspace(size, *HEADS, HEAD_DIM, max_pages, config, DEVICE),
     )
 
 
@@ -37,18 +34,19 @@ def test_one_graph_serves_every_length_and_every_padding(preset):
     for ring in (cache.ring_k, cache.ring_v):
         ring[0] = 0  # the padding row
     begins = [3 * PAGE - 3, 1, 640]
-    for request, begin in zip(requests, begins, strict=True):
-        prefill(ops.extend_attention, request, [begin], cache, config)
     size = 5
-    batch = static_batch(size, 8, config)
+    attention, batch = attention_for(cache, HEADS[0], config, max_batch=size, max_pages=8), static_batch(size, 8)
+    for request, begin in zip(requests, begins, strict=True):
+        prefill(attention, request, [begin], cache, config)
     shapes = {"q": HEADS[0], "k": HEADS[1], "v": HEADS[1]}
     inputs = {name: torch.zeros(size, n, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE) for name, n in shapes.items()}
     out = torch.zeros_like(inputs["q"])
 
-    def step() -> None:
-        ops.decode_attention(*inputs.values(), out, cache, batch, config, HEAD_DIM**-0.5)
+    planned = attention.plan(batch)
 
-    ops.plan_decode(batch, config)
+    def step() -> None:
+        attention.attend(QKV(**inputs), out, cache, planned, HEAD_DIM**-0.5)
+
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -71,7 +69,7 @@ def test_one_graph_serves_every_length_and_every_padding(preset):
             batch.store_pages[slot] = used[-1]
             for name, x in inputs.items():
                 x[slot] = getattr(request, name)[position]
-        ops.plan_decode(batch, config)
+        attention.plan(batch)
         graph.replay()
         for slot, n in enumerate(live):
             assert relative_rms(out[slot], expected[n][begins[n] + count]) < TOLERANCE, (count, n)
@@ -83,7 +81,8 @@ def test_large_batches_match_the_oracle(preset):
     heads, tokens, size = (32, 8), 40 * PAGE + 77, 48
     request = make_request(tokens, heads, HEAD_DIM, torch.bfloat16, row=1)
     cache = make_cache(config, heads[1], HEAD_DIM, torch.bfloat16, 1 + max(request.pages), rows=size + 1)
-    prefill(ops.extend_attention, request, [tokens - 1], cache, config)
+    attention = attention_for(cache, heads[0], config, max_batch=size, max_pages=len(request.pages))
+    prefill(attention, request, [tokens - 1], cache, config)
     for ring in (cache.ring_k, cache.ring_v):
         ring[2:] = ring[1]
     batch = DecodeBatch(
@@ -92,11 +91,9 @@ def test_large_batches_match_the_oracle(preset):
         page_table=torch.tensor([request.pages] * size, dtype=torch.int32, device=DEVICE),
         store_pages=torch.full((size,), request.pages[-1], dtype=torch.int32, device=DEVICE),
         exact_starts=torch.zeros(size, dtype=torch.int32, device=DEVICE),
-        workspace=make_workspace(size, *heads, HEAD_DIM, len(request.pages), config, DEVICE),
     )
-    q, k, v = (getattr(request, n)[-1:].expand(size, -1, -1).contiguous() for n in "qkv")
-    out = torch.full_like(q, float("nan"))
-    ops.plan_decode(batch, config)
-    ops.decode_attention(q, k, v, out, cache, batch, config, HEAD_DIM**-0.5)
+    new = QKV(*(getattr(request, n)[-1:].expand(size, -1, -1).contiguous() for n in "qkv"))
+    out = torch.full_like(new.q, float("nan"))
+    attention.attend(new, out, cache, attention.plan(batch), HEAD_DIM**-0.5)
     assert all(torch.equal(out[n], out[0]) for n in range(size))
     assert relative_rms(out[0], oracle(request, config, tokens - 1)[0]) < TOLERANCE

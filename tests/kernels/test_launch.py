@@ -7,7 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kvarn_kernels.launch import CudaLauncher, TritonLauncher
+from builders import attention_for, int32, make_cache
+from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device import nvrtc
+from kvarn_kernels.device.launch import CudaLauncher, TritonLauncher
+from kvarn_kernels.read import decode_sm90
+from kvarn_kernels.write import encode_cuda
 
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
 
@@ -27,17 +33,18 @@ class Driver:
         self.cuLaunchKernel = LAUNCH(launch)
 
 
-def launcher(driver: Driver) -> CudaLauncher:
+def launcher(driver: Driver, names: str = "xnab") -> CudaLauncher:
     loaded = SimpleNamespace(func=ctypes.c_void_p(77), module=None)
-    return CudaLauncher(loaded, driver, threads=128, shared_bytes=4096)
+    return CudaLauncher(loaded, driver, tuple(names), threads=128, shared_bytes=4096)
 
 
 def test_cuda_launcher_packs_pointers_ints_and_floats():
     driver = Driver(4)
     launch = launcher(driver)
     x, y = torch.zeros(3), torch.zeros(5)
-    launch((3, 2, 1), 0xABCD, x, 7, -1.5, -2)
-    launch((1, 1, 1), 1, y, 8, 0.25, 3)
+    launch((3, 2, 1), 0xABCD, x=x, n=7, a=-1.5, b=-2)
+    # in the order of the parameters, whatever the order of the call
+    launch((1, 1, 1), 1, b=3, a=0.25, n=8, x=y)
     (function, shape, stream, values), (_, _, _, second) = driver.calls
     assert function == 77 and shape == (3, 2, 1, 128, 1, 1, 4096) and stream == 0xABCD
     assert values == [x.data_ptr(), 7, struct.unpack("<I", struct.pack("<f", -1.5))[0], 2**32 - 2]
@@ -46,14 +53,33 @@ def test_cuda_launcher_packs_pointers_ints_and_floats():
 
 def test_cuda_launcher_reports_a_refused_launch():
     with pytest.raises(RuntimeError, match=r"got 700 for the grid \(9, 1, 1\)"):
-        launcher(Driver(1, status=700))((9, 1, 1), 0, 5)
+        launcher(Driver(1, status=700), "n")((9, 1, 1), 0, n=5)
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "text"),
+    [
+        ({"x": 1, "n": 2, "a": 3}, TypeError, "expected the arguments x, n, a, b, got x, n, a"),
+        ({"x": 1, "n": 2, "a": 3, "b": 4, "c": 5}, TypeError, "expected the arguments x, n, a, b, got x, n, a, b, c"),
+        ({"x": 1, "n": 2, "a": 3, "c": 4}, KeyError, "b"),
+    ],
+    ids=["missing", "too many", "another"],
+)
+def test_launchers_take_the_names_of_the_parameters_and_no_others(named, error, text):
+    driver, kernel = Driver(4), Kernel("x", "n", "a", "b")
+    with pytest.raises(error, match=text):
+        launcher(driver)((1, 1, 1), 0, **named)
+    with pytest.raises(error, match=text):
+        TritonLauncher(kernel)((1, 1, 1), num_warps=4, **named)
+    assert not driver.calls and not kernel.compiled
 
 
 class Kernel:
-    """A Triton kernel (x_ptr, count, stride, BLOCK) that notes its own calls and those of what it compiled to."""
+    """A Triton kernel that notes its own calls and those of what it compiled to; its second parameter is free."""
 
-    def __init__(self) -> None:
-        self.params = [SimpleNamespace(do_not_specialize=n == 1) for n in range(4)]
+    def __init__(self, *names: str) -> None:
+        self.arg_names = names
+        self.params = [SimpleNamespace(do_not_specialize=n == 1) for n in range(len(names))]
         self.compiled, self.launched = 0, []
 
     def __getitem__(self, grid):
@@ -77,11 +103,12 @@ class Kernel:
     ids=["free integer", "other tensor", "alignment", "dtype", "stride", "constant"],
 )
 def test_triton_launcher_compiles_anew_for_what_triton_specialises(change, compiled):
-    kernel, x = Kernel(), torch.zeros(64)
+    names = ("x_ptr", "count", "stride", "BLOCK")
+    kernel, x = Kernel(*names), torch.zeros(64)
     launch = TritonLauncher(kernel)
-    launch((1, 1, 1), x, 5, 64, 16, num_warps=4)
+    launch((1, 1, 1), num_warps=4, x_ptr=x, count=5, stride=64, BLOCK=16)
     args = change(x)
-    launch((1, 1, 1), *args, num_warps=4)
+    launch((1, 1, 1), num_warps=4, **dict(zip(names, args, strict=True)))
     assert kernel.compiled == compiled
     if compiled == 1:
         # the arguments of this call, not those of the first one
@@ -90,8 +117,51 @@ def test_triton_launcher_compiles_anew_for_what_triton_specialises(change, compi
 
 def test_triton_launcher_keeps_nothing_of_the_interpreter():
     calls = []
-    kernel = {(1, 1, 1): lambda *args, num_warps: calls.append(args)}
-    launch = TritonLauncher(kernel)
-    launch((1, 1, 1), 1, num_warps=4)
-    launch((1, 1, 1), 1, num_warps=4)
+
+    class Interpreted(dict):
+        arg_names = ("n",)
+
+    launch = TritonLauncher(Interpreted({(1, 1, 1): lambda *args, num_warps: calls.append(args)}))
+    launch((1, 1, 1), num_warps=4, n=1)
+    launch((1, 1, 1), num_warps=4, n=1)
     assert calls == [(1,), (1,)]
+
+
+@pytest.fixture
+def passed(monkeypatch) -> dict[str, tuple[str, ...]]:
+    """Collect the names that wrappers pass, by kernel of CUDA C++; nothing is compiled or launched."""
+    found = {}
+
+    def compile_kernel(path, kernel, *_):
+        return lambda grid, stream, **named: found.update({kernel: tuple(named)})
+
+    monkeypatch.setattr(nvrtc, "compile_kernel", compile_kernel)
+    for module in (decode_sm90, encode_cuda):
+        monkeypatch.setattr(module, "current_stream", lambda device: 0)
+        # what is kept beyond this test must be the kernel itself
+        monkeypatch.setattr(module, "_compiled", module._compiled.__wrapped__)
+    return found
+
+
+def test_wrappers_pass_the_parameters_of_the_cuda_kernels_by_name(passed):
+    config = KVarNConfig.from_preset("kvarn")
+    cache = make_cache(config, 2, 64, torch.float16, pages=5, rows=2)
+    workspace = attention_for(cache, 4, config, max_batch=1)._decode_workspace
+    row, pages, chunk = torch.tensor([1]), int32(3, 1, 4)[None], torch.zeros(300, 2, 64)
+    decode_step = DecodeBatch(row, int32(300), pages, int32(4), int32(0))
+    extend_step = ExtendBatch(row, int32(0), int32(300), int32(0, 300), pages, int32(0), [0], [300])
+    decode_sm90.decode(cache, decode_step, workspace, config, 1.0)
+    encode_cuda.encode_from_ring(cache, decode_step, config)
+    encode_cuda.encode_from_chunk(QKV(chunk, chunk, chunk), cache, extend_step, config)
+    assert set(passed) == {"kvarn_decode", *encode_cuda.KERNELS}
+    for kernel, names in passed.items():
+        source = (decode_sm90 if kernel == "kvarn_decode" else encode_cuda).SOURCE.read_text()
+        assert set(names) == set(nvrtc.parameters(source, kernel)), kernel
+
+
+def test_parameters_are_those_of_the_kernel_that_is_asked_for():
+    source = encode_cuda.SOURCE.read_text()
+    expected = ("records", "ring_k", "ring_v", "rows", "seq_lens", "store_pages", "batch_size")
+    assert nvrtc.parameters(source, "kvarn_encode_ring") == expected
+    with pytest.raises(ValueError, match="expected a kernel kvarn_encode, the source defines none"):
+        nvrtc.parameters(source, "kvarn_encode")

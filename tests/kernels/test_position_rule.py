@@ -14,16 +14,23 @@ from itertools import pairwise
 
 import pytest
 import torch
-from builders import PAGE, Request, cache_for, make_cache, make_request, prefill, run_extend
-from kvarn_kernels import ops, torch_form
+from builders import PAGE, Request, attention_for, cache_for, make_cache, make_request, prefill, run_extend
+from kvarn_kernels import torch_form
 from kvarn_kernels.config import KVarNConfig
-from test_extend import CANONICAL, KVARN, attention, chunks_of
+from test_extend import CANONICAL, KVARN, chunks_of, extend_kernel
+
+
+def all_kernels(new, out, cache, batch, config, sm_scale) -> None:
+    """Run a step in the kernels of a GPU, those of short extend steps."""
+    attention = attention_for(cache, new.q.shape[1], config)
+    attention.attend(new, out, cache, attention.plan(batch), sm_scale)
+
 
 # a GPU runs the kernels only, all of them; interpreted, the encoder would take most of the time
 FORMS = (
-    {"kernels": ops.extend_attention}
+    {"kernels": all_kernels}
     if torch.cuda.is_available()
-    else {"torch": torch_form.extend_attention, "kernels": attention}
+    else {"torch": torch_form.attend_extend, "kernels": extend_kernel}
 )
 SIZES = (1, 100, 127, 128, 129, 256, 1000)
 # tokens of the prompt by chunk size: interpreted, just enough for the size to matter
@@ -70,13 +77,13 @@ def feed(form: str, config: KVarNConfig, generator: random.Random) -> tuple[int,
     """
     tokens = TOKENS[form][100]
     order = generator.sample(range(1, POOL_PAGES), POOL_PAGES - 1)
-    hit = generator.randrange(tokens // PAGE + 1) * PAGE if config.is_canonical else 0
+    hit = generator.randrange(tokens // PAGE + 1) * PAGE if config.window_pages == 0 else 0
     count = len(prompt(tokens).pages)
     request = replace(prompt(tokens), pages=order[:count], row=generator.choice((2, 3)), exact_start=hit)
     other = replace(OTHER, pages=order[count : count + len(OTHER.pages)])
     cache = make_cache(config, 1, 64, torch.float16, POOL_PAGES, rows=5)
     if hit:
-        prefill(torch_form.extend_attention, replace(request, row=4, exact_start=0), [hit], cache, config)
+        prefill(torch_form.attend_extend, replace(request, row=4, exact_start=0), [hit], cache, config)
     cuts = generator.sample(range(hit + 1, tokens), min(5, tokens - hit - 1))
     outs, done = [], 0
     for span in pairwise(sorted({hit, *cuts, tokens})):
@@ -105,7 +112,7 @@ def test_extend_of_a_canonical_preset_gives_the_same_bits_for_a_hit_and_a_miss(f
     tokens = TOKENS[form][100]
     hit = replace(prompt(tokens), exact_start=pages * PAGE)
     cache = cache_for(hit, CANONICAL)
-    prefill(torch_form.extend_attention, replace(hit, row=3, exact_start=0), [pages * PAGE], cache, CANONICAL)
+    prefill(torch_form.attend_extend, replace(hit, row=3, exact_start=0), [pages * PAGE], cache, CANONICAL)
     # the ring of row 2 is poison: nothing of the prefix may be read exactly
     out = prefill(FORMS[form], hit, [tokens - pages * PAGE], cache, CANONICAL)
     assert torch.equal(out, whole(form, CANONICAL, tokens)[pages * PAGE :])

@@ -16,7 +16,7 @@ from builders import (
 )
 from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.torch_form import decode_attention, extend_attention
+from kvarn_kernels.torch_form import attend_decode, attend_extend
 
 KVARN = KVarNConfig.from_preset("kvarn")
 CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
@@ -31,7 +31,7 @@ def cache_for(request, config, rows=4, pages=24):
 @pytest.mark.parametrize("config", [KVARN, CANONICAL], ids=lambda c: c.name)
 def test_extend_matches_the_oracle_at_every_length(tokens, config):
     request = make_request(tokens, (4, 2), 64, torch.float32)
-    out = prefill(extend_attention, request, [tokens], cache_for(request, config), config)
+    out = prefill(attend_extend, request, [tokens], cache_for(request, config), config)
     assert relative_rms(out, oracle(request, config)) < RELATIVE_RMS[torch.float32]
 
 
@@ -41,7 +41,7 @@ def test_extend_matches_the_oracle_at_every_length(tokens, config):
 def test_extend_matches_the_oracle_in_every_form(preset, dtype, heads, head_dim):
     config = KVarNConfig.from_preset(preset)
     request = make_request(307, heads, head_dim, dtype)
-    out = prefill(extend_attention, request, [307], cache_for(request, config), config)
+    out = prefill(attend_extend, request, [307], cache_for(request, config), config)
     assert out.dtype == dtype
     assert relative_rms(out, oracle(request, config)) < RELATIVE_RMS[dtype]
 
@@ -53,10 +53,10 @@ def test_extend_does_not_depend_on_the_chunks(config, size):
     request = make_request(tokens, (4, 2), 64, torch.float32)
     cache = cache_for(request, config)
     chunks = [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
-    out = prefill(extend_attention, request, chunks, cache, config)
+    out = prefill(attend_extend, request, chunks, cache, config)
     assert relative_rms(out, oracle(request, config)) < RELATIVE_RMS[torch.float32]
     whole = cache_for(request, config)
-    assert torch.equal(prefill(extend_attention, request, [tokens], whole, config), out)
+    assert torch.equal(prefill(attend_extend, request, [tokens], whole, config), out)
     assert torch.equal(cache.records, whole.records)
 
 
@@ -64,7 +64,7 @@ def test_extend_does_not_depend_on_the_chunks(config, size):
 def test_extend_reads_a_prefix_hit_from_the_records_of_another_request(config):
     donor = make_request(3 * PAGE + 50, (4, 2), 64, torch.float32)
     cache = cache_for(donor, config)
-    prefill(extend_attention, donor, [len(donor.q)], cache, config)
+    prefill(attend_extend, donor, [len(donor.q)], cache, config)
     hit = make_request(5 * PAGE + 3, (4, 2), 64, torch.float32, row=2, first_page=10, seed=1)
     hit.exact_start = 3 * PAGE
     hit.pages[:3] = donor.pages[:3]
@@ -73,7 +73,7 @@ def test_extend_reads_a_prefix_hit_from_the_records_of_another_request(config):
         donor.v[: hit.exact_start],
     )
     # the ring of row 2 is poison: nothing of the prefix may be read exactly
-    out = prefill(extend_attention, hit, [70, 100, 2 * PAGE + 3 - 170], cache, config)
+    out = prefill(attend_extend, hit, [70, 100, 2 * PAGE + 3 - 170], cache, config)
     assert relative_rms(out, oracle(hit, config, hit.exact_start)) < RELATIVE_RMS[torch.float32]
 
 
@@ -81,17 +81,17 @@ def test_extend_reads_a_prefix_hit_from_the_records_of_another_request(config):
 def test_decode_matches_the_oracle_across_page_boundaries(config):
     request = make_request(2 * PAGE + 12, (6, 1), 64, torch.float16)
     cache, prompt = cache_for(request, config), PAGE - 10
-    prefill(extend_attention, request, [prompt], cache, config)
+    prefill(attend_extend, request, [prompt], cache, config)
     positions = range(prompt, len(request.q))
-    out = torch.stack([run_decode(decode_attention, [request], [p], cache, config)[0] for p in positions])
+    out = torch.stack([run_decode(attend_decode, [request], [p], cache, config)[0] for p in positions])
     assert relative_rms(out, oracle(request, config, prompt)) < RELATIVE_RMS[torch.float16]
 
 
 def test_decode_fills_the_page_with_the_record_of_the_encoder():
     request = make_request(PAGE, (2, 2), 128, torch.float16)
     cache = cache_for(request, KVARN)
-    prefill(extend_attention, request, [PAGE - 1], cache, KVARN)
-    run_decode(decode_attention, [request], [PAGE - 1], cache, KVARN)
+    prefill(attend_extend, request, [PAGE - 1], cache, KVARN)
+    run_decode(attend_decode, [request], [PAGE - 1], cache, KVARN)
     k, v = (reference.rotate(x).to(x.dtype).transpose(0, 1).cpu() for x in (request.k, request.v))
     assert torch.equal(cache.records[request.pages[0]].cpu(), reference.encode_tile(k, v, KVARN))
 
@@ -105,13 +105,13 @@ def test_decode_does_not_depend_on_the_company_in_the_batch():
     for alone in (True, False):
         cache = make_cache(KVARN, 2, 64, torch.float16, 24, 4)
         for request in requests:
-            prefill(extend_attention, request, [len(request.q) - 1], cache, KVARN)
+            prefill(attend_extend, request, [len(request.q) - 1], cache, KVARN)
         last = [len(r.q) - 1 for r in requests]
         if alone:
             steps = zip(requests, last, strict=True)
-            outs.append([run_decode(decode_attention, [r], [p], cache, KVARN)[0] for r, p in steps])
+            outs.append([run_decode(attend_decode, [r], [p], cache, KVARN)[0] for r, p in steps])
         else:
-            outs.append(run_decode(decode_attention, requests, last, cache, KVARN, padding=3))
+            outs.append(run_decode(attend_decode, requests, last, cache, KVARN, padding=3))
             # padding stores into row 0 only
             assert cache.ring_k[0, 1:].isnan().all()
             assert (cache.records[0] == 0xFF).all()
@@ -122,9 +122,9 @@ def test_extend_does_not_depend_on_the_company_in_the_batch():
     a = make_request(300, (4, 2), 64, torch.float16, row=1, first_page=1, seed=1)
     b = make_request(170, (4, 2), 64, torch.float16, row=2, first_page=8, seed=2)
     cache = cache_for(a, KVARN)
-    prefill(extend_attention, b, [40], cache, KVARN)
-    together = run_extend(extend_attention, [a, b], [(0, 300), (40, 170)], cache, KVARN)
+    prefill(attend_extend, b, [40], cache, KVARN)
+    together = run_extend(attend_extend, [a, b], [(0, 300), (40, 170)], cache, KVARN)
     alone = cache_for(a, KVARN)
-    prefill(extend_attention, b, [40], alone, KVARN)
-    assert torch.equal(together[0], run_extend(extend_attention, [a], [(0, 300)], alone, KVARN)[0])
-    assert torch.equal(together[1], run_extend(extend_attention, [b], [(40, 170)], alone, KVARN)[0])
+    prefill(attend_extend, b, [40], alone, KVARN)
+    assert torch.equal(together[0], run_extend(attend_extend, [a], [(0, 300)], alone, KVARN)[0])
+    assert torch.equal(together[1], run_extend(attend_extend, [b], [(40, 170)], alone, KVARN)[0])

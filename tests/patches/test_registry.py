@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 from kvarn_kernels.config import preset_names
-from sglang_kvarn import compat, cpu_platform
+from sglang_kvarn import compat
+from sglang_kvarn.cpu import platform
+
+from benchmarks.common import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-# where the tiny model and the hard one are made; the hard one is of benchmarks/quality
-ENGINE_TESTS = [str(ROOT / "tests" / "engine"), str(ROOT / "benchmarks")]
+# where the hard model and the tiny one are made
+ENGINE_TESTS = [str(ROOT / "tests" / "engine"), str(ROOT)]
 NEW = 8
 # what reads or writes the weights of a running server
 _UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -60,7 +63,8 @@ LINES = {
 SERVE = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
-import sglang, test_hard_model, tiny_model
+import sglang, test_hard_model
+from benchmarks.common import tiny_model
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     engine = sglang.Engine(**options, custom_sigquit_handler=tiny_model.fail)
@@ -86,7 +90,7 @@ def patched(tmp_path_factory) -> dict[str, str]:
     folder = ROOT / "patches" / f"sglang-{compat.version()}"
     if not folder.exists():
         pytest.skip(f"there is no patch for SGLang {compat.version()}")
-    if not cpu_platform.is_active():
+    if not platform.is_active():
         pytest.skip("its engine is for a machine without a GPU")
     site = tmp_path_factory.mktemp("site")
     installed = Path(compat.resolve("sglang.srt.server_args").__file__).parents[1]
@@ -114,9 +118,6 @@ def run(environment: dict[str, str], script: str, *arguments: str) -> subprocess
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     """Return the folder of the tiny model of the engine tests."""
-    sys.path[:0] = ENGINE_TESTS
-    import tiny_model
-
     return tiny_model.save(tmp_path_factory.mktemp("tiny"))
 
 
@@ -138,6 +139,7 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     kept += ["managers.schedule_batch.Req._compute_max_prefix_len", "managers.scheduler.Scheduler.__init__"]
     kept += ["server_args.ServerArgs.add_cli_args", "entrypoints.engine._wait_for_scheduler_ready"]
     kept.append("entrypoints.engine.Engine._launch_scheduler_processes")
+    kept.append("model_executor.model_runner.ModelRunner.load_model")
     assert parsed["hooked"] == sorted({f"sglang.srt.{target}" for target in kept})
     assert parsed["preset"] == ["kvarn", 128]
 
@@ -175,8 +177,6 @@ def served(patched, model, tmp_path_factory) -> dict:
 
 
 def test_engine_gives_the_oracles_tokens_through_the_registry(served, model):
-    import tiny_model
-
     # fixed bytes and the pool, as the hooks log them
     log = served["log"]
     assert "KVarN: 4 requests at a time" in log and "KVarN kvarn_k4v2_g128: 236 bytes" in log

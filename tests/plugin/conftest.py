@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 from model_table import LLAMA
-from sglang_kvarn import compat, cpu_platform, hooks
+from sglang_kvarn import compat, plugin
+from sglang_kvarn.cpu import platform
 
 
 @pytest.fixture(scope="session", autouse=True)
 def plugins() -> None:
     """Load SGLang's plugins once in this process."""
-    cpu_platform.prepare_environment()
+    platform.prepare_environment()
     compat.load_plugins()
-    hooks.register_rest()
+    plugin.register_rest()
 
 
 @pytest.fixture(scope="session")

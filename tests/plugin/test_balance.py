@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from sglang_kvarn import balance
+from kvarn_kernels import balance
 
 HEADS, KV_HEADS, HIDDEN = 6, 2, 96
 # of a head of 64 channels, a RoPE pair each as neox and as GPT-J pairs them

@@ -50,9 +50,10 @@ def model(path="llama.LlamaAttention", *, factor=32.0, bias=True, method=None, *
 def runner(server_args, model_dir):
     """Return a function that makes what a backend gets: a model runner with arguments."""
 
-    def make(model, **arguments):
+    def make(model, *, is_draft_worker=False, **arguments):
+        arguments = {"kv_cache_dtype": "kvarn", "model_path": model_dir()} | arguments
         return SimpleNamespace(
-            model=model, server_args=server_args(model_path=model_dir(), kv_cache_dtype="kvarn", **arguments)
+            model=model, server_args=server_args(**arguments), is_draft_worker=is_draft_worker
         )
 
     return make
@@ -86,7 +87,18 @@ def test_balance_finds_the_module_and_says_so_once(path, runner, caplog):
     assert not made[0].self_attn.qkv_proj.bias.any()
 
 
-def test_a_second_backend_changes_nothing(runner):
+@pytest.mark.parametrize(
+    ("preset", "is_draft", "is_balanced"), [("kvarn", False, True), ("kvarn", True, False), ("auto", False, False)]
+)
+def test_a_loaded_model_is_balanced_for_a_kvarn_cache_of_its_own(preset, is_draft, is_balanced, runner):
+    made = model()
+    before = weights(made)
+    loaded = runner(made, kv_cache_dtype=preset, is_draft_worker=is_draft)
+    assert balanced_layers.balance_loaded(None, loaded) is None
+    assert changed(made, before) == is_balanced
+
+
+def test_a_second_load_changes_nothing(runner):
     made = model()
     balanced_layers.balance_layers(runner(made))
     once, bias = weights(made), balanced_layers.output_bias(made[0].self_attn.attn).clone()

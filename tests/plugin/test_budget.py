@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kvarn_kernels.config import KVarNConfig, preset_names
-from sglang_kvarn import budget, compat, hooks, report
+from kvarn_kernels.shape import AttentionShape
+from sglang_kvarn import budget, capacity, compat, hook
 from sglang_kvarn.refused import Refused
 
-QWEN3_8B = budget.ModelShape(layers=36, kv_heads=8, qo_heads=32, head_dim=128, itemsize=2)
+QWEN3_8B = capacity.ModelShape(36, AttentionShape(32, 8, 128, torch.bfloat16))
 GIB = 1 << 30
 
 
@@ -58,28 +59,28 @@ def test_model_shape_gives_the_documented_bytes():
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_model_shape_counts_the_heads_of_one_rank(monkeypatch, tp_size):
     monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=tp_size), raising=False)
-    shape = budget.model_shape(configurator("kvarn"))
-    assert (shape.kv_heads, shape.qo_heads) == (max(1, 2 // tp_size), 4 // tp_size)
+    shape = budget.model_shape(configurator("kvarn")).attention
+    assert (shape.num_kv_heads, shape.num_qo_heads) == (max(1, 2 // tp_size), 4 // tp_size)
 
 
 def test_choose_rows_takes_five_percent_but_at_least_eight_without_graphs():
     row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
-    rows, reason = budget.choose_rows(55 * GIB, row, None)
+    rows, reason = capacity.choose_rows(55 * GIB, row, None)
     assert (rows + 1) * row <= 0.05 * 55 * GIB < (rows + 2) * row
     assert "5%" in reason
-    assert budget.choose_rows(4 * GIB, row, None)[0] == budget.MIN_ROWS
-    assert budget.choose_rows(10**6 * GIB, row, None)[0] == budget.MAX_ROWS
+    assert capacity.choose_rows(4 * GIB, row, None)[0] == capacity.MIN_ROWS
+    assert capacity.choose_rows(10**6 * GIB, row, None)[0] == capacity.MAX_ROWS
 
 
 def test_choose_rows_takes_the_batch_of_the_decode_graphs_within_a_fifth_of_the_memory():
     row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
     # an H100: 256 rings of 36 MiB are 16 % of 55 GiB; of 24 GiB they would be 38 %
-    assert budget.choose_rows(55 * GIB, row, None, 256)[0] == 256
-    rows, reason = budget.choose_rows(24 * GIB, row, None, 256)
+    assert capacity.choose_rows(55 * GIB, row, None, 256)[0] == 256
+    rows, reason = capacity.choose_rows(24 * GIB, row, None, 256)
     assert (rows + 1) * row <= 0.2 * 24 * GIB < (rows + 2) * row and "20%" in reason
     # never fewer than without graphs, and the user's word is the last
-    assert budget.choose_rows(55 * GIB, row, None, 8) == budget.choose_rows(55 * GIB, row, None, 0)
-    assert budget.choose_rows(55 * GIB, row, 16, 256)[0] == 16
+    assert capacity.choose_rows(55 * GIB, row, None, 8) == capacity.choose_rows(55 * GIB, row, None, 0)
+    assert capacity.choose_rows(55 * GIB, row, 16, 256)[0] == 16
 
 
 def test_charge_fixed_bytes_reads_the_batch_of_the_decode_graphs():
@@ -97,9 +98,9 @@ def test_charge_fixed_bytes_reads_the_batch_of_the_decode_graphs():
 
 def test_choose_rows_takes_what_the_user_asks_for_or_says_why_not():
     row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
-    assert budget.choose_rows(55 * GIB, row, 256) == (256, "--max-running-requests")
+    assert capacity.choose_rows(55 * GIB, row, 256) == (256, "--max-running-requests")
     with pytest.raises(Refused, match=r"needs 73,764\.0 MiB .* 2048 requests .* 56,320\.0 MiB are left .*: lower"):
-        budget.choose_rows(55 * GIB, row, 2048)
+        capacity.choose_rows(55 * GIB, row, 2048)
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -136,47 +137,58 @@ def test_charge_fixed_bytes_refuses_a_pool_of_less_than_three_pages():
 
 
 def test_charge_fixed_bytes_charges_the_workspace_of_the_kernels(monkeypatch):
-    from kvarn_kernels.decode import make_workspace
+    from kvarn_kernels.device.gpu import NO_GPU
+    from kvarn_kernels.read import decode, decode_plan
 
     monkeypatch.setenv("KVARN_CPU_FORM", "triton")
     kvc = configurator("kvarn", requested=4)
     left = budget.charge_fixed_bytes(GIB, kvc, 0)
     ring = 5 * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
-    made = make_workspace(5, 4, 2, 64, 33, KVarNConfig.from_preset("kvarn"), torch.device("cpu"))
+    shape, config = budget.model_shape(kvc).attention, KVarNConfig.from_preset("kvarn")
+    resident = decode.resident_programs(NO_GPU)
+    made = decode_plan.make_workspace(shape, config, torch.device("cpu"), 5, 33, resident)
     tensors = [x for x in vars(made).values() if isinstance(x, torch.Tensor)]
     assert GIB - left - ring == sum(t.nbytes for t in tensors) > 0
 
 
 def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
-    from kvarn_kernels import prefill
+    from kvarn_kernels.attention import Kernels
+    from kvarn_kernels.dense import extend_dense
 
-    monkeypatch.setattr("kvarn_kernels.ops.extend_form", lambda *args: "flashinfer")
+    dense = Kernels("torch", "torch", "torch", dense=True)
+    monkeypatch.setattr("kvarn_kernels.attention.choose_kernels", lambda *args: dense)
     kvc = configurator("kvarn", requested=4)
     left = budget.charge_fixed_bytes(GIB, kvc, 0)
     ring = 5 * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
     # 5 rows of 33 pages, exact and as records; a request reads those of its chunk and two more twice
     pages = 5 * 66 * 2 * 128 * 2 * 64 * 2
-    charged = prefill.workspace_bytes(2, 64, 2, 5 * 66, 33 + 4)
-    assert GIB - left - ring == charged == pages + 2 * prefill.WRAPPER_BYTES
+    charged = extend_dense.workspace_bytes(budget.model_shape(kvc).attention, 5 * 66, 33 + 4)
+    assert GIB - left - ring == charged == pages + 2 * extend_dense.WRAPPER_BYTES
 
 
-@pytest.mark.parametrize(("size", "tokens"), [(256, 256), (10**6, 4096), (-1, 4096), (None, 4096)])
-def test_chunk_tokens_are_at_most_a_context(size, tokens):
-    assert budget.chunk_tokens(SimpleNamespace(chunked_prefill_size=size), 4096) == tokens
+@pytest.mark.parametrize(("size", "pages"), [(256, 2), (10**6, 32), (-1, 32), (None, 32)])
+def test_a_chunk_is_at_most_a_context(size, pages, monkeypatch):
+    graph = SimpleNamespace(decode=SimpleNamespace(backend="disabled"))
+    args = SimpleNamespace(chunked_prefill_size=size, cuda_graph_config=graph)
+    monkeypatch.setattr(compat, "max_running_requests", lambda args: None)
+    limits = budget.bounds(args, 4096).steps(rows=8, request_pages=33)
+    assert limits.chunk_pages == pages
+    assert limits.decode_batch == limits.extend_requests == 9 and limits.extend_pages == 9 * 2 * 33
 
 
 @pytest.mark.parametrize("graph_rows", [None, 3, 64])
-def test_decode_batch_size_covers_rows_and_padded_graphs(graph_rows):
+def test_decode_batch_covers_rows_and_padded_graphs(graph_rows, monkeypatch):
+    monkeypatch.setattr(compat, "max_running_requests", lambda args: None)
     graph = SimpleNamespace(backend="full", max_bs=graph_rows)
-    args = SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=graph))
-    assert budget.decode_batch_size(args, 8) == max(9, graph_rows or 0)
+    args = SimpleNamespace(chunked_prefill_size=256, cuda_graph_config=SimpleNamespace(decode=graph))
+    assert budget.bounds(args, 4096).steps(8, 33).decode_batch == max(9, graph_rows or 0)
 
 
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128_canonical"])
 def test_pool_allocates_what_was_charged(preset):
     from sglang_kvarn.pool import KVarNTokenToKVPool
 
-    hooks.verify_hooks()
+    hook.verify_hooks()
     kvc = configurator(preset, requested=4)
     config, shape = KVarNConfig.from_preset(preset), budget.model_shape(kvc)
     available = 16 << 20
@@ -193,9 +205,9 @@ def test_pool_allocates_what_was_charged(preset):
         enable_memory_saver=False,
         config=config,
         rows=5,
-        model_dtype=torch.float16,
+        shape=shape.attention,
     )
-    assert report.facts(pool)["ring_rows"] == 4
+    assert pool.facts()["ring_rows"] == 4
     page = shape.token_bytes(config) * 128
     assert pool.get_kv_size_bytes() == (tokens // 128 + 1) * page + 5 * shape.row_bytes(config)
     # one page beyond the budget is SGLang's padding page, in every pool; less than one page is left over

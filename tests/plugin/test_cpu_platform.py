@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import sglang_kvarn
-from sglang_kvarn import compat, cpu_platform
+from sglang_kvarn import compat
+from sglang_kvarn.cpu import platform as cpu_platform
 
-CLASS = "sglang_kvarn.cpu_device.KVarNCpuPlatform"
+CLASS = "sglang_kvarn.cpu.device.KVarNCpuPlatform"
 
 
 @pytest.fixture(autouse=True)

@@ -233,11 +233,10 @@ def test_models_are_refused_in_the_parent(server_args, model_dir, changes, word)
         ("cuda", 4, (6, 2), "1 or 2"),
     ],
 )
-def test_check_heads_names_the_heads_and_the_sizes_that_fit(device, tp_size, heads, sizes):
-    args = SimpleNamespace(device=device, tp_size=tp_size)
+def test_check_ranks_names_the_heads_and_the_sizes_that_fit(device, tp_size, heads, sizes):
     model = SimpleNamespace(num_attention_heads=heads[0], get_total_num_kv_heads=lambda: heads[1])
     with pytest.raises(Refused) as error:
-        refusals.check_heads(args, model)
+        refusals.check_ranks(tp_size, model, on_cpu=device == "cpu")
     assert f"--tp-size {tp_size} cannot share the {heads[0]} query heads and {heads[1]} KV heads" in str(error.value)
     assert str(error.value).endswith(f": set --tp-size to {sizes}")
     assert (" on a CPU" in str(error.value)) == (device == "cpu")
@@ -247,9 +246,9 @@ def test_check_heads_names_the_heads_and_the_sizes_that_fit(device, tp_size, hea
     ("device", "tp_size", "heads"),
     [("cpu", 2, (4, 2)), ("cpu", 1, (5, 3)), ("cuda", 2, (4, 2)), ("cuda", 4, (8, 2)), ("cuda", 8, (8, 1))],
 )
-def test_check_heads_takes_ranks_that_share_or_repeat_kv_heads(device, tp_size, heads):
+def test_check_ranks_takes_ranks_that_share_or_repeat_kv_heads(device, tp_size, heads):
     model = SimpleNamespace(num_attention_heads=heads[0], get_total_num_kv_heads=lambda: heads[1])
-    refusals.check_heads(SimpleNamespace(device=device, tp_size=tp_size), model)
+    refusals.check_ranks(tp_size, model, on_cpu=device == "cpu")
 
 
 def test_ranks_that_do_not_fit_the_heads_are_refused_in_the_parent(server_args, model_dir):

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import sglang_kvarn
 import torch
-from sglang_kvarn import compat, hooks
+from sglang_kvarn import compat, hook, plugin
+from sglang_kvarn.hook import Hook
 
 CONFIGURATOR = {"is_draft_worker": False, "server_args": SimpleNamespace(kv_cache_dtype="auto")}
 SERVER_ARGS = {"kv_cache_dtype": "fp8_e4m3", "attention_backend": "triton", "device": "cuda"}
@@ -41,11 +42,11 @@ class Model(torch.nn.Module):
 
 # by the function of the hook: arguments and keyword arguments of the function that it hooks, of stock servers
 STOCK = {
-    "hooks._resolve": [((SimpleNamespace(**SERVER_ARGS),), {})],
+    "plugin._resolve": [((SimpleNamespace(**SERVER_ARGS),), {})],
     "refusals.resolve_or_refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
     "refused.leave_scheduler": [((Unread(), Unread()), {})],
-    "tail.limit_prefix": [((SimpleNamespace(return_logprob=False), 512), {})],
-    "hooks._refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
+    "rows.limit_prefix": [((SimpleNamespace(return_logprob=False), 512), {})],
+    "plugin._refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
     "settings.cache_dtype": [
         ((), {"server_args_kv_cache_dtype": name, "model_dtype": Unread(), "is_draft_worker": draft})
         for name in ("auto", "fp8_e4m3", None)
@@ -54,11 +55,12 @@ STOCK = {
     "budget.cell_size": [((Unread(), configurator(), Unread()), {})],
     "budget.charge_fixed_bytes": [((configurator(), Unread()), {})],
     "budget.cap_rows": [((configurator(), Unread()), {}), ((configurator(),), {"token_capacity": Unread()})],
-    "hooks._build_pool": [((configurator(),), {"sizes": Unread(), "req_to_token_pool": Unread()})],
+    "plugin._build_pool": [((configurator(),), {"sizes": Unread(), "req_to_token_pool": Unread()})],
     "report.add_to_server_info": [
         ((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)), Unread()), {}),
     ],
-    "tail.record_exact_starts": [((SimpleNamespace(size=4), [Unread()]), {})],
+    "balanced_layers.balance_loaded": [((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)),), {})],
+    "rows.record_exact_starts": [((SimpleNamespace(size=4), [Unread()]), {})],
     "balanced_layers.with_plain_weights": [
         ((manager(SimpleNamespace(model_runner=SimpleNamespace(model=Model()))), Unread()), {}),
         # a worker that holds no model itself
@@ -67,24 +69,24 @@ STOCK = {
 }
 
 
-def name_of(hook: hooks.Hook) -> str:
+def name_of(hook: Hook) -> str:
     return f"{hook.function.__module__.rpartition('.')[2]}.{hook.function.__name__}"
 
 
 CALLS = [
-    pytest.param(hook, *call, id=f"{hook.target}-{i}")
-    for hook in hooks.HOOKS
+    pytest.param(declared, *call, id=f"{declared.target}-{i}")
+    for declared in plugin.HOOKS
     # those on the parser have tests below; the launch is hooked for a kvarn cache only
-    if hook.target != "server_args.ServerArgs.add_cli_args" and hook.where != "launch"
-    for i, call in enumerate(STOCK[name_of(hook)])
+    if declared.target != "server_args.ServerArgs.add_cli_args" and declared.where != "launch"
+    for i, call in enumerate(STOCK[name_of(declared)])
 ]
 
 
-@pytest.mark.parametrize(("hook", "args", "kwargs"), CALLS)
-def test_a_hook_passes_arguments_and_result_of_a_stock_server_on(hook, args, kwargs, caplog, monkeypatch):
+@pytest.mark.parametrize(("declared", "args", "kwargs"), CALLS)
+def test_a_hook_passes_arguments_and_result_of_a_stock_server_on(declared, args, kwargs, caplog, monkeypatch):
     caplog.set_level("DEBUG")
     # as on a machine with a GPU; on a CPU the platform that comes with the plugin has defaults of its own
-    monkeypatch.setattr("sglang_kvarn.cpu_platform._has_accelerator", lambda: True)
+    monkeypatch.setattr("sglang_kvarn.cpu.platform._has_accelerator", lambda: True)
     for module in ("pool", "backend"):
         monkeypatch.setitem(sys.modules, f"sglang_kvarn.{module}", None)
         monkeypatch.delattr(sglang_kvarn, module, raising=False)
@@ -96,7 +98,7 @@ def test_a_hook_passes_arguments_and_result_of_a_stock_server_on(hook, args, kwa
         return result
 
     hooked = compat.resolve("sglang.srt.plugins.hook_registry._wrap_fn")(
-        original, hook.function, compat.HookType(hook.kind)
+        original, declared.function, compat.HookType(declared.kind)
     )
     assert hooked(*args, **kwargs) is result
     ((passed, named),) = calls
@@ -110,26 +112,26 @@ def test_the_presets_are_all_that_the_command_line_gains():
     for made in (parser, plain):
         made.add_argument("--kv-cache-dtype", choices=["auto", "fp8_e4m3"], default="auto", help="Format.")
         made.add_argument("--page-size", type=int)
-    (hook,) = [hook for hook in hooks.HOOKS if name_of(hook) == "settings.add_choices"]
-    assert hook.function(None, parser) is None
+    (declared,) = [h for h in plugin.HOOKS if name_of(h) == "settings.add_choices"]
+    assert declared.function(None, parser) is None
     for line in ([], ["--kv-cache-dtype", "fp8_e4m3", "--page-size", "1"]):
         assert parser.parse_args(line) == plain.parse_args(line)
 
 
 def test_the_launch_of_a_stock_server_is_not_hooked(monkeypatch):
     registered = []
-    monkeypatch.setattr(hooks, "_registered", [])
-    monkeypatch.setattr(hooks, "_register", registered.extend)
-    hooks.register_all()
-    hooks._resolve(SimpleNamespace(**SERVER_ARGS))
-    assert registered and all(hook.where == "arguments" for hook in registered)
+    monkeypatch.setattr(hook, "_registered", [])
+    monkeypatch.setattr(hook, "register", registered.extend)
+    plugin.register_all()
+    plugin._resolve(SimpleNamespace(**SERVER_ARGS))
+    assert registered and all(h.where == "arguments" for h in registered)
 
 
 def test_an_error_of_a_stock_command_is_shown_as_before(monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(sys, "excepthook", lambda *error: shown.append(error))
-    (hook,) = [hook for hook in hooks.HOOKS if name_of(hook) == "refused.print_sentence"]
-    assert hook.function(None, argparse.ArgumentParser()) is None
+    (declared,) = [h for h in plugin.HOOKS if name_of(h) == "refused.print_sentence"]
+    assert declared.function(None, argparse.ArgumentParser()) is None
     error = (ValueError, ValueError("no refusal"), None)
     sys.excepthook(*error)
     assert shown == [error] and capsys.readouterr().err == ""

@@ -5,7 +5,7 @@ from kvarn_kernels.reference.attention import attention
 from kvarn_kernels.reference.codes import pack_codes, unpack_codes
 from kvarn_kernels.reference.hadamard import hadamard, rotate
 from kvarn_kernels.reference.quantiser import QuantisedSide, cross_scale, quantise_side
-from kvarn_kernels.reference.record import decode_tile, encode_tile, first_row_dtype
+from kvarn_kernels.reference.record import decode_tile, encode_tile
 
 __all__ = [
     "QuantisedSide",
@@ -13,7 +13,6 @@ __all__ = [
     "cross_scale",
     "decode_tile",
     "encode_tile",
-    "first_row_dtype",
     "hadamard",
     "pack_codes",
     "quantise_side",

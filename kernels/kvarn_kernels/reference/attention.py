@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.reference.hadamard import rotate
 from kvarn_kernels.reference.record import decode_tile, encode_tile
 
@@ -39,7 +40,7 @@ def attention(
     """
     queries, qo_heads, head_dim = q.shape
     tokens, kv_heads, _ = k.shape
-    page = config.tile_size
+    page = TILE_SIZE
     sm_scale = head_dim**-0.5 if sm_scale is None else sm_scale
     exact_k, exact_v = (rotate(x).to(k.dtype).transpose(0, 1) for x in (k, v))
     record_k, record_v = exact_k.float(), exact_v.float()

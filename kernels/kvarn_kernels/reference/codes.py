@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pack and unpack codes in the field order of `kvarn_kernels.tile`."""
+"""Pack and unpack codes in the field order of `kvarn_kernels.record.tile`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from kvarn_kernels import tile
-
-TILE_SIZE = tile.TILE_SIZE
+from kvarn_kernels.record import tile
+from kvarn_kernels.record.tile import TILE_SIZE
 
 
 @lru_cache(maxsize=16)

@@ -3,17 +3,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
-
-@lru_cache(maxsize=8)
-def _signs(head_dim: int) -> torch.Tensor:
-    signs = torch.ones(1, 1)
-    while signs.shape[0] < head_dim:
-        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)], 0)
-    return signs
+from kvarn_kernels.record.hadamard import sylvester
 
 
 def hadamard(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -26,7 +18,7 @@ def hadamard(head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """
     if head_dim < 1 or head_dim & (head_dim - 1):
         raise ValueError(f"expected head_dim to be a power of two, got {head_dim}: this model cannot use KVarN")
-    return (_signs(head_dim) / head_dim**0.5).to(device)
+    return (sylvester(head_dim) / head_dim**0.5).to(device)
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -36,4 +28,4 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     are rotated together; the sum is rounded to float32 and scaled by 1 / sqrt(D) last, as in the kernel.
     """
     head_dim = x.shape[-1]
-    return (x.double() @ _signs(head_dim).to(x.device).double()).float() * (1.0 / head_dim**0.5)
+    return (x.double() @ sylvester(head_dim).to(x.device).double()).float() * (1.0 / head_dim**0.5)

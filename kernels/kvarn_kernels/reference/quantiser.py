@@ -11,13 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-# bits -> part of a row's range that the first codes span (exact in float32), and how often scales and codes are
-# fitted to each other. 3 bits: KL of k4v3 over five texts of 1,024 tokens 0.00154 with 1.0, 0.00152 with 0.85, 0.00159
-# with 2 rounds
-FIRST_REACH = {2: 0.75, 3: 1.0, 4: 1.0}
-ROUNDS = {2: 3, 3: 3, 4: 2}
-# larger magnitudes saturate: fp16 scales then stay below 2^9, which attend.py relies on
-LARGEST_INPUT = 2.0**22
+from kvarn_kernels.record.format import FIRST_REACH, LARGEST_INPUT, ROUNDS
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,8 @@ def quantise_side(t: torch.Tensor, bits: int) -> QuantisedSide:
     (benchmarks/results/encoder_search.csv).
 
     Squared error of 2-bit codes as a share of the variance: keys 0.111 (with minimum and maximum 0.229), values 0.115
-    (0.200); the best scalar quantiser of a Gaussian has 0.1175 (benchmarks/bench_quality.py --code-error).
+    (0.200); the best scalar quantiser of a Gaussian has 0.1175 (``python -m benchmarks.quality.bench_quality
+    --code-error``).
 
     Powers of two move between (scale, zero) and cross so that |zero| and |scale * code + zero| are at most 2 (for
     magnitudes beyond 2^14 at most 2^9), and a matrix instruction on fp16 operands cannot overflow.

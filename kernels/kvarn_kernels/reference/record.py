@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import torch
 
-from kvarn_kernels import tile
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.reference.codes import TILE_SIZE, pack_codes, unpack_codes
+from kvarn_kernels.record import tile
+from kvarn_kernels.record.format import first_token_dtype
+from kvarn_kernels.record.tile import TILE_SIZE
+from kvarn_kernels.reference.codes import pack_codes, unpack_codes
 from kvarn_kernels.reference.quantiser import QuantisedSide, quantise_side, sanitise
-
-
-def first_row_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the exact first rows in a record for a model of dtype: bfloat16, else float16."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
 def _prepend_zero(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -28,8 +25,8 @@ def encode_tile(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.
         config: bit widths.
 
     Returns:
-        uint8 [..., config.record_bytes(D)]; layout in `kvarn_kernels.tile`. Token 0 is stored exactly (16 bit: bf16 if
-        k is bf16, else fp16) and left out of every statistic.
+        uint8 [..., config.record_bytes(D)]; layout in `kvarn_kernels.record.tile`. Token 0 is stored exactly (16 bit:
+        bf16 if k is bf16, else fp16) and left out of every statistic.
 
     Raises:
         ValueError: a shape that is not [..., 128, D] with a supported D.
@@ -44,7 +41,7 @@ def encode_tile(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.
     keys = quantise_side(sanitise(k[..., 1:, :]).transpose(-1, -2), config.k_bits)
     values = quantise_side(sanitise(v[..., 1:, :]), config.v_bits)
     k_codes = pack_codes(_prepend_zero(keys.codes.transpose(-1, -2), -2), "k", config.k_bits)
-    first_dtype = first_row_dtype(k.dtype)
+    first_dtype = first_token_dtype(k.dtype)
     k_codes[..., 0] |= tile.header(first_dtype == torch.bfloat16)
     v_codes = pack_codes(_prepend_zero(values.codes, -2), "v", config.v_bits)
     halves = [
@@ -83,7 +80,7 @@ def _split(record: torch.Tensor, config: KVarNConfig, head_dim: int) -> tuple[Qu
     return keys, values
 
 
-def _first_rows(record: torch.Tensor, config: KVarNConfig, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _first_tokens(record: torch.Tensor, config: KVarNConfig, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     start = tile.scales_offset(head_dim, config.k_bits, config.v_bits) + 2 * tile.k_first_index(head_dim)
     raw = record[..., start:].contiguous()
     is_bf16 = ((record[..., :1] & tile.HEADER_BF16) != 0)
@@ -105,5 +102,5 @@ def decode_tile(record: torch.Tensor, config: KVarNConfig, head_dim: int) -> tup
     keys, values = _split(record, config, head_dim)
     k = (keys.codes * keys.scale.unsqueeze(-2) + keys.zero.unsqueeze(-2)) * keys.cross.unsqueeze(-1)
     v = (values.codes * values.scale.unsqueeze(-1) + values.zero.unsqueeze(-1)) * values.cross.unsqueeze(-2)
-    k[..., 0, :], v[..., 0, :] = _first_rows(record, config, head_dim)
+    k[..., 0, :], v[..., 0, :] = _first_tokens(record, config, head_dim)
     return k, v

@@ -51,13 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from sglang_kvarn import smollm2
     from sglang_kvarn.demo import chat, report, server
+    from sglang_kvarn.demo import model as default_model
 
     progress = Console(stderr=True)
     try:
         port = server.choose_port(options.port)
-        model = options.model or str(smollm2.prepare())
+        model = options.model or str(default_model.prepare())
         flags = ["--model-path", model, "--kv-cache-dtype", options.kv_cache_dtype, "--enable-cache-report"]
         with server.running(server.launch_command(flags, port), port, progress) as running:
             progress.print(

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole engine, cache against cache: pool tokens, time to first token, time per token, equal greedy tokens.
+
+    python -m benchmarks.engine.bench_engine --model qwen3-8b-dummy --caches bf16 kvarn --shapes 1x8192 8x32768
+    python -m benchmarks.engine.bench_engine --model qwen3-8b-dummy --caches bf16 kvarn --prefills 2048+0 2048+32768
+    python -m benchmarks.engine.bench_engine --model smollm2 --caches bf16 kvarn kvarn_k4v4_g128 --answers
+
+Every cache gets an engine of its own in a process of its own, one after the other, with the same memory fraction. A
+shape BATCHxCONTEXT feeds BATCH random prompts of CONTEXT tokens to the first token (nothing cached), to the first token
+again (all full pages cached), and to 65 tokens; the time per token is the difference of the last two over 64. Shapes of
+up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED
+ones that the prefix cache holds, --repeats times, each time other new tokens: one request at a time, to its first
+token. Dummy weights give true speeds and sizes, not texts. --answers adds three chats and one long prompt with a second
+turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import caches, cli, launch, models
+from benchmarks.common.answers import agreement
+from benchmarks.common.rows import Figure, Rows
+
+MODULE = "benchmarks.engine.bench_engine"
+# settings and figures of a shape
+Measured = list[tuple[dict[str, Any], list[Figure]]]
+CHATS = (
+    "Name three primary colours and explain how they mix.",
+    "What is the capital of France and why is it famous?",
+    "Write a short story about a robot that learns to paint.",
+)
+DECODED = 64
+# requests of a shape to the first token and to the last one, of which the medians count: one that is late by 0.2 s
+# would move the time of a token by 3 ms
+TRIES = 3
+# tokens of a shape up to which it runs once before it is measured; what a larger one needs has run by then
+WARMED_UP = 100_000
+# ids of random tokens are below this, or below the vocabulary
+TOKENS = 30_000
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of sglang.Engine for one cache."""
+    import torch
+
+    chosen = models.arguments(args.model) | {
+        "skip_tokenizer_init": True,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "max_running_requests": args.max_running_requests,
+        "log_level": "info",
+    }
+    if torch.cuda.is_available():
+        chosen |= {"dtype": args.dtype, "mem_fraction_static": args.mem_fraction_static}
+        chosen |= {"cuda_graph_max_bs_decode": args.max_running_requests}
+    if args.no_prefill_graph:
+        chosen["disable_prefill_cuda_graph"] = True
+    return chosen | caches.engine_arguments(args.one, args.bf16_backend)
+
+
+def memory_used() -> float | None:
+    """Return the MiB in use on the GPU, by all processes; None without one."""
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if shutil.which(command[0]) is None:
+        return None
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def measure_shape(engine: Any, batch: int, context: int, seed: int, tokens: int) -> Measured:
+    """Return the figures of one shape; tokens: ids are below this."""
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(3, tokens) for _ in range(context)] for _ in range(batch)]
+
+    def seconds(new_tokens: int) -> tuple[float, list[dict[str, Any]]]:
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        started = time.perf_counter()
+        answers = engine.generate(input_ids=prompts, sampling_params=sampling)
+        return time.perf_counter() - started, answers
+
+    miss, _ = seconds(1)
+    hits = [seconds(1) for _ in range(TRIES)]
+    hit, answers = statistics.median(taken for taken, _ in hits), hits[-1][1]
+    whole = statistics.median(seconds(1 + DECODED)[0] for _ in range(TRIES))
+    per_token = (whole - hit) / DECODED
+    figures = [
+        Figure("time_to_first_tokens", miss, "s"),
+        Figure("time_to_first_tokens_cached", hit, "s"),
+        Figure("cached_tokens_of_the_first", answers[0]["meta_info"]["cached_tokens"], "tokens"),
+        Figure("time_per_token", per_token * 1e3, "ms"),
+        Figure("throughput", batch / per_token, "tokens/s"),
+    ]
+    return [({"batch": batch, "context": context}, figures)]
+
+
+def measure_prefill(engine: Any, new: int, cached: int, repeats: int, tokens: int) -> Measured:
+    """Return the figures of requests of `new` tokens on `cached` ones in the prefix cache; tokens: as above."""
+    draw = random.Random(new + cached)
+    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+    prefix = [draw.randrange(3, tokens) for _ in range(cached)]
+    if prefix:
+        engine.generate(input_ids=prefix, sampling_params=sampling)
+    times, hits = [], set()
+    for n in range(repeats + 1):
+        prompt = prefix + [draw.randrange(3, tokens) for _ in range(new)]
+        started = time.perf_counter()
+        answer = engine.generate(input_ids=prompt, sampling_params=sampling)
+        # the first one may meet a batch size for the first time
+        if n:
+            times.append((time.perf_counter() - started) * 1e3)
+            hits.add(answer["meta_info"]["cached_tokens"])
+    assert hits == {cached}, f"expected {cached} cached tokens, got {hits}: --prefills takes whole pages of 128"
+    return [({"new": new, "cached": cached}, [Figure.of("time_to_first_token", times, "ms")])]
+
+
+def greedy_answers(engine: Any, folder: str) -> dict[str, list[int]]:
+    """Return greedy tokens of three chats, a long prompt and a turn on top of it (a prefix hit)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def chat(text: str) -> list[int]:
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def answer(prompt: list[int], count: int) -> dict[str, Any]:
+        return engine.generate(input_ids=prompt, sampling_params={"temperature": 0, "max_new_tokens": count})
+
+    answers = {text: answer(chat(text), 64)["output_ids"] for text in CHATS}
+    document = tokenizer(Path(argparse.__file__).read_text())["input_ids"][:1500]
+    first = answer(document, 100)["output_ids"]
+    second = answer(document + first[:40] + chat(CHATS[0]), 64)
+    answers |= {"document": first, "turn after the document": second["output_ids"]}
+    answers["cached tokens of that turn"] = [second["meta_info"]["cached_tokens"]]
+    batch = [document[: 300 + 37 * n] + chat(CHATS[n % 3]) for n in range(11)]
+    together = engine.generate(input_ids=batch, sampling_params={"temperature": 0, "max_new_tokens": 64})
+    return answers | {f"batch of 11, number {n}": a["output_ids"] for n, a in enumerate(together)}
+
+
+def run_one(args: argparse.Namespace) -> None:
+    """Measure one cache in this process and report to the parent."""
+    import sglang
+
+    arguments = engine_arguments(args)
+    started = time.perf_counter()
+    engine = sglang.Engine(**arguments)
+    whole = [Figure("start_up", time.perf_counter() - started, "s")]
+    whole.append(Figure("pool", engine.get_server_info()["max_total_num_tokens"], "tokens"))
+    if used := memory_used():
+        whole.append(Figure("memory_before_the_first_request", used, "MiB"))
+    measured: Measured = []
+    tokens = min(TOKENS, models.vocabulary(Path(arguments["model_path"])))
+    if args.shapes or args.prefills:
+        # builds and first launches are no part of any figure
+        engine.generate(input_ids=[[5] * 300], sampling_params={"temperature": 0, "max_new_tokens": 4})
+    for seed, shape in enumerate(args.shapes):
+        batch, context = (int(n) for n in shape.split("x"))
+        if batch * context <= WARMED_UP:
+            measure_shape(engine, batch, context, 1000 + seed, tokens)
+        measured += measure_shape(engine, batch, context, seed, tokens)
+    for shape in args.prefills:
+        measured += measure_prefill(engine, *(int(n) for n in shape.split("+")), args.repeats, tokens)
+    if used := memory_used():
+        whole.append(Figure("memory_after_all_requests", used, "MiB"))
+    answers = greedy_answers(engine, arguments["model_path"]) if args.answers else {}
+    launch.report_result({"measured": [({}, whole), *measured], "answers": answers})
+    engine.shutdown()
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = cli.parser(__doc__)
+    cli.add_model(parser, models.SMOLLM2)
+    cli.add_caches(parser, [caches.BF16, "kvarn"])
+    parser.add_argument("--shapes", nargs="*", default=[], metavar="S", help="Requests x tokens of their context.")
+    text = "New tokens + cached tokens, which are a multiple of 128, of one request at a time."
+    parser.add_argument("--prefills", nargs="*", default=[], metavar="S", help=text)
+    cli.add_repeats(parser, 7, "Timed requests of each of --prefills, whose median counts.")
+    parser.add_argument("--answers", action="store_true", help="Compare greedy answers with those of the first cache.")
+    parser.add_argument("--dtype", default="bfloat16", help="Data type of the model on a GPU.")
+    cli.add_mem_fraction(parser)
+    cli.add_max_running_requests(parser, 64)
+    cli.add_bf16_backend(parser, "triton")
+    text = "Start faster, and prefill without CUDA graphs."
+    parser.add_argument("--no-prefill-graph", action="store_true", help=text)
+    cli.add_timeout(parser, 900, "one cache")
+    cli.add_output(parser)
+    cli.add_one(parser)
+    return parser.parse_args(arguments)
+
+
+def compare(first: dict[str, list[int]], own: dict[str, list[int]]) -> Measured:
+    """Return how many leading tokens of each answer are those of the first cache."""
+    found: Measured = []
+    for name, tokens in own.items():
+        settings = {"answer": name, "of_tokens": len(first[name])}
+        found.append((settings, [Figure("equal_tokens", agreement(first[name], tokens), "tokens")]))
+    return found
+
+
+def main() -> None:
+    args = parse()
+    if args.one:
+        run_one(args)
+        return
+    rows = Rows(args.output, "engine")
+    common = {"model": args.model, "mem_fraction_static": args.mem_fraction_static}
+    common["max_running_requests"] = args.max_running_requests
+    first: dict[str, list[int]] | None = None
+    for cache in args.caches:
+        result = launch.run_alone(MODULE, cache, args.timeout)
+        if result is None:
+            continue
+        measured = [(settings, [Figure(*figure) for figure in figures]) for settings, figures in result["measured"]]
+        if first is None:
+            first = result["answers"]
+        else:
+            measured += compare(first, result["answers"])
+        backend = args.bf16_backend if cache in caches.STOCK else "kvarn"
+        for settings, figures in measured:
+            shape = " ".join(f"{name} {value}" for name, value in settings.items())
+            for figure in figures:
+                print(f"{cache:26} {shape:40} {figure.metric:32} {figure.value:14,.3f} {figure.unit}", flush=True)
+            rows.append(cache, common | {"backend": backend} | settings, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who attends in the decode benchmark: FlashInfer, FlashAttention 3, SGLang's Triton kernel and the presets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from kvarn_kernels import reference
+from kvarn_kernels.attention import Attention, Kernels, Limits
+from kvarn_kernels.batch import QKV, DecodeBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.memory import LayerCache
+
+from benchmarks.kernels import parts
+from benchmarks.kernels.attention_problem import DEVICE, DTYPE, PAGE, Candidate, encoded
+from benchmarks.kernels.decode_problem import Problem
+
+# e4m3 keeps three mantissa bits: about 3 % of a value, less after averaging
+FP8_TOLERANCE = 1e-1
+
+
+def _caches(problem: Problem, config: KVarNConfig, page_table: torch.Tensor) -> list[LayerCache]:
+    """Return caches that hold the context, one a layer: records of all pages, the newest tokens in the rings."""
+    shape, heads = problem.shape, problem.shape.heads
+    record_bytes = config.record_bytes(heads.head_dim)
+    unique = encoded(problem.pages, config)
+    rotated = [reference.rotate(x).to(DTYPE) for x in problem.pages]
+    ring_size = (shape.batch + 1, config.ring_len, heads.num_kv_heads, heads.head_dim)
+    first = max(0, (shape.context - 1) // PAGE - config.window_pages)
+    caches = []
+    for _ in range(shape.layers(shape.batch * shape.pages * heads.num_kv_heads * record_bytes)):
+        records = torch.empty(
+            page_table.numel() + 1, heads.num_kv_heads, record_bytes, dtype=torch.uint8, device=DEVICE
+        )
+        records[page_table.flatten().long()] = unique[problem.page_of.flatten()]
+        rings = [torch.zeros(ring_size, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+        for page in range(first, shape.pages):
+            slots = torch.arange(page * PAGE, (page + 1) * PAGE, device=DEVICE) % config.ring_len
+            for ring, x in zip(rings, rotated, strict=True):
+                ring[1:, slots] = x[problem.page_of[:, page]]
+        caches.append(LayerCache(records, *rings))
+    return caches
+
+
+def kvarn(problem: Problem, preset: str, part: str = "", kernels: Kernels | None = None) -> list[Candidate]:
+    """Return a preset made ready.
+
+    Args:
+        part: of `parts.DECODE`, to run that part of a layer alone; its bytes are not counted.
+        kernels: other ones than a server would run.
+    """
+    shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
+    page_table = problem.physical_pages()
+    caches = _caches(problem, config, page_table)
+    batch = DecodeBatch(
+        rows=torch.arange(1, shape.batch + 1, device=DEVICE),
+        seq_lens=torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE),
+        page_table=page_table,
+        store_pages=page_table[:, -1].contiguous(),
+        exact_starts=torch.zeros(shape.batch, dtype=torch.int32, device=DEVICE),
+    )
+    limits = Limits(decode_batch=shape.batch, request_pages=shape.pages, extend_requests=1, chunk_pages=1)
+    attention = Attention(heads, config, DEVICE, limits, kernels)
+    # once per step, not per layer
+    step = attention.plan(batch)
+    new, out = QKV(problem.q, problem.k_new, problem.v_new), torch.empty_like(problem.q)
+
+    def run(layer: int) -> None:
+        attention.attend(new, out, caches[layer], step, heads.head_dim**-0.5)
+
+    def run_part(layer: int) -> None:
+        with parts.only(part):
+            run(layer)
+
+    if part:
+        # what the part reads
+        run(0)
+        return [Candidate(run_part, out, [], None, math.inf, len(caches))]
+
+    def expected(b: int) -> torch.Tensor:
+        return reference.attention(problem.q[b : b + 1], *problem.keys_values(b), config)[0]
+
+    pages = max(0, (shape.context - 1) // PAGE - config.window_pages)
+    exact = min(shape.context, config.ring_len) * heads.full_token_bytes
+    total = shape.batch * (pages * heads.num_kv_heads * config.record_bytes(heads.head_dim) + exact)
+    return [Candidate(run, out, problem.samples, expected, 5e-3, len(caches), total)]
+
+
+def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Candidate:
+    import flashinfer
+
+    shape, heads = problem.shape, problem.shape.heads
+    page_table = problem.physical_pages()
+    layers = shape.layers(shape.batch * shape.pages * PAGE * heads.full_token_bytes * dtype.itemsize // DTYPE.itemsize)
+    caches = [torch.stack(problem.paged(page_table, dtype), 1) for _ in range(layers)]
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
+    wrapper.plan(
+        torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE) * shape.pages,
+        page_table.flatten(),
+        torch.full((shape.batch,), (shape.context - 1) % PAGE + 1, dtype=torch.int32, device=DEVICE),
+        heads.num_qo_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        PAGE,
+        q_data_type=DTYPE,
+        kv_data_type=dtype,
+    )
+    out = torch.empty_like(problem.q)
+
+    def run(layer: int) -> None:
+        wrapper.run(problem.q, caches[layer], out=out)
+
+    tolerance = 1e-2 if dtype == DTYPE else FP8_TOLERANCE
+    total = shape.full_bytes * dtype.itemsize // DTYPE.itemsize
+    return Candidate(run, out, problem.samples, problem.exact, tolerance, layers, total)
+
+
+def flashinfer_bf16(problem: Problem) -> list[Candidate]:
+    """Return FlashInfer on a bf16 cache, without and with tensor cores."""
+    return [_flashinfer(problem, torch.bfloat16, cores) for cores in (False, True)]
+
+
+def flashinfer_fp8(problem: Problem) -> list[Candidate]:
+    """Return FlashInfer on an fp8 cache."""
+    return [_flashinfer(problem, torch.float8_e4m3fn, True)]
+
+
+def fa3_bf16(problem: Problem) -> list[Candidate]:
+    """Return FlashAttention 3 of sgl_kernel on pages of 128 tokens, as stock SGLang decodes by default on Hopper."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    shape, heads = problem.shape, problem.shape.heads
+    page_table = problem.physical_pages()
+    layers = shape.layers(shape.batch * shape.pages * PAGE * heads.full_token_bytes)
+    caches = [problem.paged(page_table, DTYPE) for _ in range(layers)]
+    seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
+    qo_indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(problem.q)
+
+    def run(layer: int) -> None:
+        flash_attn_with_kvcache(
+            problem.q,
+            *caches[layer],
+            page_table=page_table,
+            cache_seqlens=seq_lens,
+            cu_seqlens_q=qo_indptr,
+            max_seqlen_q=1,
+            softmax_scale=heads.head_dim**-0.5,
+            causal=True,
+            out=out,
+        )
+
+    return [Candidate(run, out, problem.samples, problem.exact, 1e-2, layers, shape.full_bytes)]
+
+
+def sglang_triton_bf16(problem: Problem) -> list[Candidate]:
+    """Return SGLang's own Triton decode kernel on a bf16 cache, 8 or 16 splits."""
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+
+    shape, heads = problem.shape, problem.shape.heads
+    page_table = problem.physical_pages()
+    layers = shape.layers(shape.full_bytes)
+    # by token: [P * G, Hk, D]
+    caches = [[x.flatten(0, 1) for x in problem.paged(page_table, DTYPE)] for _ in range(layers)]
+    slots = (page_table[:, :, None].long() * PAGE + torch.arange(PAGE, device=DEVICE)).flatten(1)[:, : shape.context]
+    indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE) * shape.context
+    indices = slots.flatten().to(torch.int64)
+
+    def candidate(splits: int) -> Candidate:
+        logits = torch.empty(shape.batch, heads.num_qo_heads, splits, heads.head_dim, device=DEVICE)
+        lse = torch.empty(shape.batch, heads.num_qo_heads, splits, device=DEVICE)
+        per_request = torch.full((shape.batch,), splits, dtype=torch.int32, device=DEVICE)
+        out = torch.empty_like(problem.q)
+
+        def run(layer: int) -> None:
+            k, v = caches[layer]
+            decode_attention_fwd(
+                problem.q, k, v, out, indptr, indices, logits, lse, per_request, splits, heads.head_dim**-0.5, 1.0, 1.0
+            )
+
+        return Candidate(run, out, problem.samples, problem.exact, 1e-2, layers, shape.full_bytes)
+
+    return [candidate(8), candidate(16)]
+
+
+BASELINES = {
+    "flashinfer_bf16": flashinfer_bf16,
+    "fa3_bf16": fa3_bf16,
+    "flashinfer_fp8": flashinfer_fp8,
+    "sglang_triton_bf16": sglang_triton_bf16,
+}

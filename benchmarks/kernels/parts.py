@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a layer, as the functions of `kvarn_kernels` that `Attention.attend` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from kvarn_kernels.dense import extend_dense
+from kvarn_kernels.read import decode, decode_sm90, merge
+from kvarn_kernels.write import encode, encode_cuda, rotate, store
+
+Places = dict[str, list[tuple[Any, str]]]
+
+# rotate + store + encode-if-full, attention over records and ring, merge + rotate back
+DECODE: Places = {
+    "store": [(store, "store_step"), (encode, "encode_from_ring"), (encode_cuda, "encode_from_ring")],
+    "attend": [(decode, "decode"), (decode_sm90, "decode")],
+    "merge": [(merge, "merge_splits")],
+}
+# of a long extend step; "attention" is FlashInfer's
+PREFILL: Places = {
+    "rotate": [(rotate, "rotate_chunk")],
+    "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],
+    "dequantise": [(extend_dense, "dequantise")],
+    "attention": [],
+    "merge": [(extend_dense, "merge_parts")],
+    "store": [(store, "store_chunk")],
+}
+
+
+@contextmanager
+def replaced(places: Places, replace: Callable[[str, Callable], Callable]) -> Iterator[None]:
+    """Put `replace(part, function)` in the place of the functions of all parts within a with statement."""
+    saved = [(place, name, getattr(place, name)) for functions in places.values() for place, name in functions]
+    try:
+        for part, functions in places.items():
+            for place, name in functions:
+                setattr(place, name, replace(part, getattr(place, name)))
+        yield
+    finally:
+        for place, name, function in saved:
+            setattr(place, name, function)
+
+
+def only(part: str) -> Any:
+    """Return a context manager in which a decode layer runs one part and leaves the others out."""
+    return replaced(DECODE, lambda own, function: function if own == part else lambda *_args, **_kwargs: None)
+
+
+@contextmanager
+def timed(workspace: extend_dense.DenseWorkspace) -> Iterator[dict[str, list[Any]]]:
+    """Measure the parts of the long extend steps that run inside: part -> pairs of CUDA events."""
+    events: dict[str, list[Any]] = {part: [] for part in PREFILL}
+
+    def measured(part: str, function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair[0].record()
+            result = function(*args, **kwargs)
+            pair[1].record()
+            events[part].append(pair)
+            return result
+
+        return call
+
+    places = PREFILL | {"attention": [(wrapper, "run") for wrapper in workspace.wrappers]}
+    with replaced(places, measured):
+        yield events

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who attends in the prefill benchmark: FlashInfer on a bf16 cache, and the presets on FlashInfer and on Triton."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from kvarn_kernels import reference
+from kvarn_kernels.attention import Attention, Kernels, Limits, Step, choose_kernels
+from kvarn_kernels.batch import QKV, ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.dense import extend_dense
+from kvarn_kernels.device.gpu import gpu_of
+from kvarn_kernels.memory import LayerCache
+
+from benchmarks.kernels import parts
+from benchmarks.kernels.attention_problem import DEVICE, PAGE, Candidate, attend_exactly, encoded
+from benchmarks.kernels.prefill_problem import Problem
+
+
+def flashinfer_bf16(problem: Problem, backend: str) -> list[Candidate]:
+    """Return FlashInfer's paged attention over a bf16 cache, nothing around it."""
+    import flashinfer
+
+    shape, heads = problem.shape, problem.shape.heads
+    caches = []
+    for x in (problem.k, problem.v):
+        cache = torch.zeros(shape.pages + 1, PAGE, *x.shape[1:], dtype=x.dtype, device=DEVICE)
+        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, shape.pages * PAGE - shape.seq_len))
+        cache[problem.page_table[0].long()] = padded.unflatten(0, (-1, PAGE))
+        caches.append(cache)
+    scratch = torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD", backend=backend)
+    out = torch.empty_like(problem.q)
+
+    def plan() -> None:
+        wrapper.plan(
+            torch.tensor([0, shape.new], dtype=torch.int32),
+            torch.tensor([0, shape.pages], dtype=torch.int32),
+            problem.page_table[0],
+            torch.tensor([(shape.seq_len - 1) % PAGE + 1], dtype=torch.int32),
+            heads.num_qo_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
+            PAGE,
+            causal=True,
+            q_data_type=problem.q.dtype,
+        )
+
+    def run(layer: int) -> None:
+        wrapper.run(problem.q, tuple(caches), out=out)
+
+    return [Candidate(run, out, problem.samples, problem.exact, plan=plan)]
+
+
+def _filled_cache(problem: Problem, config: KVarNConfig) -> LayerCache:
+    """Return a cache that holds the prefix: its records, and its last tokens in the ring of row 1."""
+    shape, heads = problem.shape, problem.shape.heads
+    size = (shape.pages + 1, heads.num_kv_heads, config.record_bytes(heads.head_dim))
+    records = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    records[problem.page_table[0, : len(problem.page_of)].long()] = encoded(problem.distinct, config)[problem.page_of]
+    rings = []
+    for x in (problem.k, problem.v):
+        ring = torch.zeros(2, config.ring_len, *x.shape[1:], dtype=x.dtype, device=DEVICE)
+        positions = torch.arange(max(0, shape.prefix - config.ring_len), shape.prefix, device=DEVICE)
+        ring[1, positions % config.ring_len] = reference.rotate(x[positions]).to(x.dtype)
+        rings.append(ring)
+    return LayerCache(records, *rings)
+
+
+def _batch(problem: Problem) -> ExtendBatch:
+    shape = problem.shape
+
+    def int32(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    return ExtendBatch(
+        rows=torch.tensor([1], device=DEVICE),
+        prefix_lens=int32(shape.prefix),
+        seq_lens=int32(shape.seq_len),
+        qo_indptr=int32(0, shape.new),
+        page_table=problem.page_table,
+        exact_starts=int32(0),
+        prefix_lens_host=[shape.prefix],
+        seq_lens_host=[shape.seq_len],
+    )
+
+
+def kvarn(
+    problem: Problem, preset: str, dense: bool, kernels: Kernels | None = None, library: Any = None
+) -> list[Candidate]:
+    """Return a preset made ready.
+
+    Args:
+        dense: attend on FlashInfer, however short the step is; otherwise by the kernel that reads records.
+        kernels: other ones than a server would run; library: stands in for the module flashinfer.
+    """
+    shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
+    cache, out, batch = _filled_cache(problem, config), torch.empty_like(problem.q), _batch(problem)
+    limits = Limits(decode_batch=1, request_pages=shape.pages, extend_requests=1, chunk_pages=-(-shape.new // PAGE) + 1)
+    sparse = replace(kernels or choose_kernels(heads, config, DEVICE), dense=False)
+    attention = Attention(heads, config, DEVICE, limits, sparse)
+    workspace = extend_dense.make_workspace(heads, limits.extend_pages, DEVICE, library) if dense else None
+    new = QKV(problem.q, problem.k[shape.prefix :], problem.v[shape.prefix :])
+    step: Step | None = None
+
+    def plan() -> None:
+        nonlocal step
+        if workspace is None:
+            step = attention.plan(batch)
+        else:
+            step = Step(batch, extend_dense.plan_dense(batch, workspace, config, gpu_of(DEVICE)))
+
+    def run(layer: int) -> None:
+        # only the first run finds the prefix in the ring; that is the one that is checked
+        assert step is not None, "planned before it runs"
+        attention.attend(new, out, cache, step, heads.head_dim**-0.5)
+
+    def expected(query: int) -> torch.Tensor:
+        position = shape.prefix + query
+        exact = max(position // PAGE - config.window_pages, 0)
+        records = cache.records[problem.page_table[0, :exact].long()].transpose(0, 1)
+        past = torch.empty(2, exact * PAGE, *problem.k.shape[1:], device=DEVICE)
+        for first in range(0, exact, 64):
+            decoded = reference.decode_tile(records[:, first : first + 64], config, heads.head_dim)
+            for x, side in zip(decoded, past, strict=True):
+                tokens = reference.rotate(x).flatten(1, 2).transpose(0, 1)
+                side[first * PAGE : first * PAGE + len(tokens)] = tokens
+        rest = slice(exact * PAGE, position + 1)
+        k, v = (torch.cat([old, x[rest].float()]) for old, x in zip(past, (problem.k, problem.v), strict=True))
+        return attend_exactly(problem.q[query], k, v)
+
+    timed = None if workspace is None else lambda: parts.timed(workspace)
+    return [Candidate(run, out, problem.samples, expected, plan=plan, timed=timed)]

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Attention` decides once which kernels serve a model on a device, owns their workspaces and runs its steps.
+
+A serving engine makes one per model and device. For each step it describes a batch and calls `plan`, then, in every
+layer, `attend`, which stores the new tokens, encodes the pages that they fill, and attends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from kvarn_kernels import torch_form, warm_up
+from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch, Limits
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.dense import extend_dense
+from kvarn_kernels.device import nvrtc
+from kvarn_kernels.device.gpu import Gpu, gpu_of
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read import decode, decode_plan, decode_sm90, extend, merge
+from kvarn_kernels.shape import AttentionShape
+from kvarn_kernels.write import encode, encode_cuda, rotate, store
+
+logger = logging.getLogger(__name__)
+
+CPU_FORM_ENV = "KVARN_CPU_FORM"
+# an extend step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless new * cached * query heads *
+# head_dim reaches DENSE_WORK: the time of the products grows with that, the time of the host does not. One layer of
+# 32/8 heads of 128 on an H100 ("split" as in dense/segments.py):
+#     128 new tokens on    Triton          FlashInfer, with everything around it
+#      8,192 cached        201 us          209 us
+#     32,768               566 us          654 us, split 372 us
+#     98,304               about 1,700 us  split 957 us
+# The host needed 390 to 570 us a layer for Triton, about 600 for FlashInfer, and 1,020 to 1,280 us where it was split.
+# A step waits for the slower of GPU and host; they meet at about 128 new tokens on 49,152
+DENSE_TOKENS, DENSE_WORK = 256, 24 << 30
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Name what runs each part of a step: "cuda" (CUDA C++), "triton" or "torch".
+
+    Attributes:
+        encode, decode: as named; extend: of few tokens.
+        dense: whether long extend steps run on FlashInfer.
+    """
+
+    encode: str
+    decode: str
+    extend: str
+    dense: bool = False
+
+
+TORCH = Kernels("torch", "torch", "torch")
+TRITON = Kernels("triton", "triton", "triton")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is ready to run in every layer.
+
+    Attributes:
+        batch: what the step is; plan: how it runs, where that depends on the step and is not kept in a workspace.
+    """
+
+    batch: DecodeBatch | ExtendBatch
+    plan: extend.ExtendPlan | extend_dense.DensePlan | None = None
+
+
+def choose_kernels(
+    shape: AttentionShape, config: KVarNConfig, device: torch.device, gpu: Gpu | None = None
+) -> Kernels:
+    """Return what serves a model on a device, or on a GPU that is described; nothing else asks what GPU it is.
+
+    NVIDIA GPUs run the Triton kernels or, where they can, CUDA C++ with the same results: the encoder from compute
+    capability 8.0 on, decode on Hopper and newer. FlashInfer attends long extend steps at the speed of a 16-bit cache,
+    after what they read was written out in 16 bits; not where sums have a fixed order (only the Triton kernel has one
+    that depends on the position alone), and not without the module flashinfer, which SGLang brings.
+
+    A CPU runs batched torch (same record bytes, same rule), because interpreted kernels are hundreds of times slower;
+    tests set KVARN_CPU_FORM=triton to interpret them all the same.
+
+    Raises:
+        ValueError: KVARN_CPU_FORM is neither torch nor triton.
+    """
+    if device.type != "cuda":
+        form = os.environ.get(CPU_FORM_ENV, "torch")
+        if form not in ("torch", "triton"):
+            raise ValueError(f"expected {CPU_FORM_ENV} to be torch or triton, got {form!r}: unset it")
+        return TORCH if form == "torch" else TRITON
+    gpu = gpu_of(device) if gpu is None else gpu
+    if shape.dtype not in (torch.float16, torch.bfloat16):
+        return TRITON
+    compiled = gpu.capability >= (8, 0) and nvrtc.is_available()
+    return Kernels(
+        encode="cuda" if compiled else "triton",
+        decode="cuda" if compiled and decode_sm90.runs_on(gpu) else "triton",
+        extend="triton",
+        dense=not config.fixed_order and importlib.util.find_spec("flashinfer") is not None,
+    )
+
+
+class Attention:
+    """Run the attention of a model in a KVarN cache.
+
+    Attributes:
+        shape, config, device: of the model, the preset and where it runs.
+        kernels: what runs each part.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        config: KVarNConfig,
+        device: torch.device,
+        limits: Limits,
+        kernels: Kernels | None = None,
+        gpu: Gpu | None = None,
+    ) -> None:
+        """Choose the kernels and allocate their workspaces.
+
+        Args:
+            limits: of the steps.
+            kernels: instead of `choose_kernels`; with the device "meta", what another device would take.
+            gpu: the GPU to plan for, the device itself by default.
+        """
+        self.shape, self.config, self.device, self._limits = shape, config, device, limits
+        self._gpu = gpu_of(device) if gpu is None else gpu
+        self.kernels = choose_kernels(shape, config, device) if kernels is None else kernels
+        self._encode: ModuleType = encode_cuda if self.kernels.encode == "cuda" else encode
+        self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
+        self._dense_workspace = self._make_dense_workspace()
+
+    def _make_decode_workspace(self, max_batch: int) -> decode_plan.DecodeWorkspace | None:
+        if self.kernels.decode == "torch":
+            return None
+        if self.kernels.decode == "cuda":
+            resident = decode_sm90.resident_programs(self.shape.head_dim, self._gpu)
+        else:
+            resident = decode.resident_programs(self._gpu)
+        pages = self._limits.request_pages
+        return decode_plan.make_workspace(self.shape, self.config, self.device, max_batch, pages, resident)
+
+    def _make_dense_workspace(self) -> extend_dense.DenseWorkspace | None:
+        if not self.kernels.dense or self.device.type == "meta":
+            return None
+        try:
+            return extend_dense.make_workspace(self.shape, self._limits.extend_pages, self.device)
+        except (RuntimeError, OSError) as error:
+            # FlashInfer builds its kernels with nvcc where they are not installed ready-made
+            logger.warning("FlashInfer's prefill kernels cannot be built, Triton's run instead (slower): %s", error)
+            return None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the workspaces, with what FlashInfer allocates for them while the server runs."""
+        total = 0 if self._decode_workspace is None else self._decode_workspace.num_bytes
+        if self.kernels.dense:
+            # the pages of a chunk and of its window count twice: exact, and as records for the pages after them
+            request_pages = self._limits.request_pages + self._limits.chunk_pages + 2
+            total += extend_dense.workspace_bytes(self.shape, self._limits.extend_pages, request_pages)
+        return total
+
+    def describe(self) -> str:
+        """Return in words what encodes and attends, e.g. "encode by Triton, decode by Triton, extends by Triton"."""
+        if self.kernels == TORCH:
+            return "encode, decode and extends by torch"
+        encoder = f"CUDA C++ ({encode_cuda.SOURCE.name})" if self.kernels.encode == "cuda" else "Triton"
+        decoder = f"CUDA C++ ({decode_sm90.SOURCE.name})" if self.kernels.decode == "cuda" else "Triton"
+        extends = "extends by Triton"
+        if self._dense_workspace is not None or (self.kernels.dense and self.device.type == "meta"):
+            extends = "short extends by Triton, long extends by FlashInfer"
+        return f"encode by {encoder}, decode by {decoder}, {extends}"
+
+    def reserve(self, decode_batch: int) -> None:
+        """Make room for larger decode steps, before any CUDA graph is captured."""
+        if self._decode_workspace is not None and decode_batch > len(self._decode_workspace.max_splits):
+            self._decode_workspace = self._make_decode_workspace(decode_batch)
+
+    def warm_up(self, cache: LayerCache) -> None:
+        """Build every kernel of extend steps, by steps of zeros on page 0 and row 0, which are padding.
+
+        Args:
+            cache: of any layer; record 0 and ring 0 are written.
+        """
+        batches = warm_up.batches(self.shape, self.config, self.device)
+        steps = [Step(batch, self._plan_sparse(batch)) for batch in batches]
+        if self._dense_workspace is not None:
+            page = warm_up.full_page(self.device)
+            steps.append(Step(page, extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu)))
+        for step in steps:
+            tokens, dtype = step.batch.num_tokens, self.shape.dtype
+            q = torch.zeros(tokens, self.shape.num_qo_heads, self.shape.head_dim, dtype=dtype, device=self.device)
+            k = q.new_zeros(tokens, self.shape.num_kv_heads, self.shape.head_dim)
+            self.attend(QKV(q, k, torch.zeros_like(k)), torch.empty_like(q), cache, step, 1.0)
+
+    def plan(self, batch: DecodeBatch | ExtendBatch) -> Step:
+        """Plan a step: before its first layer, outside of CUDA graphs, without waiting for the device."""
+        if isinstance(batch, DecodeBatch):
+            if self._decode_workspace is not None:
+                decode_plan.plan_decode(batch, self._decode_workspace, self.config)
+            return Step(batch)
+        if self.kernels.extend == "torch" or batch.num_tokens == 0:
+            return Step(batch)
+        if self._dense_workspace is not None and self._is_long(batch):
+            return Step(batch, extend_dense.plan_dense(batch, self._dense_workspace, self.config, self._gpu))
+        return Step(batch, self._plan_sparse(batch))
+
+    def _plan_sparse(self, batch: ExtendBatch) -> extend.ExtendPlan:
+        return extend.plan_extend(batch, self.shape, self.config, self._gpu)
+
+    def _is_long(self, batch: ExtendBatch) -> bool:
+        """Whether a step is better attended densely; see `DENSE_TOKENS`."""
+        work = batch.num_tokens * max(batch.prefix_lens_host) * self.shape.num_qo_heads * self.shape.head_dim
+        return batch.num_tokens >= DENSE_TOKENS or work >= DENSE_WORK
+
+    def attend(self, new: QKV, out: torch.Tensor, cache: LayerCache, step: Step, sm_scale: float) -> None:
+        """Store the new tokens of a step in one layer, encode the pages that they fill, and attend.
+
+        Args:
+            new: the tokens after RoPE, not rotated, model dtype; those of request b of an extend step are the rows
+                qo_indptr[b] .. qo_indptr[b + 1] - 1, further rows are padding.
+            out: [T, Hq, D] model dtype, contiguous, written.
+            cache: memory of this layer; the ring is written, and the records of full pages.
+            step: from `plan`; sm_scale: factor of the scores.
+        """
+        if isinstance(step.batch, DecodeBatch):
+            self._attend_decode(new, out, cache, step.batch, sm_scale)
+        else:
+            self._attend_extend(new, out, cache, step, sm_scale)
+
+    def _attend_decode(
+        self, new: QKV, out: torch.Tensor, cache: LayerCache, batch: DecodeBatch, sm_scale: float
+    ) -> None:
+        workspace, config = self._decode_workspace, self.config
+        if workspace is None:
+            torch_form.attend_decode(new, out, cache, batch, config, sm_scale)
+            return
+        store.store_step(new, workspace.rotated_q, cache, batch)
+        self._encode.encode_from_ring(cache, batch, config)
+        if self.kernels.decode == "cuda":
+            decode_sm90.decode(cache, batch, workspace, config, sm_scale)
+        else:
+            block = decode.exact_block(self.shape.head_dim, self._gpu)
+            decode.decode(cache, batch, workspace, config, sm_scale, block)
+        merge.merge_splits(out, workspace.partial_out, workspace.partial_lse, workspace.split_indptr, config)
+
+    def _attend_extend(
+        self, new: QKV, out: torch.Tensor, cache: LayerCache, step: Step, sm_scale: float
+    ) -> None:
+        batch, plan, config = step.batch, step.plan, self.config
+        assert isinstance(batch, ExtendBatch)
+        if self.kernels.extend == "torch":
+            torch_form.attend_extend(new, out, cache, batch, config, sm_scale)
+            return
+        if plan is None:
+            return
+        # FlashInfer attends in the model's frame
+        is_dense = isinstance(plan, extend_dense.DensePlan)
+        rotated = rotate.rotate_chunk(new, with_q=not is_dense)
+        # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
+        self._encode.encode_from_chunk(rotated, cache, batch, config)
+        if isinstance(plan, extend_dense.DensePlan):
+            extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale)
+        else:
+            extend.extend(rotated, out, cache, batch, plan, config, sm_scale)
+        store.store_chunk(rotated, cache, batch)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extend attention of long steps on FlashInfer: the position rule as paged calls over pseudo-requests.
+
+What the query pages read (`segments`), the chunk's own pages too, is written to a workspace in the model's frame,
+so that q and the output are the model's own tensors, and most steps are one call of FlashInfer a layer. Where it does
+not fit, further calls read the rest, and the results are merged by their log sum of exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvarn_kernels.batch import QKV, ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.dense import segments
+from kvarn_kernels.dense.dequantise import PageList, dequantise
+from kvarn_kernels.dense.merge_parts import merge_parts
+from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.record.tile import TILE_SIZE
+from kvarn_kernels.shape import AttentionShape
+
+# bytes of the workspace, keys and values. At 8 KV heads of 128 it holds 396 pages; a chunk of 8K tokens on 256K then
+# takes 6 segments, and the workspace with FlashInfer's buffers for them 255 MiB
+PAGES_BYTES = 198 << 20
+# what a wrapper of FlashInfer 0.6.14 allocates on the device: schedules, and a length per pseudo-request
+WRAPPER_BYTES = (8 << 20) + 4 * 32768
+
+
+@dataclass
+class DenseWorkspace:
+    """Hold what the layers share; made once by `make_workspace`.
+
+    Attributes:
+        keys, values: [M, Hk, G, D] model dtype, the past pages of one segment.
+        num_qo_heads: query heads of the model.
+        library: the module flashinfer.
+        scratch: uint8 [16]; FlashInfer wants a buffer for split contexts, which are not used here.
+        wrappers: FlashInfer's, one for each segment of a step, made when first used.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    num_qo_heads: int
+    library: Any
+    scratch: torch.Tensor
+    wrappers: list[Any] = field(default_factory=list)
+
+    def wrapper(self, n: int) -> Any:
+        """Return the wrapper of segment n."""
+        if n == len(self.wrappers):
+            self.wrappers.append(self.library.BatchPrefillWithPagedKVCacheWrapper(self.scratch, "HND"))
+        return self.wrappers[n]
+
+
+@dataclass(frozen=True)
+class PlannedSegment:
+    """Describe a segment on the device.
+
+    Attributes:
+        pages: what is written to the workspace.
+        begin, end, splits: as in `segments.Segment`.
+        seen: likewise; None for a causal segment, whose results are not merged but written.
+        wrapper: FlashInfer's, planned.
+    """
+
+    pages: PageList
+    begin: int
+    end: int
+    splits: int
+    seen: torch.Tensor | None
+    wrapper: Any
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """Hold what every layer of a step runs: the workspace and its fillings, causal ones first."""
+
+    workspace: DenseWorkspace
+    segments: list[PlannedSegment]
+
+
+def page_bytes(shape: AttentionShape) -> int:
+    """Return the bytes of a page in 16 bit, keys and values."""
+    return TILE_SIZE * shape.full_token_bytes
+
+
+def num_pages(shape: AttentionShape, max_pages: int) -> int:
+    """Return the pages of the workspace: at most `max_pages`, and at least a window and one more."""
+    return max(2, min(max_pages, PAGES_BYTES // page_bytes(shape)))
+
+
+def workspace_bytes(shape: AttentionShape, max_pages: int, request_pages: int) -> int:
+    """Return the bytes that a workspace takes while no step reads more than `request_pages` pages of a request."""
+    pages = num_pages(shape, max_pages)
+    # where the exact pages are cut, a window is in two segments, and each of the two parts of the list has a rest
+    wrappers = 1 + -(-min(max_pages, request_pages) // (pages - 1))
+    return pages * page_bytes(shape) + wrappers * WRAPPER_BYTES
+
+
+def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a host tensor in stream order, without waiting."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def _plan_call(wrapper: Any, call: segments.PagedCall, workspace: DenseWorkspace, causal: bool) -> None:
+    """Plan one FlashInfer call. It reads the lengths on the host and only copies the indices, so nothing waits."""
+    _, kv_heads, page, head_dim = workspace.keys.shape
+    wrapper.plan(
+        call.qo_indptr,
+        call.kv_indptr,
+        _to_device(call.kv_indices, workspace.keys.device),
+        call.last_page_len,
+        workspace.num_qo_heads,
+        kv_heads,
+        head_dim,
+        page,
+        causal=causal,
+        # the scale of a layer comes with its query
+        sm_scale=1.0,
+        q_data_type=workspace.keys.dtype,
+        max_token_per_sequence=page,
+        # a query page is small enough as a unit of work, and a split context needs a buffer of up to 128 MiB
+        disable_split_kv=True,
+    )
+
+
+def _build_kernels(workspace: DenseWorkspace) -> None:
+    """Build what was not built on this host before (FlashInfer: a minute) now rather than in the first request."""
+    one = torch.ones(1, dtype=torch.int32)
+    indptr = torch.tensor([0, 1], dtype=torch.int32)
+    call = segments.PagedCall(qo_indptr=indptr, kv_indptr=indptr, kv_indices=one - 1, last_page_len=one)
+    _plan_call(workspace.wrapper(0), call, workspace, causal=True)
+    out = workspace.keys.new_zeros(1, workspace.num_qo_heads, workspace.keys.shape[3])
+    lse = torch.zeros(out.shape[:2], device=out.device)
+    seen = torch.ones(1, 1, dtype=torch.bool, device=out.device)
+    merge_parts(out, lse, 0, out[None].clone(), lse[None].clone(), seen)
+
+
+def make_workspace(
+    shape: AttentionShape, max_pages: int, device: torch.device, library: Any = None
+) -> DenseWorkspace:
+    """Return a workspace.
+
+    Args:
+        shape: of the model, in float16 or bfloat16.
+        max_pages: the most pages that a step can read, all requests together.
+        library: stands in for the module flashinfer in tests.
+
+    Raises:
+        RuntimeError, OSError: FlashInfer's kernels cannot be built.
+    """
+    if library is None:
+        import flashinfer as library
+    size = (num_pages(shape, max_pages), shape.num_kv_heads, TILE_SIZE, shape.head_dim)
+    workspace = DenseWorkspace(
+        keys=torch.empty(size, dtype=shape.dtype, device=device),
+        values=torch.empty(size, dtype=shape.dtype, device=device),
+        num_qo_heads=shape.num_qo_heads,
+        library=library,
+        scratch=torch.empty(16, dtype=torch.uint8, device=device),
+    )
+    _build_kernels(workspace)
+    return workspace
+
+
+def plan_dense(batch: ExtendBatch, workspace: DenseWorkspace, config: KVarNConfig, gpu: Gpu) -> DensePlan:
+    """Plan a step, once for all layers.
+
+    The host need not know the exact starts: an exact page costs the same from the ring and from its record, and
+    `dequantise` chooses on the device.
+    """
+    device = workspace.keys.device
+    queries = segments.query_pages(batch.prefix_lens_host, batch.seq_lens_host, config)
+    splits = segments.num_splits(queries, workspace.num_qo_heads, gpu.multiprocessors)
+    planned = []
+    for n, segment in enumerate(segments.segments(queries, len(workspace.keys), splits)):
+        wrapper = workspace.wrapper(n)
+        _plan_call(wrapper, segment.call, workspace, segment.causal)
+        pages = PageList(
+            _to_device(segment.requests, device), _to_device(segment.pages, device), segment.num_exact
+        )
+        seen = None if segment.causal else _to_device(segment.seen, device)
+        planned.append(PlannedSegment(pages, segment.begin, segment.end, segment.splits, seen, wrapper))
+    return DensePlan(workspace, planned)
+
+
+def extend_dense(
+    new: QKV,
+    out: torch.Tensor,
+    cache: LayerCache,
+    batch: ExtendBatch,
+    plan: DensePlan,
+    config: KVarNConfig,
+    sm_scale: float,
+) -> None:
+    """Attend the new tokens of each request by the position rule.
+
+    Reads the records of full pages (those that the chunk fills are encoded already) and the ring as it was before
+    this chunk. Departs from `read.extend` in rounding only: q, k and v of the chunk are not rotated, past keys and
+    values are rounded to the model's dtype in the model's frame, and so are the results that are merged.
+
+    Args:
+        new: q [at least T, Hq, D]; k, v: [at least T, Hk, D]; model dtype, not rotated.
+        out: [at least T, Hq, D] model dtype, contiguous; the first T rows are written.
+        cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
+    """
+    workspace = plan.workspace
+    pages = (workspace.keys, workspace.values)
+    q, out = new.q[: batch.num_tokens], out[: batch.num_tokens]
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    for segment in plan.segments:
+        dequantise(pages, new, segment.pages, cache, batch, config)
+        rows = slice(segment.begin, segment.end)
+        query, part, part_lse = q[rows], out[rows], lse[rows]
+        if segment.seen is not None:
+            if segment.splits > 1:
+                query = query.repeat(segment.splits, 1, 1)
+            part, part_lse = out.new_empty(query.shape), lse.new_empty(query.shape[:2])
+        segment.wrapper.run(query, pages, q_scale=sm_scale, out=part, lse=part_lse, return_lse=True)
+        if segment.seen is not None:
+            shape = (segment.splits, -1)
+            merge_parts(out, lse, segment.begin, part.unflatten(0, shape), part_lse.unflatten(0, shape), segment.seen)

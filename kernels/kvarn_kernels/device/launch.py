@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch kernels with little work on the host, which a prefill step of few tokens waits for.
+
+An extend step launches a handful of kernels in each layer, outside of CUDA graphs. On the host of an H100, calling a
+Triton kernel with 20 arguments took 22 us, calling what it had compiled to took 12 us, and torch's loader for CUDA C++
+took 47 us. With this module a layer of prefill took 220 to 315 us of the host instead of 550 to 615.
+
+Arguments are given by the names of the kernel's parameters: two pointers of one dtype that are swapped would be wrong
+silently.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+
+class _Arguments:
+    """Put named arguments into the order of a kernel's parameters."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._get = itemgetter(*names) if len(names) > 1 else lambda named: (named[names[0]],)
+
+    def __call__(self, named: dict[str, Any]) -> tuple:
+        if len(named) != len(self._names):
+            raise TypeError(f"expected the arguments {', '.join(self._names)}, got {', '.join(named)}")
+        return self._get(named)
+
+
+class TritonLauncher:
+    """Call a Triton kernel; what it compiled to is found again by the properties that Triton specialises for.
+
+    Those are dtype, alignment and device of a tensor, and the value of an integer that is a constant or a stride.
+    Integers that the kernel does not specialise for are passed on. Under the interpreter nothing is kept.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[tuple, Any] = {}
+        self._in_order = _Arguments(tuple(kernel.arg_names))
+        self._free = [n for n, param in enumerate(getattr(kernel, "params", ())) if param.do_not_specialize]
+
+    def __call__(self, grid: tuple[int, int, int], *, num_warps: int, **named: Any) -> None:
+        """Launch on the current stream; `named` are the kernel's parameters, constants included."""
+        args = self._in_order(named)
+        kinds = [(x.dtype, x.data_ptr() & 15, x.get_device()) if isinstance(x, torch.Tensor) else x for x in args]
+        for n in self._free:
+            kinds[n] = None
+        key = (num_warps, *kinds)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*args)
+            return
+        compiled = self._kernel[grid](*args, num_warps=num_warps)
+        # the interpreter returns nothing
+        if compiled is not None:
+            self._compiled[key] = compiled
+
+
+class CudaLauncher:
+    """Call a kernel of a CUDA C++ module; its arguments are packed in place, so one thread at a time may launch it.
+
+    Args:
+        loaded: what torch.cuda._compile_kernel returned.
+        driver: the library that has cuLaunchKernel.
+        names: of the kernel's parameters, in their order.
+        threads: of a block; shared_bytes: dynamic shared memory of a block.
+    """
+
+    def __init__(self, loaded: Any, driver: Any, names: tuple[str, ...], threads: int, shared_bytes: int = 0) -> None:
+        self._function, self._module = loaded.func, loaded.module
+        self._launch, self._threads, self._shared_bytes = driver.cuLaunchKernel, threads, shared_bytes
+        self._in_order = _Arguments(names)
+        self._values = (ctypes.c_uint64 * len(names))()
+        first = ctypes.addressof(self._values)
+        self._pointers = (ctypes.c_uint64 * len(names))(*range(first, first + 8 * len(names), 8))
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, **named: torch.Tensor | int | float) -> None:
+        """Launch on a stream (its address).
+
+        Args:
+            named: the kernel's parameters; a tensor is passed as a pointer, an int as 32 bits, a float as a float.
+
+        Raises:
+            RuntimeError: the driver refused the launch; the number is a CUresult.
+        """
+        for n, x in enumerate(self._in_order(named)):
+            if isinstance(x, torch.Tensor):
+                self._values[n] = x.data_ptr()
+            elif isinstance(x, float):
+                self._values[n] = struct.unpack("<I", struct.pack("<f", x))[0]
+            else:
+                self._values[n] = x & 0xFFFFFFFF
+        status = self._launch(
+            self._function,
+            *grid,
+            self._threads,
+            1,
+            1,
+            self._shared_bytes,
+            ctypes.c_void_p(stream),
+            self._pointers,
+            None,
+        )
+        if status:
+            raise RuntimeError(f"expected cuLaunchKernel to return 0, got {status} for the grid {grid}")
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the address of torch's current stream on a CUDA device."""
+    return torch._C._cuda_getCurrentRawStream(device.index or 0)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention: split-KV over records, first tokens and ring; partial results to the workspace.
+
+This is the portable form; decode_sm90.py runs on Hopper and newer.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvarn_kernels.batch import DecodeBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read.attend import (
+    LOG2_E,
+    SHIFT,
+    attend_exact,
+    attend_record,
+    load_query_blocks,
+    normalise_query,
+    zero_blocks,
+)
+from kvarn_kernels.read.decode_plan import DecodeWorkspace, ring_start, split_units, work_of
+from kvarn_kernels.record import tile
+
+FIRST_BLOCK = 16
+# exact keys that are attended together; half as many where 64 of head_dim 256 take more shared memory (149,504 bytes)
+# than a block may use
+EXACT_BLOCK = 64
+EXACT_SHARED_256 = 149_504
+# programs (2 warps) that a multiprocessor runs at once
+RESIDENT = 8
+
+
+def exact_block(head_dim: int, gpu: Gpu) -> int:
+    """Return how many exact keys are attended together; it depends on the model and the GPU only."""
+    return EXACT_BLOCK // 2 if head_dim == 256 and gpu.shared_memory < EXACT_SHARED_256 else EXACT_BLOCK
+
+
+def resident_programs(gpu: Gpu) -> int:
+    """Return the programs of the kernel that a GPU runs at once."""
+    return gpu.multiprocessors * RESIDENT
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def _decode_kernel(
+    rotated_q_ptr,  # [B, Hq, D] float32
+    records_ptr,  # [P, Hk, RECORD] uint8
+    first_ptr,  # the same memory in the dtype of the first tokens
+    ring_k_ptr,  # [R, RING_LEN, Hk, D]
+    ring_v_ptr,
+    page_table_ptr,  # [B, P_max] int32
+    rows_ptr,  # [B] int64
+    seq_lens_ptr,  # [B] int32
+    exact_starts_ptr,  # [B] int32
+    requests_ptr,  # [S] int32, request of each split
+    indptr_ptr,  # [B + 1] int32, first split of each request
+    out_ptr,  # [S, Hq, D] float32, written
+    lse_ptr,  # [S, Hq] float32, written
+    stride_page_table,
+    sm_scale_log2,
+    batch_size,
+    HK: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads per KV head
+    M: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RING_LEN: tl.constexpr,
+    SPLIT_UNITS: tl.constexpr,  # 0: units of the request shared evenly by its splits
+    FIRST_BLOCK: tl.constexpr,
+    EXACT_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    split, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if split >= tl.load(indptr_ptr + batch_size):
+        return
+    b = tl.load(requests_ptr + split).to(tl.int64)
+    K_BLOCKS: tl.constexpr = tile.k_channel_blocks(D, K_BITS)
+    V_BLOCKS: tl.constexpr = tile.v_channel_blocks(V_BITS)
+    VW: tl.constexpr = D // V_BLOCKS
+    RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
+    position = tl.load(seq_lens_ptr + b) - 1
+    exact_page, units = work_of(position + 1, tl.load(exact_starts_ptr + b), WINDOW, G)
+    first = tl.load(indptr_ptr + b)
+    if SPLIT_UNITS > 0:
+        per_split = SPLIT_UNITS
+    else:
+        per_split = tl.cdiv(units, tl.load(indptr_ptr + b + 1) - first)
+    unit = (split - first).to(tl.int32) * per_split
+    begin, end = tl.minimum(unit, exact_page), tl.minimum(unit + per_split, exact_page)
+    ring_begin = ring_start(unit, exact_page, G)
+    ring_end = tl.minimum(ring_start(unit + per_split, exact_page, G), position + 1)
+    rm = tl.arange(0, M)
+    row_mask = rm < GROUP
+    qo = (b * HK + head) * GROUP + rm
+    d = tl.arange(0, D)
+    q_ptrs = rotated_q_ptr + qo * D
+    q = tl.load(q_ptrs[:, None] + d[None, :], mask=row_mask[:, None], other=0.0)
+    q, row_scale = normalise_query(q, sm_scale_log2)
+    m = tl.full([M], float("-inf"), tl.float32)
+    l = tl.zeros([M], tl.float32)
+    acc = zero_blocks(V_BLOCKS, M, VW)
+    row = tl.load(rows_ptr + b)
+    n = tl.arange(0, EXACT_BLOCK)
+    for start in tl.range(ring_begin, ring_end, EXACT_BLOCK):
+        j = start + n
+        offsets = ((row * RING_LEN + j % RING_LEN) * HK + head) * D
+        k_ptrs, v_ptrs = ring_k_ptr + offsets, ring_v_ptr + offsets
+        seen = j < ring_end
+        m, l, acc = attend_exact(q, row_scale, k_ptrs, v_ptrs, seen, seen[None, :], m, l, acc, D, V_BLOCKS)
+    pages_ptr = page_table_ptr + b * stride_page_table
+    f = tl.arange(0, FIRST_BLOCK)
+    FIRST: tl.constexpr = tile.scales_offset(D, K_BITS, V_BITS) // 2 + tile.k_first_index(D)
+    for start in tl.range(begin, end, FIRST_BLOCK):
+        exists = start + f < end
+        ids = tl.load(pages_ptr + start + f, mask=exists, other=0).to(tl.int64)
+        k_ptrs = first_ptr + (ids * HK + head) * (RECORD // 2) + FIRST
+        v_ptrs = k_ptrs + D
+        m, l, acc = attend_exact(q, row_scale, k_ptrs, v_ptrs, exists, exists[None, :], m, l, acc, D, V_BLOCKS)
+    blocks = load_query_blocks(q_ptrs, row_mask, row_scale, sm_scale_log2, D, K_BLOCKS)
+    for p in tl.range(begin, end, num_stages=STAGES):
+        page_id = tl.load(pages_ptr + p).to(tl.int64)
+        record = records_ptr + (page_id * HK + head) * RECORD
+        m, l, acc = attend_record(blocks, row_scale, record, row_mask, m, l, acc, D, K_BITS, V_BITS)
+    empty = l == 0.0
+    inverse = 1.0 / tl.where(empty, 1.0, l)
+    out = split * HK * GROUP + head * GROUP + rm
+    out_row = out_ptr + out * D
+    vw = tl.arange(0, VW)
+    for j in tl.static_range(V_BLOCKS):
+        tl.store(out_row[:, None] + (j * VW + vw)[None, :], acc[j] * inverse[:, None], mask=row_mask[:, None])
+    lse = tl.where(empty, float("-inf"), m + tl.log2(tl.where(empty, 1.0, l)) - SHIFT)
+    tl.store(lse_ptr + out, lse, mask=row_mask)
+
+
+def decode(
+    cache: LayerCache,
+    batch: DecodeBatch,
+    workspace: DecodeWorkspace,
+    config: KVarNConfig,
+    sm_scale: float,
+    exact_block: int = EXACT_BLOCK,
+) -> None:
+    """Attend one query token per request; each split's normalised output and lse go to the workspace.
+
+    Reads the rotated query and the plan of the step in the workspace, the records of the older pages and the ring of
+    the request's row.
+
+    Args:
+        exact_block: from the function of that name.
+    """
+    group = workspace.rotated_q.shape[1] // cache.num_kv_heads
+    _decode_kernel[(workspace.max_splits[batch.num_tokens - 1], cache.num_kv_heads)](
+        rotated_q_ptr=workspace.rotated_q,
+        records_ptr=cache.records,
+        first_ptr=cache.first_tokens,
+        ring_k_ptr=cache.ring_k,
+        ring_v_ptr=cache.ring_v,
+        page_table_ptr=batch.page_table,
+        rows_ptr=batch.rows,
+        seq_lens_ptr=batch.seq_lens,
+        exact_starts_ptr=batch.exact_starts,
+        requests_ptr=workspace.split_requests,
+        indptr_ptr=workspace.split_indptr,
+        out_ptr=workspace.partial_out,
+        lse_ptr=workspace.partial_lse,
+        stride_page_table=batch.page_table.stride(0),
+        sm_scale_log2=sm_scale * LOG2_E,
+        batch_size=batch.num_tokens,
+        HK=cache.num_kv_heads,
+        GROUP=group,
+        M=max(16, triton.next_power_of_2(group)),
+        D=cache.head_dim,
+        G=tile.TILE_SIZE,
+        K_BITS=config.k_bits,
+        V_BITS=config.v_bits,
+        WINDOW=config.window_pages,
+        RING_LEN=cache.ring_len,
+        SPLIT_UNITS=split_units(config),
+        FIRST_BLOCK=FIRST_BLOCK,
+        EXACT_BLOCK=exact_block,
+        STAGES=2,
+        num_warps=2,
+    )

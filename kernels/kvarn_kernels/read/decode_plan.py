@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a decode step is split among programs: planned on the device from the lengths of the step, once for all layers.
+
+The work of a request is counted in units: one for each page that it reads as a record, RING_UNITS for each chunk of
+RING_CHUNK tokens of its ring. A split is a run of units of one request; it serves all KV heads, one program each.
+
+    default     Every request is cut evenly into splits of at most `share` units, the smallest share that needs no more
+                splits than wanted_splits(batch size): whole waves of programs, long requests in more splits than short
+                ones.
+    fixed order A split is FIXED_SPLIT_UNITS units, counted from position 0: the plan of a request depends on its
+                position only, never on the other requests.
+
+Splits of a request follow each other; split_requests and split_indptr of `DecodeWorkspace` hold the plan. Nothing is
+read by the host and grids are sized by max_splits, so that one CUDA graph serves any lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kvarn_kernels.batch import DecodeBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.record.tile import TILE_SIZE
+from kvarn_kernels.shape import AttentionShape
+
+# units of a split where sums have a fixed order
+FIXED_SPLIT_UNITS = 16
+# a split shorter than this costs more in the merge than it hides
+MIN_SPLIT_UNITS = 2
+# the ring is planned in chunks of this many tokens (4 warps of decode_sm90.cu attend one at once), each of RING_UNITS
+RING_CHUNK = tl.constexpr(64)
+RING_UNITS = tl.constexpr(2)
+# what wanted_splits plans with: units of a request, and units of time that a split takes besides its own
+TYPICAL_UNITS = 64
+SPLIT_OVERHEAD = 4
+MAX_WAVES = 16
+# query heads of a KV head that one program of a decode kernel serves
+PROGRAM_HEADS = 8
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Hold what the decode kernels of all layers share; made once by `make_workspace`, so that CUDA graphs see fixed
+    addresses.
+
+    A step of B requests has S splits, at most max_splits[B - 1].
+
+    Attributes:
+        rotated_q: float32 [B_max, Hq, D], the rotated query.
+        partial_out: float32 [S_max, Hq, D], the normalised output of each split.
+        partial_lse: float32 [S_max, Hq], base-2 log sum of exp; -inf where a split holds no key.
+        split_requests: int32 [S_max], the request of each split.
+        split_indptr: int32 [B_max + 1], the first split of each request.
+        wanted_splits, max_splits: for each batch size from 1 to B_max.
+    """
+
+    rotated_q: torch.Tensor
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+    split_requests: torch.Tensor
+    split_indptr: torch.Tensor
+    wanted_splits: tuple[int, ...]
+    max_splits: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.rotated_q, self.partial_out, self.partial_lse, self.split_requests, self.split_indptr)
+        return sum(x.nbytes for x in tensors)
+
+
+def make_workspace(
+    shape: AttentionShape, config: KVarNConfig, device: torch.device, max_batch: int, max_pages: int, resident: int
+) -> DecodeWorkspace:
+    """Allocate the workspace for every batch size up to max_batch and requests of up to max_pages pages.
+
+    Args:
+        resident: programs of the decode kernel that the GPU runs at once.
+    """
+    programs = programs_per_split(shape)
+    wanted = tuple(wanted_splits(b, programs, resident) for b in range(1, max_batch + 1))
+    most = tuple(max_splits(b, splits, max_pages, config) for b, splits in enumerate(wanted, 1))
+    splits, heads = max(most), (shape.num_qo_heads, shape.head_dim)
+    return DecodeWorkspace(
+        rotated_q=torch.empty(max_batch, *heads, dtype=torch.float32, device=device),
+        partial_out=torch.empty(splits, *heads, dtype=torch.float32, device=device),
+        partial_lse=torch.empty(splits, shape.num_qo_heads, dtype=torch.float32, device=device),
+        split_requests=torch.empty(splits, dtype=torch.int32, device=device),
+        split_indptr=torch.zeros(max_batch + 1, dtype=torch.int32, device=device),
+        wanted_splits=wanted,
+        max_splits=most,
+    )
+
+
+def programs_per_split(shape: AttentionShape) -> int:
+    """Return the programs that a split takes, one for each KV head and 8 of its query heads."""
+    return shape.num_kv_heads * -(-shape.group // PROGRAM_HEADS)
+
+
+def split_units(config: KVarNConfig) -> int:
+    """Return the units of a split, 0 where they depend on the step."""
+    return FIXED_SPLIT_UNITS if config.fixed_order else 0
+
+
+def max_units(max_pages: int, config: KVarNConfig) -> int:
+    """Return the most units of a request of up to max_pages pages."""
+    return max_pages + RING_UNITS.value * (config.ring_len // RING_CHUNK.value)
+
+
+def wanted_splits(batch_size: int, programs_per_split: int, resident: int) -> int:
+    """Return the most splits of a step without a fixed order: what fills a whole number of waves of programs.
+
+    More waves cut the work finer, but every split costs something. Estimated for requests of equal length, which fill
+    the waves the worst, plus half a split for the uneven end of requests of different lengths.
+
+    Args:
+        programs_per_split: from the function of that name; resident: programs that the GPU runs at once.
+    """
+
+    def cost(waves: int) -> float:
+        per_request = waves * resident // programs_per_split // batch_size
+        if not per_request:
+            return float("inf")
+        return waves * (TYPICAL_UNITS / per_request + SPLIT_OVERHEAD) + TYPICAL_UNITS / per_request / 2
+
+    waves = min(range(1, MAX_WAVES + 1), key=cost)
+    return max(batch_size, waves * resident // programs_per_split)
+
+
+def max_splits(batch_size: int, wanted: int, max_pages: int, config: KVarNConfig) -> int:
+    """Return the most splits of a step, whatever its lengths."""
+    if config.fixed_order:
+        return batch_size * triton.cdiv(max_units(max_pages, config), FIXED_SPLIT_UNITS)
+    return wanted
+
+
+@triton.jit
+def work_of(seq_len, exact_start, WINDOW: tl.constexpr, G: tl.constexpr):
+    """Return (page of the first key that is read exactly, units) of a request; pages before it are read as records."""
+    position = seq_len - 1
+    page = position // G
+    exact_page = tl.minimum(tl.maximum(page - WINDOW, exact_start // G), page)
+    return exact_page, exact_page + (position - exact_page * G) // RING_CHUNK * RING_UNITS + RING_UNITS
+
+
+@triton.jit
+def ring_start(unit, exact_page, G: tl.constexpr):
+    """Return the first ring position of a split that begins with a unit; the end of one that ends before it."""
+    return exact_page * G + (tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK
+
+
+@triton.jit(do_not_specialize=["batch_size", "wanted"])
+def _plan_kernel(
+    seq_lens_ptr,  # [B] int32
+    exact_starts_ptr,  # [B] int32
+    requests_ptr,  # [S] int32, written: request of each split
+    indptr_ptr,  # [B + 1] int32, written: first split of each request
+    batch_size,
+    wanted,
+    WINDOW: tl.constexpr,
+    G: tl.constexpr,
+    SPLIT_UNITS: tl.constexpr,  # 0: an equal share of the step
+    MIN_UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.arange(0, BLOCK)
+    valid = b < batch_size
+    seq_lens = tl.load(seq_lens_ptr + b, mask=valid, other=1)
+    _, units = work_of(seq_lens, tl.load(exact_starts_ptr + b, mask=valid, other=0), WINDOW, G)
+    units = tl.where(valid, units, 0)
+    share = tl.full([], SPLIT_UNITS, tl.int32)
+    if SPLIT_UNITS == 0:
+        share = tl.maximum(tl.cdiv(tl.sum(units, 0), wanted), MIN_UNITS)
+        enough = tl.maximum(tl.max(units, 0), share)
+        while share < enough:
+            middle = (share + enough) // 2
+            if tl.sum(tl.cdiv(units, middle), 0) <= wanted:
+                enough = middle
+            else:
+                share = middle + 1
+    count = tl.cdiv(units, share)
+    end = tl.cumsum(count, 0)
+    begin = end - count
+    tl.store(indptr_ptr + b, begin, mask=valid)
+    tl.store(indptr_ptr + b + 1, end, mask=valid & (b == batch_size - 1))
+    for n in tl.range(0, tl.max(count, 0)):
+        tl.store(requests_ptr + begin + n, b, mask=valid & (count > n))
+
+
+def plan_decode(batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig) -> None:
+    """Write the plan of a step to the workspace; before the first layer, outside of CUDA graphs."""
+    batch_size = batch.num_tokens
+    _plan_kernel[(1,)](
+        seq_lens_ptr=batch.seq_lens,
+        exact_starts_ptr=batch.exact_starts,
+        requests_ptr=workspace.split_requests,
+        indptr_ptr=workspace.split_indptr,
+        batch_size=batch_size,
+        wanted=workspace.wanted_splits[batch_size - 1],
+        WINDOW=config.window_pages,
+        G=TILE_SIZE,
+        SPLIT_UNITS=split_units(config),
+        MIN_UNITS=MIN_SPLIT_UNITS,
+        BLOCK=triton.next_power_of_2(batch_size),
+        num_warps=4,
+    )

@@ -1,0 +1,607 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode attention over records, first tokens and ring for sm_90 and newer; the same contract as decode.py.
+//
+// One block per split (decode_plan.py), KV head and 8 query heads. Whole records arrive by bulk copy. A team of
+// TILE_WARPS warps shares a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a
+// split; the last warp that leaves a buffer orders the next record into it. Every team has a ring of STAGES buffers of
+// its own: a barrier tells only odd phases from even ones, so whoever waits for it must see every phase of it, and
+// nobody may be left behind by two. The layout of `tile.py` makes every shared-memory load a 16-byte read of one
+// matrix-instruction fragment:
+//
+//     scores^T [tokens, heads]   = codes [tokens, channels] x folded query [channels, heads]
+//     out^T    [channels, heads] = codes^T [channels, tokens] x folded weights [tokens, heads]
+//
+// With 8 heads as the narrow dimension no row of an m16n8k16 is idle for groups of up to 8. A pair of codes becomes
+// an fp16 pair by one mask-or under a power of two (offset + code, exact); the offsets and the zeros of the record
+// are summed by matrix instructions with constant operands, so that they cost no arithmetic per code and see the
+// same rounded operands. The maximum is raised only when a score exceeds it by 2^4, so most tiles need no exchange
+// between lanes. Lane 4 g + q. The constants in capitals that are not set here come from decode_sm90.py.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned char u8;
+
+constexpr int WARPS = 4;
+constexpr int TEAMS = WARPS / TILE_WARPS; // warps of a team share a tile
+constexpr int BUFFERS = TEAMS * STAGES;   // records in flight or being read
+constexpr int BLOCKS = 8 / TILE_WARPS;    // blocks of 16 tokens that a warp has of a tile
+constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_FIELD_BITS / K_CB;
+constexpr int K_ROW_WORDS = D / K_CB;     // words of a row of key words
+constexpr int K_LANE_WORDS = K_ROW_WORDS / 4;
+constexpr int K_PAIRS = K_CB / 2;         // pairs of channels in a word, per token
+constexpr int PAIRS = D / 8;              // pairs of channels of a lane: channels D / 4 * q ...
+constexpr int STEPS = D / 16;             // depth-16 steps over the channels
+constexpr int V_CB = V_CHANNEL_BLOCKS;
+constexpr int V_WIDTH = D / V_CB;         // words of a row of value words
+constexpr int V_LANE_WORDS = V_WIDTH / 8;
+constexpr int V_VECTOR = V_LANE_WORDS < 4 ? V_LANE_WORDS : 4;  // words of one load
+constexpr int V_LOADS = V_LANE_WORDS / V_VECTOR;
+constexpr int V_VECTORS = V_WIDTH / V_VECTOR;
+constexpr int TILES = D / 16;             // blocks of 16 channels of the output
+constexpr float LAG = 4.0f;               // how far a score may exceed the kept maximum, log2
+#define MINUS_INF __int_as_float(0xff800000)
+
+struct Barriers { u64 full[BUFFERS]; u32 left[BUFFERS]; };
+
+#ifdef CUDA_ON_CPU
+#include "ptx_on_cpu.h"
+#else
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void mbarrier_init(u64* bar) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)) : "memory");
+}
+
+// barriers that one thread has initialised can be used by bulk copies
+__device__ __forceinline__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void mbarrier_wait(u64* bar, u32 parity) {
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra again; }" ::"r"(shared_address(bar)), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void load_record(u8* target, const u8* source, u64* bar) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(RECORD) : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(target)), "l"(source), "r"(RECORD), "r"(shared_address(bar)) : "memory");
+}
+
+__device__ __forceinline__ uint4 lds128(u32 a) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
+  return v;
+}
+__device__ __forceinline__ uint2 lds64(u32 a) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
+  return v;
+}
+__device__ __forceinline__ u32 lds32(u32 a) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
+  return v;
+}
+__device__ __forceinline__ float lds_half(u32 a) {
+  float f;
+  asm volatile("{ .reg .b16 h; ld.shared.b16 h, [%1]; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(a));
+  return f;
+}
+
+__device__ __forceinline__ float low_half(u32 x) {
+  float f;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(f) : "r"(x));
+  return f;
+}
+__device__ __forceinline__ float high_half(u32 x) {
+  float f;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(x));
+  return f;
+}
+__device__ __forceinline__ u32 pack_half(float low, float high) {
+  u32 x;
+  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(x) : "f"(low), "f"(high));
+  return x;
+}
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+  u32 x;
+  asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(x) : "f"(low), "f"(high));
+  return x;
+}
+__device__ __forceinline__ u32 multiply_half(u32 a, u32 b) {
+  u32 x;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+__device__ __forceinline__ u32 transpose(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// d = a b + c, c kept
+__device__ __forceinline__ void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
+                                         const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+__device__ __forceinline__ void mma_exact(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  mma_half(c, a0, a1, a2, a3, b0, b1);
+#endif
+}
+
+#endif
+
+// The exponents that turn a masked field into offset + code. `zero` is 0, but the compiler cannot know it and keeps
+// them in registers: mask-or is then one instruction (with two constants it would be two).
+struct Exponents {
+  u32 x256, x64, x16, x4;
+  __device__ explicit Exponents(u32 zero)
+      : x256(0x5C005C00u | zero), x64(0x54005400u | zero), x16(0x4C004C00u | zero), x4(0x44004400u | zero) {}
+};
+
+// field n of both halves of a word as the fp16 pair offset + code; offset<BITS>(n) is a power of two
+template <int BITS>
+__device__ __forceinline__ u32 unpack(u32 w, int n, const Exponents& e) {
+  if (BITS == 4) {
+    u32 x = n % 4 < 2 ? w << 2 : w >> 6;
+    return n % 2 == 0 ? (x & 0x003C003Cu) | e.x256 : (x & 0x03C003C0u) | e.x16;
+  }
+  u32 x = n < 3 ? w << 4 : n == 3 ? w : n < 7 ? w >> 4 : w >> 8;
+  int position = n % 4;
+  if (position == 0) return (x & 0x00300030u) | e.x64;
+  if (position == 2) return (x & 0x03000300u) | e.x4;
+  return (x & 0x00C000C0u) | e.x16;
+}
+template <int BITS>
+__device__ constexpr float offset(int n) {
+  if (BITS == 3) return n % 2 == 0 ? 64.f : 16.f;
+  return BITS == 4 ? (n % 2 == 0 ? 256.f : 16.f) : n % 4 == 0 ? 64.f : n % 4 == 2 ? 4.f : 16.f;
+}
+template <int BITS>
+__device__ constexpr u32 minus_offset_pair(int n) {  // -offset as an fp16 pair
+  if (BITS == 3) return n % 2 == 0 ? 0xD400D400u : 0xCC00CC00u;
+  return BITS == 4 ? (n % 2 == 0 ? 0xDC00DC00u : 0xCC00CC00u)
+                   : n % 4 == 0 ? 0xD400D400u : n % 4 == 2 ? 0xC400C400u : 0xCC00CC00u;
+}
+
+// the same of codes that may have 3 bits; `top` has their top bits where the fields of w begin
+template <int BITS>
+__device__ __forceinline__ u32 unpack(u32 w, u32 top, int n, const Exponents& e) {
+  if (BITS != 3) return unpack<BITS>(w, n, e);
+  u32 x = n < 2 ? w << 4 : n < 4 ? w : n < 6 ? w >> 4 : w >> 8;
+  u32 y = n < 2 ? top << 6 : n < 4 ? top << 2 : n < 6 ? top >> 2 : top >> 6;
+  return n % 2 == 0 ? ((x & 0x00300030u) | e.x64) | (y & 0x00400040u) : ((x & 0x00C000C0u) | e.x16) | (y & 0x01000100u);
+}
+
+struct State {
+  float m[2], l[2];        // heads 2 q and 2 q + 1; l is this lane's share
+  float acc[TILES][4];     // channels (c, c + 1) of `channel_of` x heads (2 q, 2 q + 1)
+};
+
+// first channel of output tile n of a lane; its second channel follows it
+__device__ __forceinline__ int channel_of(int n, int g) {
+  int pair = n / V_CB, block = n % V_CB;
+  int load = pair / (V_VECTOR / 2), inner = pair % (V_VECTOR / 2);
+  return V_WIDTH * block + V_VECTOR * (g + 8 * load) + 2 * inner;
+}
+
+// raise the maxima when a score of the warp exceeds one by LAG; largest: of this lane, scaled, per head
+__device__ __forceinline__ void raise(State& st, float largest0, float largest1) {
+  if (!__any_sync(0xffffffffu, largest0 > st.m[0] + LAG || largest1 > st.m[1] + LAG)) return;
+  float largest[2] = {largest0, largest1};
+  for (int h = 0; h < 2; h++) {
+    for (int lanes = 4; lanes < 32; lanes *= 2)
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xffffffffu, largest[h], lanes));
+    float m = fmaxf(st.m[h], largest[h]);
+    float alpha = m == MINUS_INF ? 1.0f : exp2_fast(st.m[h] - m);
+    st.m[h] = m;
+    st.l[h] *= alpha;
+#pragma unroll
+    for (int n = 0; n < TILES; n++) { st.acc[n][h] *= alpha; st.acc[n][h + 2] *= alpha; }
+  }
+}
+
+// the words V_VECTOR * vector ... of a row of value words that begins at `row`
+__device__ __forceinline__ void load_words(u32 (&w)[V_VECTOR], u32 row, int vector) {
+  if (V_VECTOR == 4) {
+    uint4 x = lds128(row + 64 * vector);
+    w[0] = x.x; w[1] = x.y; w[V_VECTOR - 2] = x.z; w[V_VECTOR - 1] = x.w;
+  } else {
+    uint2 x = lds64(row + (64 * (vector / 2) + 8 * (vector % 2)));
+    w[0] = x.x; w[1] = x.y;
+  }
+}
+
+__device__ __forceinline__ float weight(float score, float scale, float m) {
+  // m is -inf only if no key of this head was seen; then every score is -inf too
+  return exp2_fast(fmaf(score, scale, m == MINUS_INF ? 0.0f : -m));
+}
+
+__device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (&query)[PAIRS], float scale0,
+                                              float scale1, const Exponents& e, int warp, int g, int q) {
+  u32 halves = record + SCALES_OFFSET;
+  u32 folded[PAIRS];
+  float zero[4] = {0.f, 0.f, 0.f, 0.f};  // the same for all tokens, so for both rows of the fragment
+#pragma unroll
+  for (int n = 0; n < PAIRS; n += 4) {
+    uint4 a = lds128(halves + 2 * (K_CHANNEL_SCALE + D / 4 * q + 2 * n));
+    uint4 z = lds128(halves + 2 * (K_CHANNEL_ZERO + D / 4 * q + 2 * n));
+    u32 as[4] = {a.x, a.y, a.z, a.w}, zs[4] = {z.x, z.y, z.z, z.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) folded[n + k] = multiply_half(query[n + k], as[k]);
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      mma_half(zero, zs[k], zs[k], zs[k + 1], zs[k + 1], query[n + k], query[n + k + 1]);
+      u32 o0 = minus_offset_pair<K_BITS>((n + k) % K_PAIRS), o1 = minus_offset_pair<K_BITS>((n + k + 1) % K_PAIRS);
+      mma_half(zero, o0, o0, o1, o1, folded[n + k], folded[n + k + 1]);
+    }
+  }
+  float s[BLOCKS][4];
+#pragma unroll
+  for (int t = 0; t < BLOCKS; t++) {
+    // rows g and g + 8 of a fragment are tokens 4 r + (g & 1) and + 2, so that value words hold their neighbours
+    int token = 16 * (BLOCKS * warp + t) + 4 * (g >> 1) + (g & 1);
+    u32 row0 = record + 4 * (token / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
+    u32 row1 = record + 4 * ((token + 2) / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
+    int shift0 = K_FIELD_BITS * K_PAIRS * (token % K_TB), shift1 = K_FIELD_BITS * K_PAIRS * ((token + 2) % K_TB);
+    // of 3-bit codes: two rows of words share one of top bits
+    u32 top_row0 = record + 4 * (TOP_INDEX + token / (2 * K_TB) * K_ROW_WORDS + K_LANE_WORDS * q);
+    u32 top_row1 = record + 4 * (TOP_INDEX + (token + 2) / (2 * K_TB) * K_ROW_WORDS + K_LANE_WORDS * q);
+    int top_shift0 = shift0 + token / K_TB % 2, top_shift1 = shift1 + (token + 2) / K_TB % 2;
+#pragma unroll
+    for (int u = 0; u < K_LANE_WORDS; u += 4) {
+      uint4 x = lds128(row0 + 4 * u), y = lds128(row1 + 4 * u);
+      u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+      u32 top_xs[4], top_ys[4];
+      if (K_BITS == 3) {
+        uint4 a = lds128(top_row0 + 4 * u), b = lds128(top_row1 + 4 * u);
+        top_xs[0] = a.x; top_xs[1] = a.y; top_xs[2] = a.z; top_xs[3] = a.w;
+        top_ys[0] = b.x; top_ys[1] = b.y; top_ys[2] = b.z; top_ys[3] = b.w;
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        u32 top0 = K_BITS == 3 ? top_xs[k] >> top_shift0 : 0u, top1 = K_BITS == 3 ? top_ys[k] >> top_shift1 : 0u;
+        u32 w0 = K_TB > 1 ? xs[k] >> shift0 : xs[k], w1 = K_TB > 1 ? ys[k] >> shift1 : ys[k];
+#pragma unroll
+        for (int n = 0; n < K_PAIRS; n += 2) {
+          int pair = K_PAIRS * (u + k) + n;
+          mma_half(s[t], unpack<K_BITS>(w0, top0, n, e), unpack<K_BITS>(w1, top1, n, e),
+                   unpack<K_BITS>(w0, top0, n + 1, e), unpack<K_BITS>(w1, top1, n + 1, e), folded[pair],
+                   folded[pair + 1], pair == 0 ? zero : s[t]);
+        }
+      }
+    }
+    float k0 = lds_half(halves + 2 * (K_TOKEN_SCALE + token)), k1 = lds_half(halves + 2 * (K_TOKEN_SCALE + token + 2));
+    s[t][0] *= k0; s[t][1] *= k0; s[t][2] *= k1; s[t][3] *= k1;
+    // token 0 is attended exactly, with the other first tokens
+    if (token == 0) s[t][0] = s[t][1] = MINUS_INF;
+  }
+  float largest0 = MINUS_INF, largest1 = MINUS_INF;
+#pragma unroll
+  for (int t = 0; t < BLOCKS; t++) {
+    largest0 = fmaxf(largest0, fmaxf(s[t][0], s[t][2]));
+    largest1 = fmaxf(largest1, fmaxf(s[t][1], s[t][3]));
+  }
+  raise(st, largest0 * scale0, largest1 * scale1);
+  const u32 ONE = 0x3C003C00u;
+  float base[4] = {0.f, 0.f, 0.f, 0.f}, sum[4] = {0.f, 0.f, 0.f, 0.f};
+  u32 weights[BLOCKS][2];
+#pragma unroll
+  for (int t = 0; t < BLOCKS; t++) {
+    u32 zeros[2];
+    int token = 16 * (BLOCKS * warp + t) + 4 * (g >> 1) + (g & 1);
+    u32 a = halves + 2 * (V_TOKEN_SCALE + token), z = halves + 2 * (V_TOKEN_ZERO + token);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float p0 = weight(s[t][2 * r], scale0, st.m[0]), p1 = weight(s[t][2 * r + 1], scale1, st.m[1]);
+      st.l[0] += p0;
+      st.l[1] += p1;
+      float scale = lds_half(a + 4 * r), shift = lds_half(z + 4 * r);
+      weights[t][r] = transpose(pack_half(p0 * scale, p1 * scale));
+      zeros[r] = transpose(pack_half(p0 * shift, p1 * shift));
+    }
+    mma_half(base, ONE, ONE, ONE, ONE, zeros[0], zeros[1]);
+    mma_half(sum, ONE, ONE, ONE, ONE, weights[t][0], weights[t][1]);
+  }
+  // value words: rows 4 (BLOCKS warp + t) + q, blocks of 4 x 4 words
+  u32 values = record + V_CODES_OFFSET + 16 * BLOCKS * warp * V_WIDTH + 16 * q;
+  u32 tops_at = record + V_CODES_OFFSET + 4 * TOP_INDEX + 16 * BLOCKS * warp * (V_WIDTH / 2) + 16 * q;
+#pragma unroll
+  for (int load = 0; load < V_LOADS; load++) {
+    u32 w[BLOCKS][V_VECTOR], tops[BLOCKS][V_VECTOR];
+#pragma unroll
+    for (int t = 0; t < BLOCKS; t++) {
+      load_words(w[t], values + 16 * t * V_WIDTH, g + 8 * load);
+      if (V_BITS == 3) {
+        // words of the upper half of the channels share theirs with the lower half
+        int vector = (g + 8 * load) % (V_VECTORS / 2), is_upper = (g + 8 * load) / (V_VECTORS / 2);
+        load_words(tops[t], tops_at + 16 * t * (V_WIDTH / 2), vector);
+#pragma unroll
+        for (int k = 0; k < V_VECTOR; k++) tops[t][k] >>= is_upper;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < V_CB; j++) {
+      u32 channel = halves + 2 * (V_CHANNEL_SCALE + V_WIDTH * j + V_VECTOR * (g + 8 * load));
+      u32 scales[V_VECTOR / 2];
+      if (V_VECTOR == 4) {
+        uint2 x = lds64(channel);
+        scales[0] = x.x; scales[V_VECTOR / 2 - 1] = x.y;
+      } else {
+        scales[0] = lds32(channel);
+      }
+      float first[4];
+#pragma unroll
+      for (int n = 0; n < 4; n++) first[n] = fmaf(-offset<V_BITS>(j), sum[n], base[n]);
+#pragma unroll
+      for (int k = 0; k < V_VECTOR / 2; k++) {
+        float o[4];
+#pragma unroll
+        for (int t = 0; t < BLOCKS; t++)
+          mma_half(o, unpack<V_BITS>(w[t][2 * k], tops[t][2 * k], j, e),
+                   unpack<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], j, e),
+                   unpack<V_BITS>(w[t][2 * k], tops[t][2 * k], V_CB + j, e),
+                   unpack<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], V_CB + j, e), weights[t][0],
+                   weights[t][1], t == 0 ? first : o);
+        float c0 = low_half(scales[k]), c1 = high_half(scales[k]);
+        float(&acc)[4] = st.acc[(load * (V_VECTOR / 2) + k) * V_CB + j];
+        acc[0] = fmaf(o[0], c0, acc[0]);
+        acc[1] = fmaf(o[1], c0, acc[1]);
+        acc[2] = fmaf(o[2], c1, acc[2]);
+        acc[3] = fmaf(o[3], c1, acc[3]);
+      }
+    }
+  }
+}
+
+// 16 exact tokens; k, v: rows of D elements of 16 bits for token n = 0 .. 15 by `rows`, which returns null beyond the end
+template <typename Rows>
+__device__ __forceinline__ void attend_exact(State& st, Rows rows, const float* query, bool has_head, float down,
+                                             float scale0, float scale1, int g, int q) {
+  float s[4] = {0.f, 0.f, 0.f, 0.f};
+  const u8 *k0, *k1, *v0, *v1;
+  bool in0 = rows(g, k0, v0), in1 = rows(g + 8, k1, v1);
+#pragma unroll
+  for (int n = 0; n < PAIRS; n += 4) {
+    uint4 zero4 = make_uint4(0, 0, 0, 0);
+    uint4 x = in0 ? *(const uint4*)(k0 + 2 * (D / 4 * q + 2 * n)) : zero4;
+    uint4 y = in1 ? *(const uint4*)(k1 + 2 * (D / 4 * q + 2 * n)) : zero4;
+    u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+    u32 high[4], low[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      float2 f = has_head ? *(const float2*)(query + D / 4 * q + 2 * (n + k)) : make_float2(0.f, 0.f);
+      f.x *= down;
+      f.y *= down;
+#if BF16
+      high[k] = pack_bf16(f.x, f.y);
+      // 8 bits of the rotated query are fewer than the model's own query had
+      low[k] = pack_bf16(f.x - __int_as_float(high[k] << 16), f.y - __int_as_float(high[k] & 0xffff0000u));
+#else
+      high[k] = pack_half(f.x, f.y);
+#endif
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      mma_exact(s, xs[k], ys[k], xs[k + 1], ys[k + 1], high[k], high[k + 1]);
+#if BF16
+      mma_exact(s, xs[k], ys[k], xs[k + 1], ys[k + 1], low[k], low[k + 1]);
+#endif
+    }
+  }
+  if (!in0) s[0] = s[1] = MINUS_INF;
+  if (!in1) s[2] = s[3] = MINUS_INF;
+  // a padded head has scale 0; -inf x 0 is not a number
+  float t0 = scale0 == 0.f ? 1.f : scale0, t1 = scale1 == 0.f ? 1.f : scale1;
+  raise(st, fmaxf(s[0], s[2]) * t0, fmaxf(s[1], s[3]) * t1);
+  float p[4] = {weight(s[0], t0, st.m[0]), weight(s[1], t1, st.m[1]), weight(s[2], t0, st.m[0]), weight(s[3], t1, st.m[1])};
+  st.l[0] += p[0] + p[2];
+  st.l[1] += p[1] + p[3];
+#if BF16
+  u32 b0 = transpose(pack_bf16(p[0], p[1])), b1 = transpose(pack_bf16(p[2], p[3]));
+#else
+  u32 b0 = transpose(pack_half(p[0], p[1])), b1 = transpose(pack_half(p[2], p[3]));
+#endif
+  const u8* v[4];
+  bool in[4];
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    const u8* unused;
+    in[k] = rows(2 * q + (k & 1) + 8 * (k >> 1), unused, v[k]);
+  }
+#pragma unroll
+  for (int load = 0; load < V_LOADS; load++)
+#pragma unroll
+    for (int j = 0; j < V_CB; j++) {
+      int channel = V_WIDTH * j + V_VECTOR * (g + 8 * load);
+      u32 x[4][V_VECTOR / 2];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (V_VECTOR == 4) {
+          uint2 y = in[k] ? *(const uint2*)(v[k] + 2 * channel) : make_uint2(0, 0);
+          x[k][0] = y.x; x[k][V_VECTOR / 2 - 1] = y.y;
+        } else {
+          x[k][0] = in[k] ? *(const u32*)(v[k] + 2 * channel) : 0u;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < V_VECTOR / 2; k++)
+        mma_exact(st.acc[(load * (V_VECTOR / 2) + k) * V_CB + j], __byte_perm(x[0][k], x[1][k], 0x5410),
+                  __byte_perm(x[0][k], x[1][k], 0x7632), __byte_perm(x[2][k], x[3][k], 0x5410),
+                  __byte_perm(x[2][k], x[3][k], 0x7632), b0, b1);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS)
+kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records, const u8* __restrict__ ring_k,
+             const u8* __restrict__ ring_v, const int* __restrict__ page_table, const long long* __restrict__ rows,
+             const int* __restrict__ seq_lens, const int* __restrict__ exact_starts, const int* __restrict__ requests,
+             const int* __restrict__ indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
+             int sm_scale_log2_bits, int batch_size) {
+  const float sm_scale_log2 = __int_as_float(sm_scale_log2_bits);
+  constexpr int HEAD_TILES = (GROUP + 7) / 8;
+#ifdef CUDA_ON_CPU
+  u8* shared = dynamic_shared;
+#else
+  extern __shared__ __align__(128) u8 shared[];
+#endif
+  __shared__ Barriers bars;
+  __shared__ float warp_m[WARPS][8], warp_l[WARPS][8];
+  const int split = blockIdx.x, head = blockIdx.y / HEAD_TILES, head_tile = blockIdx.y % HEAD_TILES;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  if (split >= indptr[batch_size]) return;
+  const int b = requests[split], first_split = indptr[b];
+  const int position = seq_lens[b] - 1, page = position / G;
+  const int exact_page = min(max(page - WINDOW, exact_starts[b] / G), page);
+  const int units = exact_page + ((position - exact_page * G) / RING_CHUNK + 1) * RING_UNITS;
+  const int splits = indptr[b + 1] - first_split;
+  const int per_split = SPLIT_UNITS > 0 ? SPLIT_UNITS : (units + splits - 1) / splits;
+  const int unit = (split - first_split) * per_split;
+  const int begin = min(unit, exact_page), end = min(unit + per_split, exact_page);
+  // a chunk of the ring belongs to the split that holds its first unit
+  auto ring_start = [&](int u) {
+    return exact_page * G + (max(u - exact_page, 0) + RING_UNITS - 1) / RING_UNITS * RING_CHUNK;
+  };
+  const int ring_begin = ring_start(unit), ring_end = min(ring_start(unit + per_split), position + 1);
+  const int head_in_group = 8 * head_tile, heads = min(8, GROUP - head_in_group);
+  const int first_head = (b * HK + head) * GROUP + head_in_group;
+  const int* pages = page_table + (long long)b * stride_page_table;
+  auto record_of = [&](int p) { return records + ((long long)pages[p] * HK + head) * RECORD; };
+  if (threadIdx.x == 0) {
+    for (int n = 0; n < BUFFERS; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
+    fence_init();
+    for (int n = 0; n < BUFFERS && begin + n < end; n++) {
+      const int buffer = n % TEAMS * STAGES + n / TEAMS;
+      load_record(shared + buffer * RECORD, record_of(begin + n), &bars.full[buffer]);
+    }
+  }
+  __syncthreads();
+
+  // the query of head g, channels D / 4 * q ..., divided by a power of two
+  const bool has_head = g < heads;
+  const float* query_row = rotated_q + (long long)(first_head + g) * D;
+  float largest = 0.f;
+  for (int n = 0; n < D / 4; n += 4) {
+    float4 f = has_head ? *(const float4*)(query_row + D / 4 * q + n) : make_float4(0.f, 0.f, 0.f, 0.f);
+    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(f.x), fabsf(f.y)), fmaxf(fabsf(f.z), fabsf(f.w))));
+  }
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+  const int exponent = min(max(((__float_as_int(largest) >> 23) & 0xFF) - 126, -100), 100);
+  const float down = __int_as_float((127 - exponent) << 23);
+  const float row_scale = has_head ? __int_as_float((127 + exponent) << 23) * sm_scale_log2 : 0.f;
+  const float scale0 = __shfl_sync(0xffffffffu, row_scale, 8 * q), scale1 = __shfl_sync(0xffffffffu, row_scale, 8 * q + 4);
+
+  State st;
+  st.m[0] = st.m[1] = MINUS_INF;
+  st.l[0] = st.l[1] = 0.f;
+#pragma unroll
+  for (int n = 0; n < TILES; n++)
+#pragma unroll
+    for (int k = 0; k < 4; k++) st.acc[n][k] = 0.f;
+
+  const long long ring = rows[b] * RING_LEN;
+  for (int start = ring_begin + 16 * warp; start < ring_end; start += 16 * WARPS) {
+    auto row = [&](int n, const u8*& k, const u8*& v) {
+      const int j = start + n;
+      const long long at = ((ring + j % RING_LEN) * HK + head) * D * 2;
+      k = ring_k + at;
+      v = ring_v + at;
+      return j < ring_end;
+    };
+    attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
+  }
+  for (int start = begin + 16 * warp; start < end; start += 16 * WARPS) {
+    auto row = [&](int n, const u8*& k, const u8*& v) {
+      const bool exists = start + n < end;
+      k = record_of(exists ? start + n : begin) + SCALES_OFFSET + 2 * K_FIRST;
+      v = k + 2 * D;
+      return exists;
+    };
+    attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
+  }
+  u32 query[PAIRS];
+#pragma unroll
+  for (int n = 0; n < PAIRS; n++) {
+    float2 f = has_head ? *(const float2*)(query_row + D / 4 * q + 2 * n) : make_float2(0.f, 0.f);
+    query[n] = pack_half(f.x * down, f.y * down);
+  }
+  const Exponents e((u32)batch_size >> 31);
+  const int team = warp / TILE_WARPS;
+  int stage = 0;
+  u32 parity = 0;
+  for (int p = begin + team; p < end; p += TEAMS) {
+    const int buffer = team * STAGES + stage;
+    mbarrier_wait(&bars.full[buffer], parity);
+    attend_record(st, shared_address(shared + buffer * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
+    __syncwarp();
+    if (lane == 0) {
+      __threadfence_block();
+      // the last of the team to leave the buffer orders the next record into it
+      if (atomicAdd(&bars.left[buffer], 1) % TILE_WARPS == TILE_WARPS - 1 && p + BUFFERS < end)
+        load_record(shared + buffer * RECORD, record_of(p + BUFFERS), &bars.full[buffer]);
+    }
+    __syncwarp();
+    if (++stage == STAGES) { stage = 0; parity ^= 1; }
+  }
+
+#pragma unroll
+  for (int h = 0; h < 2; h++)
+    for (int lanes = 4; lanes < 32; lanes *= 2) st.l[h] += __shfl_xor_sync(0xffffffffu, st.l[h], lanes);
+  if (g == 0) {
+    warp_m[warp][2 * q] = st.m[0];
+    warp_m[warp][2 * q + 1] = st.m[1];
+    warp_l[warp][2 * q] = st.l[0];
+    warp_l[warp][2 * q + 1] = st.l[1];
+  }
+  __syncthreads();
+  float* sums = (float*)shared;  // [WARPS][8][D]; every record has been read
+  float factor[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    float m = MINUS_INF;
+    for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_m[w][2 * q + h]);
+    factor[h] = st.m[h] == MINUS_INF ? 0.f : exp2_fast(st.m[h] - m);
+  }
+#pragma unroll
+  for (int n = 0; n < TILES; n++) {
+    const int channel = channel_of(n, g);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float2 x = make_float2(st.acc[n][h] * factor[h], st.acc[n][h + 2] * factor[h]);
+      *(float2*)(sums + (warp * 8 + 2 * q + h) * D + channel) = x;
+    }
+  }
+  __syncthreads();
+  for (int n = threadIdx.x; n < heads * D; n += 32 * WARPS) {
+    const int h = n / D;
+    float m = MINUS_INF, l = 0.f, x = 0.f;
+    for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_m[w][h]);
+    for (int w = 0; w < WARPS; w++) {
+      l += warp_m[w][h] == MINUS_INF ? 0.f : warp_l[w][h] * exp2_fast(warp_m[w][h] - m);
+      x += sums[(w * 8 + h) * D + n % D];
+    }
+    const long long at = ((long long)split * HK + head) * GROUP + head_in_group + h;
+    out[at * D + n % D] = l == 0.f ? 0.f : x / l;
+    if (n % D == 0) lse[at] = l == 0.f ? MINUS_INF : m + log2f(l);
+  }
+}

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention by CUDA C++ for Hopper and newer (decode_sm90.cu): the contract of decode.py."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from kvarn_kernels.batch import DecodeBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device import nvrtc
+from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.device.launch import CudaLauncher, current_stream
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read.attend import LOG2_E
+from kvarn_kernels.read.decode_plan import PROGRAM_HEADS, RING_CHUNK, RING_UNITS, DecodeWorkspace, split_units
+from kvarn_kernels.record.cuda_constants import format_constants
+
+SOURCE = Path(__file__).with_name("decode_sm90.cu")
+THREADS = 128
+# what resident blocks share, and what each of them needs besides its records
+SHARED_OF_MULTIPROCESSOR, SHARED_BESIDES = 228 << 10, 1536
+# resident blocks per multiprocessor by head_dim, the most that keep every value in registers
+MIN_BLOCKS = {64: 4, 128: 3, 256: 2}
+
+
+def runs_on(gpu: Gpu) -> bool:
+    """Return whether a GPU can run decode_sm90.cu: capability 9.0 or newer, and shared memory enough.
+
+    Its buffers are sized for the 228 KiB of a multiprocessor of capability 9.0 or 10.0. GPUs of capability 12.0 have
+    100 KiB, where a block of head_dim 256 would not start; the Triton kernel runs there.
+    """
+    return gpu.capability >= (9, 0) and gpu.shared_of_multiprocessor >= SHARED_OF_MULTIPROCESSOR
+
+
+def resident_programs(head_dim: int, gpu: Gpu) -> int:
+    """Return the blocks of the kernel that a GPU runs at once."""
+    return gpu.multiprocessors * MIN_BLOCKS[head_dim]
+
+
+def teams(record_bytes: int, head_dim: int) -> tuple[int, int]:
+    """Return (warps that share a tile, buffers for each team of them).
+
+    Two warps need a quarter fewer instructions for a tile than four (H200, 64 x 16,384: 286 us against 334 us); then
+    four records are in flight or being read, which the largest format has no memory for.
+    """
+    left = SHARED_OF_MULTIPROCESSOR // MIN_BLOCKS[head_dim] - SHARED_BESIDES
+    return (2, 2) if 4 * record_bytes <= left else (4, 3)
+
+
+def constants(
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_len: int
+) -> dict[str, int]:
+    """Return the constants of decode_sm90.cu for a format and a ring; group: query heads of a KV head."""
+    tile_warps, stages = teams(config.record_bytes(head_dim), head_dim)
+    return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_len) | {
+        "GROUP": group,
+        "WINDOW": config.window_pages,
+        "RING_CHUNK": RING_CHUNK.value,
+        "RING_UNITS": RING_UNITS.value,
+        "SPLIT_UNITS": split_units(config),
+        "STAGES": stages,
+        "TILE_WARPS": tile_warps,
+        "MIN_BLOCKS": MIN_BLOCKS[head_dim],
+    }
+
+
+def shared_bytes(defines: dict[str, int]) -> int:
+    """Return the dynamic shared memory of a block: the buffers of its 4 warps, at the end their sums of 8 heads."""
+    buffers = 4 // defines["TILE_WARPS"] * defines["STAGES"]
+    return max(buffers * defines["RECORD"], 4 * 8 * defines["D"] * 4)
+
+
+@lru_cache(maxsize=32)
+def _compiled(
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_len: int, device: int
+) -> CudaLauncher:
+    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_len)
+    return nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device, THREADS, shared_bytes(defines))
+
+
+def decode(
+    cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig, sm_scale: float
+) -> None:
+    """Run the contract of `decode.decode`; the first call for a format compiles (about a second)."""
+    group = workspace.rotated_q.shape[1] // cache.num_kv_heads
+    is_bf16, device = cache.dtype == torch.bfloat16, cache.records.device
+    kernel = _compiled(
+        config, cache.head_dim, cache.num_kv_heads, group, is_bf16, cache.ring_len, device.index or 0
+    )
+    kernel(
+        (workspace.max_splits[batch.num_tokens - 1], cache.num_kv_heads * -(-group // PROGRAM_HEADS), 1),
+        current_stream(device),
+        rotated_q=workspace.rotated_q,
+        records=cache.records,
+        ring_k=cache.ring_k,
+        ring_v=cache.ring_v,
+        page_table=batch.page_table,
+        rows=batch.rows,
+        seq_lens=batch.seq_lens,
+        exact_starts=batch.exact_starts,
+        requests=workspace.split_requests,
+        indptr=workspace.split_indptr,
+        out=workspace.partial_out,
+        lse=workspace.partial_lse,
+        stride_page_table=batch.page_table.stride(0),
+        sm_scale_log2_bits=sm_scale * LOG2_E,
+        batch_size=batch.num_tokens,
+    )

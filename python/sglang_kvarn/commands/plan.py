@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model and a GPU have room for, from the model's folder alone: ``python -m sglang_kvarn plan FOLDER``.
+
+The arithmetic is that of a server (`capacity`). What a server measures is estimated here: the memory of the weights,
+and what SGLang leaves free, by the rule of its ``--mem-fraction-static``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvarn_kernels.config import KVarNConfig, preset_names
+from kvarn_kernels.device.gpu import H100
+
+from sglang_kvarn import capacity, compat, refusals
+from sglang_kvarn.capacity import Bounds, ModelShape
+from sglang_kvarn.refused import Refused
+from sglang_kvarn.settings import PAGE_SIZE
+
+GIB = 1 << 30
+# GPU memory in GiB up to which SGLang takes them: new tokens of an extend step, and the largest batch of a decode graph
+# for less than 4 ranks and for more (`_handle_gpu_memory_settings` of 0.5.16 and 0.5.23)
+DEFAULTS = ((20, 2048, 8, 8), (35, 4096, 48, 160), (60, 4096, 32, 160), (160, 8192, 256, 512), (10**9, 16384, 512, 512))
+# MiB that SGLang leaves free besides 1.5 for each token of a step, 2 for each request of the largest graph and 128 for
+# each rank; of large GPUs at least this much
+RESERVED, RESERVED_OF_LARGE, LARGE = 512, 10 * 1024, 60
+# what a server has taken besides when it counts: the CUDA context, buffers of its layers. Qwen3-8B on an H100 of 79.65
+# GiB had 49.8 GiB for its cache (benchmarks/results/serving_flag_only_8b.csv), 1.5 GiB less than without this
+TAKEN = int(1.5 * GIB)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Describe a server that is not there.
+
+    Attributes:
+        folder: of the model; gpu_gib: memory of a GPU; tp: GPUs.
+        sessions, context: how many conversations of how many tokens are to stay in the cache.
+        weights_gib: of all ranks, None to estimate; mem_fraction: ``--mem-fraction-static``, None for SGLang's default;
+        requests: ``--max-running-requests``, None where it is left open.
+    """
+
+    folder: str
+    gpu_gib: float
+    tp: int
+    sessions: int
+    context: int
+    weights_gib: float | None = None
+    mem_fraction: float | None = None
+    requests: int | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("folder", help="folder of a model, with config.json; weights need not be there")
+    parser.add_argument("--gpu-gib", type=float, default=80, help="memory of one GPU in GiB (default: %(default)s)")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs, as --tp-size (default: %(default)s)")
+    parser.add_argument(
+        "--sessions", type=int, default=32, help="conversations that are to stay in the cache (default: %(default)s)"
+    )
+    parser.add_argument("--context", type=int, default=32768, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--weights-gib", type=float, help="size of the weights; default: of the files, or estimated")
+    parser.add_argument("--mem-fraction-static", type=float, help="as of the server; default: SGLang's rule")
+    parser.add_argument("--max-running-requests", type=int, help="as of the server; default: left open")
+
+
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the plan, JSON types.
+
+    Raises:
+        Refused: the model or the number of ranks is not served, or no cache fits.
+        ValueError: the folder holds no configuration that SGLang reads.
+    """
+    server = Server(
+        options.folder,
+        options.gpu_gib,
+        options.tp,
+        options.sessions,
+        options.context,
+        options.weights_gib,
+        options.mem_fraction_static,
+        options.max_running_requests,
+    )
+    if not (Path(server.folder) / "config.json").is_file():
+        raise ValueError(f"expected the folder of a model, with config.json, got {server.folder}: name one")
+    model = compat.ModelConfig(server.folder)
+    refusals.check_model(model)
+    refusals.check_ranks(server.tp, model, on_cpu=False)
+    dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    shape = capacity.rank_shape(model, dtype, server.tp, model.num_hidden_layers)
+    weights = _weights(server, model) // server.tp
+    available, fraction = _kv_memory(server, weights)
+    if available <= 0:
+        raise Refused(
+            f"the weights take {weights / GIB:.1f} GiB of each GPU and {fraction:.1%} of {server.gpu_gib:g} GiB are "
+            "for weights and cache: use more GPUs (--tp) or larger ones"
+        )
+    return {
+        "model": model.hf_config.architectures[0],
+        "weights_gib": round(weights / GIB, 2),
+        "mem_fraction_static": fraction,
+        "kv_gib": round(available / GIB, 2),
+        "sessions": server.sessions,
+        "context": server.context,
+        "caches": [
+            *(_plain(name, itemsize, shape, available, server) for name, itemsize in (("16 bit", 2), ("fp8", 1))),
+            *(_kvarn(name, shape, available, server) for name in preset_names() if "_g" in name),
+        ],
+    }
+
+
+def report(facts: dict[str, Any]) -> str:
+    """Return a plan as lines of text."""
+    head = (
+        f"{facts['model']}: served. Of each GPU the weights take {facts['weights_gib']} GiB and the cache "
+        f"{facts['kv_gib']} GiB (--mem-fraction-static {facts['mem_fraction_static']}), estimated"
+    )
+    columns = f"{'--kv-cache-dtype':28}{'bytes a token':>14}{'requests at a time':>20}{'pool tokens':>14}"
+    sessions = f"sessions of {facts['context']:,}"
+    lines = [head, f"{columns}{sessions:>22}"]
+    for cache in facts["caches"]:
+        enough = "" if cache["sessions"] >= facts["sessions"] else f"  (fewer than {facts['sessions']})"
+        requests = cache["requests_at_a_time"] or "-"
+        numbers = f"{cache['bytes_per_token']:>14,}{requests:>20}{cache['pool_tokens']:>14,}{cache['sessions']:>22,}"
+        lines.append(f"{cache['cache']:28}{numbers}{enough}")
+    return "\n".join(lines)
+
+
+def _plain(name: str, itemsize: int, shape: ModelShape, available: int, server: Server) -> dict[str, Any]:
+    token = shape.full_token_bytes(itemsize)
+    tokens = available // token
+    return _row(name, token, tokens, server.requests, tokens // server.context)
+
+
+def _kvarn(name: str, shape: ModelShape, available: int, server: Server) -> dict[str, Any]:
+    config, (_, chunk, graph_batch) = KVarNConfig.from_preset(name), _defaults(server)
+    bounds = Bounds(server.requests, graph_batch, server.context, chunk)
+    charge = capacity.charge(shape, config, available, bounds, torch.device("cuda"), H100)
+    token = shape.token_bytes(config)
+    pages = (available - charge.ring - charge.workspace) // (token * PAGE_SIZE)
+    return _row(name, token, pages * PAGE_SIZE, charge.rows, pages // -(-server.context // PAGE_SIZE))
+
+
+def _row(name: str, token: int, tokens: int, requests: int | None, sessions: int) -> dict[str, Any]:
+    return {
+        "cache": name,
+        "bytes_per_token": token,
+        "requests_at_a_time": requests,
+        "pool_tokens": tokens,
+        "sessions": sessions,
+    }
+
+
+def _defaults(server: Server) -> tuple[float, int, int]:
+    """Return (reserved MiB, new tokens of a step, largest batch of a decode graph) of SGLang for a GPU."""
+    _, chunk, few, many = next(entry for entry in DEFAULTS if server.gpu_gib < entry[0])
+    graph_batch = few if server.tp < 4 else many
+    reserved = RESERVED + 1.5 * max(chunk, 2048) + 2 * graph_batch + 128 * server.tp
+    return max(reserved, RESERVED_OF_LARGE if server.gpu_gib > LARGE else 0), chunk, graph_batch
+
+
+def _kv_memory(server: Server, weights: int) -> tuple[int, float]:
+    """Return the bytes of a GPU for the cache, and the fraction that weights and cache may take."""
+    total = server.gpu_gib * 1024
+    fraction = server.mem_fraction or round((total - _defaults(server)[0]) / total, 3)
+    return int(server.gpu_gib * GIB * fraction) - weights - TAKEN, fraction
+
+
+def _weights(server: Server, model: Any) -> int:
+    """Return the bytes of the weights of all ranks: as given, of the files, or of a model without data."""
+    if server.weights_gib is not None:
+        return int(server.weights_gib * GIB)
+    files = list(Path(server.folder).glob("*.safetensors")) or list(Path(server.folder).glob("*.bin"))
+    if files:
+        return sum(file.stat().st_size for file in files)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(model.hf_config)
+    except (ValueError, KeyError, ImportError, AttributeError) as error:
+        raise ValueError(
+            f"expected weights in {server.folder} or a model that transformers can build, got neither "
+            f"({type(error).__name__}): add --weights-gib"
+        ) from error
+    return sum(p.numel() for p in empty.parameters()) * 2

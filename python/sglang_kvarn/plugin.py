@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where this plugin reaches into SGLang: the table of hooks, and when they are handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_kvarn import balanced_layers, budget, compat, hook, refusals, refused, report, rows, settings
+from sglang_kvarn.hook import Hook
+
+
+def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
+    if settings.target_preset(configurator) is None:
+        return original(configurator, *args, **kwargs)
+    # the pool subclasses SGLang's, so its module is imported once SGLang builds a kvarn pool, not when plugins load
+    from sglang_kvarn import pool
+
+    tokens = kwargs["sizes"].max_total_num_tokens
+    return pool.build(configurator, max_total_num_tokens=tokens, req_to_token_pool=kwargs["req_to_token_pool"])
+
+
+def _resolve(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse what was typed before SGLang can advise otherwise, and fill what was left open."""
+    settings.apply_defaults(server_args)
+    refusals.check_typed(server_args)
+    if settings.preset_of(server_args) is not None:
+        register_rest()
+
+
+def _refuse(result: Any, server_args: Any) -> None:
+    if settings.preset_of(server_args) is not None:
+        hook.verify_hooks()
+    refusals.check_arguments(compat.resolved_arguments(server_args))
+
+
+_CONFIGURATOR = "mem_cache.kv_cache_configurator.KVCacheConfigurator"
+_WEIGHTS = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_SOURCES = ("disk", "distributed", "tensor", "ipc")
+
+
+def _weight_hooks() -> list[Hook]:
+    """Return the hooks on what reads or writes the weights of a running server, by its one parameter."""
+    why_writes = "The weights of a checkpoint would take the place of balanced ones."
+    why_reads = "Whoever asks for the weights would get balanced ones."
+    methods = [
+        *((f"{_WEIGHTS}.update_weights_from_{source}", "recv_req", why_writes) for source in _SOURCES),
+        *((f"{_WEIGHTS}.{name}", "recv_req", why_reads) for name in ("get_weights_by_name", "check_weights")),
+        *((f"{_WEIGHTS}.save_{kind}_model", "params", why_reads) for kind in ("remote", "sharded")),
+        ("managers.scheduler.Scheduler.send_weights_to_remote_instance", "recv_req", why_reads),
+    ]
+    function = balanced_layers.with_plain_weights
+    return [Hook(target, "around", ("self", parameter), function, why) for target, parameter, why in methods]
+
+
+HOOKS = (
+    Hook(
+        "server_args.ServerArgs.add_cli_args",
+        "after",
+        ("parser",),
+        settings.add_choices,
+        why="The command line would refuse the names of the presets.",
+        replaced_by="names of registered formats are choices",
+        where="arguments",
+    ),
+    Hook(
+        "server_args.ServerArgs.add_cli_args",
+        "after",
+        ("parser",),
+        refused.print_sentence,
+        why="A command that is refused would end with a traceback.",
+        where="arguments",
+    ),
+    Hook(
+        compat.resolution_target(),
+        "before",
+        ("self",),
+        _resolve,
+        why="The user would have to name the attention backend, pages of 128 tokens, and what a CPU needs.",
+        replaced_by="`attention_backend`, `page_size` of the format; what a CPU needs stays a hook",
+        where="arguments",
+    ),
+    Hook(
+        compat.resolution_target(),
+        "around",
+        ("self",),
+        refusals.resolve_or_refuse,
+        why="SGLang would refuse some models by arguments that the user never gave.",
+        where="arguments",
+    ),
+    Hook(
+        "server_args.ServerArgs.check_server_args",
+        "after",
+        ("self",),
+        _refuse,
+        why="What a kvarn cache does not serve would fail in a process of the server, or answer wrongly.",
+        replaced_by="`check_server_args`",
+        where="arguments",
+    ),
+    Hook(
+        "entrypoints.engine.Engine._launch_scheduler_processes",
+        "around",
+        ("server_args", "port_args", "run_scheduler_process_func"),
+        refused.launch_schedulers,
+        why="A scheduler could not send its refusal to the process that started it.",
+        where="launch",
+    ),
+    Hook(
+        "entrypoints.engine._wait_for_scheduler_ready",
+        "around",
+        ("scheduler_pipe_readers", "scheduler_procs"),
+        refused.raise_refusal,
+        why="What a scheduler refuses would not be raised where a program can catch it.",
+        where="launch",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.__init__",
+        "around",
+        ("self", "server_args"),
+        refused.leave_scheduler,
+        why="A scheduler that refuses would print a traceback and kill the process that started it.",
+    ),
+    Hook(
+        "model_executor.model_runner.ModelRunner.load_model",
+        "after",
+        ("self",),
+        balanced_layers.balance_loaded,
+        why="Channels that are much larger than others would cost the cache its accuracy.",
+    ),
+    Hook(
+        "mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
+        "around",
+        ("server_args_kv_cache_dtype", "model_dtype", "is_draft_worker"),
+        settings.cache_dtype,
+        why="The storage type of a preset, uint8, would be unknown; a draft model keeps its own.",
+        replaced_by="`storage_dtype`",
+    ),
+    Hook(
+        "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        "around",
+        ("self", "kvc", "num_layers"),
+        budget.cell_size,
+        why="A token would be charged as keys and values of one byte per channel.",
+        replaced_by="`bytes_per_token`",
+    ),
+    Hook(
+        f"{_CONFIGURATOR}._profile_available_bytes",
+        "after",
+        ("self", "pre_model_load_memory"),
+        budget.charge_fixed_bytes,
+        why="The ring and the workspaces would have no memory, and the number of their rows would be open.",
+        replaced_by="`fixed_bytes`, asked for before tokens are counted",
+    ),
+    Hook(
+        f"{_CONFIGURATOR}.resolve_max_num_reqs",
+        "after",
+        ("self", "token_capacity"),
+        budget.cap_rows,
+        why="There would be more rows than were charged.",
+        replaced_by="`max_requests`",
+    ),
+    Hook(
+        f"{_CONFIGURATOR}._build_token_to_kv_pool",
+        "around",
+        ("self", "sizes", "req_to_token_pool"),
+        _build_pool,
+        why="The pool would not hold records, and the rows of requests would have no tail.",
+        replaced_by="`build_pool`",
+    ),
+    Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.alloc",
+        "around",
+        ("self", "reqs"),
+        rows.record_exact_starts,
+        why="Nobody would know how much of a request came from the prefix cache when the request got its row.",
+        replaced_by="`ReqToTokenPool.register_on_alloc` (`register_on_alloc_rows`, which 0.5.20 has, is not given "
+        "the requests)",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.get_internal_state",
+        "after",
+        ("self", "recv_req"),
+        report.add_to_server_info,
+        why="`/server_info` would not say what the cache holds.",
+    ),
+    Hook(
+        "managers.schedule_batch.Req._compute_max_prefix_len",
+        "after",
+        ("self", "input_len"),
+        rows.limit_prefix,
+        why="A request that lost its row would find its own prompt in the prefix cache, and read other values.",
+    ),
+    *_weight_hooks(),
+)
+hook.declare(HOOKS)
+
+
+def register_all() -> None:
+    """Check version and signatures, then hand attention backend and hooks to SGLang.
+
+    A process that another one started gets every hook it needs. The first process of a program gets those of the
+    arguments: the others take seconds to import, which a command with an argument that is refused need not wait for.
+    They follow with `register_rest`.
+
+    Raises:
+        RuntimeError: nothing was registered; the message names what does not fit.
+    """
+    if hook.registered_hooks():
+        return
+    compat.check_version()
+    chosen = [h for h in hook.needed_hooks() if h.where == "arguments" or not hook.is_first_process()]
+    hook.check_signatures(chosen)
+    compat.add_attention_backend_choices([settings.ATTENTION_BACKEND])
+    compat.register_attention_backend(settings.ATTENTION_BACKEND)(_create_backend)
+    hook.register(chosen)
+
+
+def register_rest() -> None:
+    """Put the hooks in place that `register_all` left out; does nothing where they are.
+
+    Raises:
+        RuntimeError: none of them was registered; the message names what does not fit.
+    """
+    rest = [h for h in hook.needed_hooks() if h not in hook.registered_hooks()]
+    if rest:
+        hook.check_signatures(rest)
+        hook.register(rest)
+        compat.HookRegistry.apply_hooks()
+
+
+def _create_backend(model_runner: Any) -> Any:
+    from sglang_kvarn.backend import KVarNAttentionBackend
+
+    return KVarNAttentionBackend(model_runner)

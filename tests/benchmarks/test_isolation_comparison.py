@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compare_isolation treats both caches alike and allows what chance allows."""
+
+from __future__ import annotations
+
+from benchmarks.isolation import compare_isolation, stress_isolation
+
+
+def isolation_result(differing: int, requests: int = 1000, **counts: int) -> dict:
+    counts = {"leaked secrets": 0, "failed": 0} | counts
+    return {"requests": requests, "differing": differing, "differing at a near tie": 0} | counts
+
+
+def test_compare_isolation_allows_what_chance_allows():
+    stock = isolation_result(50)
+    assert compare_isolation.verdict(isolation_result(0), stock)[0]
+    # the difference of two shares of 5 % in 1,000 has a standard error of 1 %
+    assert compare_isolation.verdict(isolation_result(65), stock)[0]
+    assert not compare_isolation.verdict(isolation_result(80), stock)[0]
+    assert not compare_isolation.verdict(isolation_result(0, **{"leaked secrets": 1}), stock)[0]
+    assert not compare_isolation.verdict(isolation_result(0, failed=1), stock)[0]
+
+
+def test_compare_isolation_loads_both_caches_alike(tmp_path):
+    args = compare_isolation.parse(["--folder", str(tmp_path), "--one-by-one"])
+    kvarn, stock = (compare_isolation.command(args, cache) for cache in (args.preset, compare_isolation.STOCK))
+    # what it starts understands them
+    assert stress_isolation.parse(kvarn[3:]).cache == "kvarn" and stress_isolation.parse(stock[3:]).requests == 5000
+    different = [(one, other) for one, other in zip(kvarn, stock, strict=True) if one != other]
+    assert [one for one, _ in different[:2]] == ["kvarn", str(tmp_path / "kvarn.json")]
+    assert len(different) == 3 and "--page-size 128" in different[2][1]

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `Attention` chooses, and that `describe` says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kvarn_kernels import attention
+from kvarn_kernels.attention import TORCH, Attention, Limits, choose_kernels
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.dense import extend_dense
+from kvarn_kernels.device.gpu import H100
+from kvarn_kernels.shape import AttentionShape
+
+CUDA, META, CPU = (torch.device(name) for name in ("cuda", "meta", "cpu"))
+KVARN, CANONICAL = KVarNConfig.from_preset("kvarn"), KVarNConfig.from_preset("kvarn_canonical")
+# of a model with 32 query heads and 8 KV heads of 128 channels
+SHAPE = AttentionShape(32, 8, 128, torch.bfloat16)
+LIMITS = Limits(decode_batch=2, request_pages=2, extend_requests=1, chunk_pages=1)
+ALL_CUDA = "encode by CUDA C++ (encode.cu), decode by CUDA C++ (decode_sm90.cu), "
+AMPERE = "encode by CUDA C++ (encode.cu), decode by Triton, "
+TRITON = "encode by Triton, decode by Triton, "
+FLASHINFER = "short extends by Triton, long extends by FlashInfer"
+ONE_FORM = "extends by Triton"
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Return a function that lets a host have an H100 of another capability, NVRTC, and FlashInfer or not."""
+
+    def describe(capability=(9, 0), *, flashinfer: bool = True) -> None:
+        monkeypatch.setattr(attention, "gpu_of", lambda device: replace(H100, capability=capability))
+        monkeypatch.setattr(attention.nvrtc, "is_available", lambda: True)
+        monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: True if flashinfer else None)
+
+    return describe
+
+
+def on_cuda(shape: AttentionShape, config: KVarNConfig, device: torch.device = META) -> Attention:
+    """Return what serves on a CUDA device, with its workspaces on another one."""
+    return Attention(shape, config, device, LIMITS, choose_kernels(shape, config, CUDA))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "config", "builds", "text"),
+    [
+        ((9, 0), torch.bfloat16, KVARN, True, ALL_CUDA + FLASHINFER),
+        ((10, 0), torch.float16, KVARN, False, ALL_CUDA + ONE_FORM),
+        ((9, 0), torch.bfloat16, CANONICAL, True, ALL_CUDA + ONE_FORM),
+        ((8, 0), torch.bfloat16, KVARN, True, AMPERE + FLASHINFER),
+        # without NVRTC
+        ((0, 0), torch.bfloat16, KVARN, True, TRITON + FLASHINFER),
+        ((9, 0), torch.float32, KVARN, True, TRITON + ONE_FORM),
+    ],
+)
+def test_describe_names_what_runs_on_a_gpu(host, monkeypatch, capability, dtype, config, builds, text):
+    def refuse(*_):
+        raise RuntimeError("no nvcc")
+
+    host(capability)
+    monkeypatch.setattr(extend_dense, "make_workspace", refuse)
+    # on the meta device no workspace of FlashInfer is built
+    assert on_cuda(replace(SHAPE, dtype=dtype), config, META if builds else CPU).describe() == text
+
+
+def test_describe_does_not_name_a_flashinfer_that_is_not_there(host):
+    host(flashinfer=False)
+    assert on_cuda(SHAPE, KVARN).describe() == ALL_CUDA + ONE_FORM
+
+
+def test_describe_names_torch_or_the_interpreted_kernels_on_a_cpu(monkeypatch):
+    monkeypatch.delenv(attention.CPU_FORM_ENV, raising=False)
+    assert Attention(SHAPE, KVARN, CPU, LIMITS).describe() == "encode, decode and extends by torch"
+    monkeypatch.setenv(attention.CPU_FORM_ENV, "triton")
+    assert Attention(SHAPE, KVARN, CPU, LIMITS).describe() == TRITON + ONE_FORM
+    monkeypatch.setenv(attention.CPU_FORM_ENV, "numpy")
+    with pytest.raises(ValueError, match="KVARN_CPU_FORM to be torch or triton, got 'numpy'"):
+        Attention(SHAPE, KVARN, CPU, LIMITS)
+
+
+def test_attention_attends_long_steps_on_flashinfer(host, monkeypatch):
+    def is_long(tokens: int, cached: int = 0, num_qo_heads: int = 32) -> bool:
+        step = SimpleNamespace(num_tokens=tokens, prefix_lens_host=[cached])
+        return on_cuda(replace(SHAPE, num_qo_heads=num_qo_heads), KVARN)._is_long(step)
+
+    host()
+    enough = attention.DENSE_TOKENS
+    assert is_long(enough) and not is_long(enough - 1)
+    # 32 heads of 128, and a rank with 8 of them
+    assert is_long(128, 49_152) and not is_long(128, 49_151)
+    assert is_long(128, 4 * 49_152, 8) and not is_long(128, 4 * 49_152 - 1, 8)
+    assert choose_kernels(SHAPE, KVARN, CUDA).dense
+    assert not choose_kernels(SHAPE, CANONICAL, CUDA).dense
+    assert not choose_kernels(replace(SHAPE, dtype=torch.float32), KVARN, CUDA).dense
+    monkeypatch.delenv(attention.CPU_FORM_ENV, raising=False)
+    assert choose_kernels(SHAPE, KVARN, CPU) == TORCH
+    host(flashinfer=False)
+    assert not choose_kernels(SHAPE, KVARN, CUDA).dense

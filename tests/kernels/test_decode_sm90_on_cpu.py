@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA form of decode without a GPU, run as C++: a coroutine per CUDA thread, records that land late and in any
+order, warps that stand still at random. How it hung on a GPU before each team of warps had buffers of its own."""
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from builders import RELATIVE_RMS, make_request, oracle, prefill, relative_rms
+from kvarn_kernels import torch_form
+from kvarn_kernels.attention import Kernels
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device import nvrtc
+from kvarn_kernels.read import decode_plan, decode_sm90
+from test_decode import ONE_MULTIPROCESSOR, PAGE, TOLERANCE, decode_step, make_cache, make_requests
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_decode.py runs the kernel itself")
+LAUNCHER = """
+extern "C" const char* run(float* q, u8* records, u8* k, u8* v, int* table, long long* rows, int* lens, int* starts,
+                    int* requests, int* indptr, float* out, float* lse, int stride, float scale, int batch, int splits,
+                    int blocks, unsigned seed) {
+  failure.clear();
+  copies.clear();
+  schedule_seed = seed;
+  delays.seed(seed);
+  launch({splits, blocks, 1}, 32 * WARPS, [=] {
+    kvarn_decode(q, records, k, v, table, rows, lens, starts, requests, indptr, out, lse, stride,
+                 __float_as_int(scale), batch);
+  });
+  return failure.c_str();
+}
+"""
+HEADS = (4, 1)
+SUPPORT = Path(__file__).parents[1] / "support"
+PARAMETERS = nvrtc.parameters(decode_sm90.SOURCE.read_text(), "kvarn_decode")
+SM90 = Kernels("triton", "cuda", "triton")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return a function that builds decode_sm90.cu for this machine's processor."""
+    folder, libraries = tmp_path_factory.mktemp("decode"), {}
+
+    def build(*form) -> ctypes.CDLL:
+        if form not in libraries:
+            path = folder / f"{len(libraries)}.cpp"
+            source = nvrtc.source(decode_sm90.SOURCE, decode_sm90.constants(*form))
+            path.write_text('#include "cuda_on_cpu.h"\n' + source + LAUNCHER)
+            command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{SUPPORT}"]
+            subprocess.run([*command, path, "-o", path.with_suffix(".so")], check=True, timeout=120)
+            libraries[form] = ctypes.CDLL(str(path.with_suffix(".so")))
+            libraries[form].run.restype = ctypes.c_char_p
+        return libraries[form]
+
+    return build
+
+
+@pytest.fixture
+def run_as_cpp(built, monkeypatch):
+    """Let `decode` run decode_sm90.cu; return a function that sets the seed of the schedule."""
+    chosen = {"seed": 0}
+
+    def compiled(*form) -> Callable[..., None]:
+        # the last one is the device
+        library = built(*form[:-1])
+
+        def launch(grid, stream, **named) -> None:
+            # a float as a float, tensors as pointers, in the order of LAUNCHER
+            convert = {torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), float: ctypes.c_float, int: ctypes.c_int}
+            arguments = [convert[type(named[name])](named[name]) for name in PARAMETERS]
+            failure = library.run(*arguments, *grid[:2], chosen["seed"])
+            assert not failure, failure.decode()
+
+        return launch
+
+    monkeypatch.setattr(decode_sm90, "_compiled", compiled)
+    monkeypatch.setattr(decode_sm90, "current_stream", lambda device: 0)
+    return lambda seed: chosen.update(seed=seed)
+
+
+def check(requests, heads, config, gpu=None):
+    dtype = requests[0].q.dtype
+    outs = decode_step(requests, heads, config, padding=1, gpu=gpu, kernels=SM90)
+    for request, out in zip(requests, outs, strict=True):
+        error = relative_rms(out, oracle(request, config, len(request.q) - 1)[0])
+        assert error < TOLERANCE[dtype], len(request.q)
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "head_dim", "heads"),
+    [
+        ("kvarn", torch.bfloat16, 64, (4, 1)),
+        ("kvarn", torch.float16, 128, (9, 1)),
+        ("kvarn_canonical", torch.float16, 64, (14, 2)),
+        ("kvarn_k4v4_g128", torch.bfloat16, 128, (4, 2)),
+        ("kvarn_k4v4_g128", torch.float16, 256, (1, 1)),
+        ("kvarn_k4v3_g128", torch.bfloat16, 128, (4, 2)),
+        ("kvarn_k4v3_g128", torch.float16, 64, (9, 1)),
+        ("kvarn_k4v3_g128", torch.bfloat16, 256, (1, 1)),
+        ("kvarn_k3v2_g128", torch.bfloat16, 128, (4, 2)),
+        ("kvarn_k3v2_g128", torch.float16, 64, (9, 1)),
+        ("kvarn_k3v2_g128", torch.bfloat16, 256, (1, 1)),
+        ("kvarn_k2v2_g128", torch.bfloat16, 64, (8, 1)),
+        ("kvarn_k2v2_g128", torch.float16, 256, (2, 1)),
+    ],
+)
+def test_every_form_matches_the_oracle(run_as_cpp, preset, dtype, head_dim, heads):
+    requests = make_requests([3 * PAGE + 5, 70, 4 * PAGE], heads, head_dim, dtype)
+    check(requests, heads, KVarNConfig.from_preset(preset))
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
+def test_records_may_land_late_and_warps_stand_still(run_as_cpp, monkeypatch, preset, seed):
+    # one split of all pages, so that every buffer is filled several times
+    monkeypatch.setattr(decode_plan, "MIN_SPLIT_UNITS", 64)
+    run_as_cpp(seed)
+    requests = make_requests([14 * PAGE + 3, 9 * PAGE], HEADS, 64, torch.float16)
+    check(requests, HEADS, KVarNConfig.from_preset(preset), ONE_MULTIPROCESSOR)
+
+
+def test_tokens_of_the_prefix_are_read_from_records(run_as_cpp):
+    config = KVarNConfig.from_preset("kvarn")
+    owner = make_request(2 * PAGE + 9, HEADS, 64, torch.float16, row=1)
+    cache = make_cache(config, 1, 64, torch.float16, 1 + max(owner.pages), rows=3)
+    prefill(torch_form.attend_extend, owner, [2 * PAGE], cache, config)
+    guest = make_request(2 * PAGE + 9, HEADS, 64, torch.float16, row=2)
+    guest.exact_start = 2 * PAGE
+    (out,) = decode_step([guest], HEADS, config, cache=cache, kernels=SM90)
+    assert relative_rms(out, oracle(guest, config, 2 * PAGE + 8)[0]) < RELATIVE_RMS[torch.float16] + 1.5e-3

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plausible bugs, a table for each room of the code; `python -m tests.mutations.run` shows that tests catch them."""
+
+from . import (
+    attention,
+    balance,
+    decode,
+    decode_plan,
+    dense,
+    dequantise,
+    extend,
+    metadata,
+    plugin,
+    record,
+    torch_form,
+    write,
+)
+
+_ROOMS = (
+    *(record, write, decode, decode_plan, extend, dense, dequantise, attention, torch_form),
+    *(balance, plugin, metadata),
+)
+MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

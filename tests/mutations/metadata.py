@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs of the description of a step made from SGLang's batch."""
+
+from __future__ import annotations
+
+from .mutation import Mutation
+from .paths import FUZZ, METADATA, TEST_KNOWN
+
+MUTATIONS = (
+    Mutation(
+        "page table read when the step runs, not when it is prepared",
+        METADATA,
+        "        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)\n        return batch",
+        "        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)\n"
+        "        slots = self._first_slots\n"
+        "        table = property(lambda b: (slots[b.rows] >> PAGE_SHIFT).int())\n"
+        "        late = object.__new__(type('Late', (DecodeBatch,), {'page_table': table}))\n"
+        "        late.__dict__.update(batch.__dict__)\n"
+        "        return late",
+        (FUZZ,),
+    ),
+    Mutation(
+        "exact starts read when the step runs",
+        METADATA,
+        "        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)\n        return batch",
+        "        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)\n"
+        "        late = property(lambda b: exact_starts[b.rows])\n"
+        "        late = object.__new__(type('Late', (DecodeBatch,), {'exact_starts': late}))\n"
+        "        late.__dict__.update(batch.__dict__)\n"
+        "        return late",
+        (FUZZ,),
+    ),
+    Mutation(
+        "page to encode into kept from an earlier step",
+        METADATA,
+        "batch.store_pages[: len(slots)].copy_(slots).bitwise_right_shift_(PAGE_SHIFT)",
+        "kept = batch.store_pages[: len(slots)]\n"
+        "        kept.copy_(torch.where(kept > 0, kept, slots.int() >> PAGE_SHIFT))",
+        (FUZZ,),
+    ),
+    Mutation(
+        "padded rows keep the pages of an earlier step",
+        METADATA,
+        "batch.store_pages[len(slots) :].zero_()",
+        "pass",
+        (TEST_KNOWN,),
+    ),
+    Mutation(
+        "padded rows keep the requests of an earlier step",
+        METADATA,
+        "batch.rows.copy_(forward_batch.req_pool_indices[:size])",
+        "real = forward_batch.req_pool_indices[:size]\n"
+        "        batch.rows.copy_(torch.where(real > 0, real, batch.rows))",
+        (TEST_KNOWN,),
+    ),
+    Mutation(
+        "page to encode into is that of the next token",
+        METADATA,
+        "batch.store_pages[: len(slots)].copy_(slots).",
+        "batch.store_pages[: len(slots)].copy_(slots + 1).",
+        (FUZZ,),
+    ),
+    Mutation(
+        "padded rows keep the lengths of an earlier step",
+        METADATA,
+        "batch.seq_lens.copy_(forward_batch.seq_lens[:size])",
+        "batch.seq_lens[: len(forward_batch.out_cache_loc)].copy_("
+        "forward_batch.seq_lens[: len(forward_batch.out_cache_loc)])",
+        (TEST_KNOWN,),
+    ),
+    Mutation(
+        "exact starts by place in the batch, not by row",
+        METADATA,
+        "exact_starts=exact_starts.index_select(0, rows)",
+        "exact_starts=exact_starts[1 : size + 1]",
+        (FUZZ,),
+    ),
+    Mutation(
+        "pages of the first request's length for the whole batch",
+        METADATA,
+        "req_to_token[:, : max(seq_host) : PAGE_SIZE]",
+        "req_to_token[:, : seq_host[0] : PAGE_SIZE]",
+        (FUZZ,),
+    ),
+)

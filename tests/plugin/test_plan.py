@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m sglang_kvarn plan`` counts as a server does, and refuses what a server refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device.gpu import H100
+from sglang_kvarn import __main__ as command
+from sglang_kvarn import capacity
+from sglang_kvarn.commands import plan
+
+GIB = 1 << 30
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 36,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def qwen3(model_dir) -> str:
+    return model_dir(plain=False, **QWEN3_8B)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = command.main(["plan", *arguments])
+    return code, *capsys.readouterr()
+
+
+def test_plan_says_what_a_server_had(qwen3, capsys):
+    code, out, _ = run(capsys, qwen3, "--gpu-gib", "79.65", "--context", "40960", "--json")
+    facts = json.loads(out)
+    caches = {cache["cache"]: cache for cache in facts["caches"]}
+    assert code == 0 and facts["model"] == "Qwen3ForCausalLM" and facts["weights_gib"] == 15.26
+    # benchmarks/results/serving_flag_only_8b.csv, one H100, nothing but the flags
+    assert caches["16 bit"]["pool_tokens"] == pytest.approx(362_496, rel=0.01)
+    assert caches["kvarn_k4v2_g128"]["pool_tokens"] == pytest.approx(1_348_992, rel=0.01)
+    assert caches["kvarn_k4v2_g128"]["requests_at_a_time"] == 256
+    assert caches["16 bit"]["bytes_per_token"] == 2 * caches["fp8"]["bytes_per_token"] == 147_456
+    assert caches["kvarn_k4v2_g128"]["sessions"] == caches["kvarn_k4v2_g128"]["pool_tokens"] // 40960
+
+
+def test_plan_counts_as_the_budget_does(qwen3, capsys):
+    flags = ("--mem-fraction-static", "0.5", "--weights-gib", "15", "--max-running-requests", "40", "--context", "4000")
+    _, out, _ = run(capsys, qwen3, *flags, "--json")
+    facts = json.loads(out)
+    available = int(80 * GIB * 0.5) - 15 * GIB - plan.TAKEN
+    assert facts["kv_gib"] == round(available / GIB, 2)
+    shape = capacity.ModelShape(36, capacity.AttentionShape(32, 8, 128, torch.bfloat16))
+    for cache in facts["caches"][2:]:
+        config = KVarNConfig.from_preset(cache["cache"])
+        bounds = capacity.Bounds(requests=40, graph_batch=256, context_len=4000, chunk_len=8192)
+        charge = capacity.charge(shape, config, available, bounds, torch.device("cuda"), H100)
+        pages = (available - charge.ring - charge.workspace) // (shape.token_bytes(config) * 128)
+        assert (cache["pool_tokens"], cache["requests_at_a_time"]) == (128 * pages, 40)
+        # 4,000 tokens take 32 pages
+        assert cache["sessions"] == pages // 32
+
+
+def test_plan_prints_a_row_for_each_cache_and_marks_those_that_are_too_small(qwen3, capsys):
+    code, out, _ = run(capsys, qwen3, "--context", "50000", "--sessions", "30")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 2 + 12 and lines[0].startswith("Qwen3ForCausalLM: served.")
+    (sixteen,) = (line for line in lines if line.startswith("16 bit"))
+    (dense,) = (line for line in lines if line.startswith("kvarn_k2v2_g128 "))
+    assert sixteen.endswith("(fewer than 30)") and "fewer" not in dense
+
+
+def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(7 * GIB)
+    _, out, _ = run(capsys, str(tmp_path), "--json")
+    assert json.loads(out)["weights_gib"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "sentence"),
+    [
+        ({"head_dim": 96}, (), "LlamaForCausalLM has head_dim 96, which a kvarn cache does not serve"),
+        ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
+        ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),
+        ({}, ("--gpu-gib", "24", "--weights-gib", "12", "--max-running-requests", "900000"), "a kvarn cache needs"),
+    ],
+    ids=["model", "ranks", "weights", "requests"],
+)
+def test_plan_refuses_in_one_sentence(changes, flags, sentence, model_dir, capsys):
+    folder = model_dir(**changes)
+    code, out, err = run(capsys, folder, *flags)
+    assert code == 1 and out == "" and err.startswith(sentence) and err.count("\n") == 1
+    code, out, _ = run(capsys, folder, *flags, "--json")
+    assert code == 1 and json.loads(out)["refused"] == err.strip()
+
+
+def test_plan_names_a_folder_without_a_model(tmp_path, capsys):
+    code, _, err = run(capsys, str(tmp_path))
+    assert code == 1 and err == f"expected the folder of a model, with config.json, got {tmp_path}: name one\n"

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests, poisoned caches, batches and `Attention` objects for the kernel tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from kvarn_kernels import reference, torch_form
+from kvarn_kernels.attention import TRITON, Attention, Kernels, Limits, choose_kernels
+from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read.decode_plan import DecodeWorkspace
+from kvarn_kernels.shape import AttentionShape
+
+PAGE = 128
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# largest relative RMS error of the torch form against the float64 oracle, by model dtype: the rounding of the
+# output (2^-12 and 2^-9 of a value on average); float32: sums of float32 products
+RELATIVE_RMS = {torch.float32: 5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+
+# what feeds a step: an `Attention`, or a function (new, out, cache, batch, config, sm_scale) such as
+# `torch_form.attend_extend`
+Attend = Attention | Callable[..., None]
+
+
+@dataclass
+class Request:
+    """One sequence with everything it will ever feed, and where it lives.
+
+    Attributes:
+        q: [T, Hq, D]; k, v: [T, Hk, D]; model dtype, not rotated.
+        row: request row; pages: page id of each page; exact_start: tokens taken from the prefix cache.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    row: int
+    pages: list[int]
+    exact_start: int = 0
+
+
+def relative_rms(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return rms(got - expected) / rms(expected); NaN if anything is NaN."""
+    got, expected = got.double().cpu(), expected.double().cpu()
+    return ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+def make_cache(config: KVarNConfig, kv_heads: int, head_dim: int, dtype: torch.dtype, pages: int, rows: int):
+    """Return a LayerCache of poison: NaN ring, 0xFF records (NaN scales), also just before page 0."""
+    records = torch.full((pages + 1, kv_heads, config.record_bytes(head_dim)), 0xFF, dtype=torch.uint8)
+    rings = [
+        torch.full((rows, config.ring_len, kv_heads, head_dim), float("nan"), dtype=dtype) for _ in range(2)
+    ]
+    return LayerCache(records.to(DEVICE)[1:], *(ring.to(DEVICE) for ring in rings))
+
+
+def make_request(
+    tokens: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    row: int = 1,
+    first_page: int = 1,
+    seed: int = 0,
+) -> Request:
+    """Return a random request on pages in a scrambled order from first_page on; keys have outlier channels.
+
+    Values are multiples of 1/64, so that every order of summation rotates them to the same float32.
+    Otherwise a last bit of a rotated key could change a code, and outputs would differ by much more than
+    they round.
+    """
+    generator = torch.Generator().manual_seed(1000 * seed + tokens)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(tokens, count, head_dim, generator=generator).mul(64).round().div(64)
+
+    k = draw(heads[1])
+    k[..., ::17] += 4.0
+    count = -(-tokens // PAGE)
+    order = (first_page + torch.randperm(count, generator=generator)).tolist()
+    return Request(
+        *(x.to(dtype).to(DEVICE) for x in (draw(heads[0]), k, draw(heads[1]))), row=row, pages=order
+    )
+
+
+def _page_table(requests: Sequence[Request], seq_lens: Sequence[int]) -> torch.Tensor:
+    table = torch.full((len(requests), max(len(r.pages) for r in requests) + 1), -1, dtype=torch.int32)
+    for b, (request, seq_len) in enumerate(zip(requests, seq_lens, strict=True)):
+        used = request.pages[: -(-seq_len // PAGE)]
+        table[b, : len(used)] = torch.tensor(used, dtype=torch.int32)
+    return table.to(DEVICE)
+
+
+def int32(*values: int, device: torch.device = DEVICE) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def random_rows(shape, dtype: torch.dtype, scale: float = 1.0, device: torch.device = DEVICE) -> torch.Tensor:
+    """Return rows whose channels differ in size by a factor of about ten."""
+    return (torch.randn(shape) * torch.randn(shape[-1]).exp() * scale).to(dtype).to(device)
+
+
+def encoded(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.Tensor:
+    """Return the oracle's records [Hk, bytes] of k, v [G, Hk, D]."""
+    return reference.encode_tile(k.transpose(0, 1), v.transpose(0, 1), config)
+
+
+def cache_for(request: Request, config: KVarNConfig, rows: int = 5, pages: int = 24) -> LayerCache:
+    return make_cache(config, request.k.shape[1], request.k.shape[2], request.k.dtype, pages, rows)
+
+
+def shape_of(cache: LayerCache, num_qo_heads: int) -> AttentionShape:
+    """Return the shape of a model with this cache."""
+    return AttentionShape(num_qo_heads, cache.num_kv_heads, cache.head_dim, cache.dtype)
+
+
+def attention_for(
+    cache: LayerCache,
+    num_qo_heads: int,
+    config: KVarNConfig,
+    kernels: Kernels | None = None,
+    *,
+    max_batch: int = 8,
+    max_pages: int = 24,
+    gpu: Gpu | None = None,
+) -> Attention:
+    """Return an `Attention` for a cache, with a decode workspace of poison.
+
+    Args:
+        kernels: by default what a GPU runs in service, but for FlashInfer; a CPU interprets Triton's.
+        max_batch, max_pages: requests of a step, pages of a request.
+        gpu: the GPU to plan for, the device itself by default.
+    """
+    shape, device = shape_of(cache, num_qo_heads), cache.records.device
+    if kernels is None:
+        in_service = device.type == "cuda"
+        kernels = dataclasses.replace(choose_kernels(shape, config, device), dense=False) if in_service else TRITON
+    limits = Limits(max_batch, max_pages, extend_requests=max_batch, chunk_pages=max_pages)
+    attention = Attention(shape, config, device, limits, kernels, gpu)
+    if attention._decode_workspace is not None:
+        poison(attention._decode_workspace)
+    return attention
+
+
+def poison(workspace: DecodeWorkspace) -> None:
+    """Fill a workspace with NaN and with a plan that no step has."""
+    for x in (workspace.rotated_q, workspace.partial_out, workspace.partial_lse):
+        x.fill_(float("nan"))
+    for x in (workspace.split_requests, workspace.split_indptr):
+        x.fill_(-1)
+
+
+def clone(cache: LayerCache) -> LayerCache:
+    """Return a copy of a cache."""
+    return LayerCache(*(x.clone() for x in (cache.records, cache.ring_k, cache.ring_v)))
+
+
+def between_stores(attend: Attend, new: QKV, out, cache, batch, config, sm_scale) -> None:
+    """Run an extend attention on the records of this step and the ring before it, between the store steps of the
+    torch form, which on a CPU are faster than interpreted ones."""
+    stored = clone(cache)
+    tokens = QKV(*(x[: batch.num_tokens] for x in new))
+    torch_form.attend_extend(tokens, torch.empty_like(tokens.q), stored, batch, config, sm_scale)
+    attend(new, out, dataclasses.replace(cache, records=stored.records), batch, config, sm_scale)
+    for name in ("records", "ring_k", "ring_v"):
+        getattr(cache, name).copy_(getattr(stored, name))
+
+
+def _feed(attend: Attend, new: QKV, cache: LayerCache, batch: DecodeBatch | ExtendBatch, config: KVarNConfig):
+    """Run a step; return its output, NaN where nothing was written."""
+    out, sm_scale = torch.full_like(new.q, float("nan")), cache.head_dim**-0.5
+    if isinstance(attend, Attention):
+        assert attend.config == config, "an Attention is made for one preset"
+        attend.attend(new, out, cache, attend.plan(batch), sm_scale)
+    else:
+        attend(new, out, cache, batch, config, sm_scale)
+    return out
+
+
+def run_extend(
+    attend: Attend,
+    requests: Sequence[Request],
+    spans: Sequence[tuple[int, int]],
+    cache: LayerCache,
+    config: KVarNConfig,
+    *,
+    padding: int = 0,
+) -> list[torch.Tensor]:
+    """Feed positions start .. end - 1 of each request in one extend step; return the output of each.
+
+    Rows of padding follow the tokens; nothing may touch them.
+    """
+    q, k, v = (
+        torch.cat([getattr(r, name)[start:end] for r, (start, end) in zip(requests, spans, strict=True)])
+        for name in "qkv"
+    )
+    sizes = [end - start for start, end in spans]
+    indptr = [sum(sizes[:b]) for b in range(len(sizes) + 1)]
+    starts, ends = zip(*spans, strict=True)
+    batch = ExtendBatch(
+        rows=torch.tensor([r.row for r in requests], device=DEVICE),
+        prefix_lens=int32(*starts),
+        seq_lens=int32(*ends),
+        qo_indptr=int32(*indptr),
+        page_table=_page_table(requests, ends),
+        exact_starts=int32(*[r.exact_start for r in requests]),
+        prefix_lens_host=list(starts),
+        seq_lens_host=list(ends),
+    )
+    new = QKV(*(torch.cat([x, torch.full_like(x[:1], float("nan")).expand(padding, -1, -1)]) for x in (q, k, v)))
+    out = _feed(attend, new, cache, batch, config)
+    assert out[sum(sizes) :].isnan().all(), "a padding row was written"
+    return list(out[: sum(sizes)].split(sizes))
+
+
+def run_decode(
+    attend: Attend,
+    requests: Sequence[Request],
+    positions: Sequence[int],
+    cache: LayerCache,
+    config: KVarNConfig,
+    *,
+    padding: int = 0,
+) -> list[torch.Tensor]:
+    """Feed one token of each request, then padded rows (row 0, page 0, seq_len 1); return [Hq, D] of each."""
+    real = len(requests)
+    tensors = []
+    for name in "qkv":
+        x = torch.stack([getattr(r, name)[p] for r, p in zip(requests, positions, strict=True)])
+        tensors.append(torch.cat([x, torch.full_like(x[:1], 7.0).expand(padding, -1, -1)]))
+    table = _page_table(requests, [p + 1 for p in positions])
+    pages = [r.pages[p // PAGE] for r, p in zip(requests, positions, strict=True)]
+    padded_table = torch.cat([table, torch.zeros_like(table[:1]).expand(padding, -1)])
+    batch = DecodeBatch(
+        rows=torch.tensor([r.row for r in requests] + [0] * padding, device=DEVICE),
+        seq_lens=int32(*[p + 1 for p in positions] + [1] * padding),
+        page_table=padded_table,
+        store_pages=int32(*pages + [0] * padding),
+        exact_starts=int32(*[r.exact_start for r in requests] + [0] * padding),
+    )
+    return list(_feed(attend, QKV(*tensors), cache, batch, config)[:real])
+
+
+def prefill(
+    attend: Attend,
+    request: Request,
+    chunks: Sequence[int],
+    cache: LayerCache,
+    config: KVarNConfig,
+) -> torch.Tensor:
+    """Feed a request from exact_start on in chunks of the given sizes; return the outputs [sum, Hq, D]."""
+    start, outs = request.exact_start, []
+    for size in chunks:
+        outs += run_extend(attend, [request], [(start, start + size)], cache, config)
+        start += size
+    return torch.cat(outs)
+
+
+def oracle(request: Request, config: KVarNConfig, start: int = 0, end: int | None = None) -> torch.Tensor:
+    """Return reference.attention of positions start .. end - 1, float32 [end - start, Hq, D]."""
+    end = len(request.q) if end is None else end
+    return reference.attention(
+        request.q[start:end],
+        request.k[:end],
+        request.v[:end],
+        config,
+        exact_start=request.exact_start,
+    )

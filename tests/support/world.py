@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's row pool, allocator and radix tree around our pool and kernels, driven without a scheduler.
+
+The objects and their calls are those of SGLang's scheduler (schedule_batch, allocation, common); what is left
+out is the policy, so that a test can take every decision. Every forward pass is checked: the output of every
+token, and the memory that the next step would read, against `history`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from builders import clone, poison
+from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History, Pages, extend_hash
+from kvarn_kernels.attention import TORCH, TRITON, Attention, Kernels, Limits
+from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.shape import AttentionShape
+from prefix_cache import calls
+from sglang_kvarn import compat
+from sglang_kvarn.metadata import DecodeBuffers, extend_batch
+
+ROWS, PAGES, CONTEXT, PADDING = 4, 14, 1024, 2
+SHAPE = AttentionShape(QO_HEADS, KV_HEADS, HEAD_DIM, torch.float32)
+# float32 sums of the torch form against float64 ones; one wrong key among 1,000 is above 1e-3
+BOUND = 2e-5
+# fp16 operands of the kernels: a score of 10 is off by up to 10 * 2^-11; of each head by itself
+KERNEL_BOUND = 1e-2
+
+
+class PlainDecodeKernel:
+    """SGLang's ``alloc_decode_kernel`` in torch: interpreted it takes 5 ms, more than the rest of a step.
+
+    A test holds the two together. SGLang ships the same for the extend kernel, ``alloc_extend_naive``.
+    """
+
+    def __getitem__(self, grid):
+        return self._run
+
+    @staticmethod
+    def _run(seq_lens, last_loc, free_pages, out_indices, bs_upper, page_size):
+        fresh = (seq_lens - 1) % page_size == 0
+        needed = fresh.cumsum(0)
+        # a batch that does not fit is detected after the launch, and its slots are dropped
+        pages = torch.cat([free_pages, free_pages.new_zeros(len(seq_lens))])[(needed - 1).clamp(min=0)]
+        out_indices.copy_(torch.where(fresh, pages * page_size, last_loc + 1))
+
+
+class PlainExtendKernel:
+    """SGLang's ``alloc_extend_kernel`` as its own torch form."""
+
+    def __getitem__(self, grid):
+        return self._run
+
+    @staticmethod
+    def _run(prefix_lens, seq_lens, last_loc, free_pages, out_indices, bs_upper, page_size):
+        naive = compat.resolve("sglang.srt.mem_cache.allocator.paged.alloc_extend_naive")
+        naive(prefix_lens, seq_lens, last_loc, free_pages, out_indices, page_size, out_indices.device)
+
+
+def use_plain_allocation_kernels(monkeypatch) -> None:
+    """Replace the two interpreted kernels of the allocator."""
+    paged = compat.resolve("sglang.srt.mem_cache.allocator.paged")
+    monkeypatch.setattr(paged, "alloc_decode_kernel", PlainDecodeKernel())
+    monkeypatch.setattr(paged, "alloc_extend_kernel", PlainExtendKernel())
+
+
+@dataclass(eq=False)
+class Request:
+    """One request: SGLang's Req, and the history that its cache must be equal to.
+
+    Attributes:
+        req: SGLang's own request object; salt: what it generates.
+        exact_start: tokens that came from the prefix cache when it last got a row; kept by this test alone.
+    """
+
+    req: object
+    history: History
+    salt: int
+    exact_start: int = 0
+
+    @property
+    def row(self) -> int:
+        return calls.row(self.req)
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values are stored."""
+        return calls.committed(self.req)
+
+
+@dataclass
+class Step:
+    """A forward pass that was prepared: who, which positions, and the kernels' view of it."""
+
+    requests: list[Request]
+    spans: list[tuple[int, int]]
+    batch: DecodeBatch | ExtendBatch
+    padding: int = 0
+    # slots of each request, row and exact start as they were when the step was prepared
+    slots: list[torch.Tensor] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+
+class World:
+    """Hold the pools of one rank and the requests in them.
+
+    Attributes:
+        waiting, running: requests without and with a row; chunked: the one between two chunks.
+        steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
+    """
+
+    def __init__(self, preset: str, *, poison: bool = True, kernels_every: int = 0) -> None:
+        self.config = KVarNConfig.from_preset(preset)
+        self.pages = pages_of(self.config)
+        self.poison, self.kernels_every = poison, kernels_every
+        self.pool = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
+            PAGES * PAGE,
+            page_size=PAGE,
+            dtype=torch.uint8,
+            head_num=KV_HEADS,
+            head_dim=HEAD_DIM,
+            layer_num=1,
+            device="cpu",
+            enable_memory_saver=False,
+            config=self.config,
+            rows=ROWS + 1,
+            shape=SHAPE,
+        )
+        memory_pool = compat.resolve("sglang.srt.mem_cache.memory_pool")
+        self.rows = memory_pool.ReqToTokenPool(
+            size=ROWS, max_context_len=CONTEXT, device="cpu", enable_memory_saver=False
+        )
+        self.allocator = compat.PagedTokenToKVPoolAllocator(
+            PAGES * PAGE, PAGE, torch.uint8, "cpu", self.pool, need_sort=False
+        )
+        self.tree = calls.make_tree(self.rows, self.allocator)
+        self.pool.tail.attach(self.rows)
+        self.buffers = DecodeBuffers(ROWS + PADDING, self.rows.req_to_token)
+        self.cache: LayerCache = self.pool.layer_cache(0)
+        self.attention = attention_with(TORCH, self.config, ROWS + PADDING)
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.chunked: Request | None = None
+        self.steps = self.forwards = self.kernel_forwards = self.admitted = 0
+        self._poisoned: tuple = ()
+        self._poison_free_memory()
+
+    def _poison_free_memory(self) -> None:
+        """Fill every free page and row with NaN, as soon as no prepared step may still write it."""
+        if not self.poison:
+            return
+        free = (self.allocator.free_pages.tolist(), tuple(self.rows.free_slots))
+        if free == self._poisoned:
+            return
+        self._poisoned = free
+        self.cache.records[torch.tensor(free[0], dtype=torch.int64)] = 0xFF
+        for ring in (self.cache.ring_k, self.cache.ring_v):
+            ring[list(free[1])] = float("nan")
+
+    def free_tokens(self) -> int:
+        """Tokens that can be allocated, evicting the whole tree if need be."""
+        return self.allocator.available_size() + self.tree.evictable_size()
+
+    def evict(self, tokens: int) -> None:
+        """Drop cached pages that no request uses."""
+        self.steps += 1
+        self.tree.evict(
+            compat.resolve("sglang.srt.mem_cache.base_prefix_cache.EvictParams")(num_tokens=tokens)
+        )
+        self._poison_free_memory()
+
+    def check_accounts(self) -> None:
+        """Every page is free, or in the tree, or one request's own; no page is two of these."""
+        free = self.allocator.free_pages.tolist()
+        cached = (calls.cached_slots(self.tree)[::PAGE] // PAGE).long().tolist()
+        own = []
+        for request in self.holders():
+            table = self.rows.req_to_token[request.row, : request.cached : PAGE] // PAGE
+            own += table[calls.protected(request.req) // PAGE :].tolist()
+        pages = free + cached + own
+        assert sorted(pages) == list(range(1, PAGES + 1)), (free, cached, own)
+
+    def holders(self) -> list[Request]:
+        """Requests that have a row."""
+        return self.running + ([self.chunked] if self.chunked else [])
+
+    def admit(self, tokens: list[int], salt: int = 0) -> Request:
+        """Queue a request."""
+        self.steps += 1
+        self.admitted += 1
+        req = compat.resolve("sglang.srt.managers.schedule_batch.Req")(
+            rid=str(self.admitted),
+            origin_input_text="",
+            origin_input_ids=array("q", tokens),
+            sampling_params=compat.resolve("sglang.srt.sampling.sampling_params.SamplingParams")(),
+        )
+        self.waiting.append(Request(req, History(list(tokens), self.pages), salt))
+        return self.waiting[-1]
+
+    def release(self, request: Request, *, insert: bool) -> None:
+        """Give back row and pages, as a request that finished, was aborted (insert) or is retracted does."""
+        calls.release(self.tree, request.req, insert=insert)
+
+    def finish(self, request: Request) -> None:
+        """End a running request; its pages stay cached."""
+        self.steps += 1
+        self.running.remove(request)
+        self.release(request, insert=True)
+        self._poison_free_memory()
+
+    def abort_chunked(self) -> None:
+        """End the request that is between two chunks."""
+        self.steps += 1
+        request, self.chunked = self.chunked, None
+        self.release(request, insert=True)
+        self._poison_free_memory()
+
+    def retract(self, request: Request) -> None:
+        """Take a running request back to the queue; it computes its tokens again."""
+        self.steps += 1
+        self.running.remove(request)
+        self.release(request, insert=False)
+        request.req.reset_for_retract()
+        self.waiting.insert(0, request)
+        self._poison_free_memory()
+
+    def make_room(self, pages: int) -> bool:
+        """Retract until pages are free or can be evicted; return whether they are."""
+        while self.free_tokens() < pages * PAGE and len(self.running) > 1:
+            self.retract(self.running[-1])
+        return self.free_tokens() >= pages * PAGE
+
+    def _evict_for(self, tokens: int) -> None:
+        compat.resolve("sglang.srt.mem_cache.common.evict_from_tree_cache")(self.tree, tokens)
+
+    def _allocate_decode(self, requests: list[Request]) -> torch.Tensor:
+        rows = torch.tensor([r.row for r in requests])
+        lens = torch.tensor([r.cached for r in requests])
+        self._evict_for(len(requests) * PAGE)
+        last = self.rows.req_to_token[rows, lens - 1]
+        slots = self.allocator.alloc_decode(lens + 1, lens + 1, last)
+        assert slots is not None, "make_room comes first"
+        self.rows.write((rows, lens), slots.int())
+        for request in requests:
+            calls.note_decode(request.req)
+        return slots
+
+    def prepare_decode(self, padding: int = 0) -> Step:
+        """Allocate and describe one decode step of all running requests, padded as a CUDA graph would be."""
+        requests = list(self.running)
+        slots = self._allocate_decode(requests)
+        zeros = torch.zeros(padding, dtype=torch.int64)
+        forward_batch = SimpleNamespace(
+            batch_size=len(requests) + padding,
+            req_pool_indices=torch.cat([torch.tensor([r.row for r in requests]), zeros]),
+            seq_lens=torch.cat([torch.tensor([r.cached for r in requests]), zeros + 1]),
+            # a graph replay pads every tensor but this one
+            out_cache_loc=slots,
+        )
+        batch = self.buffers.fill(forward_batch, self.pool.tail.exact_starts)
+        spans = [(r.cached - 1, r.cached) for r in requests]
+        return self._note(Step(requests, spans, batch, padding=padding))
+
+    def decode(self, padding: int = 0) -> None:
+        """Run one decode step of all running requests; retract some first if memory is short."""
+        if self.make_room(len(self.running)):
+            self.run(self.prepare_decode(padding))
+
+    def decode_with_wasted_step(self, request: Request, *, reuse: bool, chunk: int = 100) -> None:
+        """Decode while the CPU is one step ahead: a request is found finished after the step was launched.
+
+        Row and pages go back to the pools, and with `reuse` a waiting request gets them and rewrites
+        req_to_token, all before the launched step runs on the device.
+        """
+        if not self.make_room(len(self.running)) or request not in self.running:
+            return
+        wasted = self.prepare_decode()
+        self.running.remove(request)
+        self.release(request, insert=True)
+        following = self.allocate_extend(chunk) if reuse and self.waiting else None
+        self.run(wasted)
+        if following:
+            self.run(self.describe_extend(*following))
+
+    def allocate_extend(self, chunk: int, *, limit: int = 4, mixed: bool = False):
+        """Choose up to chunk tokens of new requests (the chunked one first), and allocate rows and pages.
+
+        Returns None if nothing fits, else the arguments of `describe_extend`.
+        """
+        fresh, budget = [], chunk
+        decoding = list(self.running) if mixed else []
+        if decoding and not self.make_room(len(decoding)):
+            return None
+        decoding = list(self.running) if mixed else []
+        reserved = len(decoding) * PAGE
+        candidates = [self.chunked] if self.chunked else []
+        candidates += self.waiting[: self.rows.available_size()][:limit]
+        for request in candidates:
+            if budget <= 0:
+                break
+            continued = request is self.chunked
+            request.req.init_next_round_input(None if continued else self.tree)
+            if not continued:
+                calls.lock(self.tree, request.req)
+            prefix = calls.prefix_len(request.req)
+            new = min(budget, len(request.history.tokens) - prefix)
+            # SGLang counts every request as if it began a page
+            if self.free_tokens() < reserved + new + PAGE:
+                if not continued:
+                    calls.unlock(self.tree, request.req)
+                break
+            calls.set_extend_range(request.req, prefix, prefix + new)
+            reserved += new + PAGE
+            budget -= new
+            fresh.append(request)
+        if not fresh:
+            return None
+        decode_slots = self._allocate_decode(decoding) if decoding else None
+        return fresh, decoding, self._allocate_fresh(fresh), decode_slots
+
+    def _allocate_fresh(self, fresh: list[Request]) -> torch.Tensor:
+        for request in fresh:
+            if request.row is None:
+                request.exact_start = calls.prefix_len(request.req)
+                self.waiting.remove(request)
+        prefixes = [calls.prefix_slots(self.tree, self.rows, r.req) for r in fresh]
+        rows = self.rows.alloc([r.req for r in fresh])
+        assert rows is not None, "only as many as there are rows are chosen"
+        starts, ends = zip(*(calls.extend_range(r.req) for r in fresh), strict=True)
+        prefix_lens, seq_lens = torch.tensor(starts), torch.tensor(ends)
+        total = sum(ends) - sum(starts)
+        self._evict_for(total + len(fresh) * PAGE)
+        last = [prefix[-1] if len(prefix) else torch.tensor(-1) for prefix in prefixes]
+        slots = self.allocator.alloc_extend(
+            prefix_lens, prefix_lens, seq_lens, seq_lens, torch.stack(last).long(), total
+        )
+        assert slots is not None, "only what fits is chosen"
+        done = 0
+        for request, prefix, start, end in zip(fresh, prefixes, starts, ends, strict=True):
+            self.rows.write((request.row, slice(0, start)), prefix.int())
+            own = slots[done : done + end - start].int()
+            self.rows.write((request.row, slice(start, end)), own)
+            done += end - start
+            calls.note_extend(request.req, end)
+            request.req.inflight_middle_chunks = int(end < len(request.history.tokens))
+        return slots
+
+    def describe_extend(self, fresh, decoding, slots, decode_slots) -> Step:
+        """Describe an extend step, or a mixed one, when the device comes to it."""
+        requests = fresh + decoding
+        spans = [calls.extend_range(r.req) for r in fresh] + [(r.cached - 1, r.cached) for r in decoding]
+        forward_batch = SimpleNamespace(
+            batch_size=len(requests),
+            req_pool_indices=torch.tensor([r.row for r in requests]),
+            extend_prefix_lens=torch.tensor([start for start, _ in spans]),
+            extend_seq_lens=torch.tensor([end - start for start, end in spans]),
+            extend_prefix_lens_cpu=[start for start, _ in spans],
+            extend_seq_lens_cpu=[end - start for start, end in spans],
+        )
+        batch = extend_batch(forward_batch, self.rows.req_to_token, self.pool.tail.exact_starts)
+        return self._note(Step(requests, spans, batch))
+
+    def extend(self, chunk: int, *, limit: int = 4, mixed: bool = False) -> None:
+        """Run one extend step if anything fits."""
+        allocated = self.allocate_extend(chunk, limit=limit, mixed=mixed)
+        if allocated:
+            self.run(self.describe_extend(*allocated))
+
+    def _note(self, step: Step) -> Step:
+        step.rows = [r.row for r in step.requests]
+        table = self.rows.req_to_token
+        step.slots = [table[row, :end].clone() for row, (_, end) in zip(step.rows, step.spans, strict=True)]
+        return step
+
+    def run(self, step: Step) -> None:
+        """Run a step on the device, check it, and let SGLang process its result."""
+        self.steps += 1
+        self.forwards += 1
+        q, k, v = (
+            torch.cat(
+                [getattr(r.history, n)[a:b] for r, (a, b) in zip(step.requests, step.spans, strict=True)]
+            )
+            for n in "qkv"
+        )
+        if step.padding:
+            # SGLang leaves whatever is in the buffers of padded rows
+            q, k, v = (torch.cat([x, x.new_full((step.padding, *x.shape[1:]), 1e4)]) for x in (q, k, v))
+        new = QKV(q, k, v)
+        before = clone(self.cache) if self._repeats_in_kernels(step) else None
+        self._check(step, attend(self.attention, new, self.cache, step.batch), BOUND)
+        if before:
+            self._run_kernels(step, new, before)
+        for n, (request, (start, end)) in enumerate(zip(step.requests, step.spans, strict=True)):
+            self._check_memory(request, step.rows[n], step.slots[n], start, end)
+        self._process(step)
+        self._poison_free_memory()
+
+    def _check(self, step: Step, out: torch.Tensor, bound: float) -> None:
+        done = 0
+        for request, (start, end) in zip(step.requests, step.spans, strict=True):
+            expected = request.history.output(start, end, request.exact_start)
+            got = out[done : done + end - start].double()
+            done += end - start
+            error = (got - expected).square().mean(-1).sqrt() / expected.square().mean(-1).sqrt()
+            worst = error.max().item()
+            assert worst < bound, f"request {request.req.rid}, positions {start} to {end}: error {worst:.2e}"
+
+    def _check_memory(self, request: Request, row: int, slots: torch.Tensor, start: int, end: int) -> None:
+        """The memory that the request's next step reads is, byte for byte, what its history says."""
+        full = end // PAGE
+        if full and (end - start > 1 or end % PAGE < 2):
+            pages = (slots[::PAGE] // PAGE)[:full].long()
+            wrong = (self.cache.records[pages] != request.history.records(full)).flatten(1).any(1)
+            assert not wrong.any(), f"request {request.req.rid}: records of pages {wrong.nonzero().tolist()}"
+        first = max(request.exact_start, (end // PAGE - self.config.window_pages) * PAGE, 0)
+        positions = torch.arange(first, end)
+        for ring, rows in (
+            (self.cache.ring_k, request.history.rotated_k),
+            (self.cache.ring_v, request.history.rotated_v),
+        ):
+            own = torch.equal(ring[row, positions % self.config.ring_len], rows[first:end])
+            assert own, f"request {request.req.rid}: ring of row {row}, positions {first} to {end}"
+
+    def _process(self, step: Step) -> None:
+        """Sample a token, put pages into the tree and re-point rows, as SGLang's result processor does."""
+        for request, (_, end) in zip(step.requests, step.spans, strict=True):
+            if request.row is None:
+                continue
+            decoded = request in self.running
+            if end == len(request.history.tokens):
+                token = request.history.next_token(request.salt)
+                request.req.output_ids.append(token)
+                request.history.append([token])
+            if decoded:
+                continue
+            self.chunked = None if self.chunked is request else self.chunked
+            if request.req.inflight_middle_chunks:
+                self.chunked = request
+            else:
+                self.running.append(request)
+            calls.cache_unfinished(self.tree, request.req, chunked=request is self.chunked)
+
+    def _repeats_in_kernels(self, step: Step) -> bool:
+        # some of the steps, by what they are, so that a repeated or shortened run takes the same
+        what = extend_hash(self.forwards, sum(end for _, end in step.spans))
+        return bool(self.kernels_every) and what % self.kernels_every == 0 and what not in _AGREED
+
+    def _run_kernels(self, step: Step, new: QKV, cache: LayerCache) -> None:
+        """Run the step once more, in the interpreted kernels, on the memory as it was before."""
+        self.kernel_forwards += 1
+        kernels = attention_with(TRITON, self.config, ROWS + PADDING)
+        self._check(step, attend(kernels, new, cache, step.batch), KERNEL_BOUND)
+        used = slice(1, None)
+        assert torch.equal(cache.records[used], self.cache.records[used]), "records of kernels and torch form"
+        for mine, other in ((cache.ring_k, self.cache.ring_k), (cache.ring_v, self.cache.ring_v)):
+            assert torch.equal(mine[used].view(torch.int32), other[used].view(torch.int32)), "rings"
+        _AGREED.add(extend_hash(self.forwards, sum(end for _, end in step.spans)))
+
+
+def attention_with(kernels: Kernels, config: KVarNConfig, max_batch: int, max_pages: int = 24) -> Attention:
+    """Return what runs steps of the model that `history` feeds, with a decode workspace of poison."""
+    limits = Limits(max_batch, max_pages, extend_requests=max_batch, chunk_pages=max_pages)
+    attention = Attention(SHAPE, config, torch.device("cpu"), limits, kernels)
+    if attention._decode_workspace is not None:
+        poison(attention._decode_workspace)
+    return attention
+
+
+def attend(attention: Attention, new: QKV, cache: LayerCache, batch: DecodeBatch | ExtendBatch) -> torch.Tensor:
+    """Run one step; return its output, NaN where nothing was written."""
+    out = torch.full_like(new.q, float("nan"))
+    attention.attend(new, out, cache, attention.plan(batch), SM_SCALE)
+    return out
+
+
+# steps that the kernels have repeated: many lives begin alike, and a step takes the interpreter seconds
+_AGREED: set[int] = set()
+_PAGES: dict[str, Pages] = {}
+
+
+def pages_of(config: KVarNConfig) -> Pages:
+    """Return the records that the worlds of a preset have computed so far; they are a function of tokens."""
+    return _PAGES.setdefault(config.name, Pages(config))
