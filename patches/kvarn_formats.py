@@ -44,10 +44,7 @@ class KVarNFormat(_registry.KVCacheFormat):
     def build_pool(self, kvc: Any, *, max_total_num_tokens: int, req_to_token_pool: Any) -> Any:
         from sglang_kvarn import pool
 
-        built = pool.build(kvc, max_total_num_tokens=max_total_num_tokens, req_to_token_pool=req_to_token_pool)
-
-        req_to_token_pool.register_on_alloc(built.tail.note_rows)
-        return built
+        return pool.build(kvc, max_total_num_tokens=max_total_num_tokens, req_to_token_pool=req_to_token_pool)
 
 
 def apply_cpu_defaults(server_args: Any) -> None:

@@ -138,6 +138,8 @@ def add_sweep(to: argparse.ArgumentParser, default: Sequence[int], folder: str) 
     add_caches(to, ["bf16", "fp8_e4m3", "kvarn"])
     add_mem_fraction(to)
     add_max_running_requests(to, 64)
+    text = "Leave sizes to SGLang: memory fraction, prefill step, requests at a time. Every server gets its cache only."
+    to.add_argument("--only-the-flag", action="store_true", help=text)
     text = "Tokens of a prefill step of every server."
     to.add_argument("--chunked-prefill-size", type=int, default=8192, metavar="N", help=text)
     to.add_argument("--server-args", default="", help="More flags of every server; without it none.")

@@ -13,15 +13,17 @@ from benchmarks.common import caches, launch, models
 from benchmarks.common.launch import CONSOLE
 
 # flags of `cli.add_sweep` without which results are not comparable
+SIZES = ("mem_fraction_static", "chunked_prefill_size", "max_running_requests")
 SETTINGS = (
-    *("model", "mem_fraction_static", "chunked_prefill_size", "max_running_requests"),
+    *("model", *SIZES),
     *("server_args", "stock_args", "kvarn_args"),
 )
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """Return what makes results comparable, for the result files."""
-    return {name: getattr(args, name) for name in SETTINGS}
+    """Return what makes results comparable, for the result files; sizes that are left to SGLang are empty."""
+    empty = SIZES if args.only_the_flag else ()
+    return {name: "" if name in empty else getattr(args, name) for name in SETTINGS}
 
 
 def flags(cache: str, args: argparse.Namespace) -> list[str]:
@@ -30,15 +32,16 @@ def flags(cache: str, args: argparse.Namespace) -> list[str]:
 
     found = models.arguments(args.model) | {
         "random_seed": 0,
-        "chunked_prefill_size": args.chunked_prefill_size,
-        "max_running_requests": args.max_running_requests,
         "enable_metrics": True,
         "log_level": "info",
         "log_level_http": "warning",
     }
-    if torch.cuda.is_available():
-        found["mem_fraction_static"] = args.mem_fraction_static
-        found["cuda_graph_max_bs_decode"] = args.max_running_requests
+    if not args.only_the_flag:
+        found["chunked_prefill_size"] = args.chunked_prefill_size
+        found["max_running_requests"] = args.max_running_requests
+        if torch.cuda.is_available():
+            found["mem_fraction_static"] = args.mem_fraction_static
+            found["cuda_graph_max_bs_decode"] = args.max_running_requests
     if args.model == models.TINY:
         found["dtype"] = "float32"
     more = args.stock_args if cache in caches.STOCK else args.kvarn_args

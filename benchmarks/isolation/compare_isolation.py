@@ -72,7 +72,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prompts_per_tenant=6,
         new_tokens=[8, 16, 32, 48],
         max_running_requests=24,
-        max_total_tokens=6144,
+        # the rings of 12 requests of SmolLM2 in 16 bit and 6,144 tokens
+        max_total_tokens=19_968,
         server_args=GPU_FLAGS if on_gpu else "",
     )
     default = "--attention-backend triton" if on_gpu else ""

@@ -57,7 +57,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prompts_per_tenant=3,
         new_tokens=[8, 24, 40, 64],
         max_running_requests=8,
-        max_total_tokens=3072,
+        # the rings of 5 requests of the tiny model and 3,072 tokens, so that requests wait and prefixes are evicted
+        max_total_tokens=9472,
         server_args="",
     )
     text = "Decode steps after which requests are retracted; with 0 only where memory runs out."
@@ -168,7 +169,7 @@ def load_given(args: argparse.Namespace, prompts: list[Prompt], window: bool) ->
 def load_own(args: argparse.Namespace, prompts: list[Prompt], window: bool) -> tuple[dict, list[faults.Fault]]:
     """Start two servers, load one of them, and return the result and the faults."""
     both = server_flags(args)
-    quiet = {"max_running_requests": 2, "max_total_tokens": 8192} | ({} if window else {"disable_radix_cache": True})
+    quiet = {"max_running_requests": 2, "max_total_tokens": 14_336} | ({} if window else {"disable_radix_cache": True})
     small = {
         "max_running_requests": args.max_running_requests,
         "max_total_tokens": args.max_total_tokens,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
@@ -55,6 +56,21 @@ def encoded(pages: tuple[torch.Tensor, torch.Tensor], config: KVarNConfig) -> to
     rotated = [reference.rotate(x).to(x.dtype).transpose(1, 2) for x in pages]
     parts = zip(*(x.split(16) for x in rotated), strict=True)
     return torch.cat([reference.encode_tile(k, v, config) for k, v in parts])
+
+
+def write_ring(cache: LayerCache, ring_pages: torch.Tensor, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write rotated tokens [n, Hk, D] of the positions from start on to a ring, which must hold all of them.
+
+    Args:
+        ring_pages: int32 [N], the pages of the ring.
+    """
+    width = 2 * cache.head_dim
+    tokens = cache.exact.shape[2] // width
+    assert len(k) <= tokens * len(ring_pages), "more tokens than the ring holds"
+    positions = torch.arange(start, start + len(k), device=k.device)
+    pages = ring_pages[positions // tokens % len(ring_pages)].long()
+    places = cache.exact[..., : tokens * width].unflatten(2, (tokens, width))
+    places[pages, :, positions % tokens] = torch.cat([k, v], -1)
 
 
 def attend_exactly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -13,33 +13,38 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.memory import LayerCache
 
 from benchmarks.kernels import parts
-from benchmarks.kernels.attention_problem import DEVICE, DTYPE, PAGE, Candidate, encoded
+from benchmarks.kernels.attention_problem import DEVICE, DTYPE, PAGE, Candidate, encoded, write_ring
 from benchmarks.kernels.decode_problem import Problem
 
 # e4m3 keeps three mantissa bits: about 3 % of a value, less after averaging
 FP8_TOLERANCE = 1e-1
 
 
-def _caches(problem: Problem, config: KVarNConfig, page_table: torch.Tensor) -> list[LayerCache]:
-    """Return caches that hold the context, one a layer: records of all pages, the newest tokens in the rings."""
+def _ring_pages(problem: Problem, config: KVarNConfig) -> torch.Tensor:
+    """Return the pages of every request's ring, int32 [B, N]: those behind the pages of records, in random order."""
+    shape, heads = problem.shape, problem.shape.heads
+    count = config.ring_pages(heads.head_dim, DTYPE.itemsize)
+    order = torch.randperm(shape.batch * count, device=DEVICE)
+    return (1 + shape.batch * shape.pages + order).int().unflatten(0, (shape.batch, count))
+
+
+def _caches(problem: Problem, config: KVarNConfig, page_table: torch.Tensor, rings: torch.Tensor) -> list[LayerCache]:
+    """Return caches that hold the context, one a layer: records of all pages, then the pages of the rings."""
     shape, heads = problem.shape, problem.shape.heads
     record_bytes = config.record_bytes(heads.head_dim)
     unique = encoded(problem.pages, config)
     rotated = [reference.rotate(x).to(DTYPE) for x in problem.pages]
-    ring_size = (shape.batch + 1, config.ring_len, heads.num_kv_heads, heads.head_dim)
+    size = (1 + page_table.numel() + rings.numel(), heads.num_kv_heads, record_bytes)
     first = max(0, (shape.context - 1) // PAGE - config.window_pages)
     caches = []
     for _ in range(shape.layers(shape.batch * shape.pages * heads.num_kv_heads * record_bytes)):
-        records = torch.empty(
-            page_table.numel() + 1, heads.num_kv_heads, record_bytes, dtype=torch.uint8, device=DEVICE
-        )
+        records = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         records[page_table.flatten().long()] = unique[problem.page_of.flatten()]
-        rings = [torch.zeros(ring_size, device=DEVICE, dtype=DTYPE) for _ in range(2)]
-        for page in range(first, shape.pages):
-            slots = torch.arange(page * PAGE, (page + 1) * PAGE, device=DEVICE) % config.ring_len
-            for ring, x in zip(rings, rotated, strict=True):
-                ring[1:, slots] = x[problem.page_of[:, page]]
-        caches.append(LayerCache(records, *rings))
+        cache = LayerCache(records, heads.head_dim, DTYPE)
+        for ring, page_of in zip(rings, problem.page_of, strict=True):
+            tokens = (x[page_of[first:]].flatten(0, 1) for x in rotated)
+            write_ring(cache, ring, first * PAGE, *tokens)
+        caches.append(cache)
     return caches
 
 
@@ -52,9 +57,10 @@ def kvarn(problem: Problem, preset: str, part: str = "", kernels: Kernels | None
     """
     shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
     page_table = problem.physical_pages()
-    caches = _caches(problem, config, page_table)
+    rings = _ring_pages(problem, config)
+    caches = _caches(problem, config, page_table, rings)
     batch = DecodeBatch(
-        rows=torch.arange(1, shape.batch + 1, device=DEVICE),
+        ring_pages=rings,
         seq_lens=torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE),
         page_table=page_table,
         store_pages=page_table[:, -1].contiguous(),

@@ -16,7 +16,7 @@ Places = dict[str, list[tuple[Any, str]]]
 
 # rotate + store + encode-if-full, attention over records and ring, merge + rotate back
 DECODE: Places = {
-    "store": [(store, "store_step"), (encode, "encode_from_ring"), (encode_cuda, "encode_from_ring")],
+    "store": [(rotate, "rotate_to_rings"), (encode, "encode_from_ring"), (encode_cuda, "encode_from_ring")],
     "attend": [(decode, "decode"), (decode_sm90, "decode")],
     "merge": [(merge, "merge_splits")],
 }

@@ -16,7 +16,7 @@ from kvarn_kernels.device.gpu import gpu_of
 from kvarn_kernels.memory import LayerCache
 
 from benchmarks.kernels import parts
-from benchmarks.kernels.attention_problem import DEVICE, PAGE, Candidate, attend_exactly, encoded
+from benchmarks.kernels.attention_problem import DEVICE, PAGE, Candidate, attend_exactly, encoded, write_ring
 from benchmarks.kernels.prefill_problem import Problem
 
 
@@ -55,29 +55,32 @@ def flashinfer_bf16(problem: Problem, backend: str) -> list[Candidate]:
     return [Candidate(run, out, problem.samples, problem.exact, plan=plan)]
 
 
+def _ring_pages(problem: Problem, config: KVarNConfig) -> torch.Tensor:
+    """Return the pages of the request's ring, int32 [1, N]: those behind the pages of records."""
+    first, count = problem.shape.pages + 1, config.ring_pages(problem.shape.heads.head_dim, problem.k.element_size())
+    return torch.arange(first, first + count, dtype=torch.int32, device=DEVICE)[None]
+
+
 def _filled_cache(problem: Problem, config: KVarNConfig) -> LayerCache:
-    """Return a cache that holds the prefix: its records, and its last tokens in the ring of row 1."""
-    shape, heads = problem.shape, problem.shape.heads
-    size = (shape.pages + 1, heads.num_kv_heads, config.record_bytes(heads.head_dim))
+    """Return a cache that holds the prefix: its records, and its last tokens in the ring."""
+    shape, heads, ring = problem.shape, problem.shape.heads, _ring_pages(problem, config)[0]
+    size = (1 + shape.pages + len(ring), heads.num_kv_heads, config.record_bytes(heads.head_dim))
     records = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     records[problem.page_table[0, : len(problem.page_of)].long()] = encoded(problem.distinct, config)[problem.page_of]
-    rings = []
-    for x in (problem.k, problem.v):
-        ring = torch.zeros(2, config.ring_len, *x.shape[1:], dtype=x.dtype, device=DEVICE)
-        positions = torch.arange(max(0, shape.prefix - config.ring_len), shape.prefix, device=DEVICE)
-        ring[1, positions % config.ring_len] = reference.rotate(x[positions]).to(x.dtype)
-        rings.append(ring)
-    return LayerCache(records, *rings)
+    cache, start = LayerCache(records, heads.head_dim, problem.k.dtype), max(0, shape.prefix - config.ring_len)
+    newest = (reference.rotate(x[start : shape.prefix]).to(x.dtype) for x in (problem.k, problem.v))
+    write_ring(cache, ring, start, *newest)
+    return cache
 
 
-def _batch(problem: Problem) -> ExtendBatch:
+def _batch(problem: Problem, config: KVarNConfig) -> ExtendBatch:
     shape = problem.shape
 
     def int32(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
     return ExtendBatch(
-        rows=torch.tensor([1], device=DEVICE),
+        ring_pages=_ring_pages(problem, config),
         prefix_lens=int32(shape.prefix),
         seq_lens=int32(shape.seq_len),
         qo_indptr=int32(0, shape.new),
@@ -98,7 +101,7 @@ def kvarn(
         kernels: other ones than a server would run; library: stands in for the module flashinfer.
     """
     shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
-    cache, out, batch = _filled_cache(problem, config), torch.empty_like(problem.q), _batch(problem)
+    cache, out, batch = _filled_cache(problem, config), torch.empty_like(problem.q), _batch(problem, config)
     limits = Limits(decode_batch=1, request_pages=shape.pages, extend_requests=1, chunk_pages=-(-shape.new // PAGE) + 1)
     sparse = replace(kernels or choose_kernels(heads, config, DEVICE), dense=False)
     attention = Attention(heads, config, DEVICE, limits, sparse)

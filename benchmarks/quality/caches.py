@@ -127,15 +127,15 @@ def kvarn(name: str, window_pages: int | None = None) -> Cache:
         tokens, kv_heads, head_dim = k.shape
         pages = -(-tokens // PAGE)
         attention = attention_of(AttentionShape(q.shape[1], kv_heads, head_dim, q.dtype), q.device, pages)
-        ring = [k.new_zeros(2, config.ring_len, kv_heads, head_dim) for _ in range(2)]
-        size = (pages + 1, kv_heads, config.record_bytes(head_dim))
+        ring = range(pages + 1, pages + 1 + config.ring_pages(head_dim, k.element_size()))
+        size = (ring.stop, kv_heads, config.record_bytes(head_dim))
         records = torch.zeros(size, dtype=torch.uint8, device=k.device)
 
-        def numbers(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=k.device)
+        def numbers(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=k.device)
 
         batch = ExtendBatch(
-            rows=numbers(1, dtype=torch.int64),
+            ring_pages=numbers(*ring)[None],
             prefix_lens=numbers(0),
             seq_lens=numbers(tokens),
             qo_indptr=numbers(0, tokens),
@@ -145,7 +145,8 @@ def kvarn(name: str, window_pages: int | None = None) -> Cache:
             seq_lens_host=[tokens],
         )
         out = torch.empty_like(q)
-        attention.attend(QKV(q, k, v), out, LayerCache(records, *ring), attention.plan(batch), sm_scale)
+        cache = LayerCache(records, head_dim, q.dtype)
+        attention.attend(QKV(q, k, v), out, cache, attention.plan(batch), sm_scale)
         return out.float()
 
     return Cache(config.name, config.bytes_per_token, attend, config, balanced=True)

@@ -131,7 +131,7 @@ class Attention:
         """
         self.shape, self.config, self.device, self._limits = shape, config, device, limits
         self._gpu = gpu_of(device) if gpu is None else gpu
-        self.kernels = choose_kernels(shape, config, device) if kernels is None else kernels
+        self.kernels = choose_kernels(shape, config, device, gpu) if kernels is None else kernels
         self._encode: ModuleType = encode_cuda if self.kernels.encode == "cuda" else encode
         self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
         self._dense_workspace = self._make_dense_workspace()
@@ -183,15 +183,15 @@ class Attention:
             self._decode_workspace = self._make_decode_workspace(decode_batch)
 
     def warm_up(self, cache: LayerCache) -> None:
-        """Build every kernel of extend steps, by steps of zeros on page 0 and row 0, which are padding.
+        """Build every kernel of extend steps, by steps of zeros on page 0, which is padding.
 
         Args:
-            cache: of any layer; record 0 and ring 0 are written.
+            cache: of any layer; page 0 is written.
         """
         batches = warm_up.batches(self.shape, self.config, self.device)
         steps = [Step(batch, self._plan_sparse(batch)) for batch in batches]
         if self._dense_workspace is not None:
-            page = warm_up.full_page(self.device)
+            page = warm_up.full_page(self.shape, self.config, self.device)
             steps.append(Step(page, extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu)))
         for step in steps:
             tokens, dtype = step.batch.num_tokens, self.shape.dtype
@@ -226,7 +226,7 @@ class Attention:
             new: the tokens after RoPE, not rotated, model dtype; those of request b of an extend step are the rows
                 qo_indptr[b] .. qo_indptr[b + 1] - 1, further rows are padding.
             out: [T, Hq, D] model dtype, contiguous, written.
-            cache: memory of this layer; the ring is written, and the records of full pages.
+            cache: memory of this layer; rings are written, and the records of full pages.
             step: from `plan`; sm_scale: factor of the scores.
         """
         if isinstance(step.batch, DecodeBatch):
@@ -241,7 +241,7 @@ class Attention:
         if workspace is None:
             torch_form.attend_decode(new, out, cache, batch, config, sm_scale)
             return
-        store.store_step(new, workspace.rotated_q, cache, batch)
+        rotate.rotate_to_rings(new, workspace.rotated_q, cache, batch, config)
         self._encode.encode_from_ring(cache, batch, config)
         if self.kernels.decode == "cuda":
             decode_sm90.decode(cache, batch, workspace, config, sm_scale)
@@ -269,4 +269,4 @@ class Attention:
             extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale)
         else:
             extend.extend(rotated, out, cache, batch, plan, config, sm_scale)
-        store.store_chunk(rotated, cache, batch)
+        store.store_chunk(rotated, cache, batch, config)

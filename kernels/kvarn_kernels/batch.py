@@ -29,14 +29,15 @@ class DecodeBatch:
     """Describe a decode step: B requests, one new token each. All tensors on the device, none is read by the host.
 
     Attributes:
-        rows: int64 [B], request row. Padded requests have row 0, seq_len 1, page 0.
+        ring_pages: int32 [B, N], contiguous, pages of the ring of each request. Padded requests have seq_len 1 and
+            page 0 everywhere.
         seq_lens: int32 [B], tokens including the new one (its position is seq_len - 1).
         page_table: int32 [B, P_max], page id of each page of the request; only pages that hold tokens are valid.
         store_pages: int32 [B], page of the new token, the target of the encoder when the token fills it.
         exact_starts: int32 [B], tokens taken from the prefix cache, a multiple of the page.
     """
 
-    rows: torch.Tensor
+    ring_pages: torch.Tensor
     seq_lens: torch.Tensor
     page_table: torch.Tensor
     store_pages: torch.Tensor
@@ -45,7 +46,7 @@ class DecodeBatch:
     @property
     def num_tokens(self) -> int:
         """New tokens, one per request."""
-        return self.rows.shape[0]
+        return self.seq_lens.shape[0]
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class ExtendBatch:
     """Describe an extend (prefill) step: B requests with one or more new tokens each, T in total.
 
     Attributes:
-        rows, page_table, exact_starts: as in `DecodeBatch`.
+        ring_pages, page_table, exact_starts: as in `DecodeBatch`.
         prefix_lens: int32 [B], tokens before the new ones, any number (not only whole pages).
         seq_lens: int32 [B], tokens including the new ones.
         qo_indptr: int32 [B + 1], first new token of each request in q, k, v.
         prefix_lens_host, seq_lens_host: the same numbers as Python lists; they size the grids.
     """
 
-    rows: torch.Tensor
+    ring_pages: torch.Tensor
     prefix_lens: torch.Tensor
     seq_lens: torch.Tensor
     qo_indptr: torch.Tensor

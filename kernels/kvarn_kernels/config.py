@@ -52,8 +52,13 @@ class KVarNConfig:
 
     @property
     def ring_len(self) -> int:
-        """Tokens that the ring of a request row holds at least: the window and the query's own page."""
+        """Tokens that the ring of a request holds at least: the window and the query's own page."""
         return (self.window_pages + 1) * tile.TILE_SIZE
+
+    def ring_pages(self, head_dim: int, itemsize: int) -> int:
+        """Return the pages that the ring of a request takes; 10 for ``kvarn`` at head_dim 128 in 16 bit."""
+        tokens = tile.exact_tokens(head_dim, self.k_bits, self.v_bits, itemsize)
+        return -(-self.ring_len // tokens)
 
     def record_bytes(self, head_dim: int) -> int:
         """Return the bytes of one record (one page of one KV head, keys and values).

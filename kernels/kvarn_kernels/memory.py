@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of one layer: records by page, rings by request row."""
+"""The memory of one layer: pages, each of records or of exact tokens."""
 
 from __future__ import annotations
 
@@ -12,37 +12,27 @@ from kvarn_kernels.record.format import first_token_dtype
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Hold the memory of one layer. P pages (page 0 is the padding target), R request rows (row 0 likewise).
+    """Hold the memory of one layer. P pages; page 0 is the padding target.
 
     Attributes:
-        records: uint8 [P, Hk, record_bytes], contiguous; record of page p and KV head h.
-        ring_k, ring_v: [R, ring_len, Hk, D] model dtype, contiguous, rotated; the token at position i of the request
-            in row r is at [r, i % ring_len]. ring_len is `KVarNConfig.ring_len` or more.
+        records: uint8 [P, Hk, record_bytes], contiguous; the record of page p and KV head h, or its exact tokens if the
+            page belongs to a ring (`record.ring`).
+        head_dim: D; dtype: the model's, that of exact tokens.
     """
 
     records: torch.Tensor
-    ring_k: torch.Tensor
-    ring_v: torch.Tensor
-
-    @property
-    def ring_len(self) -> int:
-        """Tokens in the ring of a row."""
-        return self.ring_k.shape[1]
+    head_dim: int
+    dtype: torch.dtype
 
     @property
     def num_kv_heads(self) -> int:
         """Hk."""
-        return self.ring_k.shape[2]
+        return self.records.shape[1]
 
     @property
-    def head_dim(self) -> int:
-        """D."""
-        return self.ring_k.shape[3]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The model's dtype."""
-        return self.ring_k.dtype
+    def exact(self) -> torch.Tensor:
+        """The pages in the model's dtype, as rings hold them: [P, Hk, record_bytes / itemsize]."""
+        return self.records.view(self.dtype)
 
     @property
     def first_tokens(self) -> torch.Tensor:

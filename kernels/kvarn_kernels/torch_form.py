@@ -2,7 +2,7 @@
 """Both kinds of step in batched torch, for a CPU: record bytes, position rule and memory of the kernels.
 
 Requests are attended one by one and prompts in blocks at fixed positions, so that the output of a position has the
-same bits whatever the chunk, the page ids and the other requests. It reads nothing but the request's own ring row,
+same bits whatever the chunk, the page ids and the other requests. It reads nothing but the request's own ring,
 the page table entries of pages that hold tokens and the records of full pages.
 """
 
@@ -55,9 +55,36 @@ def _encode_pages(
         cache.records[pages[slab].long()] = encode_tile(tiles[0][slab], tiles[1][slab], config)
 
 
-def _ring_tokens(ring: torch.Tensor, row: int, start: int, end: int) -> torch.Tensor:
-    """Return the tokens at positions start .. end - 1 of the request in a row: [end - start, Hk, D]."""
-    return ring[row, torch.arange(start, end, device=ring.device) % ring.shape[1]]
+def _ring_view(cache: LayerCache) -> torch.Tensor:
+    """Return the pages as exact tokens, a view [P, Hk, T, 2, D] of keys and values, T to a page."""
+    tokens = cache.exact.shape[2] // (2 * cache.head_dim)
+    return cache.exact[:, :, : tokens * 2 * cache.head_dim].unflatten(2, (tokens, 2, cache.head_dim))
+
+
+def _places(view: torch.Tensor, pages: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (page, place in it) of positions, int64 [n]; pages: of the request's ring, [N]."""
+    return pages[positions // view.shape[2] % len(pages)].long(), positions % view.shape[2]
+
+
+def _ring_tokens(cache: LayerCache, pages: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values of the positions start .. end - 1 of the request whose ring is in these pages.
+
+    Each is [end - start, Hk, D].
+    """
+    view = _ring_view(cache)
+    page, place = _places(view, pages, torch.arange(start, end, device=pages.device))
+    k, v = view[page, :, place].unbind(2)
+    return k, v
+
+
+def _store_tokens(
+    k: torch.Tensor, v: torch.Tensor, cache: LayerCache, pages: torch.Tensor, start: int
+) -> None:
+    """Write tokens [n, Hk, D] of the positions from start on, those that the next step may read, to a ring."""
+    view, end = _ring_view(cache), start + len(k)
+    kept = min(len(k), view.shape[2] * len(pages))
+    page, place = _places(view, pages, torch.arange(end - kept, end, device=pages.device))
+    view[page, :, place] = torch.stack([k, v], 2)[len(k) - kept :]
 
 
 def _attend(
@@ -100,32 +127,21 @@ def attend_decode(
     """Store one new token per request, encode the page it fills, and attend; see `Attention.attend`."""
     q, k, v = new
     rotated_q = rotate(q)
-    slots = (batch.seq_lens.long() - 1) % cache.ring_len
-    cache.ring_k[batch.rows, slots] = rotate(k).to(cache.ring_k.dtype)
-    cache.ring_v[batch.rows, slots] = rotate(v).to(cache.ring_v.dtype)
+    rotated_k, rotated_v = (rotate(x).to(cache.dtype) for x in (k, v))
     rotated_out = torch.empty_like(rotated_q)
-    requests = zip(batch.rows.tolist(), batch.seq_lens.tolist(), batch.exact_starts.tolist(), strict=True)
-    for b, (row, seq_len, exact_start) in enumerate(requests):
+    for b, (seq_len, exact_start) in enumerate(zip(batch.seq_lens.tolist(), batch.exact_starts.tolist(), strict=True)):
+        ring = batch.ring_pages[b]
+        _store_tokens(rotated_k[b : b + 1], rotated_v[b : b + 1], cache, ring, seq_len - 1)
         if seq_len % TILE_SIZE == 0:
-            k_page, v_page = (
-                _ring_tokens(x, row, seq_len - TILE_SIZE, seq_len) for x in (cache.ring_k, cache.ring_v)
-            )
+            k_page, v_page = _ring_tokens(cache, ring, seq_len - TILE_SIZE, seq_len)
             _encode_pages(k_page, v_page, cache, batch.store_pages[b : b + 1], config)
         n = record_pages(seq_len - 1, exact_start, config)
         records = _decode_pages(cache, batch.page_table[b, :n], config)
         exact_k, exact_v = (
-            _ring_tokens(x, row, n * TILE_SIZE, seq_len).transpose(0, 1).float()
-            for x in (cache.ring_k, cache.ring_v)
+            x.transpose(0, 1).float() for x in _ring_tokens(cache, ring, n * TILE_SIZE, seq_len)
         )
         rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale)[0]
     out.copy_(rotate(rotated_out))
-
-
-def _store_chunk(chunk: torch.Tensor, ring: torch.Tensor, row: int, prefix_len: int) -> None:
-    """Write the tokens of a chunk [n, Hk, D] that the next one may read into the ring."""
-    kept = min(len(chunk), ring.shape[1])
-    end = prefix_len + len(chunk)
-    ring[row, torch.arange(end - kept, end, device=ring.device) % ring.shape[1]] = chunk[len(chunk) - kept :]
 
 
 def _extend_request(
@@ -140,15 +156,15 @@ def _extend_request(
         float32 [n, Hq, D], rotated.
     """
     q, *chunk = rotated
-    row, exact_start, pages = int(batch.rows[b]), int(batch.exact_starts[b]), batch.page_table[b]
+    ring, exact_start, pages = batch.ring_pages[b], int(batch.exact_starts[b]), batch.page_table[b]
     prefix_len = batch.prefix_lens_host[b]
     size = TILE_SIZE
     seq_len = prefix_len + len(q)
     first_exact = record_pages(prefix_len, exact_start, config) * size
     # positions first_exact .. seq_len - 1; the own page of the first new token is always among them
     exact = [
-        torch.cat([_ring_tokens(ring, row, first_exact, prefix_len), new])
-        for ring, new in zip((cache.ring_k, cache.ring_v), chunk, strict=True)
+        torch.cat([old, new])
+        for old, new in zip(_ring_tokens(cache, ring, first_exact, prefix_len), chunk, strict=True)
     ]
     first, last = prefix_len // size, seq_len // size
     if last > first:
@@ -167,8 +183,7 @@ def _extend_request(
         out[block] = _attend(
             queries[block], (records[0][:, :n], records[1][:, :n]), (exact_k[:, seen], exact_v[:, seen]), sm_scale
         )
-    for new, ring in zip(chunk, (cache.ring_k, cache.ring_v), strict=True):
-        _store_chunk(new, ring, row, prefix_len)
+    _store_tokens(rotated.k, rotated.v, cache, ring, prefix_len)
     return out[lead : lead + len(q)]
 
 

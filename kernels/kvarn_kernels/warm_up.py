@@ -15,29 +15,33 @@ from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
 
-def full_page(device: torch.device) -> ExtendBatch:
+def full_page(shape: AttentionShape, config: KVarNConfig, device: torch.device) -> ExtendBatch:
     """Return a step of one full page with nothing cached."""
-    return _step(0, TILE_SIZE, device)
+    return _step(0, TILE_SIZE, _ring_pages(shape, config), device)
 
 
 def batches(shape: AttentionShape, config: KVarNConfig, device: torch.device) -> list[ExtendBatch]:
     """Return steps for every kernel that reads records: a full page; splits, with a merge of few and of many rows."""
-    steps = [full_page(device)]
+    steps, ring_pages = [full_page(shape, config, device)], _ring_pages(shape, config)
     if not config.fixed_order:
         cached = (2 * extend.MIN_SPLIT_PAGES + 1) * TILE_SIZE
-        steps += [_step(cached, new, device) for new in (1, -(-merge.FEW_ROWS // shape.num_qo_heads))]
+        steps += [_step(cached, new, ring_pages, device) for new in (1, -(-merge.FEW_ROWS // shape.num_qo_heads))]
     return steps
 
 
-def _step(cached: int, new: int, device: torch.device) -> ExtendBatch:
-    """Return a step of one request with `new` tokens after `cached` ones; its pages are page 0, its row is row 0."""
+def _ring_pages(shape: AttentionShape, config: KVarNConfig) -> int:
+    return config.ring_pages(shape.head_dim, shape.dtype.itemsize)
+
+
+def _step(cached: int, new: int, ring_pages: int, device: torch.device) -> ExtendBatch:
+    """Return a step of one request with `new` tokens after `cached` ones; all its pages are page 0."""
     length = cached + new
 
     def int32(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     return ExtendBatch(
-        rows=torch.zeros(1, dtype=torch.int64, device=device),
+        ring_pages=torch.zeros(1, ring_pages, dtype=torch.int32, device=device),
         prefix_lens=int32(cached),
         seq_lens=int32(length),
         qo_indptr=int32(0, new),

@@ -36,7 +36,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         self.pool = pool
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         limits = self._limits(model_runner)
-        self._buffers = DecodeBuffers(limits.decode_batch, self.req_to_token)
+        self._buffers = DecodeBuffers(limits.decode_batch, self.req_to_token, pool.rings)
         self.attention = Attention(pool.shape, pool.config, self.req_to_token.device, limits)
         if self.req_to_token.is_cuda:
             self.attention.warm_up(pool.layer_cache(pool.start_layer))
@@ -52,7 +52,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make the static buffers larger if a graph is; called before any capture."""
         if max_bs > self._buffers.max_batch:
-            self._buffers = DecodeBuffers(max_bs, self.req_to_token)
+            self._buffers = DecodeBuffers(max_bs, self.req_to_token, self.pool.rings)
             self.attention.reserve(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
@@ -64,11 +64,10 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
-        exact_starts = self.pool.tail.exact_starts
         if mode.is_decode():
-            self._step = self.attention.plan(self._buffers.fill(forward_batch, exact_starts))
+            self._step = self.attention.plan(self._buffers.fill(forward_batch))
         else:
-            self._step = self.attention.plan(extend_batch(forward_batch, self.req_to_token, exact_starts))
+            self._step = self.attention.plan(extend_batch(forward_batch, self.req_to_token, self.pool.rings))
 
     def forward_decode(
         self,

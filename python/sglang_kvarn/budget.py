@@ -43,10 +43,10 @@ def cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int
 
 
 def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any) -> int | None:
-    """Take ring and workspace out of the KV memory. Hook after ``_profile_available_bytes``.
+    """Take the workspaces out of the KV memory. Hook after ``_profile_available_bytes``.
 
-    The rows are fixed here, before tokens are counted, and passed on as ``max_running_requests``: a larger
-    pool would otherwise ask for more rows, which would shrink the pool.
+    The requests at a time are fixed here, before tokens are counted, and passed on as ``max_running_requests``: the
+    workspaces are made for them.
 
     Raises:
         Refused: what is left holds no pool that a request could use.
@@ -60,20 +60,16 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
     if found.requests is None:
         compat.set_max_running_requests(server_args, charged.rows)
     logger.info(
-        "KVarN: %d requests at a time (%s), ring %.1f MiB, workspace %.1f MiB of %.1f MiB KV memory;"
-        " a request less at a time (--max-running-requests) makes room for %s tokens more",
+        "KVarN: workspaces for at most %d requests at a time take %.1f MiB of %.1f MiB KV memory",
         charged.rows,
-        charged.reason,
-        charged.ring / MIB,
         charged.workspace / MIB,
         result / MIB,
-        f"{shape.row_bytes(config) // shape.token_bytes(config):,}",
     )
-    return result - charged.ring - charged.workspace
+    return result - charged.workspace
 
 
 def cap_rows(result: int, configurator: Any, token_capacity: int) -> int | None:
-    """Keep the rows within what the ring was charged for. Hook after ``resolve_max_num_reqs``."""
+    """Keep the rows within what the workspaces are made for. Hook after ``resolve_max_num_reqs``."""
     if settings.target_preset(configurator) is None:
         return None
     rows = compat.max_running_requests(configurator.server_args)

@@ -15,11 +15,8 @@ from kvarn_kernels.shape import AttentionShape
 from sglang_kvarn.refused import Refused
 from sglang_kvarn.settings import PAGE_SIZE
 
-# shares of the KV memory. Rings may take GRAPH_RING_SHARE so that every batch with a decode graph of stock SGLang can
-# run; beyond such batches they may take RING_SHARE
-GRAPH_RING_SHARE, RING_SHARE = 0.2, 0.05
-MIN_ROWS = 8
-MAX_ROWS = 4096
+# requests at a time that stock SGLang has rows for at most, and the share of the KV memory that workspaces may take
+MAX_ROWS, WORKSPACE_SHARE = 4096, 0.02
 # pages of the smallest pool: one for the prompt, one for the answer, one that SGLang keeps free
 MIN_PAGES = 3
 MIB = 1 << 20
@@ -30,7 +27,7 @@ class ModelShape:
     """Describe the layers of one rank that have a KV cache.
 
     Example: Qwen3-8B on one GPU has 36 layers of 32 query heads and 8 KV heads of 128 channels in bfloat16;
-    with ``kvarn`` a token costs 36 * 8 * 112 = 32,256 bytes (16 bit: 147,456), a ring row 37,748,736 bytes.
+    with ``kvarn`` a token costs 36 * 8 * 112 = 32,256 bytes (16 bit: 147,456), a ring 10 pages of 128 tokens.
     """
 
     layers: int
@@ -43,10 +40,6 @@ class ModelShape:
     def full_token_bytes(self, itemsize: int) -> int:
         """Return what a token costs unquantised, keys and values of `itemsize` bytes."""
         return self.layers * self.attention.full_token_bytes * itemsize // self.attention.dtype.itemsize
-
-    def row_bytes(self, config: KVarNConfig) -> int:
-        """Return the ring bytes of one request row, all layers, keys and values."""
-        return config.ring_len * self.layers * self.attention.full_token_bytes
 
 
 def rank_shape(model_config: Any, dtype: torch.dtype, tp_size: int, layers: int) -> ModelShape:
@@ -96,48 +89,31 @@ class Charge:
     """Hold what a cache takes before the first token.
 
     Attributes:
-        rows: requests at a time; reason: why so many.
-        ring, workspace: bytes of the rings and of the kernels' workspaces.
+        rows: requests at a time at most; workspace: bytes of the kernels' workspaces for them.
     """
 
     rows: int
-    reason: str
-    ring: int
     workspace: int
 
 
-def choose_rows(available: int, row_bytes: int, requested: int | None, graph_batch: int = 0) -> tuple[int, str]:
-    """Return the number of request rows that get a ring, and why.
+def ring_pages(shape: AttentionShape, config: KVarNConfig) -> int:
+    """Return the pages that the newest tokens of a running request take, exact, beside its records."""
+    return config.ring_pages(shape.head_dim, shape.dtype.itemsize)
 
-    Without a wish of the user, as many requests run as stock SGLang captures decode graphs for, while their rings take
-    at most a fifth of the memory. Fewer rows would let short requests wait beside an empty pool: Qwen3-8B on an H100
-    ran 69 of 256 chats at a time when rings took 5 %, at 0.77 times the throughput of stock SGLang.
 
-    Args:
-        available: bytes for the KV cache, ring included.
-        row_bytes: ring bytes of one row.
-        requested: the user's ``--max-running-requests`` for this rank, None to derive it.
-        graph_batch: the largest batch of a decode graph, 0 without graphs.
+def requests_of(pool_tokens: int, ring_tokens: int, tokens: int, rows: int) -> int:
+    """Return how many requests of so many tokens fit a pool at a time, nothing shared."""
+    each = -(-tokens // PAGE_SIZE) * PAGE_SIZE + ring_tokens
+    return min(max(pool_tokens - PAGE_SIZE, 0) // each, rows)
 
-    Raises:
-        Refused: the ring of these rows (and of the padding row) does not leave room for a cache.
-    """
-    if requested is not None:
-        rows, reason = requested, "--max-running-requests"
-    else:
-        some, many = (int(available * share) // row_bytes - 1 for share in (RING_SHARE, GRAPH_RING_SHARE))
-        rows = min(max(some, min(graph_batch, many), MIN_ROWS), MAX_ROWS)
-        reason = (
-            f"as many as decode graphs take while rings fit {GRAPH_RING_SHARE:.0%} of the KV memory, or more that fit "
-            f"{RING_SHARE:.0%}; at least {MIN_ROWS}, at most {MAX_ROWS}"
-        )
-    if (rows + 1) * row_bytes >= available:
-        raise Refused(
-            f"a kvarn cache needs {(rows + 1) * row_bytes / MIB:,.1f} MiB for the newest tokens of {rows} requests at "
-            f"a time, but {available / MIB:,.1f} MiB are left for it: lower --max-running-requests or raise "
-            "--mem-fraction-static"
-        )
-    return rows, reason
+
+def describe_requests(pool_tokens: int, ring_tokens: int, rows: int) -> str:
+    """Return in words how many requests run at a time, e.g. "609 requests of 1,024 tokens run at a time, ..."."""
+    first, *others = (
+        f"{requests_of(pool_tokens, ring_tokens, tokens, rows):,} of {tokens:,}" for tokens in (1024, 8192, 32768)
+    )
+    number, tokens = first.split(" of ")
+    return f"{number} requests of {tokens} tokens run at a time, or {', or '.join(others)}"
 
 
 def workspace_bytes(
@@ -162,21 +138,42 @@ def charge(
 ) -> Charge:
     """Return what a cache takes of the KV memory before the first token.
 
+    Requests take their rings from the pool when they run, so their number costs workspaces only. Without a wish of the
+    user it is what stock SGLang has at most, halved until the workspaces take a small share.
+
     Args:
         available: bytes for the KV cache, all of it.
 
     Raises:
         Refused: what is left holds no pool that a request could use.
     """
-    rows, reason = choose_rows(available, shape.row_bytes(config), bounds.requests, bounds.graph_batch)
-    limits = bounds.steps(rows, -(-bounds.context_len // PAGE_SIZE) + 1)
-    ring = (rows + 1) * shape.row_bytes(config)
-    workspace = workspace_bytes(shape, config, device, limits, gpu)
-    left, needed = available - ring - workspace, MIN_PAGES * PAGE_SIZE * shape.token_bytes(config)
+    pages, rows = -(-bounds.context_len // PAGE_SIZE) + 1, bounds.requests or MAX_ROWS
+    while True:
+        workspace = workspace_bytes(shape, config, device, bounds.steps(rows, pages), gpu)
+        if bounds.requests or rows <= max(bounds.graph_batch, 1) or workspace <= WORKSPACE_SHARE * available:
+            break
+        rows //= 2
+    left, least = available - workspace, ring_pages(shape.attention, config) + MIN_PAGES
+    needed = least * PAGE_SIZE * shape.token_bytes(config)
     if left < needed:
         raise Refused(
-            f"a kvarn cache needs {needed / MIB:,.1f} MiB for {MIN_PAGES} pages of tokens, but of "
-            f"{available / MIB:,.1f} MiB the ring of {rows} requests and the workspace leave "
-            f"{max(left, 0) / MIB:,.1f} MiB: lower --max-running-requests or raise --mem-fraction-static"
+            f"a kvarn cache needs {needed / MIB:,.1f} MiB for a pool of {least} pages, but of {available / MIB:,.1f} "
+            f"MiB the workspaces for {rows} requests at a time leave {max(left, 0) / MIB:,.1f} MiB: lower "
+            "--max-running-requests or raise --mem-fraction-static"
         )
-    return Charge(rows, reason, ring, workspace)
+    return Charge(rows, workspace)
+
+
+def check_pool(pool_tokens: int, shape: ModelShape, config: KVarNConfig) -> None:
+    """Refuse a pool that does not hold a request and its ring.
+
+    Raises:
+        Refused: its tokens, and how many it takes.
+    """
+    needed = (ring_pages(shape.attention, config) + MIN_PAGES) * PAGE_SIZE
+    if pool_tokens < needed:
+        raise Refused(
+            f"a kvarn cache of this model needs a pool of at least {needed:,} tokens, not {pool_tokens:,}, because a "
+            f"running request keeps its newest tokens in 16 bits, in {needed // PAGE_SIZE - MIN_PAGES} pages of the "
+            "pool: raise --max-total-tokens or --mem-fraction-static"
+        )

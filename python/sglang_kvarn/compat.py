@@ -15,6 +15,8 @@ import re
 from importlib import metadata
 from typing import Any
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 # plugin, engine and fuzz suites in CI
@@ -24,6 +26,7 @@ BOOTED_VERSIONS = ("0.5.18", "0.5.20")
 UNTESTED_ENV = "KVARN_UNTESTED_SGLANG"
 
 _NAMES = {
+    "AddReqResult": "sglang.srt.managers.schedule_policy:AddReqResult",
     "AttentionBackend": "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
     "AttentionType": "sglang.srt.layers.radix_attention:AttentionType",
     "CpuDeviceMixin": "sglang.srt.platforms.cpu:CpuDeviceMixin",
@@ -39,6 +42,7 @@ _NAMES = {
     "UnquantizedLinearMethod": "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
     "add_attention_backend_choices": "sglang.srt.server_args:add_attention_backend_choices",
     "envs": "sglang.srt.environ:envs",
+    "evict": "sglang.srt.mem_cache.common:evict_from_tree_cache",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "is_hybrid_swa_model": "sglang.srt.configs.model_config:is_hybrid_swa_model",
     "is_minimax_sparse": "sglang.srt.configs.model_config:is_minimax_sparse",
@@ -193,6 +197,23 @@ def prefix_len(req: Any) -> int:
 def request_row(req: Any) -> Any:
     """Return the row of a request in ReqToTokenPool, None while it has none."""
     return req.kv.req_pool_idx if _since("0.5.20") else req.req_pool_idx
+
+
+def free_pages(allocator: Any, pages: Any) -> None:
+    """Give whole pages back to SGLang's paged allocator, without the wait of its `free`, which looks for duplicates.
+
+    Args:
+        pages: int64 [N] on the device, page ids.
+    """
+    if _since("0.5.23"):
+        allocator.free_page_ids(pages)
+    elif not allocator.is_not_in_free_group:
+        # an index in each page stands for the page
+        allocator.free_group.append(pages * allocator.page_size)
+    elif allocator.need_sort:
+        allocator.release_pages = torch.cat((pages, allocator.release_pages))
+    else:
+        allocator.free_pages = torch.cat((pages, allocator.free_pages))
 
 
 def is_plain_attention(module: Any) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kvarn import balanced_layers, budget, compat, hook, refusals, refused, report, rows, settings
+from sglang_kvarn import admission, balanced_layers, budget, compat, hook, refusals, refused, report, rings, settings
 from sglang_kvarn.hook import Hook
 
 
@@ -148,7 +148,7 @@ HOOKS = (
         "after",
         ("self", "pre_model_load_memory"),
         budget.charge_fixed_bytes,
-        why="The ring and the workspaces would have no memory, and the number of their rows would be open.",
+        why="The workspaces would have no memory, and the number of requests that they are made for would be open.",
         replaced_by="`fixed_bytes`, asked for before tokens are counted",
     ),
     Hook(
@@ -156,7 +156,7 @@ HOOKS = (
         "after",
         ("self", "token_capacity"),
         budget.cap_rows,
-        why="There would be more rows than were charged.",
+        why="There would be more rows than the workspaces are made for.",
         replaced_by="`max_requests`",
     ),
     Hook(
@@ -164,17 +164,57 @@ HOOKS = (
         "around",
         ("self", "sizes", "req_to_token_pool"),
         _build_pool,
-        why="The pool would not hold records, and the rows of requests would have no tail.",
+        why="The pool would not hold records, and the rows of requests would have no rings.",
         replaced_by="`build_pool`",
+    ),
+    Hook(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__",
+        "after",
+        ("self", "kvcache"),
+        rings.attach_allocator,
+        why="Rings would not know whose pages they take.",
     ),
     Hook(
         "mem_cache.memory_pool.ReqToTokenPool.alloc",
         "around",
         ("self", "reqs"),
-        rows.record_exact_starts,
-        why="Nobody would know how much of a request came from the prefix cache when the request got its row.",
-        replaced_by="`ReqToTokenPool.register_on_alloc` (`register_on_alloc_rows`, which 0.5.20 has, is not given "
-        "the requests)",
+        rings.alloc_rows,
+        why="A request would have no ring, and nobody would know how much of it came from the prefix cache.",
+    ),
+    Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.free",
+        "around",
+        ("self", "req"),
+        rings.free_row,
+        why="The pages of a ring would be lost with the row of its request.",
+    ),
+    Hook(
+        "mem_cache.memory_pool.ReqToTokenPool.clear",
+        "after",
+        ("self",),
+        rings.forget_rows,
+        why="Pages that a flush made free would be given back a second time.",
+    ),
+    Hook(
+        "managers.schedule_policy.PrefillAdder.add_one_req",
+        "around",
+        ("self", "req"),
+        admission.add_with_ring,
+        why="A request could be admitted whose ring cannot be allocated.",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.init_model_worker",
+        "after",
+        ("self",),
+        admission.limit_lengths,
+        why="A request that fills the pool would wait without end for a ring beside it.",
+    ),
+    Hook(
+        "managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes",
+        "after",
+        ("self",),
+        admission.count_rings,
+        why="SGLang's memory checks of a busy server would take rings for lost pages.",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_internal_state",
@@ -187,7 +227,7 @@ HOOKS = (
         "managers.schedule_batch.Req._compute_max_prefix_len",
         "after",
         ("self", "input_len"),
-        rows.limit_prefix,
+        rings.limit_prefix,
         why="A request that lost its row would find its own prompt in the prefix cache, and read other values.",
     ),
     *_weight_hooks(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token pool: tile records by page, and the tail by request row."""
+"""The token pool: pages of tile records, some of them rings of running requests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.shape import AttentionShape
 
-from sglang_kvarn import budget, compat, hook, refusals, report, settings
+from sglang_kvarn import budget, capacity, compat, hook, refusals, report, settings
 from sglang_kvarn.capacity import MIB, ModelShape
-from sglang_kvarn.rows import Tail
+from sglang_kvarn.rings import ATTRIBUTE, Rings
 from sglang_kvarn.settings import PAGE_SIZE
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     Attributes:
         config: the preset; shape: of the attention of every layer.
         records: per layer uint8 [pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
-        tail: rings and exact starts.
+        rings: which pages hold the exact tokens of which request.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         pages = self.size // self.page_size + 1
         size = (pages, self.head_num, self.config.record_bytes(self.head_dim))
         self.records = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(self.layer_num)]
-        self.tail = Tail(self._rows, self.layer_num, self.shape, self.config, self.device)
-        self._layer_caches = [
-            LayerCache(*tensors)
-            for tensors in zip(self.records, self.tail.ring_k, self.tail.ring_v, strict=True)
-        ]
+        self._layer_caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]
+        hit_reads_as_miss = self.config.window_pages == 0
+        ring_pages = capacity.ring_pages(self.shape, self.config)
+        self.rings = Rings(self._rows, ring_pages, self.device, hit_reads_as_miss=hit_reads_as_miss)
+        setattr(self, ATTRIBUTE, self.rings)
         # SGLang's transfer code walks these lists. They stay empty: a slot has no row of its own to transfer
         self.k_buffer: list[torch.Tensor] = []
         self.v_buffer: list[torch.Tensor] = []
@@ -61,8 +61,8 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         return self._layer_caches[layer_id - self.start_layer]
 
     def get_kv_size_bytes(self) -> int:
-        """Return the bytes of records and rings."""
-        return sum(r.nbytes for r in self.records) + self.tail.num_bytes
+        """Return the bytes of all pages."""
+        return sum(r.nbytes for r in self.records)
 
     def facts(self) -> dict[str, Any]:
         """Return preset and sizes, JSON types."""
@@ -70,12 +70,12 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             "preset": self.config.name,
             "bytes_per_token": sum(records[0].nbytes for records in self.records) // PAGE_SIZE,
             "pool_tokens": self.size,
-            "ring_rows": self.tail.max_requests,
-            "ring_bytes": self.tail.num_bytes,
+            "max_requests": self.rings.max_requests,
+            "ring_tokens": self.rings.tokens_per_ring,
         }
 
     def _clear_buffers(self) -> None:
-        del self.records, self.tail, self._layer_caches
+        del self.records, self.rings, self._layer_caches
 
     def set_kv_buffer(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: only the kvarn attention backend writes, it knows the request rows."""
@@ -111,15 +111,19 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
 
     Args:
         configurator: SGLang's KVCacheConfigurator; max_total_num_tokens: of the pool, whole pages.
-        req_to_token_pool: SGLang's ReqToTokenPool, which gets the tail.
+        req_to_token_pool: SGLang's ReqToTokenPool, which gets the rings.
+
+    Raises:
+        Refused: the pool does not hold a ring and a request.
     """
     config = settings.target_preset(configurator)
     assert config is not None, "another cache is SGLang's to build"
     refusals.check_model(configurator.model_config)
+    capacity.check_pool(max_total_num_tokens, budget.model_shape(configurator), config)
     shape, rows = budget.model_shape(configurator), req_to_token_pool.req_to_token.shape[0]
     pool_class = partial(KVarNTokenToKVPool, config=config, rows=rows, shape=shape.attention)
     pool = configurator._build_mha_kv_pool(max_total_num_tokens=max_total_num_tokens, mha_pool_class=pool_class)
-    pool.tail.attach(req_to_token_pool)
+    setattr(req_to_token_pool, ATTRIBUTE, pool.rings)
     if compat.get_parallel().tp_rank == 0:
         _log(pool, shape)
         if configurator.server_args.enable_metrics:
@@ -130,14 +134,14 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
 def _log(pool: KVarNTokenToKVPool, shape: ModelShape) -> None:
     token, full = shape.token_bytes(pool.config), shape.full_token_bytes(2)
     logger.info(
-        "KVarN %s: %s bytes per token against %s in 16 bit (%.2fx), pool %s tokens in %.1f MiB, "
-        "rings of %d requests in %.1f MiB",
+        "KVarN %s: %s bytes per token against %s in 16 bit (%.2fx), pool %s tokens in %.1f MiB; a running request "
+        "takes the place of %s tokens more for its newest ones, so that %s",
         pool.config.name,
         f"{token:,}",
         f"{full:,}",
         full / token,
         f"{pool.size:,}",
         sum(r.nbytes for r in pool.records) / MIB,
-        pool.tail.max_requests,
-        pool.tail.num_bytes / MIB,
+        f"{pool.rings.tokens_per_ring:,}",
+        capacity.describe_requests(pool.size, pool.rings.tokens_per_ring, pool.rings.max_requests),
     )

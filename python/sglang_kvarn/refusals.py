@@ -132,7 +132,7 @@ ARGUMENTS = (
         ),
         typed=False,
     ),
-    _flag("enable_memory_saver", "the memory of records and ring cannot be released and restored"),
+    _flag("enable_memory_saver", "the memory of records and rings cannot be released and restored"),
     _flag("dcp_size", "decode context parallelism spreads the tokens of a page over ranks", off=1),
     _flag("attn_cp_size", _CONTEXT_PARALLEL, off=1),
     _flag("enable_prefill_cp", _CONTEXT_PARALLEL),
@@ -164,7 +164,7 @@ ARGUMENTS = (
         lambda args: compat.envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get(),
         _text(
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
-            "the size of the ring is fixed before CUDA graphs are captured",
+            "the size of the pool is fixed before CUDA graphs are captured",
             "unset the variable",
         ),
     ),

@@ -12,23 +12,22 @@ from sglang_kvarn import settings
 GAUGES = {
     "bytes_per_token": "Bytes of the KV cache per token, records of all layers of this process",
     "pool_tokens": "Tokens that the pool has room for",
-    "ring_rows": "Requests that can run at a time, each with a ring for its newest tokens",
-    "ring_bytes": "Bytes of all rings, the one for padded rows of CUDA graphs included",
+    "max_requests": "Requests that can run at a time, as long as the pool has pages for their rings",
+    "ring_tokens": "Tokens of the pool that the exact newest tokens of a running request take the place of",
 }
 
 
 def add_to_server_info(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Add "kvarn" to the internal state of a scheduler with our pool. Hook after ``get_internal_state``.
 
-    "pages_in_use" counts the pages that requests and the prefix cache hold. All but the newest ones of a request are
-    encoded.
+    "pages_in_use" counts the pages that requests and the prefix cache hold, those of rings included.
     """
     if settings.preset_of(scheduler.server_args) is None:
         return result
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
     used = (allocator.size - allocator.available_size()) // settings.PAGE_SIZE
-    result.internal_state["kvarn"] = pool.facts() | {"pages_in_use": used}
+    result.internal_state["kvarn"] = pool.facts() | {"pages_in_use": used, "rings_in_use": pool.rings.out}
     return result
 
 

@@ -16,7 +16,8 @@ OPTIONS = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
     "kv_cache_dtype": "kvarn_canonical",
-    "max_total_tokens": 4096,
+    # 4,096 tokens and the rings of 4 requests
+    "max_total_tokens": 14_336,
     "max_running_requests": 4,
     "chunked_prefill_size": 256,
     "random_seed": 0,

@@ -9,8 +9,8 @@ import sys
 import pytest
 from sglang_kvarn.cpu import platform
 
-# the ring of so many requests fits no memory, which only a scheduler knows
-TOO_MANY = 10**7
+# less than the ring of a request, which only a scheduler knows
+TOO_FEW = 1280
 COMMAND = "-m sglang.launch_server --kv-cache-dtype kvarn --dtype float32 --skip-tokenizer-init --model-path"
 
 
@@ -25,7 +25,7 @@ needs_no_gpu = pytest.mark.skipif(not platform.is_active(), reason="for a machin
             "--speculative-algorithm cannot be combined with --kv-cache-dtype kvarn, because speculative decoding is "
             "not supported yet: drop --speculative-algorithm",
         ),
-        (f"--max-running-requests {TOO_MANY}", f"for the newest tokens of {TOO_MANY} requests at a time, but "),
+        (f"--max-total-tokens {TOO_FEW}", f"tokens, not {TOO_FEW:,}, because a running request keeps its newest"),
     ],
     ids=["argument", "scheduler"],
 )
@@ -45,7 +45,7 @@ import sglang
 if __name__ == "__main__":
     try:
         sglang.Engine(model_path=sys.argv[1], kv_cache_dtype="kvarn", dtype="float32", skip_tokenizer_init=True,
-                      max_running_requests=int(sys.argv[2]))
+                      max_total_tokens=int(sys.argv[2]))
     except ValueError as error:
         print(error)
 """
@@ -55,6 +55,6 @@ if __name__ == "__main__":
 def test_a_program_gets_the_sentence_of_a_scheduler_as_a_value_error_and_can_end(model, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(LIBRARY)
-    command = [sys.executable, str(program), model, str(TOO_MANY)]
+    command = [sys.executable, str(program), model, str(TOO_FEW)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0 and f"of {TOO_MANY} requests at a time" in result.stdout.splitlines()[-1]
+    assert result.returncode == 0 and f"tokens, not {TOO_FEW:,}, because" in result.stdout.splitlines()[-1]

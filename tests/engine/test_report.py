@@ -13,7 +13,7 @@ from sglang_kvarn.demo import server as servers
 from benchmarks.common.tiny_model import prompt
 
 FLAGS = "--kv-cache-dtype kvarn_k2v2_g128 --dtype float32 --skip-tokenizer-init --skip-server-warmup --enable-metrics"
-FLAGS += " --max-total-tokens 2048 --max-running-requests 3 --log-level warning"
+FLAGS += " --max-total-tokens 8192 --max-running-requests 3 --log-level warning"
 
 
 def test_server_info_and_metrics_carry_the_sizes_of_the_cache(model):
@@ -35,6 +35,8 @@ def test_server_info_and_metrics_carry_the_sizes_of_the_cache(model):
         server.stop()
     # 300 tokens: two full pages stay in the prefix cache
     assert facts.pop("pages_in_use") == 2 and facts.pop("preset") == "kvarn_k2v2_g128"
-    assert facts["pool_tokens"] == 2048 and facts["ring_rows"] == 3
-    assert facts["bytes_per_token"] > 0 and facts["ring_bytes"] > 0
+    assert facts["pool_tokens"] == 8192 and facts["max_requests"] == 3
+    assert facts["bytes_per_token"] > 0 and facts["ring_tokens"] > 0
+    # the request has ended, and its ring is back in the pool
+    assert facts.pop("rings_in_use") == 0
     assert {name: float(value) for name, value in metrics.items()} == facts and facts.keys() == report.GAUGES.keys()

@@ -144,8 +144,14 @@ def test_a_step_runs_nothing_of_the_plugin(runs):
     assert probe["steps"] >= NEW - 1
     ours = {name: n for name, n in probe["ours"].items() if ".report." not in name and ".settings." not in name}
     # when the prefix cache is asked for a request that waits, and when the request gets its row
-    assert ours.keys() == {"sglang_kvarn.rows.limit_prefix", "sglang_kvarn.rows.record_exact_starts"}
-    assert ours["sglang_kvarn.rows.record_exact_starts"] == 1 and ours["sglang_kvarn.rows.limit_prefix"] < NEW - 1
+    assert ours.keys() == {
+        "sglang_kvarn.admission.add_with_ring",
+        "sglang_kvarn.rings.alloc_rows",
+        "sglang_kvarn.rings.free_row",
+        "sglang_kvarn.rings.limit_prefix",
+        "sglang_kvarn.rings.of_pool",
+    }
+    assert ours["sglang_kvarn.rings.alloc_rows"] == 1 and ours["sglang_kvarn.rings.limit_prefix"] < NEW - 1
 
 
 def test_a_server_imports_neither_kernels_nor_the_pool(runs):

@@ -55,7 +55,7 @@ def check(found: dict) -> None:
 def test_tenants_on_a_small_server_get_the_answers_of_a_server_of_their_own(tmp_path):
     # canonical: requests that compute one prefix at the same time share its pages, so that the answer of a window
     # preset can be that of a mixture of histories, which no server gives alone
-    load = "--requests 60 --tenants 12 --prompts-per-tenant 1 --max-total-tokens 1536 --new-tokens 8 24 48"
+    load = "--requests 60 --tenants 12 --prompts-per-tenant 1 --max-total-tokens 6656 --new-tokens 8 24 48"
     check(stress(tmp_path, f"--cache kvarn_canonical {load} --faults running", limit=840))
 
 

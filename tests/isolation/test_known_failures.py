@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 from history import PAGE
-from world import PAGES, ROWS, World, use_plain_allocation_kernels
+from world import ROWS, World, use_plain_allocation_kernels
 
 PRESETS = ["kvarn", "kvarn_canonical"]
 
@@ -32,6 +32,10 @@ def pages_in(world: World, request) -> list[int]:
     return (world.rows.req_to_token[request.row, : request.cached : PAGE] // PAGE).tolist()
 
 
+def ring_of(world: World, request) -> list[int]:
+    return world.rings.pages[request.row].tolist()
+
+
 def prefill(world: World, prompt: list[int], salt: int = 0):
     """Admit a request and run its prompt; return it."""
     request = world.admit(prompt, salt)
@@ -48,9 +52,10 @@ def test_a_stolen_tail_an_evicted_page_id_does_not_touch_the_exact_rows_of_its_n
     pages = set(pages_in(world, first))
     world.finish(first)
     live = prefill(world, tokens(PAGE + 40, 2))
-    world.evict(PAGES * PAGE)
+    world.evict(world.pool_pages * PAGE)
     guests = [prefill(world, tokens(2 * PAGE + 5, seed)) for seed in (3, 4)]
-    assert pages & {page for guest in guests for page in pages_in(world, guest)}, "no page id was recycled"
+    recycled = {page for guest in guests for page in pages_in(world, guest) + ring_of(world, guest)}
+    assert pages & recycled, "no page id was recycled"
     for _ in range(PAGE):
         # every step checks the output and the ring of all three
         world.decode()
@@ -62,9 +67,9 @@ def test_a_recycled_page_id_is_encoded_again_by_its_next_owner(world):
     """A page id with a record from its last owner looked complete to the next one."""
     world.poison = False
     stale = prefill(world, tokens(6 * PAGE, 1))
-    stale_pages = set(pages_in(world, stale))
+    stale_pages = set(pages_in(world, stale) + ring_of(world, stale))
     world.finish(stale)
-    world.evict(PAGES * PAGE)
+    world.evict(world.pool_pages * PAGE)
     # newest pages are handed out first
     request = prefill(world, tokens(2 * PAGE - 3, 2))
     assert set(pages_in(world, request)) <= stale_pages
@@ -122,37 +127,44 @@ def test_the_first_page_of_a_finished_chat_turn_serves_the_next_turn(world):
 
 @pytest.mark.parametrize("world", PRESETS, indirect=True)
 def test_padded_rows_hold_nothing_of_an_earlier_batch(world):
-    """After a batch of four, one of one padded to four must store into row 0 and page 0 only."""
-    requests = [prefill(world, tokens(PAGE - 2 - n, n)) for n in range(ROWS)]
+    """After a batch of three, one of one padded to three must store into page 0 and its own ring only."""
+    requests = [prefill(world, tokens(PAGE - 2 - n, n)) for n in range(ROWS - 1)]
     for _ in range(4):
         world.decode()
     for request in requests[1:]:
         world.finish(request)
     world.poison = False
-    rings, records = world.cache.ring_k.clone(), world.cache.records.clone()
+    records = world.cache.records.clone()
     step = world.prepare_decode(padding=2)
-    size = step.batch.rows.shape[0]
-    assert step.batch.rows[1:].tolist() == [0] * (size - 1)
+    size = step.batch.num_tokens
+    assert not step.batch.ring_pages[1:].any() and step.batch.ring_pages[0].all()
     assert step.batch.seq_lens[1:].tolist() == [1] * (size - 1)
     assert step.batch.store_pages[1:].tolist() == [0] * (size - 1)
-    row, position = requests[0].row, requests[0].cached - 1
+    position, ring = requests[0].cached - 1, world.rings.pages[requests[0].row]
     world.run(step)
-    changed = (world.cache.ring_k.nan_to_num() != rings.nan_to_num()).flatten(2).any(-1).nonzero().tolist()
-    assert [0, 0] in changed and [row, position % world.config.ring_len] in changed and len(changed) == 2
-    assert torch.equal(world.cache.records, records)
+    changed = (world.cache.records != records).flatten(1).any(1).nonzero().flatten().tolist()
+    tokens_of_page = world.cache.exact.shape[2] // (2 * world.cache.head_dim)
+    assert changed == sorted([0, int(ring[position // tokens_of_page % len(ring)])])
+    # of that page, one token
+    changed_elements = (world.cache.records[changed[1]] != records[changed[1]]).any(0).nonzero().flatten()
+    place, token_bytes = position % tokens_of_page, 2 * world.cache.head_dim * world.cache.dtype.itemsize
+    assert (changed_elements // token_bytes).unique().tolist() == [place]
 
 
-@pytest.mark.parametrize("world", PRESETS, indirect=True)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("length", [PAGE - 2, PAGE - 1, PAGE, 2 * PAGE - 1])
-def test_a_freed_row_with_a_wasted_step_is_clean_for_its_next_owner(world, length):
-    """Row and pages have a new owner, and req_to_token is rewritten, before the wasted step runs."""
+def test_a_freed_row_with_a_wasted_step_is_clean_for_its_next_owner(preset, length, monkeypatch):
+    """Row, ring and pages have a new owner, and req_to_token is rewritten, before the wasted step runs."""
+    use_plain_allocation_kernels(monkeypatch)
+    world = World(preset, rings=ROWS)
     stay = prefill(world, tokens(PAGE + 60, 1))
     leave = prefill(world, tokens(length, 2))
     filler = [prefill(world, tokens(20, seed)) for seed in (3, 4)]
-    row = leave.row
+    row, ring = leave.row, set(ring_of(world, leave))
     following = world.admit(tokens(2 * PAGE + 7, 5))
     world.decode_with_wasted_step(leave, reuse=True, chunk=200)
     assert following.row == row, "the row was not reused at once"
+    assert ring & set(ring_of(world, following) + pages_in(world, following)), "no page of the ring was reused at once"
     for _ in range(3):
         world.extend(200)
         world.decode()
@@ -163,6 +175,49 @@ def test_a_freed_row_with_a_wasted_step_is_clean_for_its_next_owner(world, lengt
         world.finish(request)
     world.extend(1000)
     assert again.exact_start == (length + 1) // PAGE * PAGE
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("length", [PAGE + 60, 2 * PAGE - 1])
+def test_a_freed_ring_page_becomes_a_record_of_another_request_while_a_wasted_step_runs(preset, length, monkeypatch):
+    """The wasted step writes a token to its old ring; the record that takes the page comes later, and is whole."""
+    use_plain_allocation_kernels(monkeypatch)
+    world = World(preset, rings=ROWS)
+    stay, leave = prefill(world, tokens(3 * PAGE - 3, 1)), prefill(world, tokens(length, 2))
+    ring = set(ring_of(world, leave))
+    wasted = world.prepare_decode()
+    world.running.remove(leave)
+    world.release(leave, insert=True)
+    # every free page but those of the ring is taken, so that the next pages are among those
+    others = [page for page in world.allocator.free_pages.tolist() if page not in ring]
+    world.allocator.free_pages = torch.tensor(sorted(ring), dtype=torch.int64)
+    world.run(wasted)
+    assert stay.cached == 3 * PAGE - 2
+    for _ in range(PAGE + 5):
+        world.decode()
+    records = set(pages_in(world, stay)[: stay.cached // PAGE])
+    world.allocator.free_pages = torch.cat([world.allocator.free_pages, torch.tensor(others)])
+    assert records & ring, "no page of the ring became a record"
+    world.check_accounts()
+
+
+@pytest.mark.parametrize("world", PRESETS, indirect=True)
+def test_a_request_waits_for_a_ring_and_gets_the_one_that_is_given_back(world):
+    """A pool that is full of rings and of locked pages admits no one, loses nothing, and goes on after a finish."""
+    running = [prefill(world, tokens(PAGE + 9 * n, n)) for n in range(ROWS - 1)]
+    for _ in range(2 * PAGE):
+        world.decode()
+    late = world.admit(tokens(70, 9))
+    before = world.allocator.free_pages.tolist()
+    world.extend(1000)
+    assert late.row is None and world.rings.out == len(world.holders())
+    assert sorted(world.allocator.free_pages.tolist()) == sorted(before)
+    world.check_accounts()
+    given = set(ring_of(world, running[0]))
+    world.finish(running[0])
+    world.extend(1000)
+    assert late in world.running and given & set(ring_of(world, late))
+    world.check_accounts()
 
 
 @pytest.mark.parametrize("world", PRESETS, indirect=True)

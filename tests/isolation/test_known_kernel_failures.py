@@ -16,24 +16,30 @@ from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read import decode_plan
 from kvarn_kernels.record import tile
 from test_known_failures import PRESETS, tokens
-from world import SHAPE, attend, attention_with, pages_of
+from world import SHAPE, attend, attention_with, pages_of, ring_token, ring_tokens
 
 FORMS = {"torch": TORCH, "triton": TRITON}
 POISON = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "beyond fp16": 1e6}
 
 
+def poisoned_cache(config: KVarNConfig, pages: int) -> LayerCache:
+    records = torch.full((pages, KV_HEADS, config.record_bytes(HEAD_DIM)), 0xFF, dtype=torch.uint8)
+    return LayerCache(records, HEAD_DIM, torch.float32)
+
+
 def decode_inputs(config: KVarNConfig, lengths: list[int], max_pages: int = 24):
     """Return (new, cache, batch, histories) of one decode step in which every token but the last is stored.
 
-    Page ids and rows are permuted, unused memory is NaN.
+    Page ids are permuted, those of rings among the others; unused memory is NaN.
     """
     size = len(lengths)
     histories = [History(tokens(n, seed=n + b), pages_of(config)) for b, n in enumerate(lengths)]
-    total = sum(-(-n // PAGE) for n in lengths) + 1
-    records = torch.full((total, KV_HEADS, config.record_bytes(HEAD_DIM)), 0xFF, dtype=torch.uint8)
-    rings = [torch.full((size + 1, config.ring_len, KV_HEADS, HEAD_DIM), float("nan")) for _ in range(2)]
+    ring_size = config.ring_pages(HEAD_DIM, 4)
+    total = sum(-(-n // PAGE) for n in lengths) + size * ring_size + 1
+    cache = poisoned_cache(config, total)
+    records = cache.records
     order = (1 + torch.randperm(total - 1)).tolist()
-    rows = (1 + torch.randperm(size)).tolist()
+    ring_pages = torch.tensor([[order.pop() for _ in range(ring_size)] for _ in lengths], dtype=torch.int32)
     table = torch.full((size, max_pages), -1, dtype=torch.int32)
     for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
         pages = [order.pop() for _ in range(-(-n // PAGE))]
@@ -41,22 +47,22 @@ def decode_inputs(config: KVarNConfig, lengths: list[int], max_pages: int = 24):
         full = (n - 1) // PAGE
         if full:
             records[pages[:full]] = history.records(full)
-        positions = torch.arange(max(0, n - config.ring_len), n - 1)
-        rings[0][rows[b], positions % config.ring_len] = history.rotated_k[positions]
-        rings[1][rows[b], positions % config.ring_len] = history.rotated_v[positions]
+        for position in range(max(0, n - config.ring_len), n - 1):
+            k, v = ring_token(cache, ring_pages[b], position)
+            k.copy_(history.rotated_k[position]), v.copy_(history.rotated_v[position])
     batch = DecodeBatch(
-        rows=torch.tensor(rows),
+        ring_pages=ring_pages,
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         page_table=table,
         store_pages=torch.stack([table[b, (n - 1) // PAGE] for b, n in enumerate(lengths)]),
         exact_starts=torch.zeros(size, dtype=torch.int32),
     )
     new = QKV(*(torch.stack([getattr(h, name)[-1] for h in histories]) for name in "qkv"))
-    return new, LayerCache(records, *rings), batch, histories
+    return new, cache, batch, histories
 
 
 def run_in(form: str, new: QKV, cache: LayerCache, batch, config: KVarNConfig) -> torch.Tensor:
-    return attend(attention_with(FORMS[form], config, len(batch.rows)), new, cache, batch)
+    return attend(attention_with(FORMS[form], config, len(batch.ring_pages)), new, cache, batch)
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -113,20 +119,17 @@ def test_decode_a_poisoned_request_leaves_every_other_bit_alone(preset, poison, 
         torch.manual_seed(1)
         new, cache, batch, _ = decode_inputs(config, lengths)
         if poisoned:
-            cache.ring_k[batch.rows[0]] = poison
-            cache.ring_v[batch.rows[0], ::3] = poison
+            cache.exact[batch.ring_pages[0].long()] = poison
             for x in new:
                 x[0, 1, 5] = poison
         out = run_in(form, new, cache, batch, config)
         own = torch.cat([batch.page_table[b, : -(-n // PAGE)] for b, n in enumerate(lengths) if b])
-        return out[1:], cache.records[own.long()], cache.ring_k[batch.rows[1:]]
+        return out[1:], cache.records[own.long()], cache.records[batch.ring_pages[1:].flatten().long()]
 
     clean, poisoned = step(False), step(True)
     assert clean[0].isfinite().all()
     for one, other in zip(clean, poisoned, strict=True):
-        # the unused part of the rings is NaN
-        assert torch.equal(one.nan_to_num(), other.nan_to_num())
-        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -138,11 +141,10 @@ def test_extend_a_poisoned_request_leaves_every_other_bit_alone(poison, form):
     histories = [History(tokens(n, seed=n), pages_of(config)) for n in sizes]
 
     def step(poisoned: bool):
-        records = torch.full((5, KV_HEADS, config.record_bytes(HEAD_DIM)), 0xFF, dtype=torch.uint8)
-        rings = [torch.full((3, config.ring_len, KV_HEADS, HEAD_DIM), float("nan")) for _ in range(2)]
-        cache = LayerCache(records, *rings)
+        ring_size = config.ring_pages(HEAD_DIM, 4)
+        cache = poisoned_cache(config, 5 + 2 * ring_size)
         batch = ExtendBatch(
-            rows=torch.tensor([1, 2]),
+            ring_pages=5 + torch.arange(2 * ring_size, dtype=torch.int32).view(2, ring_size).flip(1),
             prefix_lens=torch.zeros(2, dtype=torch.int32),
             seq_lens=torch.tensor(sizes, dtype=torch.int32),
             qo_indptr=torch.tensor([0, 200, 350], dtype=torch.int32),
@@ -156,7 +158,7 @@ def test_extend_a_poisoned_request_leaves_every_other_bit_alone(poison, form):
             for x in new:
                 x[3, 0, 7] = x[199, 1, 0] = x[150] = poison
         out = run_in(form, new, cache, batch, config)
-        return out[200:], records[1], rings[0][2, :150], rings[1][2, :150]
+        return out[200:], cache.records[1], *ring_tokens(cache, batch.ring_pages[1], 0, 150)
 
     for clean, other in zip(step(False), step(True), strict=True):
         assert torch.equal(clean, other)
@@ -186,7 +188,7 @@ def test_canonical_decode_gives_a_request_the_same_bits_in_any_company(form):
             batch,
             **{
                 name: getattr(batch, name)[b : b + 1]
-                for name in ("rows", "seq_lens", "page_table", "store_pages", "exact_starts")
+                for name in ("ring_pages", "seq_lens", "page_table", "store_pages", "exact_starts")
             },
         )
         one = run_in(form, QKV(*(x[b : b + 1] for x in new)), cache, alone, config)

@@ -35,7 +35,7 @@ def plan(lengths: list[int], config: KVarNConfig, heads=(32, 8), head_dim=128, s
     workspace.split_indptr.fill_(-1)
     size = len(lengths)
     batch = DecodeBatch(
-        rows=torch.zeros(size, dtype=torch.int64, device=DEVICE),
+        ring_pages=torch.zeros(size, 1, dtype=torch.int32, device=DEVICE),
         seq_lens=int32(*lengths),
         page_table=torch.zeros(size, MAX_PAGES, dtype=torch.int32, device=DEVICE),
         store_pages=int32(*[0] * size),

@@ -36,7 +36,7 @@ FORMS = [
 def code_of(form: tuple, capability: str) -> bytes:
     preset, *rest = form
     config = KVarNConfig.from_preset(preset)
-    defines = decode_sm90.constants(config, *rest, config.ring_len)
+    defines = decode_sm90.constants(config, *rest, config.ring_pages(rest[0], 2))
     return compiled(nvrtc.source(decode_sm90.SOURCE, defines), "kvarn_decode", capability)
 
 
@@ -56,7 +56,7 @@ def test_decode_sm90_compiles_for_blackwell():
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     config = KVarNConfig.from_preset(preset)
-    defines = decode_sm90.constants(config, head_dim, 8, 4, True, config.ring_len)
+    defines = decode_sm90.constants(config, head_dim, 8, 4, True, config.ring_pages(head_dim, 2))
     # 227 KiB for all resident blocks of a multiprocessor, 1 KiB of each is reserved
     assert (decode_sm90.shared_bytes(defines) + 2048) * decode_sm90.MIN_BLOCKS[head_dim] <= 228 * 1024
     assert defines["RECORD"] % 16 == 0 and defines["RECORD"] == tile.record_bytes(

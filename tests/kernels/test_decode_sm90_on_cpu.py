@@ -5,11 +5,12 @@ order, warps that stand still at random. How it hung on a GPU before each team o
 import ctypes
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from builders import RELATIVE_RMS, make_request, oracle, prefill, relative_rms
+from builders import RELATIVE_RMS, attention_for, make_request, oracle, prefill, relative_rms, run_decode
 from kvarn_kernels import torch_form
 from kvarn_kernels.attention import Kernels
 from kvarn_kernels.config import KVarNConfig
@@ -19,16 +20,16 @@ from test_decode import ONE_MULTIPROCESSOR, PAGE, TOLERANCE, decode_step, make_c
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_decode.py runs the kernel itself")
 LAUNCHER = """
-extern "C" const char* run(float* q, u8* records, u8* k, u8* v, int* table, long long* rows, int* lens, int* starts,
-                    int* requests, int* indptr, float* out, float* lse, int stride, float scale, int batch, int splits,
-                    int blocks, unsigned seed) {
+extern "C" const char* run(float* q, u8* records, int* rings, int* table, int* lens, int* starts, int* requests,
+                    int* indptr, float* out, float* lse, int stride, float scale, int batch, int splits, int blocks,
+                    unsigned seed) {
   failure.clear();
   copies.clear();
   schedule_seed = seed;
   delays.seed(seed);
   launch({splits, blocks, 1}, 32 * WARPS, [=] {
-    kvarn_decode(q, records, k, v, table, rows, lens, starts, requests, indptr, out, lse, stride,
-                 __float_as_int(scale), batch);
+    kvarn_decode(q, records, rings, table, lens, starts, requests, indptr, out, lse, stride, __float_as_int(scale),
+                 batch);
   });
   return failure.c_str();
 }
@@ -110,6 +111,31 @@ def check(requests, heads, config, gpu=None):
 def test_every_form_matches_the_oracle(run_as_cpp, preset, dtype, head_dim, heads):
     requests = make_requests([3 * PAGE + 5, 70, 4 * PAGE], heads, head_dim, dtype)
     check(requests, heads, KVarNConfig.from_preset(preset))
+
+
+@pytest.mark.parametrize(
+    ("preset", "head_dim"),
+    [("kvarn", 64), ("kvarn", 256), ("kvarn_canonical", 128), ("kvarn_k4v4_g128", 64), ("kvarn_k2v2_g128", 128)],
+)
+def test_rings_in_any_round_match_the_oracle(run_as_cpp, preset, head_dim):
+    config = KVarNConfig.from_preset(preset)
+    size = make_cache(config, 1, head_dim, torch.bfloat16, 1, 2).ring_size
+    lengths = [size - 1, size, size + 1, 2 * size + 1, 2 * size + PAGE + 7]
+    check(make_requests(lengths, (1, 1), head_dim, torch.bfloat16), (1, 1), config)
+
+
+def test_steps_read_the_ring_pages_of_the_batch_whoever_wrote_them(run_as_cpp):
+    requests = make_requests([PAGE + 9, PAGE + 9], HEADS, 64, torch.float16)
+    config = KVarNConfig.from_preset("kvarn")
+    cache = make_cache(config, 1, 64, torch.float16, 6, rows=3)
+    for request in requests:
+        prefill(torch_form.attend_extend, request, [PAGE + 8], cache, config)
+    swapped = replace(cache, rings=cache.rings[[0, 2, 1]])
+    attention = attention_for(swapped, HEADS[0], config, SM90)
+    outs = run_decode(attention, requests, [PAGE + 8] * 2, swapped, config)
+    for out, a, b in zip(outs, requests, requests[::-1], strict=True):
+        mixed = replace(a, k=torch.cat([b.k[:-1], a.k[-1:]]), v=torch.cat([b.v[:-1], a.v[-1:]]))
+        assert relative_rms(out, oracle(mixed, config, PAGE + 8)[0]) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("seed", range(1, 5))

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from builders import DEVICE, PAGE, make_cache, make_request, prefill, relative_rms
+from builders import DEVICE, PAGE, RowCache, make_cache, make_request, prefill, relative_rms, write_ring
 from kvarn_kernels import reference, torch_form
 from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
@@ -14,12 +14,12 @@ KVARN = KVarNConfig.from_preset("kvarn")
 BOUND = {torch.float16: 4e-4, torch.bfloat16: 2.5e-3}
 
 
-def batch_of(request, prefix: int, seq: int) -> ExtendBatch:
+def batch_of(request, cache: RowCache, prefix: int, seq: int) -> ExtendBatch:
     def int32(x: int) -> torch.Tensor:
         return torch.tensor([x], dtype=torch.int32, device=DEVICE)
 
     return ExtendBatch(
-        rows=torch.tensor([request.row], device=DEVICE),
+        ring_pages=cache.ring_pages(request.row),
         prefix_lens=int32(prefix),
         seq_lens=int32(seq),
         qo_indptr=torch.tensor([0, seq - prefix], dtype=torch.int32, device=DEVICE),
@@ -38,7 +38,7 @@ def filled(cache, request, config, prefix: int, numbers: list[int], num_exact: i
     shape = (len(numbers) + 1, cache.num_kv_heads, PAGE, cache.head_dim)
     keys, values = (torch.full(shape, float("nan"), dtype=request.k.dtype, device=DEVICE) for _ in range(2))
     pages = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
-    batch = batch_of(request, prefix, len(request.k))
+    batch = batch_of(request, cache, prefix, len(request.k))
     new = QKV(
         *(torch.cat([x[prefix:], torch.full_like(x[:PAGE], float("nan"))]) for x in (request.q, request.k, request.v))
     )
@@ -69,8 +69,7 @@ def test_dequantise_matches_the_decoded_records(preset, head_dim, dtype):
     request = make_request(3 * PAGE + 5, (2, 2), head_dim, dtype)
     cache = make_cache(config, 2, head_dim, dtype, pages=8, rows=3)
     prefill(torch_form.attend_extend, request, [3 * PAGE], cache, config)
-    for ring in (cache.ring_k, cache.ring_v):
-        ring.fill_(float("nan"))
+    cache.exact[cache.rings[1].long()] = float("nan")
     got = filled(cache, request, config, 3 * PAGE, [2, 0, 1, 0], num_exact=0)
     records = cache.records[[request.pages[n] for n in (2, 0, 1, 0)]]
     for x, decoded in zip(got, reference.decode_tile(records, config, head_dim), strict=True):
@@ -103,7 +102,9 @@ def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records():
     cache = make_cache(KVARN, 1, 64, torch.float16, pages=8, rows=3)
     prefill(torch_form.attend_extend, request, [2 * PAGE + 44], cache, KVARN)
     request.exact_start = 2 * PAGE
-    cache.ring_k[2, PAGE:], cache.ring_v[2, PAGE:] = float("nan"), float("nan")
+    # the page of the hit, in the places of the ring that the new tokens left
+    poison = torch.full((PAGE, 1, 64), float("nan"), device=DEVICE)
+    write_ring(cache, 2, torch.arange(PAGE, 2 * PAGE), poison, poison)
     windows = filled(cache, request, KVARN, 2 * PAGE + 44, [1, 2], num_exact=2)
     records = filled(cache, request, KVARN, 2 * PAGE + 44, [1], num_exact=0)
     for window, record in zip(windows, records, strict=True):

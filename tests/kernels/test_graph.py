@@ -12,10 +12,10 @@ HEADS, HEAD_DIM = (8, 2), 128
 TOLERANCE = RELATIVE_RMS[torch.bfloat16] + 1e-3
 
 
-def static_batch(size: int, max_pages: int) -> DecodeBatch:
-    """Return a batch of padded rows: row 0, page 0, one token."""
+def static_batch(size: int, max_pages: int, ring_pages: int) -> DecodeBatch:
+    """Return a batch of padded rows: page 0, one token."""
     return DecodeBatch(
-        rows=torch.zeros(size, dtype=torch.int64, device=DEVICE),
+        ring_pages=torch.zeros(size, ring_pages, dtype=torch.int32, device=DEVICE),
         seq_lens=torch.ones(size, dtype=torch.int32, device=DEVICE),
         page_table=torch.zeros(size, max_pages, dtype=torch.int32, device=DEVICE),
         store_pages=torch.zeros(size, dtype=torch.int32, device=DEVICE),
@@ -31,11 +31,11 @@ def test_one_graph_serves_every_length_and_every_padding(preset):
         requests.append(make_request(tokens, HEADS, HEAD_DIM, torch.bfloat16, row=n + 1, first_page=first_page, seed=n))
         first_page += len(requests[-1].pages)
     cache = make_cache(config, HEADS[1], HEAD_DIM, torch.bfloat16, first_page, rows=4)
-    for ring in (cache.ring_k, cache.ring_v):
-        ring[0] = 0  # the padding row
+    cache.records[0] = 0  # the padding
     begins = [3 * PAGE - 3, 1, 640]
     size = 5
-    attention, batch = attention_for(cache, HEADS[0], config, max_batch=size, max_pages=8), static_batch(size, 8)
+    attention = attention_for(cache, HEADS[0], config, max_batch=size, max_pages=8)
+    batch = static_batch(size, 8, cache.rings.shape[1])
     for request, begin in zip(requests, begins, strict=True):
         prefill(attention, request, [begin], cache, config)
     shapes = {"q": HEADS[0], "k": HEADS[1], "v": HEADS[1]}
@@ -58,12 +58,12 @@ def test_one_graph_serves_every_length_and_every_padding(preset):
     expected = [oracle(request, config) for request in requests]
     for count in range(70):
         live = [n for n, request in enumerate(requests) if begins[n] + count < len(request.q)]
-        for x in (batch.rows, batch.store_pages, batch.exact_starts, batch.page_table):
+        for x in (batch.ring_pages, batch.store_pages, batch.exact_starts, batch.page_table):
             x.zero_()
         batch.seq_lens.fill_(1)
         for slot, n in enumerate(live):
             request, position = requests[n], begins[n] + count
-            batch.rows[slot], batch.seq_lens[slot] = request.row, position + 1
+            batch.ring_pages[slot], batch.seq_lens[slot] = cache.rings[request.row], position + 1
             used = request.pages[: position // PAGE + 1]
             batch.page_table[slot, : len(used)] = torch.tensor(used, dtype=torch.int32)
             batch.store_pages[slot] = used[-1]
@@ -83,10 +83,9 @@ def test_large_batches_match_the_oracle(preset):
     cache = make_cache(config, heads[1], HEAD_DIM, torch.bfloat16, 1 + max(request.pages), rows=size + 1)
     attention = attention_for(cache, heads[0], config, max_batch=size, max_pages=len(request.pages))
     prefill(attention, request, [tokens - 1], cache, config)
-    for ring in (cache.ring_k, cache.ring_v):
-        ring[2:] = ring[1]
+    cache.records[cache.rings[2:].long()] = cache.records[cache.rings[1].long()]
     batch = DecodeBatch(
-        rows=torch.arange(1, size + 1, device=DEVICE),
+        ring_pages=cache.ring_pages(*range(1, size + 1)),
         seq_lens=torch.full((size,), tokens, dtype=torch.int32, device=DEVICE),
         page_table=torch.tensor([request.pages] * size, dtype=torch.int32, device=DEVICE),
         store_pages=torch.full((size,), request.pages[-1], dtype=torch.int32, device=DEVICE),

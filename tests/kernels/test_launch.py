@@ -147,9 +147,9 @@ def test_wrappers_pass_the_parameters_of_the_cuda_kernels_by_name(passed):
     config = KVarNConfig.from_preset("kvarn")
     cache = make_cache(config, 2, 64, torch.float16, pages=5, rows=2)
     workspace = attention_for(cache, 4, config, max_batch=1)._decode_workspace
-    row, pages, chunk = torch.tensor([1]), int32(3, 1, 4)[None], torch.zeros(300, 2, 64)
-    decode_step = DecodeBatch(row, int32(300), pages, int32(4), int32(0))
-    extend_step = ExtendBatch(row, int32(0), int32(300), int32(0, 300), pages, int32(0), [0], [300])
+    ring, pages, chunk = cache.ring_pages(1), int32(3, 1, 4)[None], torch.zeros(300, 2, 64)
+    decode_step = DecodeBatch(ring, int32(300), pages, int32(4), int32(0))
+    extend_step = ExtendBatch(ring, int32(0), int32(300), int32(0, 300), pages, int32(0), [0], [300])
     decode_sm90.decode(cache, decode_step, workspace, config, 1.0)
     encode_cuda.encode_from_ring(cache, decode_step, config)
     encode_cuda.encode_from_chunk(QKV(chunk, chunk, chunk), cache, extend_step, config)
@@ -161,7 +161,7 @@ def test_wrappers_pass_the_parameters_of_the_cuda_kernels_by_name(passed):
 
 def test_parameters_are_those_of_the_kernel_that_is_asked_for():
     source = encode_cuda.SOURCE.read_text()
-    expected = ("records", "ring_k", "ring_v", "rows", "seq_lens", "store_pages", "batch_size")
+    expected = ("records", "ring_pages", "seq_lens", "store_pages", "batch_size")
     assert nvrtc.parameters(source, "kvarn_encode_ring") == expected
     with pytest.raises(ValueError, match="expected a kernel kvarn_encode, the source defines none"):
         nvrtc.parameters(source, "kvarn_encode")

@@ -3,10 +3,11 @@
 
 import pytest
 import torch
-from builders import DEVICE
+from builders import DEVICE, clone, int32, make_cache, read_ring, write_ring
 from kvarn_kernels import reference
-from kvarn_kernels.batch import QKV
-from kvarn_kernels.write.rotate import rotate_chunk, rotate_into
+from kvarn_kernels.batch import QKV, DecodeBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.write.rotate import rotate_chunk, rotate_to_rings
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -32,18 +33,22 @@ def test_rotate_chunk_leaves_out_a_query_that_is_not_wanted():
     assert all(torch.equal(x, y) for x, y in zip(rotated, rotate_chunk(QKV(q, k, v))[1:], strict=True))
 
 
-def test_rotate_into_reads_strided_views_and_writes_ring_slots():
+def test_rotate_to_rings_reads_strided_views_and_writes_places_of_rings():
+    config = KVarNConfig.from_preset("kvarn")
+    cache = make_cache(config, 2, 64, torch.float16, pages=3, rows=4)
     qkv = torch.randn(3, 8, 64).half().to(DEVICE)
     q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
     rotated_q = torch.full((5, 4, 64), float("nan"), device=DEVICE)
-    rings = [torch.full((4, 256, 2, 64), float("nan"), dtype=torch.float16, device=DEVICE) for _ in range(2)]
-    rows = torch.tensor([3, 1, 0], device=DEVICE)
-    seq_lens = torch.tensor([258, 256, 1], dtype=torch.int32, device=DEVICE)
-    rotate_into(QKV(rotated_q, *rings), QKV(q, k, v), rows, seq_lens)
+    # the first tokens of a ring's second round, and a padded row
+    rows, seq_lens = (3, 1, 0), (cache.ring_size + 2, 256, 1)
+    batch = DecodeBatch(cache.ring_pages(*rows), int32(*seq_lens), *[int32(0)] * 3)
+    before = clone(cache)
+    rotate_to_rings(QKV(q, k, v), rotated_q, cache, batch, config)
     torch.testing.assert_close(rotated_q[:3].cpu(), reference.rotate(q.cpu()), rtol=1e-6, atol=1e-5)
     assert rotated_q[3:].isnan().all()
-    for x, ring in zip((k, v), rings, strict=True):
-        expected = reference.rotate(x.cpu()).half()
-        for n, (row, slot) in enumerate([(3, 1), (1, 255), (0, 0)]):
-            torch.testing.assert_close(ring[row, slot].cpu(), expected[n], rtol=1e-3, atol=1e-5)
-        assert ring.isnan().sum() == (4 * 256 - 3) * 2 * 64
+    for n, (row, seq_len) in enumerate(zip(rows, seq_lens, strict=True)):
+        stored = read_ring(cache, row, torch.tensor([seq_len - 1]))
+        for x, got in zip((k, v), stored, strict=True):
+            torch.testing.assert_close(got[0].cpu(), reference.rotate(x[n].cpu()).half(), rtol=1e-3, atol=1e-5)
+        write_ring(before, row, torch.tensor([seq_len - 1]), *stored)
+    assert torch.equal(cache.records, before.records), "written elsewhere"

@@ -12,12 +12,13 @@ from . import (
     metadata,
     plugin,
     record,
+    rings,
     torch_form,
     write,
 )
 
 _ROOMS = (
     *(record, write, decode, decode_plan, extend, dense, dequantise, attention, torch_form),
-    *(balance, plugin, metadata),
+    *(balance, plugin, rings, metadata),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

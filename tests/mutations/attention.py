@@ -6,9 +6,9 @@ from __future__ import annotations
 from .mutation import Mutation
 from .paths import ATTENTION, TEST_DECODE, TEST_EXTEND, TEST_EXTEND_DENSE
 
-_STORE_STEP = "        store.store_step(new, workspace.rotated_q, cache, batch)\n"
+_STORE_STEP = "        rotate.rotate_to_rings(new, workspace.rotated_q, cache, batch, config)\n"
 _ENCODE_STEP = "        self._encode.encode_from_ring(cache, batch, config)\n"
-_STORE_CHUNK = "        store.store_chunk(rotated, cache, batch)\n"
+_STORE_CHUNK = "        store.store_chunk(rotated, cache, batch, config)\n"
 _ENCODE_CHUNK = "        self._encode.encode_from_chunk(rotated, cache, batch, config)\n"
 
 MUTATIONS = (

@@ -4,15 +4,50 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import ATTEND, DECODE, DECODE_SM90, TEST_DECODE, TEST_DECODE_SM90
+from .paths import ATTEND, DECODE, DECODE_SM90, TEST_DECODE, TEST_DECODE_SM90, TEST_RING
 
 MUTATIONS = (
     Mutation(
-        "ring of the batch index, not of the row",
+        "ring of the first request for every request (decode kernel)",
         DECODE,
-        "row = tl.load(rows_ptr + b)",
-        "row = b",
+        "ring_ptr = ring_pages_ptr + b * RING_PAGES",
+        "ring_ptr = ring_pages_ptr",
+        (f"{TEST_RING}::test_steps_read_the_ring_pages_of_the_batch_whoever_wrote_them",),
+    ),
+    Mutation(
+        "key and value of a ring token swapped (decode kernel)",
+        DECODE,
+        "row_scale, k_ptrs, k_ptrs + D, seen, seen[None, :]",
+        "row_scale, k_ptrs + D, k_ptrs, seen, seen[None, :]",
         (TEST_DECODE,),
+    ),
+    Mutation(
+        "ring of the first request for every request (CUDA decode)",
+        DECODE_SM90,
+        "  ring_pages += b * RING_PAGES;\n",
+        "",
+        (f"{TEST_DECODE_SM90}::test_steps_read_the_ring_pages_of_the_batch_whoever_wrote_them",),
+    ),
+    Mutation(
+        "ring goes on in a page of the next request (CUDA decode)",
+        DECODE_SM90,
+        "j / RING_TOKENS % RING_PAGES",
+        "j / RING_TOKENS % (RING_PAGES + 1)",
+        (f"{TEST_DECODE_SM90}::test_rings_in_any_round_match_the_oracle",),
+    ),
+    Mutation(
+        "last place of a ring page left out (CUDA decode)",
+        DECODE_SM90,
+        "j % RING_TOKENS * (4 * D)",
+        "j % (RING_TOKENS - 1) * (4 * D)",
+        (f"{TEST_DECODE_SM90}::test_rings_in_any_round_match_the_oracle",),
+    ),
+    Mutation(
+        "key of a ring token read as its value (CUDA decode)",
+        DECODE_SM90,
+        "      v = k + 2 * D;\n      return j < ring_end;",
+        "      v = k;\n      return j < ring_end;",
+        (f"{TEST_DECODE_SM90}::test_rings_in_any_round_match_the_oracle",),
     ),
     Mutation(
         "first token of a tile attended twice (decode kernel)",

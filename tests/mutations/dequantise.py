@@ -22,6 +22,13 @@ MUTATIONS = (
         (TEST_EXTEND_DENSE,),
     ),
     Mutation(
+        "key and value of a ring token swapped (dense)",
+        DEQUANTISE,
+        "            if is_value:\n                at += D",
+        "            if not is_value:\n                at += D",
+        (f"{TEST_DEQUANTISE}::test_dequantise_takes_exact_pages_from_the_ring_and_then_from_the_chunk",),
+    ),
+    Mutation(
         "values written out without their channel scale",
         DEQUANTISE,
         "signs * channel_scale[:, None]",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import EXTEND, LAUNCH, TEST_EXTEND, TEST_LAUNCH, TEST_POSITION_RULE, TEST_WARM_UP, WARM_UP
+from .paths import EXTEND, LAUNCH, TEST_EXTEND, TEST_LAUNCH, TEST_POSITION_RULE, TEST_RING, TEST_WARM_UP, WARM_UP
 
 MUTATIONS = (
     Mutation(
@@ -34,6 +34,20 @@ MUTATIONS = (
         "in_ring = j < prefix_len",
         "in_ring = j <= prefix_len",
         (TEST_EXTEND,),
+    ),
+    Mutation(
+        "ring of the first request for every request (extend kernel)",
+        EXTEND,
+        "ring_ptr = ring_pages_ptr + b * RING_PAGES",
+        "ring_ptr = ring_pages_ptr",
+        (f"{TEST_RING}::test_steps_read_the_ring_pages_of_the_batch_whoever_wrote_them",),
+    ),
+    Mutation(
+        "key of a ring token read as its value (extend kernel)",
+        EXTEND,
+        "tl.where(in_ring, ring_k_ptrs + D, ",
+        "tl.where(in_ring, ring_k_ptrs, ",
+        (f"{TEST_RING}::test_steps_read_the_ring_pages_of_the_batch_whoever_wrote_them",),
     ),
     Mutation(
         "a page between two splits of an extend step read by neither",

@@ -13,7 +13,7 @@ MUTATIONS = (
         "        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)\n        return batch",
         "        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)\n"
         "        slots = self._first_slots\n"
-        "        table = property(lambda b: (slots[b.rows] >> PAGE_SHIFT).int())\n"
+        "        table = property(lambda b: (slots[self._rows[: len(b.seq_lens)]] >> PAGE_SHIFT).int())\n"
         "        late = object.__new__(type('Late', (DecodeBatch,), {'page_table': table}))\n"
         "        late.__dict__.update(batch.__dict__)\n"
         "        return late",
@@ -24,7 +24,7 @@ MUTATIONS = (
         METADATA,
         "        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)\n        return batch",
         "        batch.page_table.bitwise_right_shift_(PAGE_SHIFT)\n"
-        "        late = property(lambda b: exact_starts[b.rows])\n"
+        "        late = property(lambda b: self._rings.exact_starts[self._rows[: len(b.seq_lens)]])\n"
         "        late = object.__new__(type('Late', (DecodeBatch,), {'exact_starts': late}))\n"
         "        late.__dict__.update(batch.__dict__)\n"
         "        return late",
@@ -48,9 +48,9 @@ MUTATIONS = (
     Mutation(
         "padded rows keep the requests of an earlier step",
         METADATA,
-        "batch.rows.copy_(forward_batch.req_pool_indices[:size])",
+        "rows.copy_(forward_batch.req_pool_indices[:size])",
         "real = forward_batch.req_pool_indices[:size]\n"
-        "        batch.rows.copy_(torch.where(real > 0, real, batch.rows))",
+        "        rows.copy_(torch.where(real > 0, real, rows))",
         (TEST_KNOWN,),
     ),
     Mutation(
@@ -71,8 +71,8 @@ MUTATIONS = (
     Mutation(
         "exact starts by place in the batch, not by row",
         METADATA,
-        "exact_starts=exact_starts.index_select(0, rows)",
-        "exact_starts=exact_starts[1 : size + 1]",
+        "exact_starts=rings.exact_starts.index_select(0, rows)",
+        "exact_starts=rings.exact_starts[1 : size + 1]",
         (FUZZ,),
     ),
     Mutation(

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import FUZZ, TEST_POSITION_RULE, TORCH_FORM
+from .paths import FUZZ, TEST_POSITION_RULE, TEST_RING, TEST_TORCH_FORM, TORCH_FORM
 
 MUTATIONS = (
     Mutation(
         "ring slot of the next position (torch form)",
         TORCH_FORM,
-        "slots = (batch.seq_lens.long() - 1) % cache.ring_len",
-        "slots = batch.seq_lens.long() % cache.ring_len",
-        (FUZZ,),
+        "cache, ring, seq_len - 1)",
+        "cache, ring, seq_len)",
+        (f"{TEST_RING}::test_decode_writes_its_tokens_and_the_page_that_they_fill_and_nothing_else",),
     ),
     Mutation(
         "page encoded one token early (torch form)",
@@ -43,20 +43,33 @@ MUTATIONS = (
         (FUZZ,),
     ),
     Mutation(
-        "ring modulo off by one (torch form)",
+        "last place of a ring page left out (torch form)",
         TORCH_FORM,
-        "end, device=ring.device) % ring.shape[1]]\n\n\ndef _attend",
-        "end, device=ring.device) % (ring.shape[1] - 1)]\n\n\ndef _attend",
-        (FUZZ,),
+        ".long(), positions % view.shape[2]",
+        ".long(), positions % (view.shape[2] - 1)",
+        (f"{TEST_RING}::test_torch_form_puts_every_token_where_counting_does",),
+    ),
+    Mutation(
+        "ring goes on behind its last page (torch form)",
+        TORCH_FORM,
+        "positions // view.shape[2] % len(pages)",
+        "positions // view.shape[2]",
+        (f"{TEST_RING}::test_torch_form_puts_every_token_where_counting_does",),
+    ),
+    Mutation(
+        "key and value of a ring token swapped (torch form)",
+        TORCH_FORM,
+        "torch.stack([k, v], 2)",
+        "torch.stack([v, k], 2)",
+        (f"{TEST_RING}::test_torch_form_puts_every_token_where_counting_does",),
     ),
     Mutation(
         "ring written before the pages of the chunk are encoded (torch form)",
         TORCH_FORM,
         "    # positions first_exact .. seq_len - 1; the own page",
-        "    for new, ring in zip(chunk, (cache.ring_k, cache.ring_v), strict=True):\n"
-        "        _store_chunk(new, ring, row, prefix_len)\n"
+        "    _store_tokens(*chunk, cache, ring, prefix_len)\n"
         "    # positions first_exact .. seq_len - 1; the own page",
-        (FUZZ,),
+        (f"{TEST_TORCH_FORM}::test_extend_does_not_depend_on_the_chunks",),
     ),
     Mutation(
         "last block of a chunk not filled up (torch form)",

@@ -165,7 +165,7 @@ def served(patched, model, tmp_path_factory) -> dict:
         "kv_cache_dtype": "kvarn",
         "skip_tokenizer_init": True,
         "dtype": "float32",
-        "max_total_tokens": 4096,
+        "max_total_tokens": 14_336,
         "max_running_requests": 4,
         "chunked_prefill_size": 256,
         "random_seed": 0,

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 from kvarn_kernels.config import KVarNConfig, preset_names
+from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.shape import AttentionShape
 from sglang_kvarn import budget, capacity, compat, hook
 from sglang_kvarn.refused import Refused
@@ -52,8 +54,6 @@ def test_model_shape_gives_the_documented_bytes():
     config = KVarNConfig.from_preset("kvarn")
     assert QWEN3_8B.token_bytes(config) == 32_256
     assert QWEN3_8B.full_token_bytes(2) == 147_456
-    assert QWEN3_8B.row_bytes(config) == 37_748_736
-    assert QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn_canonical")) * 2 == 37_748_736
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -63,44 +63,41 @@ def test_model_shape_counts_the_heads_of_one_rank(monkeypatch, tp_size):
     assert (shape.num_kv_heads, shape.num_qo_heads) == (max(1, 2 // tp_size), 4 // tp_size)
 
 
-def test_choose_rows_takes_five_percent_but_at_least_eight_without_graphs():
-    row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
-    rows, reason = capacity.choose_rows(55 * GIB, row, None)
-    assert (rows + 1) * row <= 0.05 * 55 * GIB < (rows + 2) * row
-    assert "5%" in reason
-    assert capacity.choose_rows(4 * GIB, row, None)[0] == capacity.MIN_ROWS
-    assert capacity.choose_rows(10**6 * GIB, row, None)[0] == capacity.MAX_ROWS
+BOUNDS = capacity.Bounds(requests=None, graph_batch=256, context_len=40_960, chunk_len=8192)
+CUDA = torch.device("cuda")
 
 
-def test_choose_rows_takes_the_batch_of_the_decode_graphs_within_a_fifth_of_the_memory():
-    row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
-    # an H100: 256 rings of 36 MiB are 16 % of 55 GiB; of 24 GiB they would be 38 %
-    assert capacity.choose_rows(55 * GIB, row, None, 256)[0] == 256
-    rows, reason = capacity.choose_rows(24 * GIB, row, None, 256)
-    assert (rows + 1) * row <= 0.2 * 24 * GIB < (rows + 2) * row and "20%" in reason
-    # never fewer than without graphs, and the user's word is the last
-    assert capacity.choose_rows(55 * GIB, row, None, 8) == capacity.choose_rows(55 * GIB, row, None, 0)
-    assert capacity.choose_rows(55 * GIB, row, 16, 256)[0] == 16
+def test_charge_takes_as_many_requests_as_stock_sglang_while_workspaces_are_small():
+    charge = capacity.charge(QWEN3_8B, KVarNConfig.from_preset("kvarn"), 50 * GIB, BOUNDS, CUDA, H100)
+    assert charge.rows == capacity.MAX_ROWS == 4096 and charge.workspace <= 0.02 * 50 * GIB
+    # with a fixed order of sums every request has workspaces for its longest context
+    fixed = KVarNConfig.from_preset("kvarn_canonical")
+    charge = capacity.charge(QWEN3_8B, fixed, 50 * GIB, BOUNDS, CUDA, H100)
+    assert 256 <= charge.rows < 4096 and charge.workspace <= 0.02 * 50 * GIB
+    larger = BOUNDS.steps(2 * charge.rows, 321)
+    assert capacity.workspace_bytes(QWEN3_8B, fixed, CUDA, larger, H100) > 0.02 * 50 * GIB
 
 
-def test_charge_fixed_bytes_reads_the_batch_of_the_decode_graphs():
-    kvc = configurator("kvarn", requested=None)
-    row = budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
-    kvc.server_args.cuda_graph_config.decode.max_bs = 100
-    budget.charge_fixed_bytes(1000 * row, kvc, 0)
-    # graphs are disabled
-    assert kvc.server_args.max_running_requests == 49
-    kvc = configurator("kvarn", requested=None)
-    kvc.server_args.cuda_graph_config.decode = SimpleNamespace(backend="full", max_bs=100)
-    budget.charge_fixed_bytes(1000 * row, kvc, 0)
-    assert kvc.server_args.max_running_requests == 100
+def test_charge_takes_the_users_word_and_never_fewer_than_decode_graphs():
+    config = KVarNConfig.from_preset("kvarn_canonical")
+    asked = dataclasses.replace(BOUNDS, requests=3000)
+    assert capacity.charge(QWEN3_8B, config, 50 * GIB, asked, CUDA, H100).rows == 3000
+    assert capacity.charge(QWEN3_8B, config, 4 * GIB, BOUNDS, CUDA, H100).rows == 256
 
 
-def test_choose_rows_takes_what_the_user_asks_for_or_says_why_not():
-    row = QWEN3_8B.row_bytes(KVarNConfig.from_preset("kvarn"))
-    assert capacity.choose_rows(55 * GIB, row, 256) == (256, "--max-running-requests")
-    with pytest.raises(Refused, match=r"needs 73,764\.0 MiB .* 2048 requests .* 56,320\.0 MiB are left .*: lower"):
-        capacity.choose_rows(55 * GIB, row, 2048)
+def test_a_ring_takes_ten_pages_of_an_8b_model():
+    pages = capacity.ring_pages(QWEN3_8B.attention, KVarNConfig.from_preset("kvarn"))
+    assert pages == 10 and capacity.ring_pages(QWEN3_8B.attention, KVarNConfig.from_preset("kvarn_canonical")) == 5
+
+
+def test_requests_of_counts_whole_pages_and_rings():
+    # 1,024 tokens and a ring of 1,280: 2,304 each
+    assert capacity.requests_of(10 * 2304 + 128, 1280, 1024, 4096) == 10
+    assert capacity.requests_of(10 * 2304 + 127, 1280, 1024, 4096) == 9
+    assert capacity.requests_of(10 * 2304 + 128, 1280, 1000, 4096) == 10
+    assert capacity.requests_of(10**6, 1280, 1024, 7) == 7 and capacity.requests_of(0, 1280, 1024, 7) == 0
+    text = capacity.describe_requests(1_404_800, 1280, 4096)
+    assert text == "609 requests of 1,024 tokens run at a time, or 148 of 8,192, or 41 of 32,768"
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -117,23 +114,30 @@ def test_cell_size_is_the_record_bytes_and_stock_for_other_caches(preset):
     assert budget.cell_size(original, None, kvc, 2) == -1
 
 
-def test_charge_fixed_bytes_fixes_the_rows_when_the_user_does_not():
+def test_charge_fixed_bytes_fixes_the_requests_when_the_user_does_not():
     kvc = configurator("kvarn", requested=None)
-    left = budget.charge_fixed_bytes(GIB, kvc, 0)
+    # the torch form has no workspaces
+    assert budget.charge_fixed_bytes(GIB, kvc, 0) == GIB
     rows = kvc.server_args.max_running_requests
-    assert GIB - left == (rows + 1) * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
-    assert 0.04 * GIB < GIB - left <= 0.05 * GIB
-    assert budget.cap_rows(4096, kvc, 10**6) == rows
+    assert rows == capacity.MAX_ROWS
+    assert budget.cap_rows(10**5, kvc, 10**6) == rows
     assert budget.cap_rows(3, kvc, 6) == 3
 
 
-def test_charge_fixed_bytes_refuses_a_pool_of_less_than_three_pages():
+def test_charge_fixed_bytes_refuses_a_pool_without_room_for_a_ring_and_a_request():
     kvc = configurator("kvarn", requested=4)
     shape, config = budget.model_shape(kvc), KVarNConfig.from_preset("kvarn")
-    ring, pages = 5 * shape.row_bytes(config), 3 * 128 * shape.token_bytes(config)
-    assert budget.charge_fixed_bytes(ring + pages, kvc, 0) == pages
-    with pytest.raises(Refused, match=r"for 3 pages of tokens.*: lower --max-running-requests or raise"):
-        budget.charge_fixed_bytes(ring + pages - 1, kvc, 0)
+    pages = (capacity.ring_pages(shape.attention, config) + 3) * 128 * shape.token_bytes(config)
+    assert budget.charge_fixed_bytes(pages, kvc, 0) == pages
+    with pytest.raises(Refused, match=r"for a pool of 12 pages.*: lower --max-running-requests or raise"):
+        budget.charge_fixed_bytes(pages - 1, kvc, 0)
+
+
+def test_check_pool_says_how_many_tokens_it_takes():
+    shape, config = budget.model_shape(configurator("kvarn")), KVarNConfig.from_preset("kvarn")
+    capacity.check_pool(12 * 128, shape, config)
+    with pytest.raises(Refused, match=r"a pool of at least 1,536 tokens, not 1,408, because .* in 9 pages of the pool"):
+        capacity.check_pool(11 * 128, shape, config)
 
 
 def test_charge_fixed_bytes_charges_the_workspace_of_the_kernels(monkeypatch):
@@ -143,12 +147,11 @@ def test_charge_fixed_bytes_charges_the_workspace_of_the_kernels(monkeypatch):
     monkeypatch.setenv("KVARN_CPU_FORM", "triton")
     kvc = configurator("kvarn", requested=4)
     left = budget.charge_fixed_bytes(GIB, kvc, 0)
-    ring = 5 * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
     shape, config = budget.model_shape(kvc).attention, KVarNConfig.from_preset("kvarn")
     resident = decode.resident_programs(NO_GPU)
     made = decode_plan.make_workspace(shape, config, torch.device("cpu"), 5, 33, resident)
     tensors = [x for x in vars(made).values() if isinstance(x, torch.Tensor)]
-    assert GIB - left - ring == sum(t.nbytes for t in tensors) > 0
+    assert GIB - left == sum(t.nbytes for t in tensors) > 0
 
 
 def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
@@ -159,11 +162,10 @@ def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
     monkeypatch.setattr("kvarn_kernels.attention.choose_kernels", lambda *args: dense)
     kvc = configurator("kvarn", requested=4)
     left = budget.charge_fixed_bytes(GIB, kvc, 0)
-    ring = 5 * budget.model_shape(kvc).row_bytes(KVarNConfig.from_preset("kvarn"))
     # 5 rows of 33 pages, exact and as records; a request reads those of its chunk and two more twice
     pages = 5 * 66 * 2 * 128 * 2 * 64 * 2
     charged = extend_dense.workspace_bytes(budget.model_shape(kvc).attention, 5 * 66, 33 + 4)
-    assert GIB - left - ring == charged == pages + 2 * extend_dense.WRAPPER_BYTES
+    assert GIB - left == charged == pages + 2 * extend_dense.WRAPPER_BYTES
 
 
 @pytest.mark.parametrize(("size", "pages"), [(256, 2), (10**6, 32), (-1, 32), (None, 32)])
@@ -207,11 +209,14 @@ def test_pool_allocates_what_was_charged(preset):
         rows=5,
         shape=shape.attention,
     )
-    assert pool.facts()["ring_rows"] == 4
+    ring = capacity.ring_pages(shape.attention, config)
+    facts = {"max_requests": 4, "ring_tokens": 128 * ring, "pool_tokens": tokens}
+    assert facts.items() <= pool.facts().items()
     page = shape.token_bytes(config) * 128
-    assert pool.get_kv_size_bytes() == (tokens // 128 + 1) * page + 5 * shape.row_bytes(config)
+    assert pool.get_kv_size_bytes() == (tokens // 128 + 1) * page
     # one page beyond the budget is SGLang's padding page, in every pool; less than one page is left over
     assert available - page < pool.get_kv_size_bytes() - page <= available
     cache = pool.layer_cache(1)
     assert cache.records.data_ptr() == pool.records[1].data_ptr()
-    assert cache.ring_k.shape == (5, config.ring_len, 2, 64) and cache.ring_k.dtype == torch.float16
+    assert pool.rings.pages.shape == (5, ring) and cache.exact.dtype == torch.float16
+    assert cache.exact.data_ptr() == cache.records.data_ptr()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
+from sglang_kvarn.rings import Rings
 
 ROWS, CONTEXT = 6, 1028
 
@@ -31,46 +32,61 @@ def decode_step(rows: list[int], seq_lens: list[int], slots: torch.Tensor) -> Si
     )
 
 
+def rings(*starts: int) -> Rings:
+    """Return rings of two pages for 6 rows, 100 + r and 200 + r for row r, and their exact starts."""
+    made = Rings(ROWS, 2, "cpu", hit_reads_as_miss=False)
+    made.pages.copy_(torch.arange(ROWS)[:, None] + torch.tensor([100, 200]))
+    made.pages[0] = 0
+    made.exact_starts[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
+    return made
+
+
 def test_fill_describes_a_decode_step(slots):
-    starts = torch.tensor([0, 128, 256, 0, 384, 0], dtype=torch.int32)
     rows, seq_lens = [4, 1, 2], [385, 1, 256]
-    batch = DecodeBuffers(ROWS, slots).fill(decode_step(rows, seq_lens, slots), starts)
-    assert batch.rows.tolist() == rows and batch.seq_lens.tolist() == seq_lens
+    batch = DecodeBuffers(ROWS, slots, rings(0, 128, 256, 0, 384, 0)).fill(decode_step(rows, seq_lens, slots))
+    assert batch.ring_pages.tolist() == [[100 + r, 200 + r] for r in rows] and batch.seq_lens.tolist() == seq_lens
     assert batch.store_pages.tolist() == [43, 10, 21]
     assert batch.exact_starts.tolist() == [384, 128, 256]
     for table, row, length in zip(batch.page_table, rows, seq_lens, strict=True):
         pages = -(-length // 128)
         assert table[:pages].tolist() == [10 * row + p for p in range(pages)]
-    types = [t.dtype for t in (batch.seq_lens, batch.page_table, batch.store_pages, batch.exact_starts)]
-    assert types == [torch.int32] * 4 and batch.rows.dtype == torch.int64
+    tensors = (batch.ring_pages, batch.seq_lens, batch.page_table, batch.store_pages, batch.exact_starts)
+    assert [t.dtype for t in tensors] == [torch.int32] * 5 and batch.ring_pages.is_contiguous()
 
 
 def test_fill_writes_the_same_memory_every_step(slots):
-    buffers, starts = DecodeBuffers(ROWS, slots), torch.zeros(ROWS, dtype=torch.int32)
-    first = buffers.fill(decode_step([1, 2], [130, 5], slots), starts)
-    second = buffers.fill(decode_step([5, 3], [7, 900], slots), starts)
-    for name in ("rows", "seq_lens", "store_pages", "page_table", "exact_starts"):
+    buffers = DecodeBuffers(ROWS, slots, rings())
+    first = buffers.fill(decode_step([1, 2], [130, 5], slots))
+    second = buffers.fill(decode_step([5, 3], [7, 900], slots))
+    for name in ("ring_pages", "seq_lens", "store_pages", "page_table", "exact_starts"):
         assert getattr(first, name).data_ptr() == getattr(second, name).data_ptr()
         assert torch.equal(getattr(first, name), getattr(second, name))
-    assert first.rows.tolist() == [5, 3]
+    assert first.ring_pages.tolist() == [[105, 205], [103, 203]]
+
+
+def test_a_row_that_is_given_away_after_fill_does_not_change_the_step(slots):
+    table = rings()
+    batch = DecodeBuffers(ROWS, slots, table).fill(decode_step([1, 2], [130, 5], slots))
+    table.pages[1], table.exact_starts[1] = 7, 128
+    assert batch.ring_pages[0].tolist() == [101, 201] and batch.exact_starts[0] == 0
 
 
 @pytest.mark.parametrize("padded_slots", [True, False])
 def test_fill_takes_padded_graph_rows(slots, padded_slots):
     # a replay of SGLang 0.5.16 pads rows and lengths but hands out_cache_loc on as it is
-    buffers, starts = DecodeBuffers(ROWS, slots), torch.full((ROWS,), 0, dtype=torch.int32)
+    buffers = DecodeBuffers(ROWS, slots, rings())
     slots[0] = 0
-    buffers.fill(decode_step([1, 2, 3, 4], [128, 128, 128, 128], slots), starts)
+    buffers.fill(decode_step([1, 2, 3, 4], [128, 128, 128, 128], slots))
     step = decode_step([3, 0, 0, 0], [200, 1, 1, 1], slots)
     if not padded_slots:
         step.out_cache_loc = step.out_cache_loc[:1]
-    batch = buffers.fill(step, starts)
+    batch = buffers.fill(step)
+    assert batch.ring_pages.tolist() == [[103, 203], [0, 0], [0, 0], [0, 0]]
     assert batch.store_pages.tolist() == [31, 0, 0, 0]
     assert batch.page_table[1:].eq(0).all() and batch.num_tokens == 4
 
 
 def test_extend_batch_describes_mixed_lengths(slots):
-    starts = torch.tensor([0, 0, 128, 0, 0, 0], dtype=torch.int32)
     prefix, new, rows = [0, 300, 128], [200, 1, 257], [1, 5, 2]
     step = SimpleNamespace(
         batch_size=3,
@@ -80,7 +96,8 @@ def test_extend_batch_describes_mixed_lengths(slots):
         extend_prefix_lens_cpu=prefix,
         extend_seq_lens_cpu=new,
     )
-    batch = extend_batch(step, slots, starts)
+    batch = extend_batch(step, slots, rings(0, 0, 128, 0, 0, 0))
+    assert batch.ring_pages.tolist() == [[101, 201], [105, 205], [102, 202]]
     assert batch.seq_lens.tolist() == batch.seq_lens_host == [200, 301, 385]
     assert batch.prefix_lens.tolist() == batch.prefix_lens_host == prefix
     assert batch.qo_indptr.tolist() == [0, 200, 201, 458]

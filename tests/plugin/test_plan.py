@@ -46,8 +46,9 @@ def test_plan_says_what_a_server_had(qwen3, capsys):
     assert code == 0 and facts["model"] == "Qwen3ForCausalLM" and facts["weights_gib"] == 15.26
     # benchmarks/results/serving_flag_only_8b.csv, one H100, nothing but the flags
     assert caches["16 bit"]["pool_tokens"] == pytest.approx(362_496, rel=0.01)
-    assert caches["kvarn_k4v2_g128"]["pool_tokens"] == pytest.approx(1_348_992, rel=0.01)
-    assert caches["kvarn_k4v2_g128"]["requests_at_a_time"] == 256
+    # when 256 rings of 1,170 tokens were set apart, a server had 1,348,992
+    assert caches["kvarn_k4v2_g128"]["pool_tokens"] == pytest.approx(1_348_992 + 257 * 1170, rel=0.01)
+    assert caches["kvarn_k4v2_g128"]["requests_at_a_time"] == caches["kvarn_k4v2_g128"]["pool_tokens"] // (40960 + 1280)
     assert caches["16 bit"]["bytes_per_token"] == 2 * caches["fp8"]["bytes_per_token"] == 147_456
     assert caches["kvarn_k4v2_g128"]["sessions"] == caches["kvarn_k4v2_g128"]["pool_tokens"] // 40960
 
@@ -63,8 +64,10 @@ def test_plan_counts_as_the_budget_does(qwen3, capsys):
         config = KVarNConfig.from_preset(cache["cache"])
         bounds = capacity.Bounds(requests=40, graph_batch=256, context_len=4000, chunk_len=8192)
         charge = capacity.charge(shape, config, available, bounds, torch.device("cuda"), H100)
-        pages = (available - charge.ring - charge.workspace) // (shape.token_bytes(config) * 128)
-        assert (cache["pool_tokens"], cache["requests_at_a_time"]) == (128 * pages, 40)
+        pages = (available - charge.workspace) // (shape.token_bytes(config) * 128)
+        ring = 128 * capacity.ring_pages(shape.attention, config)
+        running = capacity.requests_of(128 * pages, ring, 4000, 40)
+        assert (cache["pool_tokens"], cache["requests_at_a_time"]) == (128 * pages, running) and running == 40
         # 4,000 tokens take 32 pages
         assert cache["sessions"] == pages // 32
 
@@ -92,7 +95,7 @@ def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, caps
         ({"head_dim": 96}, (), "LlamaForCausalLM has head_dim 96, which a kvarn cache does not serve"),
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),
-        ({}, ("--gpu-gib", "24", "--weights-gib", "12", "--max-running-requests", "900000"), "a kvarn cache needs"),
+        ({}, ("--gpu-gib", "24", "--weights-gib", "12", "--max-running-requests", "9000000"), "a kvarn cache needs"),
     ],
     ids=["model", "ranks", "weights", "requests"],
 )

@@ -45,7 +45,7 @@ STOCK = {
     "plugin._resolve": [((SimpleNamespace(**SERVER_ARGS),), {})],
     "refusals.resolve_or_refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
     "refused.leave_scheduler": [((Unread(), Unread()), {})],
-    "rows.limit_prefix": [((SimpleNamespace(return_logprob=False), 512), {})],
+    "rings.limit_prefix": [((SimpleNamespace(return_logprob=False), 512), {})],
     "plugin._refuse": [((SimpleNamespace(**SERVER_ARGS),), {})],
     "settings.cache_dtype": [
         ((), {"server_args_kv_cache_dtype": name, "model_dtype": Unread(), "is_draft_worker": draft})
@@ -60,7 +60,17 @@ STOCK = {
         ((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)), Unread()), {}),
     ],
     "balanced_layers.balance_loaded": [((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)),), {})],
-    "rows.record_exact_starts": [((SimpleNamespace(size=4), [Unread()]), {})],
+    "rings.attach_allocator": [((SimpleNamespace(get_kvcache=SimpleNamespace),), {"kvcache": Unread()})],
+    "rings.alloc_rows": [((SimpleNamespace(size=4), [Unread()]), {})],
+    "rings.free_row": [((SimpleNamespace(size=4), Unread()), {})],
+    "rings.forget_rows": [((SimpleNamespace(size=4),), {})],
+    "admission.add_with_ring": [
+        ((SimpleNamespace(tree_cache=SimpleNamespace(req_to_token_pool=SimpleNamespace())), Unread()), {})
+    ],
+    "admission.limit_lengths": [
+        ((SimpleNamespace(tp_worker=SimpleNamespace(get_memory_pool=lambda: (SimpleNamespace(), None))),), {})
+    ],
+    "admission.count_rings": [((SimpleNamespace(req_to_token_pool=SimpleNamespace()),), {})],
     "balanced_layers.with_plain_weights": [
         ((manager(SimpleNamespace(model_runner=SimpleNamespace(model=Model()))), Unread()), {}),
         # a worker that holds no model itself

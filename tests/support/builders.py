@@ -52,13 +52,88 @@ def relative_rms(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
 
 
-def make_cache(config: KVarNConfig, kv_heads: int, head_dim: int, dtype: torch.dtype, pages: int, rows: int):
-    """Return a LayerCache of poison: NaN ring, 0xFF records (NaN scales), also just before page 0."""
-    records = torch.full((pages + 1, kv_heads, config.record_bytes(head_dim)), 0xFF, dtype=torch.uint8)
-    rings = [
-        torch.full((rows, config.ring_len, kv_heads, head_dim), float("nan"), dtype=dtype) for _ in range(2)
-    ]
-    return LayerCache(records.to(DEVICE)[1:], *(ring.to(DEVICE) for ring in rings))
+@dataclass(frozen=True)
+class RowCache(LayerCache):
+    """A LayerCache that knows which pages the rings of request rows are in.
+
+    Attributes:
+        rings: int32 [R, N], pages of the ring of each row, behind the pages of records and in no order; row 0 is
+            padding, whose ring is page 0 N times.
+    """
+
+    rings: torch.Tensor
+
+    def ring_pages(self, *rows: int) -> torch.Tensor:
+        """Return what a batch of these rows has as its ring_pages, int32 [B, N]."""
+        return self.rings[list(rows)].contiguous()
+
+    @property
+    def page_tokens(self) -> int:
+        """Exact tokens that a page of a ring holds."""
+        return self.records.shape[2] // (2 * self.head_dim * self.dtype.itemsize)
+
+    @property
+    def ring_size(self) -> int:
+        """Exact tokens that a ring holds."""
+        return self.rings.shape[1] * self.page_tokens
+
+
+def make_cache(
+    config: KVarNConfig,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    pages: int,
+    rows: int,
+    *,
+    more_ring_pages: int = 0,
+    device: torch.device = DEVICE,
+) -> RowCache:
+    """Return a cache whose bytes are all 0xFF: NaN scales, NaN tokens of every dtype, also just before page 0.
+
+    Args:
+        pages: of records, page 0 among them; rows: request rows, row 0 among them.
+        more_ring_pages: pages of a ring beyond those that it needs.
+    """
+    count = config.ring_pages(head_dim, dtype.itemsize) + more_ring_pages
+    order = torch.randperm((rows - 1) * count, generator=torch.Generator().manual_seed(0))
+    rings = torch.zeros(rows, count, dtype=torch.int32)
+    rings[1:] = (pages + order).unflatten(0, (rows - 1, count))
+    size = (1 + pages + len(order), kv_heads, config.record_bytes(head_dim))
+    records = torch.full(size, 0xFF, dtype=torch.uint8, device=device)
+    return RowCache(records[1:], head_dim, dtype, rings.to(device))
+
+
+def _ring_places(cache: RowCache, row: int, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return where in `cache.exact` keys and values of positions are: pages, heads, elements, to index with.
+
+    Written from the docstring of `record.ring` alone.
+    """
+    positions = torch.as_tensor(positions, device=cache.records.device)
+    pages = cache.rings[row].long()[positions // cache.page_tokens % cache.rings.shape[1]]
+    heads, channels = (torch.arange(n, device=pages.device) for n in (cache.num_kv_heads, 2 * cache.head_dim))
+    elements = (positions % cache.page_tokens * 2 * cache.head_dim)[:, None, None] + channels
+    return pages[:, None, None], heads[:, None], elements
+
+
+def read_ring(cache: RowCache, row: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotated keys and values [n, Hk, D] that the ring of a row has for positions."""
+    k, v = cache.exact[_ring_places(cache, row, positions)].split(cache.head_dim, -1)
+    return k.contiguous(), v.contiguous()
+
+
+def write_ring(cache: RowCache, row: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write rotated keys and values [n, Hk, D] of positions to the ring of a row."""
+    cache.exact[_ring_places(cache, row, positions)] = torch.cat([k, v], -1).to(cache.dtype)
+
+
+def fill_rings(cache: RowCache, config: KVarNConfig, scale: float = 1.0) -> None:
+    """Fill the rings of all rows but row 0 with random tokens."""
+    size, device = (len(cache.rings), config.ring_len, cache.num_kv_heads, cache.head_dim), cache.records.device
+    k, v = (random_rows(size, cache.dtype, scale, device) for _ in "kv")
+    positions = torch.arange(cache.ring_size, device=device)
+    for row in range(1, len(cache.rings)):
+        write_ring(cache, row, positions, *(x[row, positions % config.ring_len] for x in (k, v)))
 
 
 def make_request(
@@ -113,7 +188,7 @@ def encoded(k: torch.Tensor, v: torch.Tensor, config: KVarNConfig) -> torch.Tens
     return reference.encode_tile(k.transpose(0, 1), v.transpose(0, 1), config)
 
 
-def cache_for(request: Request, config: KVarNConfig, rows: int = 5, pages: int = 24) -> LayerCache:
+def cache_for(request: Request, config: KVarNConfig, rows: int = 5, pages: int = 24) -> RowCache:
     return make_cache(config, request.k.shape[1], request.k.shape[2], request.k.dtype, pages, rows)
 
 
@@ -158,23 +233,25 @@ def poison(workspace: DecodeWorkspace) -> None:
         x.fill_(-1)
 
 
-def clone(cache: LayerCache) -> LayerCache:
+def clone(cache: RowCache) -> RowCache:
     """Return a copy of a cache."""
-    return LayerCache(*(x.clone() for x in (cache.records, cache.ring_k, cache.ring_v)))
+    return dataclasses.replace(cache, records=cache.records.clone())
 
 
 def between_stores(attend: Attend, new: QKV, out, cache, batch, config, sm_scale) -> None:
-    """Run an extend attention on the records of this step and the ring before it, between the store steps of the
+    """Run an extend attention on the records of this step and the rings before it, between the store steps of the
     torch form, which on a CPU are faster than interpreted ones."""
     stored = clone(cache)
     tokens = QKV(*(x[: batch.num_tokens] for x in new))
     torch_form.attend_extend(tokens, torch.empty_like(tokens.q), stored, batch, config, sm_scale)
-    attend(new, out, dataclasses.replace(cache, records=stored.records), batch, config, sm_scale)
-    for name in ("records", "ring_k", "ring_v"):
-        getattr(cache, name).copy_(getattr(stored, name))
+    encoded_only, rings = clone(stored), cache.rings.flatten().long()
+    encoded_only.records[rings] = cache.records[rings]
+    attend(new, out, encoded_only, batch, config, sm_scale)
+    assert torch.equal(encoded_only.records[rings], cache.records[rings]), "attending wrote to a ring"
+    cache.records.copy_(stored.records)
 
 
-def _feed(attend: Attend, new: QKV, cache: LayerCache, batch: DecodeBatch | ExtendBatch, config: KVarNConfig):
+def _feed(attend: Attend, new: QKV, cache: RowCache, batch: DecodeBatch | ExtendBatch, config: KVarNConfig):
     """Run a step; return its output, NaN where nothing was written."""
     out, sm_scale = torch.full_like(new.q, float("nan")), cache.head_dim**-0.5
     if isinstance(attend, Attention):
@@ -189,7 +266,7 @@ def run_extend(
     attend: Attend,
     requests: Sequence[Request],
     spans: Sequence[tuple[int, int]],
-    cache: LayerCache,
+    cache: RowCache,
     config: KVarNConfig,
     *,
     padding: int = 0,
@@ -206,7 +283,7 @@ def run_extend(
     indptr = [sum(sizes[:b]) for b in range(len(sizes) + 1)]
     starts, ends = zip(*spans, strict=True)
     batch = ExtendBatch(
-        rows=torch.tensor([r.row for r in requests], device=DEVICE),
+        ring_pages=cache.ring_pages(*(r.row for r in requests)),
         prefix_lens=int32(*starts),
         seq_lens=int32(*ends),
         qo_indptr=int32(*indptr),
@@ -225,7 +302,7 @@ def run_decode(
     attend: Attend,
     requests: Sequence[Request],
     positions: Sequence[int],
-    cache: LayerCache,
+    cache: RowCache,
     config: KVarNConfig,
     *,
     padding: int = 0,
@@ -240,7 +317,7 @@ def run_decode(
     pages = [r.pages[p // PAGE] for r, p in zip(requests, positions, strict=True)]
     padded_table = torch.cat([table, torch.zeros_like(table[:1]).expand(padding, -1)])
     batch = DecodeBatch(
-        rows=torch.tensor([r.row for r in requests] + [0] * padding, device=DEVICE),
+        ring_pages=cache.ring_pages(*(r.row for r in requests), *[0] * padding),
         seq_lens=int32(*[p + 1 for p in positions] + [1] * padding),
         page_table=padded_table,
         store_pages=int32(*pages + [0] * padding),
@@ -253,7 +330,7 @@ def prefill(
     attend: Attend,
     request: Request,
     chunks: Sequence[int],
-    cache: LayerCache,
+    cache: RowCache,
     config: KVarNConfig,
 ) -> torch.Tensor:
     """Feed a request from exact_start on in chunks of the given sizes; return the outputs [sum, Hq, D]."""

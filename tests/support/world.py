@@ -8,12 +8,15 @@ token, and the memory that the next step would read, against `history`.
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from builders import clone, poison
+from builders import poison
 from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History, Pages, extend_hash
 from kvarn_kernels.attention import TORCH, TRITON, Attention, Kernels, Limits
 from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
@@ -21,11 +24,14 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.shape import AttentionShape
 from prefix_cache import calls
-from sglang_kvarn import compat
+from sglang_kvarn import admission, compat
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
+from sglang_kvarn.rings import ATTRIBUTE
 
-ROWS, PAGES, CONTEXT, PADDING = 4, 14, 1024, 2
+ROWS, CONTEXT, PADDING = 4, 1024, 2
 SHAPE = AttentionShape(QO_HEADS, KV_HEADS, HEAD_DIM, torch.float32)
+# pages of the pool besides those of rings
+TOKEN_PAGES = 16
 # float32 sums of the torch form against float64 ones; one wrong key among 1,000 is above 1e-3
 BOUND = 2e-5
 # fp16 operands of the kernels: a score of 10 is off by up to 10 * 2^-11; of each head by itself
@@ -101,25 +107,27 @@ class Step:
     spans: list[tuple[int, int]]
     batch: DecodeBatch | ExtendBatch
     padding: int = 0
-    # slots of each request, row and exact start as they were when the step was prepared
+    # slots of each request and pages of its ring as they were when the step was prepared
     slots: list[torch.Tensor] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    rings: torch.Tensor | None = None
 
 
 class World:
     """Hold the pools of one rank and the requests in them.
 
     Attributes:
+        pool_pages: as many as `rings` rings take, and 16; by default so few that not every row finds a ring.
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
     """
 
-    def __init__(self, preset: str, *, poison: bool = True, kernels_every: int = 0) -> None:
+    def __init__(self, preset: str, *, poison: bool = True, kernels_every: int = 0, rings: int = ROWS - 1) -> None:
         self.config = KVarNConfig.from_preset(preset)
         self.pages = pages_of(self.config)
+        self.pool_pages = TOKEN_PAGES + rings * self.config.ring_pages(HEAD_DIM, SHAPE.dtype.itemsize)
         self.poison, self.kernels_every = poison, kernels_every
         self.pool = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
-            PAGES * PAGE,
+            self.pool_pages * PAGE,
             page_size=PAGE,
             dtype=torch.uint8,
             head_num=KV_HEADS,
@@ -136,31 +144,30 @@ class World:
             size=ROWS, max_context_len=CONTEXT, device="cpu", enable_memory_saver=False
         )
         self.allocator = compat.PagedTokenToKVPoolAllocator(
-            PAGES * PAGE, PAGE, torch.uint8, "cpu", self.pool, need_sort=False
+            self.pool_pages * PAGE, PAGE, torch.uint8, "cpu", self.pool, need_sort=False
         )
         self.tree = calls.make_tree(self.rows, self.allocator)
-        self.pool.tail.attach(self.rows)
-        self.buffers = DecodeBuffers(ROWS + PADDING, self.rows.req_to_token)
+        self.rings = self.pool.rings
+        setattr(self.rows, ATTRIBUTE, self.rings)
+        self.buffers = DecodeBuffers(ROWS + PADDING, self.rows.req_to_token, self.rings)
         self.cache: LayerCache = self.pool.layer_cache(0)
         self.attention = attention_with(TORCH, self.config, ROWS + PADDING)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.chunked: Request | None = None
         self.steps = self.forwards = self.kernel_forwards = self.admitted = 0
-        self._poisoned: tuple = ()
+        self._poisoned: list[int] = []
         self._poison_free_memory()
 
     def _poison_free_memory(self) -> None:
-        """Fill every free page and row with NaN, as soon as no prepared step may still write it."""
+        """Fill every free page with NaN, as soon as no prepared step may still write it."""
         if not self.poison:
             return
-        free = (self.allocator.free_pages.tolist(), tuple(self.rows.free_slots))
+        free = self.allocator.free_pages.tolist()
         if free == self._poisoned:
             return
         self._poisoned = free
-        self.cache.records[torch.tensor(free[0], dtype=torch.int64)] = 0xFF
-        for ring in (self.cache.ring_k, self.cache.ring_v):
-            ring[list(free[1])] = float("nan")
+        self.cache.records[torch.tensor(free, dtype=torch.int64)] = 0xFF
 
     def free_tokens(self) -> int:
         """Tokens that can be allocated, evicting the whole tree if need be."""
@@ -175,15 +182,17 @@ class World:
         self._poison_free_memory()
 
     def check_accounts(self) -> None:
-        """Every page is free, or in the tree, or one request's own; no page is two of these."""
+        """Every page is free, or in the tree, or one request's own, or in its ring; no page is two of these."""
         free = self.allocator.free_pages.tolist()
         cached = (calls.cached_slots(self.tree)[::PAGE] // PAGE).long().tolist()
-        own = []
+        own, in_rings = [], []
         for request in self.holders():
             table = self.rows.req_to_token[request.row, : request.cached : PAGE] // PAGE
             own += table[calls.protected(request.req) // PAGE :].tolist()
-        pages = free + cached + own
-        assert sorted(pages) == list(range(1, PAGES + 1)), (free, cached, own)
+            in_rings += self.rings.pages[request.row].tolist()
+        pages = free + cached + own + in_rings
+        assert sorted(pages) == list(range(1, self.pool_pages + 1)), (free, cached, own, in_rings)
+        assert self.rings.out == len(self.holders()), "a ring is out for every row, and no other"
 
     def holders(self) -> list[Request]:
         """Requests that have a row."""
@@ -262,7 +271,7 @@ class World:
             # a graph replay pads every tensor but this one
             out_cache_loc=slots,
         )
-        batch = self.buffers.fill(forward_batch, self.pool.tail.exact_starts)
+        batch = self.buffers.fill(forward_batch)
         spans = [(r.cached - 1, r.cached) for r in requests]
         return self._note(Step(requests, spans, batch, padding=padding))
 
@@ -303,25 +312,43 @@ class World:
         for request in candidates:
             if budget <= 0:
                 break
-            continued = request is self.chunked
-            request.req.init_next_round_input(None if continued else self.tree)
-            if not continued:
-                calls.lock(self.tree, request.req)
-            prefix = calls.prefix_len(request.req)
-            new = min(budget, len(request.history.tokens) - prefix)
-            # SGLang counts every request as if it began a page
-            if self.free_tokens() < reserved + new + PAGE:
-                if not continued:
-                    calls.unlock(self.tree, request.req)
+            request.req.init_next_round_input(None if request is self.chunked else self.tree)
+            new = min(budget, len(request.history.tokens) - calls.prefix_len(request.req))
+            if not self._add(request, fresh, new, reserved):
                 break
-            calls.set_extend_range(request.req, prefix, prefix + new)
             reserved += new + PAGE
             budget -= new
-            fresh.append(request)
         if not fresh:
             return None
         decode_slots = self._allocate_decode(decoding) if decoding else None
         return fresh, decoding, self._allocate_fresh(fresh), decode_slots
+
+    def _add(self, request: Request, fresh: list[Request], new: int, reserved: int) -> bool:
+        """Choose a request and its next tokens if they and a ring fit, by the hook on SGLang's PrefillAdder."""
+        continued = request is self.chunked
+
+        @contextmanager
+        def lock_node(node) -> Iterator[None]:
+            calls.lock(self.tree, request.req)
+            yield
+            calls.unlock(self.tree, request.req)
+
+        def add_one_req(adder, req) -> None:
+            if not continued:
+                calls.lock(self.tree, req)
+            # SGLang counts every request as if it began a page
+            if self.free_tokens() < reserved + new + PAGE:
+                if not continued:
+                    calls.unlock(self.tree, req)
+                return
+            prefix = calls.prefix_len(req)
+            calls.set_extend_range(req, prefix, prefix + new)
+            fresh.append(request)
+            adder.can_run_list.append(req)
+
+        adder = SimpleNamespace(tree_cache=self.tree, can_run_list=[], _lock_node=lock_node)
+        admission.add_with_ring(add_one_req, adder, request.req)
+        return bool(adder.can_run_list)
 
     def _allocate_fresh(self, fresh: list[Request]) -> torch.Tensor:
         for request in fresh:
@@ -362,7 +389,7 @@ class World:
             extend_prefix_lens_cpu=[start for start, _ in spans],
             extend_seq_lens_cpu=[end - start for start, end in spans],
         )
-        batch = extend_batch(forward_batch, self.rows.req_to_token, self.pool.tail.exact_starts)
+        batch = extend_batch(forward_batch, self.rows.req_to_token, self.rings)
         return self._note(Step(requests, spans, batch))
 
     def extend(self, chunk: int, *, limit: int = 4, mixed: bool = False) -> None:
@@ -372,9 +399,9 @@ class World:
             self.run(self.describe_extend(*allocated))
 
     def _note(self, step: Step) -> Step:
-        step.rows = [r.row for r in step.requests]
-        table = self.rows.req_to_token
-        step.slots = [table[row, :end].clone() for row, (_, end) in zip(step.rows, step.spans, strict=True)]
+        step.rings = self.rings.pages[[r.row for r in step.requests]].clone()
+        table, rows = self.rows.req_to_token, [r.row for r in step.requests]
+        step.slots = [table[row, :end].clone() for row, (_, end) in zip(rows, step.spans, strict=True)]
         return step
 
     def run(self, step: Step) -> None:
@@ -391,12 +418,14 @@ class World:
             # SGLang leaves whatever is in the buffers of padded rows
             q, k, v = (torch.cat([x, x.new_full((step.padding, *x.shape[1:]), 1e4)]) for x in (q, k, v))
         new = QKV(q, k, v)
-        before = clone(self.cache) if self._repeats_in_kernels(step) else None
+        before = None
+        if self._repeats_in_kernels(step):
+            before = dataclasses.replace(self.cache, records=self.cache.records.clone())
         self._check(step, attend(self.attention, new, self.cache, step.batch), BOUND)
         if before:
             self._run_kernels(step, new, before)
         for n, (request, (start, end)) in enumerate(zip(step.requests, step.spans, strict=True)):
-            self._check_memory(request, step.rows[n], step.slots[n], start, end)
+            self._check_memory(request, step.rings[n], step.slots[n], start, end)
         self._process(step)
         self._poison_free_memory()
 
@@ -410,7 +439,9 @@ class World:
             worst = error.max().item()
             assert worst < bound, f"request {request.req.rid}, positions {start} to {end}: error {worst:.2e}"
 
-    def _check_memory(self, request: Request, row: int, slots: torch.Tensor, start: int, end: int) -> None:
+    def _check_memory(
+        self, request: Request, ring: torch.Tensor, slots: torch.Tensor, start: int, end: int
+    ) -> None:
         """The memory that the request's next step reads is, byte for byte, what its history says."""
         full = end // PAGE
         if full and (end - start > 1 or end % PAGE < 2):
@@ -418,13 +449,10 @@ class World:
             wrong = (self.cache.records[pages] != request.history.records(full)).flatten(1).any(1)
             assert not wrong.any(), f"request {request.req.rid}: records of pages {wrong.nonzero().tolist()}"
         first = max(request.exact_start, (end // PAGE - self.config.window_pages) * PAGE, 0)
-        positions = torch.arange(first, end)
-        for ring, rows in (
-            (self.cache.ring_k, request.history.rotated_k),
-            (self.cache.ring_v, request.history.rotated_v),
-        ):
-            own = torch.equal(ring[row, positions % self.config.ring_len], rows[first:end])
-            assert own, f"request {request.req.rid}: ring of row {row}, positions {first} to {end}"
+        expected = (request.history.rotated_k, request.history.rotated_v)
+        for stored, rows in zip(ring_tokens(self.cache, ring, first, end), expected, strict=True):
+            own = torch.equal(stored, rows[first:end])
+            assert own, f"request {request.req.rid}: ring in pages {ring.tolist()}, positions {first} to {end}"
 
     def _process(self, step: Step) -> None:
         """Sample a token, put pages into the tree and re-point rows, as SGLang's result processor does."""
@@ -455,10 +483,7 @@ class World:
         self.kernel_forwards += 1
         kernels = attention_with(TRITON, self.config, ROWS + PADDING)
         self._check(step, attend(kernels, new, cache, step.batch), KERNEL_BOUND)
-        used = slice(1, None)
-        assert torch.equal(cache.records[used], self.cache.records[used]), "records of kernels and torch form"
-        for mine, other in ((cache.ring_k, self.cache.ring_k), (cache.ring_v, self.cache.ring_v)):
-            assert torch.equal(mine[used].view(torch.int32), other[used].view(torch.int32)), "rings"
+        assert torch.equal(cache.records[1:], self.cache.records[1:]), "pages of kernels and torch form"
         _AGREED.add(extend_hash(self.forwards, sum(end for _, end in step.spans)))
 
 
@@ -481,6 +506,23 @@ def attend(attention: Attention, new: QKV, cache: LayerCache, batch: DecodeBatch
 # steps that the kernels have repeated: many lives begin alike, and a step takes the interpreter seconds
 _AGREED: set[int] = set()
 _PAGES: dict[str, Pages] = {}
+
+
+def ring_token(cache: LayerCache, ring: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views of the key and the value at a position in the ring of these pages, each [Hk, D]."""
+    size = 2 * cache.head_dim
+    tokens = cache.exact.shape[2] // size
+    page, place = int(ring[position // tokens % len(ring)]), position % tokens
+    token = cache.exact[page, :, place * size : (place + 1) * size]
+    return token[:, : cache.head_dim], token[:, cache.head_dim :]
+
+
+def ring_tokens(cache: LayerCache, ring: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values at positions start .. end - 1 of a ring, each [n, Hk, D]."""
+    found = [ring_token(cache, ring, position) for position in range(start, end)]
+    empty = torch.empty(0, cache.num_kv_heads, cache.head_dim, dtype=cache.dtype)
+    k, v = (torch.stack(x) for x in zip(*found, strict=True)) if found else (empty, empty)
+    return k, v
 
 
 def pages_of(config: KVarNConfig) -> Pages:

@@ -19,6 +19,7 @@ from kvarn_kernels.device.numerics import cast, dot
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.record import tile
 from kvarn_kernels.record.hadamard import hadamard_signs
+from kvarn_kernels.record.ring import ring_ptrs
 from kvarn_kernels.record.unpack import load_keys, load_values
 
 # tokens, channels and warps of a program by head_dim. H100, 273 pages of 8 heads of 128: 188 us; (64, 128, 4) took 195,
@@ -78,14 +79,13 @@ def _dequantise_kernel(
     v_ptr,
     records_ptr,  # [P, Hk, RECORD] uint8
     firsts_ptr,  # the same memory in the dtype of the first tokens
-    ring_k_ptr,  # [R, RING_LEN, Hk, D] model dtype, rotated
-    ring_v_ptr,
+    exact_ptr,  # the same memory in the model's dtype
+    ring_pages_ptr,  # [B, RING_PAGES] int32
     signs_ptr,  # [D, D] float16, +-1
     model_signs_ptr,  # [D, D] model dtype, +-1
     requests_ptr,  # [M] int32
     pages_ptr,  # [M] int32
     page_table_ptr,  # [B, P_max] int32
-    rows_ptr,  # [B] int64
     prefix_lens_ptr,  # [B] int32
     seq_lens_ptr,  # [B] int32
     qo_indptr_ptr,  # [B + 1] int32
@@ -101,7 +101,7 @@ def _dequantise_kernel(
     G: tl.constexpr,
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
-    RING_LEN: tl.constexpr,
+    RING_PAGES: tl.constexpr,
     BLOCK: tl.constexpr,  # tokens of a program, a divisor of G
     COLS: tl.constexpr,  # channels of a program, a divisor of D
 ):
@@ -126,11 +126,11 @@ def _dequantise_kernel(
         y = tl.load(source, mask=is_new, other=0.0).to(tl.float32)
         if page * G + first < prefix_len:
             is_old = (position < prefix_len)[:, None]
-            at = ((tl.load(rows_ptr + b) * RING_LEN + position % RING_LEN) * HK + head)[:, None] * D + d[None, :]
+            pages = ring_pages_ptr + b * RING_PAGES
+            at = ring_ptrs(exact_ptr, pages, position, head, HK, D, K_BITS, V_BITS, RING_PAGES)[:, None] + d[None, :]
             if is_value:
-                x = tl.load(ring_v_ptr + at, mask=is_old, other=0.0)
-            else:
-                x = tl.load(ring_k_ptr + at, mask=is_old, other=0.0)
+                at += D
+            x = tl.load(at, mask=is_old, other=0.0)
             old = dot(x, tl.load(model_signs_ptr + signs_at), tl.zeros([BLOCK, COLS], tl.float32))
             y = tl.where(is_old, _finish(old, D, DTYPE), y)
     else:
@@ -203,14 +203,13 @@ def dequantise(
         v_ptr=new.v,
         records_ptr=cache.records,
         firsts_ptr=cache.first_tokens,
-        ring_k_ptr=cache.ring_k,
-        ring_v_ptr=cache.ring_v,
+        exact_ptr=cache.exact,
+        ring_pages_ptr=batch.ring_pages,
         signs_ptr=hadamard_signs(cache.head_dim, torch.float16, cache.records.device),
         model_signs_ptr=hadamard_signs(cache.head_dim, cache.dtype, cache.records.device),
         requests_ptr=pages.requests,
         pages_ptr=pages.pages,
         page_table_ptr=batch.page_table,
-        rows_ptr=batch.rows,
         prefix_lens_ptr=batch.prefix_lens,
         seq_lens_ptr=batch.seq_lens,
         qo_indptr_ptr=batch.qo_indptr,
@@ -226,7 +225,7 @@ def dequantise(
         G=tile.TILE_SIZE,
         K_BITS=config.k_bits,
         V_BITS=config.v_bits,
-        RING_LEN=cache.ring_len,
+        RING_PAGES=batch.ring_pages.shape[1],
         BLOCK=block,
         COLS=cols,
         num_warps=warps,

@@ -24,6 +24,7 @@ from kvarn_kernels.read.attend import (
 )
 from kvarn_kernels.read.decode_plan import DecodeWorkspace, ring_start, split_units, work_of
 from kvarn_kernels.record import tile
+from kvarn_kernels.record.ring import ring_ptrs
 
 FIRST_BLOCK = 16
 # exact keys that are attended together; half as many where 64 of head_dim 256 take more shared memory (149,504 bytes)
@@ -49,10 +50,9 @@ def _decode_kernel(
     rotated_q_ptr,  # [B, Hq, D] float32
     records_ptr,  # [P, Hk, RECORD] uint8
     first_ptr,  # the same memory in the dtype of the first tokens
-    ring_k_ptr,  # [R, RING_LEN, Hk, D]
-    ring_v_ptr,
+    exact_ptr,  # the same memory in the model's dtype
+    ring_pages_ptr,  # [B, RING_PAGES] int32
     page_table_ptr,  # [B, P_max] int32
-    rows_ptr,  # [B] int64
     seq_lens_ptr,  # [B] int32
     exact_starts_ptr,  # [B] int32
     requests_ptr,  # [S] int32, request of each split
@@ -70,7 +70,7 @@ def _decode_kernel(
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
     WINDOW: tl.constexpr,
-    RING_LEN: tl.constexpr,
+    RING_PAGES: tl.constexpr,
     SPLIT_UNITS: tl.constexpr,  # 0: units of the request shared evenly by its splits
     FIRST_BLOCK: tl.constexpr,
     EXACT_BLOCK: tl.constexpr,
@@ -105,14 +105,13 @@ def _decode_kernel(
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
     acc = zero_blocks(V_BLOCKS, M, VW)
-    row = tl.load(rows_ptr + b)
+    ring_ptr = ring_pages_ptr + b * RING_PAGES
     n = tl.arange(0, EXACT_BLOCK)
     for start in tl.range(ring_begin, ring_end, EXACT_BLOCK):
         j = start + n
-        offsets = ((row * RING_LEN + j % RING_LEN) * HK + head) * D
-        k_ptrs, v_ptrs = ring_k_ptr + offsets, ring_v_ptr + offsets
+        k_ptrs = ring_ptrs(exact_ptr, ring_ptr, j, head, HK, D, K_BITS, V_BITS, RING_PAGES)
         seen = j < ring_end
-        m, l, acc = attend_exact(q, row_scale, k_ptrs, v_ptrs, seen, seen[None, :], m, l, acc, D, V_BLOCKS)
+        m, l, acc = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, seen, seen[None, :], m, l, acc, D, V_BLOCKS)
     pages_ptr = page_table_ptr + b * stride_page_table
     f = tl.arange(0, FIRST_BLOCK)
     FIRST: tl.constexpr = tile.scales_offset(D, K_BITS, V_BITS) // 2 + tile.k_first_index(D)
@@ -149,7 +148,7 @@ def decode(
     """Attend one query token per request; each split's normalised output and lse go to the workspace.
 
     Reads the rotated query and the plan of the step in the workspace, the records of the older pages and the ring of
-    the request's row.
+    the request.
 
     Args:
         exact_block: from the function of that name.
@@ -159,10 +158,9 @@ def decode(
         rotated_q_ptr=workspace.rotated_q,
         records_ptr=cache.records,
         first_ptr=cache.first_tokens,
-        ring_k_ptr=cache.ring_k,
-        ring_v_ptr=cache.ring_v,
+        exact_ptr=cache.exact,
+        ring_pages_ptr=batch.ring_pages,
         page_table_ptr=batch.page_table,
-        rows_ptr=batch.rows,
         seq_lens_ptr=batch.seq_lens,
         exact_starts_ptr=batch.exact_starts,
         requests_ptr=workspace.split_requests,
@@ -180,7 +178,7 @@ def decode(
         K_BITS=config.k_bits,
         V_BITS=config.v_bits,
         WINDOW=config.window_pages,
-        RING_LEN=cache.ring_len,
+        RING_PAGES=batch.ring_pages.shape[1],
         SPLIT_UNITS=split_units(config),
         FIRST_BLOCK=FIRST_BLOCK,
         EXACT_BLOCK=exact_block,

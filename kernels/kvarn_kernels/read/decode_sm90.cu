@@ -452,8 +452,8 @@ __device__ __forceinline__ void attend_exact(State& st, Rows rows, const float* 
 }
 
 extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS)
-kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records, const u8* __restrict__ ring_k,
-             const u8* __restrict__ ring_v, const int* __restrict__ page_table, const long long* __restrict__ rows,
+kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records,
+             const int* __restrict__ ring_pages, const int* __restrict__ page_table,
              const int* __restrict__ seq_lens, const int* __restrict__ exact_starts, const int* __restrict__ requests,
              const int* __restrict__ indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
              int sm_scale_log2_bits, int batch_size) {
@@ -519,13 +519,14 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
 #pragma unroll
     for (int k = 0; k < 4; k++) st.acc[n][k] = 0.f;
 
-  const long long ring = rows[b] * RING_LEN;
+  const u8* head_records = records + head * RECORD;
+  ring_pages += b * RING_PAGES;
   for (int start = ring_begin + 16 * warp; start < ring_end; start += 16 * WARPS) {
     auto row = [&](int n, const u8*& k, const u8*& v) {
       const int j = start + n;
-      const long long at = ((ring + j % RING_LEN) * HK + head) * D * 2;
-      k = ring_k + at;
-      v = ring_v + at;
+      const long long page = ring_pages[j / RING_TOKENS % RING_PAGES];
+      k = head_records + page * (HK * RECORD) + j % RING_TOKENS * (4 * D);
+      v = k + 2 * D;
       return j < ring_end;
     };
     attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);

@@ -51,11 +51,11 @@ def teams(record_bytes: int, head_dim: int) -> tuple[int, int]:
 
 
 def constants(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_len: int
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int
 ) -> dict[str, int]:
-    """Return the constants of decode_sm90.cu for a format and a ring; group: query heads of a KV head."""
+    """Return the constants of decode_sm90.cu for a format and rings; group: query heads of a KV head."""
     tile_warps, stages = teams(config.record_bytes(head_dim), head_dim)
-    return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_len) | {
+    return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages) | {
         "GROUP": group,
         "WINDOW": config.window_pages,
         "RING_CHUNK": RING_CHUNK.value,
@@ -75,9 +75,9 @@ def shared_bytes(defines: dict[str, int]) -> int:
 
 @lru_cache(maxsize=32)
 def _compiled(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_len: int, device: int
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, device: int
 ) -> CudaLauncher:
-    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_len)
+    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages)
     return nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device, THREADS, shared_bytes(defines))
 
 
@@ -86,19 +86,17 @@ def decode(
 ) -> None:
     """Run the contract of `decode.decode`; the first call for a format compiles (about a second)."""
     group = workspace.rotated_q.shape[1] // cache.num_kv_heads
-    is_bf16, device = cache.dtype == torch.bfloat16, cache.records.device
+    is_bf16, device, ring_pages = cache.dtype == torch.bfloat16, cache.records.device, batch.ring_pages.shape[1]
     kernel = _compiled(
-        config, cache.head_dim, cache.num_kv_heads, group, is_bf16, cache.ring_len, device.index or 0
+        config, cache.head_dim, cache.num_kv_heads, group, is_bf16, ring_pages, device.index or 0
     )
     kernel(
         (workspace.max_splits[batch.num_tokens - 1], cache.num_kv_heads * -(-group // PROGRAM_HEADS), 1),
         current_stream(device),
         rotated_q=workspace.rotated_q,
         records=cache.records,
-        ring_k=cache.ring_k,
-        ring_v=cache.ring_v,
+        ring_pages=batch.ring_pages,
         page_table=batch.page_table,
-        rows=batch.rows,
         seq_lens=batch.seq_lens,
         exact_starts=batch.exact_starts,
         requests=workspace.split_requests,

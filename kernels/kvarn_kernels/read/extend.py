@@ -28,6 +28,7 @@ from kvarn_kernels.read.attend import LOG2_E, SHIFT, attend_exact, normalise_que
 from kvarn_kernels.read.merge import merge_splits
 from kvarn_kernels.record import tile
 from kvarn_kernels.record.hadamard import hadamard_signs, unrotate
+from kvarn_kernels.record.ring import ring_ptrs
 from kvarn_kernels.record.unpack import load_keys, load_values
 from kvarn_kernels.shape import AttentionShape
 
@@ -44,13 +45,12 @@ def _extend_kernel(
     q_ptr,  # [T, Hq, D] float32, rotated
     chunk_k_ptr,  # [T, Hk, D] model dtype, rotated
     chunk_v_ptr,
-    ring_k_ptr,  # [R, RING_LEN, Hk, D] model dtype, rotated
-    ring_v_ptr,
     records_ptr,  # [P, Hk, RECORD] uint8
+    exact_ptr,  # the same memory in the model's dtype
     firsts_ptr,  # the same memory in the dtype of the first tokens
     signs_ptr,  # [D, D] bfloat16, +-1
     page_table_ptr,  # [B, P_max] int32
-    rows_ptr,  # [B] int64
+    ring_pages_ptr,  # [B, RING_PAGES] int32
     prefix_lens_ptr,  # [B] int32
     seq_lens_ptr,  # [B] int32
     qo_indptr_ptr,  # [B + 1] int32
@@ -73,7 +73,7 @@ def _extend_kernel(
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
     WINDOW: tl.constexpr,
-    RING_LEN: tl.constexpr,
+    RING_PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -133,7 +133,7 @@ def _extend_kernel(
         m, l, blocks = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, exists, exists[None, :], m, l, (acc,), D, 1)
         acc = blocks[0]
 
-    ring = tl.load(rows_ptr + b) * RING_LEN
+    ring_ptr = ring_pages_ptr + b * RING_PAGES
     end = tl.minimum(start + BLOCK_Q, seq_len)
     exact_begin = exact_page * G
     if SPLIT:
@@ -141,10 +141,10 @@ def _extend_kernel(
     for begin in tl.range(exact_begin, end, BLOCK_KV, num_stages=STAGES):
         j = begin + y
         in_ring = j < prefix_len
-        ring_offsets = ((ring + j % RING_LEN) * HK + head) * D
+        ring_k_ptrs = ring_ptrs(exact_ptr, ring_ptr, j, head, HK, D, K_BITS, V_BITS, RING_PAGES)
         chunk_offsets = ((first_token + j) * HK + head) * D
-        k_ptrs = tl.where(in_ring, ring_k_ptr + ring_offsets, chunk_k_ptr + chunk_offsets)
-        v_ptrs = tl.where(in_ring, ring_v_ptr + ring_offsets, chunk_v_ptr + chunk_offsets)
+        k_ptrs = tl.where(in_ring, ring_k_ptrs, chunk_k_ptr + chunk_offsets)
+        v_ptrs = tl.where(in_ring, ring_k_ptrs + D, chunk_v_ptr + chunk_offsets)
         seen = j[None, :] <= position[:, None]
         m, l, blocks = attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, (acc,), D, 1)
         acc = blocks[0]
@@ -262,17 +262,16 @@ def extend(
         partial_out = torch.empty(size, heads, cache.head_dim, dtype=torch.float32, device=out.device)
         partial_lse = torch.empty(size, heads, dtype=torch.float32, device=out.device)
     _extend_launcher(
-        (plan.num_tiles * splits, cache.num_kv_heads, batch.rows.shape[0]),
+        (plan.num_tiles * splits, cache.num_kv_heads, batch.ring_pages.shape[0]),
         q_ptr=rotated.q,
         chunk_k_ptr=rotated.k,
         chunk_v_ptr=rotated.v,
-        ring_k_ptr=cache.ring_k,
-        ring_v_ptr=cache.ring_v,
         records_ptr=cache.records,
+        exact_ptr=cache.exact,
         firsts_ptr=cache.first_tokens,
         signs_ptr=hadamard_signs(cache.head_dim, torch.bfloat16, out.device),
         page_table_ptr=batch.page_table,
-        rows_ptr=batch.rows,
+        ring_pages_ptr=batch.ring_pages,
         prefix_lens_ptr=batch.prefix_lens,
         seq_lens_ptr=batch.seq_lens,
         qo_indptr_ptr=batch.qo_indptr,
@@ -295,7 +294,7 @@ def extend(
         K_BITS=config.k_bits,
         V_BITS=config.v_bits,
         WINDOW=config.window_pages,
-        RING_LEN=cache.ring_len,
+        RING_PAGES=batch.ring_pages.shape[1],
         SPLIT=splits > 1,
         STAGES=blocks.stages,
         num_warps=blocks.warps,

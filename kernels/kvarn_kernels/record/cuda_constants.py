@@ -9,7 +9,7 @@ from kvarn_kernels.record import tile
 
 
 def format_constants(
-    bits: tuple[int, int], head_dim: int, num_kv_heads: int, is_bf16: bool, ring_len: int
+    bits: tuple[int, int], head_dim: int, num_kv_heads: int, is_bf16: bool, ring_pages: int
 ) -> dict[str, Any]:
     """Return the constants that every kernel over records and rings needs; every offset comes from `tile`.
 
@@ -26,7 +26,8 @@ def format_constants(
         "V_FIELD_BITS": tile.low_bits(v_bits),
         "HK": num_kv_heads,
         "BF16": int(is_bf16),
-        "RING_LEN": ring_len,
+        "RING_PAGES": ring_pages,
+        "RING_TOKENS": tile.exact_tokens(head_dim, k_bits, v_bits, 2),
         "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
         "V_CHANNEL_BLOCKS": tile.v_channel_blocks(v_bits),
         "TOP_INDEX": tile.top_index(head_dim),

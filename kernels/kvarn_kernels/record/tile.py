@@ -39,6 +39,9 @@ The codes of token 0 are zero, except that the lowest 4 bits of the record (of k
 token 0 in every layout) are the header: `HEADER` | dtype of the first tokens. A page that was never encoded has no
 header, which tests rely on. Readers take token 0 from k_first and v_first and ignore its codes.
 
+A page of the pool that belongs to the ring of a request (`ring`) holds exact tokens instead, for each KV head where its
+record would be: key [D] and value [D] of one token after the other, rotated, in the model's dtype.
+
 Example, D = 128, k4v2: k_codes [128, 16] at 0, v_codes [8, 8, 4, 4] at 8,192, k_channel_scale at 12,288, k_first at
 13,824, size 14,336 = 112 bytes per token.
 """
@@ -165,3 +168,9 @@ def v_first_index(head_dim):
 def record_bytes(head_dim, k_bits, v_bits):
     """Return the size of a record in bytes: D * G * (kb + vb) / 8 + 6 D + 6 G + 4 D."""
     return TILE_SIZE * head_dim * (k_bits + v_bits) // 8 + 2 * (5 * head_dim + 3 * TILE_SIZE)
+
+
+@triton.constexpr_function
+def exact_tokens(head_dim, k_bits, v_bits, itemsize):
+    """Return how many exact tokens of a KV head fit in the bytes of its record; 28 for k4v2 at head_dim 128."""
+    return record_bytes(head_dim, k_bits, v_bits) // (2 * head_dim * itemsize)

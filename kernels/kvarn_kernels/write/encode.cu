@@ -63,13 +63,16 @@ __device__ __forceinline__ double to_double(u32 n) { return __hiloint2double(0x4
 
 // where the rows of a page are: in the ring for positions below ring_end, else in the chunk
 struct Source {
-  const u16 *ring, *chunk;  // of the KV head; chunk[0] is position ring_end
+  const u8* records;        // all pages; of the KV head, and for values one key later
+  const int* ring_pages;    // of the request
+  const u16* chunk;         // of the KV head; chunk[0] is position ring_end
   int first, ring_end;      // position of token 0 of the page
 
   __device__ const u16* row(int token) const {
-    int position = first + token;
-    bool in_ring = position < ring_end;
-    return in_ring ? ring + (long long)(position % RING_LEN) * (HK * D) : chunk + (long long)(position - ring_end) * (HK * D);
+    const int position = first + token;
+    if (position >= ring_end) return chunk + (long long)(position - ring_end) * (HK * D);
+    const long long page = ring_pages[position / RING_TOKENS % RING_PAGES];
+    return (const u16*)(records + page * (HK * RECORD)) + position % RING_TOKENS * (2 * D);
   }
 };
 
@@ -444,30 +447,29 @@ struct Side {
   }
 };
 
-// side 2 h: keys of KV head h, 2 h + 1: values. The ring and chunk pointers are those of head 0.
-__device__ void encode_side(int side, u8* records, long long page_id, Source k, Source v) {
+// side 2 h: keys of KV head h, 2 h + 1: values. The pointers are those of keys and of head 0.
+__device__ void encode_side(int side, u8* records, long long page_id, Source source, const u16* chunk_v) {
   constexpr int SUMS = D * G / TB, TABLE = G * TABLE_ROW / 8;
   __shared__ double sums[SUMS > TABLE ? SUMS : TABLE];
   __shared__ float cross[D > G ? D : G];
   __shared__ int shared_max[2];
   const int head = side / 2;
   u8* record = records + (page_id * HK + head) * RECORD;
+  source.records += head * RECORD;
   if (side % 2 == 0) {
-    k.ring += head * D;
-    k.chunk += head * D;
-    Side<true>(sums, cross).encode(k, record, shared_max);
+    source.chunk += head * D;
+    Side<true>(sums, cross).encode(source, record, shared_max);
   } else {
-    v.ring += head * D;
-    v.chunk += head * D;
-    Side<false>(sums, cross).encode(v, record, shared_max);
+    source.records += 2 * D;
+    source.chunk = chunk_v + head * D;
+    Side<false>(sums, cross).encode(source, record, shared_max);
   }
 }
 
 #if ENCODE_RING
 // grid (2 HK, SLICES): slice s encodes the last page of the requests s, s + SLICES, ... whose token fills it
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-kvarn_encode_ring(u8* __restrict__ records, const u16* __restrict__ ring_k, const u16* __restrict__ ring_v,
-                  const long long* __restrict__ rows, const int* __restrict__ seq_lens,
+kvarn_encode_ring(u8* records, const int* __restrict__ ring_pages, const int* __restrict__ seq_lens,
                   const int* __restrict__ store_pages, int batch_size) {
   const int slices = gridDim.y;
   // in 127 of 128 steps of a request there is nothing to do: one load tells for a whole slice
@@ -477,9 +479,9 @@ kvarn_encode_ring(u8* __restrict__ records, const u16* __restrict__ ring_k, cons
     for (int b = begin; b < min(begin + slices * THREADS, batch_size); b += slices) {
       const int seq_len = seq_lens[b];
       if (seq_len % G != 0) continue;
-      const long long ring = rows[b] * RING_LEN * (HK * D);
-      Source k = {ring_k + ring, ring_k, seq_len - G, seq_len}, v = {ring_v + ring, ring_v, seq_len - G, seq_len};
-      encode_side(blockIdx.x, records, store_pages[b], k, v);
+      // there is no chunk
+      const Source source = {records, ring_pages + b * RING_PAGES, (const u16*)records, seq_len - G, seq_len};
+      encode_side(blockIdx.x, records, store_pages[b], source, (const u16*)records);
       __syncthreads();  // the codes have been packed
     }
   }
@@ -490,15 +492,14 @@ kvarn_encode_ring(u8* __restrict__ records, const u16* __restrict__ ring_k, cons
 #if ENCODE_CHUNK
 // grid (2 HK, pages, B): every page that the new tokens of a request complete
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-kvarn_encode_chunk(u8* __restrict__ records, const u16* __restrict__ ring_k, const u16* __restrict__ ring_v,
-                   const u16* __restrict__ chunk_k, const u16* __restrict__ chunk_v,
-                   const long long* __restrict__ rows, const int* __restrict__ prefix_lens,
+kvarn_encode_chunk(u8* records, const int* __restrict__ ring_pages, const u16* __restrict__ chunk_k,
+                   const u16* __restrict__ chunk_v, const int* __restrict__ prefix_lens,
                    const int* __restrict__ seq_lens, const int* __restrict__ qo_indptr,
                    const int* __restrict__ page_table, int stride_page_table) {
   const int b = blockIdx.z, prefix_len = prefix_lens[b], page = prefix_len / G + blockIdx.y;
   if ((page + 1) * G > seq_lens[b]) return;
-  const long long ring = rows[b] * RING_LEN * (HK * D), chunk = (long long)qo_indptr[b] * (HK * D);
-  Source k = {ring_k + ring, chunk_k + chunk, page * G, prefix_len}, v = {ring_v + ring, chunk_v + chunk, page * G, prefix_len};
-  encode_side(blockIdx.x, records, page_table[(long long)b * stride_page_table + page], k, v);
+  const long long chunk = (long long)qo_indptr[b] * (HK * D);
+  const Source source = {records, ring_pages + b * RING_PAGES, chunk_k + chunk, page * G, prefix_len};
+  encode_side(blockIdx.x, records, page_table[(long long)b * stride_page_table + page], source, chunk_v + chunk);
 }
 #endif

@@ -29,11 +29,11 @@ MIN_BLOCKS = {64: 2, 128: 1, 256: 1}
 
 
 def constants(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, ring_len: int
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, ring_pages: int
 ) -> dict[str, Any]:
-    """Return the constants of encode.cu for a format and a ring."""
+    """Return the constants of encode.cu for a format and rings."""
     k_bits, v_bits = bits = config.k_bits, config.v_bits
-    return format_constants(bits, head_dim, num_kv_heads, is_bf16, ring_len) | {
+    return format_constants(bits, head_dim, num_kv_heads, is_bf16, ring_pages) | {
         "LARGEST": f"{LARGEST_INPUT}f",
         "K_ROUNDS": ROUNDS[k_bits],
         "V_ROUNDS": ROUNDS[v_bits],
@@ -57,26 +57,24 @@ def threads(head_dim: int) -> int:
 
 @lru_cache(maxsize=32)
 def _compiled(
-    kernel: str, config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, ring_len: int, device: int
+    kernel: str, config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, ring_pages: int, device: int
 ) -> CudaLauncher:
-    defines = constants(config, head_dim, num_kv_heads, is_bf16, ring_len) | selection(kernel)
+    defines = constants(config, head_dim, num_kv_heads, is_bf16, ring_pages) | selection(kernel)
     return nvrtc.compile_kernel(SOURCE, kernel, defines, device, threads(head_dim))
 
 
-def _kernel(name: str, cache: LayerCache, config: KVarNConfig) -> CudaLauncher:
+def _kernel(name: str, cache: LayerCache, config: KVarNConfig, ring_pages: int) -> CudaLauncher:
     is_bf16, device = cache.dtype == torch.bfloat16, cache.records.device.index or 0
-    return _compiled(name, config, cache.head_dim, cache.num_kv_heads, is_bf16, cache.ring_len, device)
+    return _compiled(name, config, cache.head_dim, cache.num_kv_heads, is_bf16, ring_pages, device)
 
 
 def encode_from_ring(cache: LayerCache, batch: DecodeBatch, config: KVarNConfig) -> None:
     """Run the contract of `encode.encode_from_ring`."""
-    _kernel("kvarn_encode_ring", cache, config)(
+    _kernel("kvarn_encode_ring", cache, config, batch.ring_pages.shape[1])(
         (2 * cache.num_kv_heads, ring_slices(cache.num_kv_heads), 1),
         current_stream(cache.records.device),
         records=cache.records,
-        ring_k=cache.ring_k,
-        ring_v=cache.ring_v,
-        rows=batch.rows,
+        ring_pages=batch.ring_pages,
         seq_lens=batch.seq_lens,
         store_pages=batch.store_pages,
         batch_size=batch.num_tokens,
@@ -87,15 +85,13 @@ def encode_from_chunk(rotated: QKV, cache: LayerCache, batch: ExtendBatch, confi
     """Run the contract of `encode.encode_from_chunk`."""
     if batch.max_full_pages == 0:
         return
-    _kernel("kvarn_encode_chunk", cache, config)(
-        (2 * cache.num_kv_heads, batch.max_full_pages, batch.rows.shape[0]),
+    _kernel("kvarn_encode_chunk", cache, config, batch.ring_pages.shape[1])(
+        (2 * cache.num_kv_heads, batch.max_full_pages, batch.ring_pages.shape[0]),
         current_stream(cache.records.device),
         records=cache.records,
-        ring_k=cache.ring_k,
-        ring_v=cache.ring_v,
+        ring_pages=batch.ring_pages,
         chunk_k=rotated.k,
         chunk_v=rotated.v,
-        rows=batch.rows,
         prefix_lens=batch.prefix_lens,
         seq_lens=batch.seq_lens,
         qo_indptr=batch.qo_indptr,

@@ -1,85 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Store new tokens in the rings: those of a decode step as they are rotated, the newest ones of a chunk."""
+"""Store the newest tokens of a chunk in the ring of its request; those of a decode step are stored by `rotate`."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
+from kvarn_kernels.batch import QKV, ExtendBatch
+from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.memory import LayerCache
-from kvarn_kernels.write.rotate import rotate_into
+from kvarn_kernels.record.ring import ring_ptrs
+from kvarn_kernels.record.tile import exact_tokens
 
-
-def store_step(new: QKV, rotated_q: torch.Tensor, cache: LayerCache, batch: DecodeBatch) -> None:
-    """Rotate one new token per request; k and v go to their slots of the rings, q to rotated_q.
-
-    Args:
-        rotated_q: float32 [at least B, Hq, D], contiguous, written.
-    """
-    rotate_into(QKV(rotated_q, cache.ring_k, cache.ring_v), new, batch.rows, batch.seq_lens)
+# tokens of a program
+BLOCK = 16
 
 
 @triton.jit
 def _store_kernel(
     k_ptr,  # [T, Hk, D] rotated
     v_ptr,
-    ring_k_ptr,  # [R, RING_LEN, Hk, D], written
-    ring_v_ptr,
-    rows_ptr,  # [B] int64
+    exact_ptr,  # pages in the model's dtype, written
+    ring_pages_ptr,  # [B, RING_PAGES] int32
     prefix_lens_ptr,  # [B] int32
     seq_lens_ptr,  # [B] int32
     qo_indptr_ptr,  # [B + 1] int32
-    RING_LEN: tl.constexpr,
-    WIDTH: tl.constexpr,  # Hk * D
-    BLOCK_WIDTH: tl.constexpr,
+    RING_LEN: tl.constexpr,  # tokens of a ring
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    RING_PAGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(0)
+    b, head = tl.program_id(0), tl.program_id(2)
     seq_len = tl.load(seq_lens_ptr + b)
     prefix_len = tl.load(prefix_lens_ptr + b)
-    # the newest ring_len tokens of the chunk, newest first
-    position = seq_len - 1 - (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))
-    valid = position >= prefix_len
-    token = tl.load(qo_indptr_ptr + b).to(tl.int64) + position - prefix_len
-    slot = tl.load(rows_ptr + b) * RING_LEN + tl.maximum(position, 0) % RING_LEN
-    w = tl.program_id(2) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    mask = valid[:, None] & (w < WIDTH)[None, :]
-    source = token[:, None] * WIDTH + w[None, :]
-    target = slot[:, None] * WIDTH + w[None, :]
-    tl.store(ring_k_ptr + target, tl.load(k_ptr + source, mask=mask, other=0.0), mask=mask)
-    tl.store(ring_v_ptr + target, tl.load(v_ptr + source, mask=mask, other=0.0), mask=mask)
+    # the newest RING_LEN tokens of the chunk, newest first
+    back = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    position = seq_len - 1 - back
+    mask = ((position >= prefix_len) & (back < RING_LEN))[:, None]
+    position = tl.maximum(position, 0)
+    d = tl.arange(0, D)
+    source = ((tl.load(qo_indptr_ptr + b).to(tl.int64) + position - prefix_len) * HK + head)[:, None] * D + d[None, :]
+    pages_ptr = ring_pages_ptr + b * RING_PAGES
+    target = ring_ptrs(exact_ptr, pages_ptr, position, head, HK, D, K_BITS, V_BITS, RING_PAGES)[:, None] + d[None, :]
+    tl.store(target, tl.load(k_ptr + source, mask=mask, other=0.0), mask=mask)
+    tl.store(target + D, tl.load(v_ptr + source, mask=mask, other=0.0), mask=mask)
 
 
 _store_launcher = TritonLauncher(_store_kernel)
 
 
-def store_chunk(rotated: QKV, cache: LayerCache, batch: ExtendBatch) -> None:
-    """Copy the newest ring_len tokens of each request's chunk into its ring.
+def store_chunk(rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig) -> None:
+    """Copy the newest tokens of each request's chunk, as many as its ring is long, into the ring.
 
     Args:
-        rotated: k and v [T, Hk, D], contiguous, the ring's dtype; cache: rings written; batch: the step.
+        rotated: k and v [T, Hk, D], contiguous, the model's dtype; cache: rings written; batch: the step.
     """
-    newest = min(cache.ring_len, max(batch.new_tokens, default=0))
+    ring_pages = batch.ring_pages.shape[1]
+    tokens = exact_tokens(cache.head_dim, config.k_bits, config.v_bits, cache.dtype.itemsize)
+    newest = min(ring_pages * tokens, max(batch.new_tokens, default=0))
     if newest == 0:
         return
-    width = cache.num_kv_heads * cache.head_dim
-    block, block_width = 16, min(1024, triton.next_power_of_2(width))
     _store_launcher(
-        (batch.rows.shape[0], triton.cdiv(newest, block), triton.cdiv(width, block_width)),
+        (batch.ring_pages.shape[0], triton.cdiv(newest, BLOCK), cache.num_kv_heads),
         k_ptr=rotated.k,
         v_ptr=rotated.v,
-        ring_k_ptr=cache.ring_k,
-        ring_v_ptr=cache.ring_v,
-        rows_ptr=batch.rows,
+        exact_ptr=cache.exact,
+        ring_pages_ptr=batch.ring_pages,
         prefix_lens_ptr=batch.prefix_lens,
         seq_lens_ptr=batch.seq_lens,
         qo_indptr_ptr=batch.qo_indptr,
-        RING_LEN=cache.ring_len,
-        WIDTH=width,
-        BLOCK_WIDTH=block_width,
-        BLOCK=block,
+        RING_LEN=ring_pages * tokens,
+        HK=cache.num_kv_heads,
+        D=cache.head_dim,
+        K_BITS=config.k_bits,
+        V_BITS=config.v_bits,
+        RING_PAGES=ring_pages,
+        BLOCK=BLOCK,
         num_warps=4,
     )

@@ -119,13 +119,13 @@ def report(facts: dict[str, Any]) -> str:
         f"{facts['model']}: served. Of each GPU the weights take {facts['weights_gib']} GiB and the cache "
         f"{facts['kv_gib']} GiB (--mem-fraction-static {facts['mem_fraction_static']}), estimated"
     )
-    columns = f"{'--kv-cache-dtype':28}{'bytes a token':>14}{'requests at a time':>20}{'pool tokens':>14}"
+    columns = f"{'--kv-cache-dtype':28}{'bytes a token':>14}{'running at a time':>20}{'pool tokens':>14}"
     sessions = f"sessions of {facts['context']:,}"
     lines = [head, f"{columns}{sessions:>22}"]
     for cache in facts["caches"]:
         enough = "" if cache["sessions"] >= facts["sessions"] else f"  (fewer than {facts['sessions']})"
-        requests = cache["requests_at_a_time"] or "-"
-        numbers = f"{cache['bytes_per_token']:>14,}{requests:>20}{cache['pool_tokens']:>14,}{cache['sessions']:>22,}"
+        requests = cache["requests_at_a_time"]
+        numbers = f"{cache['bytes_per_token']:>14,}{requests:>20,}{cache['pool_tokens']:>14,}{cache['sessions']:>22,}"
         lines.append(f"{cache['cache']:28}{numbers}{enough}")
     return "\n".join(lines)
 
@@ -133,7 +133,8 @@ def report(facts: dict[str, Any]) -> str:
 def _plain(name: str, itemsize: int, shape: ModelShape, available: int, server: Server) -> dict[str, Any]:
     token = shape.full_token_bytes(itemsize)
     tokens = available // token
-    return _row(name, token, tokens, server.requests, tokens // server.context)
+    sessions = tokens // server.context
+    return _row(name, token, tokens, min(sessions, server.requests or sessions), sessions)
 
 
 def _kvarn(name: str, shape: ModelShape, available: int, server: Server) -> dict[str, Any]:
@@ -141,11 +142,13 @@ def _kvarn(name: str, shape: ModelShape, available: int, server: Server) -> dict
     bounds = Bounds(server.requests, graph_batch, server.context, chunk)
     charge = capacity.charge(shape, config, available, bounds, torch.device("cuda"), H100)
     token = shape.token_bytes(config)
-    pages = (available - charge.ring - charge.workspace) // (token * PAGE_SIZE)
-    return _row(name, token, pages * PAGE_SIZE, charge.rows, pages // -(-server.context // PAGE_SIZE))
+    tokens = (available - charge.workspace) // (token * PAGE_SIZE) * PAGE_SIZE
+    ring = capacity.ring_pages(shape.attention, config) * PAGE_SIZE
+    requests = capacity.requests_of(tokens, ring, server.context, charge.rows)
+    return _row(name, token, tokens, requests, tokens // (-(-server.context // PAGE_SIZE) * PAGE_SIZE))
 
 
-def _row(name: str, token: int, tokens: int, requests: int | None, sessions: int) -> dict[str, Any]:
+def _row(name: str, token: int, tokens: int, requests: int, sessions: int) -> dict[str, Any]:
     return {
         "cache": name,
         "bytes_per_token": token,

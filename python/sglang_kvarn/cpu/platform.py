@@ -10,7 +10,7 @@ from typing import Any
 _GROUP = "sglang.srt.platforms"
 _NAME = "kvarn_cpu"
 MAX_RUNNING_REQUESTS = 16
-MAX_TOTAL_TOKENS = 32_768
+MAX_TOTAL_TOKENS = 65_536
 _BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 _CLASS = "sglang_kvarn.cpu.device.KVarNCpuPlatform"
 

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No request is admitted without a ring: hooks into SGLang's scheduler.
+
+SGLang looks for the prefix of a waiting request, then adds the request to the next batch if its tokens fit. A ring is
+taken just before that, while the prefix is locked, so that no eviction for the ring can take the prefix away. SGLang
+then counts the tokens that are left, and no allocation can fail later for the sake of a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_kvarn import compat, rings
+from sglang_kvarn.settings import PAGE_SIZE
+
+
+def add_with_ring(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Add a request only if there is a ring for it. Hook around ``PrefillAdder.add_one_req``."""
+    found = rings.of_pool(adder.tree_cache.req_to_token_pool)
+    if found is None or compat.request_row(req) is not None:
+        return original(adder, req, *args, **kwargs)
+    with adder._lock_node(req.last_node):
+        has_ring = found.promise(req, adder.tree_cache)
+    if not has_ring:
+        return compat.AddReqResult.NO_TOKEN
+    result = original(adder, req, *args, **kwargs)
+    if not any(added is req for added in adder.can_run_list):
+        found.take_back(req)
+    return result
+
+
+def limit_lengths(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse requests that the pool cannot hold beside their ring. Hook after ``Scheduler.init_model_worker``."""
+    worker_pool, _ = scheduler.tp_worker.get_memory_pool()
+    if (found := rings.of_pool(worker_pool)) is None:
+        return
+    # the allocator may take a page more than the tokens of a request fill
+    longest = scheduler.max_total_num_tokens - found.tokens_per_ring - PAGE_SIZE - 1
+    less = max(scheduler.max_req_len - longest, 0)
+    scheduler.max_req_len -= less
+    scheduler.max_req_input_len -= less
+
+
+def count_rings(result: tuple[int, int], checker: Any, *args: Any, **kwargs: Any) -> tuple[int, int] | None:
+    """Count rings among what requests hold. Hook after ``SchedulerInvariantChecker._get_total_uncached_sizes``."""
+    if (found := rings.of_pool(checker.req_to_token_pool)) is None:
+        return None
+    full, windows = result
+    return full + found.out * found.tokens_per_ring, windows
