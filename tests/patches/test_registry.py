@@ -140,6 +140,13 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     kept += ["server_args.ServerArgs.add_cli_args", "entrypoints.engine._wait_for_scheduler_ready"]
     kept.append("entrypoints.engine.Engine._launch_scheduler_processes")
     kept.append("model_executor.model_runner.ModelRunner.load_model")
+    # rings of requests, which are pages of the pool
+    kept += [f"mem_cache.memory_pool.ReqToTokenPool.{name}" for name in ("alloc", "free", "clear")]
+    kept += ["mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__"]
+    kept += ["managers.schedule_policy.PrefillAdder.add_one_req", "managers.scheduler.Scheduler.init_model_worker"]
+    kept.append(
+        "managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes"
+    )
     assert parsed["hooked"] == sorted({f"sglang.srt.{target}" for target in kept})
     assert parsed["preset"] == ["kvarn", 128]
 
@@ -179,7 +186,7 @@ def served(patched, model, tmp_path_factory) -> dict:
 def test_engine_gives_the_oracles_tokens_through_the_registry(served, model):
     # fixed bytes and the pool, as the hooks log them
     log = served["log"]
-    assert "KVarN: 4 requests at a time" in log and "KVarN kvarn_k4v2_g128: 236 bytes" in log
+    assert "KVarN: workspaces for at most 4 requests" in log and "KVarN kvarn_k4v2_g128: 236 bytes" in log
     miss, hit = served["answers"]
     shared, tokens = tiny_model.prompt(300, seed=1), tiny_model.prompt(300, seed=1) + tiny_model.prompt(90, seed=2)
     assert miss["tokens"] == tiny_model.expected(model, shared, "kvarn", new_tokens=NEW)
@@ -196,4 +203,4 @@ def test_engine_answers_as_before_after_the_same_checkpoint_is_loaded_again(serv
 
 
 def test_server_info_has_the_sizes_of_the_cache_through_the_registry(served):
-    assert served["info"]["preset"] == "kvarn_k4v2_g128" and served["info"]["pool_tokens"] == 4096
+    assert served["info"]["preset"] == "kvarn_k4v2_g128" and served["info"]["pool_tokens"] == 14_336
