@@ -57,6 +57,13 @@ def test_every_source_file_names_its_licence():
     assert sources and not without
 
 
+def test_no_file_changes_where_python_looks_for_modules():
+    # not in one piece, or this file would be found
+    change = "sys.path" + ".insert"
+    sources = [n for n in tracked_files() if n.endswith(".py")]
+    assert sources and not [n for n in sources if change in (ROOT / n).read_text()]
+
+
 @pytest.mark.parametrize("name, folder", [("kvarn_kernels", KERNELS), ("sglang_kvarn", PLUGIN)])
 def test_tests_run_the_packages_of_this_checkout(name, folder):
     specification = importlib.util.find_spec(name)

@@ -261,8 +261,7 @@ class Attention:
         if plan is None:
             return
         # FlashInfer attends in the model's frame
-        is_dense = isinstance(plan, extend_dense.DensePlan)
-        rotated = rotate.rotate_chunk(new, with_q=not is_dense)
+        rotated = rotate.rotate_chunk(new, with_q=isinstance(plan, extend.ExtendPlan))
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
         self._encode.encode_from_chunk(rotated, cache, batch, config)
         if isinstance(plan, extend_dense.DensePlan):

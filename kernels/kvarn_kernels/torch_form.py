@@ -155,20 +155,19 @@ def _extend_request(
     Returns:
         float32 [n, Hq, D], rotated.
     """
-    q, *chunk = rotated
+    q, k, v = rotated
     ring, exact_start, pages = batch.ring_pages[b], int(batch.exact_starts[b]), batch.page_table[b]
     prefix_len = batch.prefix_lens_host[b]
-    size = TILE_SIZE
     seq_len = prefix_len + len(q)
-    first_exact = record_pages(prefix_len, exact_start, config) * size
+    first_exact = record_pages(prefix_len, exact_start, config) * TILE_SIZE
     # positions first_exact .. seq_len - 1; the own page of the first new token is always among them
     exact = [
         torch.cat([old, new])
-        for old, new in zip(_ring_tokens(cache, ring, first_exact, prefix_len), chunk, strict=True)
+        for old, new in zip(_ring_tokens(cache, ring, first_exact, prefix_len), (k, v), strict=True)
     ]
-    first, last = prefix_len // size, seq_len // size
+    first, last = prefix_len // TILE_SIZE, seq_len // TILE_SIZE
     if last > first:
-        fresh = slice(first * size - first_exact, last * size - first_exact)
+        fresh = slice(first * TILE_SIZE - first_exact, last * TILE_SIZE - first_exact)
         _encode_pages(exact[0][fresh], exact[1][fresh], cache, pages[first:last], config)
     records = _decode_pages(cache, pages[: record_pages(seq_len - 1, exact_start, config)], config)
     begin, lead = prefix_len - prefix_len % QUERY_BLOCK, prefix_len % QUERY_BLOCK
@@ -177,13 +176,13 @@ def _extend_request(
     exact_k, exact_v = (pad(x, (0, 0, 0, 0, 0, rest)).transpose(0, 1).float() for x in exact)
     out = torch.empty_like(queries)
     for start in range(begin, seq_len, QUERY_BLOCK):
-        n = record_pages(start, exact_start, config) * size
+        n = record_pages(start, exact_start, config) * TILE_SIZE
         block = slice(start - begin, start - begin + QUERY_BLOCK)
         seen = slice(n - first_exact, start + QUERY_BLOCK - first_exact)
         out[block] = _attend(
             queries[block], (records[0][:, :n], records[1][:, :n]), (exact_k[:, seen], exact_v[:, seen]), sm_scale
         )
-    _store_tokens(rotated.k, rotated.v, cache, ring, prefix_len)
+    _store_tokens(k, v, cache, ring, prefix_len)
     return out[lead : lead + len(q)]
 
 

@@ -109,11 +109,8 @@ def requests_of(pool_tokens: int, ring_tokens: int, tokens: int, rows: int) -> i
 
 def describe_requests(pool_tokens: int, ring_tokens: int, rows: int) -> str:
     """Return in words how many requests run at a time, e.g. "609 requests of 1,024 tokens run at a time, ..."."""
-    first, *others = (
-        f"{requests_of(pool_tokens, ring_tokens, tokens, rows):,} of {tokens:,}" for tokens in (1024, 8192, 32768)
-    )
-    number, tokens = first.split(" of ")
-    return f"{number} requests of {tokens} tokens run at a time, or {', or '.join(others)}"
+    short, middle, long = (requests_of(pool_tokens, ring_tokens, tokens, rows) for tokens in (1024, 8192, 32768))
+    return f"{short:,} requests of 1,024 tokens run at a time, or {middle:,} of 8,192, or {long:,} of 32,768"
 
 
 def workspace_bytes(

@@ -119,8 +119,8 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
     config = settings.target_preset(configurator)
     assert config is not None, "another cache is SGLang's to build"
     refusals.check_model(configurator.model_config)
-    capacity.check_pool(max_total_num_tokens, budget.model_shape(configurator), config)
     shape, rows = budget.model_shape(configurator), req_to_token_pool.req_to_token.shape[0]
+    capacity.check_pool(max_total_num_tokens, shape, config)
     pool_class = partial(KVarNTokenToKVPool, config=config, rows=rows, shape=shape.attention)
     pool = configurator._build_mha_kv_pool(max_total_num_tokens=max_total_num_tokens, mha_pool_class=pool_class)
     setattr(req_to_token_pool, ATTRIBUTE, pool.rings)

@@ -131,14 +131,14 @@ class Rings:
         return ring
 
 
-def of_pool(req_to_token_pool: Any) -> Rings | None:
-    """Return the rings of SGLang's ReqToTokenPool, None where the cache is another."""
-    return getattr(req_to_token_pool, ATTRIBUTE, None)
+def of_pool(pool: Any) -> Rings | None:
+    """Return the rings of SGLang's ReqToTokenPool or of a token pool, None where the cache is another."""
+    return getattr(pool, ATTRIBUTE, None)
 
 
 def attach_allocator(result: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
     """Let rings find the allocator of their pages. Hook after ``PagedTokenToKVPoolAllocator.__init__``."""
-    if (rings := getattr(allocator.get_kvcache(), ATTRIBUTE, None)) is not None:
+    if (rings := of_pool(allocator.get_kvcache())) is not None:
         rings.allocator = allocator
 
 

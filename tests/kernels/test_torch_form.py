@@ -6,6 +6,7 @@ import torch
 from builders import (
     PAGE,
     RELATIVE_RMS,
+    cache_for,
     make_cache,
     make_request,
     oracle,
@@ -22,10 +23,6 @@ from kvarn_kernels.torch_form import attend_decode, attend_extend
 KVARN = KVarNConfig.from_preset("kvarn")
 CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
 PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k3v2_g128", "kvarn_k2v2_g128"]
-
-
-def cache_for(request, config, rows=4, pages=24):
-    return make_cache(config, request.k.shape[1], request.k.shape[2], request.k.dtype, pages, rows)
 
 
 @pytest.mark.parametrize("tokens", [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 401])

@@ -31,15 +31,15 @@ MUTATIONS = (
     Mutation(
         "page on the prompt's end not encoded (torch form)",
         TORCH_FORM,
-        "first, last = prefix_len // size, seq_len // size",
-        "first, last = prefix_len // size, (seq_len - 1) // size",
+        "first, last = prefix_len // TILE_SIZE, seq_len // TILE_SIZE",
+        "first, last = prefix_len // TILE_SIZE, (seq_len - 1) // TILE_SIZE",
         (FUZZ,),
     ),
     Mutation(
         "query page of the chunk's end for all its queries (torch form)",
         TORCH_FORM,
-        "n = record_pages(start, exact_start, config) * size",
-        "n = record_pages(prefix_len, exact_start, config) * size",
+        "n = record_pages(start, exact_start, config) * TILE_SIZE",
+        "n = record_pages(prefix_len, exact_start, config) * TILE_SIZE",
         (FUZZ,),
     ),
     Mutation(
@@ -67,7 +67,7 @@ MUTATIONS = (
         "ring written before the pages of the chunk are encoded (torch form)",
         TORCH_FORM,
         "    # positions first_exact .. seq_len - 1; the own page",
-        "    _store_tokens(*chunk, cache, ring, prefix_len)\n"
+        "    _store_tokens(k, v, cache, ring, prefix_len)\n"
         "    # positions first_exact .. seq_len - 1; the own page",
         (f"{TEST_TORCH_FORM}::test_extend_does_not_depend_on_the_chunks",),
     ),

@@ -8,7 +8,6 @@ and what SGLang leaves free, by the rule of its ``--mem-fraction-static``.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +32,6 @@ RESERVED, RESERVED_OF_LARGE, LARGE = 512, 10 * 1024, 60
 TAKEN = int(1.5 * GIB)
 
 
-@dataclass(frozen=True)
-class Server:
-    """Describe a server that is not there.
-
-    Attributes:
-        folder: of the model; gpu_gib: memory of a GPU; tp: GPUs.
-        sessions, context: how many conversations of how many tokens are to stay in the cache.
-        weights_gib: of all ranks, None to estimate; mem_fraction: ``--mem-fraction-static``, None for SGLang's default;
-        requests: ``--max-running-requests``, None where it is left open.
-    """
-
-    folder: str
-    gpu_gib: float
-    tp: int
-    sessions: int
-    context: int
-    weights_gib: float | None = None
-    mem_fraction: float | None = None
-    requests: int | None = None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("folder", help="folder of a model, with config.json; weights need not be there")
@@ -75,28 +53,18 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         Refused: the model or the number of ranks is not served, or no cache fits.
         ValueError: the folder holds no configuration that SGLang reads.
     """
-    server = Server(
-        options.folder,
-        options.gpu_gib,
-        options.tp,
-        options.sessions,
-        options.context,
-        options.weights_gib,
-        options.mem_fraction_static,
-        options.max_running_requests,
-    )
-    if not (Path(server.folder) / "config.json").is_file():
-        raise ValueError(f"expected the folder of a model, with config.json, got {server.folder}: name one")
-    model = compat.ModelConfig(server.folder)
+    if not (Path(options.folder) / "config.json").is_file():
+        raise ValueError(f"expected the folder of a model, with config.json, got {options.folder}: name one")
+    model = compat.ModelConfig(options.folder)
     refusals.check_model(model)
-    refusals.check_ranks(server.tp, model, on_cpu=False)
+    refusals.check_ranks(options.tp, model, on_cpu=False)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    shape = capacity.rank_shape(model, dtype, server.tp, model.num_hidden_layers)
-    weights = _weights(server, model) // server.tp
-    available, fraction = _kv_memory(server, weights)
+    shape = capacity.rank_shape(model, dtype, options.tp, model.num_hidden_layers)
+    weights = _weights(options, model) // options.tp
+    available, fraction = _kv_memory(options, weights)
     if available <= 0:
         raise Refused(
-            f"the weights take {weights / GIB:.1f} GiB of each GPU and {fraction:.1%} of {server.gpu_gib:g} GiB are "
+            f"the weights take {weights / GIB:.1f} GiB of each GPU and {fraction:.1%} of {options.gpu_gib:g} GiB are "
             "for weights and cache: use more GPUs (--tp) or larger ones"
         )
     return {
@@ -104,11 +72,11 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         "weights_gib": round(weights / GIB, 2),
         "mem_fraction_static": fraction,
         "kv_gib": round(available / GIB, 2),
-        "sessions": server.sessions,
-        "context": server.context,
+        "sessions": options.sessions,
+        "context": options.context,
         "caches": [
-            *(_plain(name, itemsize, shape, available, server) for name, itemsize in (("16 bit", 2), ("fp8", 1))),
-            *(_kvarn(name, shape, available, server) for name in preset_names() if "_g" in name),
+            *(_plain(name, itemsize, shape, available, options) for name, itemsize in (("16 bit", 2), ("fp8", 1))),
+            *(_kvarn(name, shape, available, options) for name in preset_names() if "_g" in name),
         ],
     }
 
@@ -130,22 +98,22 @@ def report(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plain(name: str, itemsize: int, shape: ModelShape, available: int, server: Server) -> dict[str, Any]:
+def _plain(name: str, itemsize: int, shape: ModelShape, available: int, options: argparse.Namespace) -> dict[str, Any]:
     token = shape.full_token_bytes(itemsize)
     tokens = available // token
-    sessions = tokens // server.context
-    return _row(name, token, tokens, min(sessions, server.requests or sessions), sessions)
+    sessions = tokens // options.context
+    return _row(name, token, tokens, min(sessions, options.max_running_requests or sessions), sessions)
 
 
-def _kvarn(name: str, shape: ModelShape, available: int, server: Server) -> dict[str, Any]:
-    config, (_, chunk, graph_batch) = KVarNConfig.from_preset(name), _defaults(server)
-    bounds = Bounds(server.requests, graph_batch, server.context, chunk)
+def _kvarn(name: str, shape: ModelShape, available: int, options: argparse.Namespace) -> dict[str, Any]:
+    config, (_, chunk, graph_batch) = KVarNConfig.from_preset(name), _defaults(options)
+    bounds = Bounds(options.max_running_requests, graph_batch, options.context, chunk)
     charge = capacity.charge(shape, config, available, bounds, torch.device("cuda"), H100)
     token = shape.token_bytes(config)
     tokens = (available - charge.workspace) // (token * PAGE_SIZE) * PAGE_SIZE
     ring = capacity.ring_pages(shape.attention, config) * PAGE_SIZE
-    requests = capacity.requests_of(tokens, ring, server.context, charge.rows)
-    return _row(name, token, tokens, requests, tokens // (-(-server.context // PAGE_SIZE) * PAGE_SIZE))
+    requests = capacity.requests_of(tokens, ring, options.context, charge.rows)
+    return _row(name, token, tokens, requests, tokens // (-(-options.context // PAGE_SIZE) * PAGE_SIZE))
 
 
 def _row(name: str, token: int, tokens: int, requests: int, sessions: int) -> dict[str, Any]:
@@ -158,26 +126,26 @@ def _row(name: str, token: int, tokens: int, requests: int, sessions: int) -> di
     }
 
 
-def _defaults(server: Server) -> tuple[float, int, int]:
+def _defaults(options: argparse.Namespace) -> tuple[float, int, int]:
     """Return (reserved MiB, new tokens of a step, largest batch of a decode graph) of SGLang for a GPU."""
-    _, chunk, few, many = next(entry for entry in DEFAULTS if server.gpu_gib < entry[0])
-    graph_batch = few if server.tp < 4 else many
-    reserved = RESERVED + 1.5 * max(chunk, 2048) + 2 * graph_batch + 128 * server.tp
-    return max(reserved, RESERVED_OF_LARGE if server.gpu_gib > LARGE else 0), chunk, graph_batch
+    _, chunk, few, many = next(entry for entry in DEFAULTS if options.gpu_gib < entry[0])
+    graph_batch = few if options.tp < 4 else many
+    reserved = RESERVED + 1.5 * max(chunk, 2048) + 2 * graph_batch + 128 * options.tp
+    return max(reserved, RESERVED_OF_LARGE if options.gpu_gib > LARGE else 0), chunk, graph_batch
 
 
-def _kv_memory(server: Server, weights: int) -> tuple[int, float]:
+def _kv_memory(options: argparse.Namespace, weights: int) -> tuple[int, float]:
     """Return the bytes of a GPU for the cache, and the fraction that weights and cache may take."""
-    total = server.gpu_gib * 1024
-    fraction = server.mem_fraction or round((total - _defaults(server)[0]) / total, 3)
-    return int(server.gpu_gib * GIB * fraction) - weights - TAKEN, fraction
+    total = options.gpu_gib * 1024
+    fraction = options.mem_fraction_static or round((total - _defaults(options)[0]) / total, 3)
+    return int(options.gpu_gib * GIB * fraction) - weights - TAKEN, fraction
 
 
-def _weights(server: Server, model: Any) -> int:
+def _weights(options: argparse.Namespace, model: Any) -> int:
     """Return the bytes of the weights of all ranks: as given, of the files, or of a model without data."""
-    if server.weights_gib is not None:
-        return int(server.weights_gib * GIB)
-    files = list(Path(server.folder).glob("*.safetensors")) or list(Path(server.folder).glob("*.bin"))
+    if options.weights_gib is not None:
+        return int(options.weights_gib * GIB)
+    files = list(Path(options.folder).glob("*.safetensors")) or list(Path(options.folder).glob("*.bin"))
     if files:
         return sum(file.stat().st_size for file in files)
     from transformers import AutoModelForCausalLM
@@ -187,7 +155,7 @@ def _weights(server: Server, model: Any) -> int:
             empty = AutoModelForCausalLM.from_config(model.hf_config)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise ValueError(
-            f"expected weights in {server.folder} or a model that transformers can build, got neither "
+            f"expected weights in {options.folder} or a model that transformers can build, got neither "
             f"({type(error).__name__}): add --weights-gib"
         ) from error
     return sum(p.numel() for p in empty.parameters()) * 2
