@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 PACKAGES = ("kvarn_kernels", "sglang_kvarn")
+# torch.device as a context notes the functions that allocate on its first use: before `poisoned_memory` replaces some
+with torch.device("meta"):
+    torch.empty(0)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-TINY, SMOLLM2, DUMMY = "tiny", "smollm2", "qwen3-8b-dummy"
-# tokens of the longest request of the dummy
+TINY, SMOLLM2, DUMMY, HYBRID = "tiny", "smollm2", "qwen3-8b-dummy", "qwen3.5-27b-half-dummy"
+# tokens of the longest request of a model without weights
 DUMMY_CONTEXT = 140_000
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
@@ -20,6 +20,32 @@ QWEN3_8B = {
     "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16",
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# the first 32 of the 64 layers of Qwen3.5-27B, so that one GPU has room for a cache; 0.5.16 has no text-only form
+QWEN3_5_27B_HALF = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3_5_text", "hidden_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 24,
+        "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 17408, "vocab_size": 151936,
+        "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 8,
+        "full_attention_interval": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "mamba_ssm_dtype": "float32", "partial_rotary_factor": 0.25, "torch_dtype": "bfloat16",
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
+            "mrope_section": [11, 11, 10], "mrope_interleaved": True,
+        },
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "vision_config": {
+        "model_type": "qwen3_5", "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+        "out_hidden_size": 5120, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "num_position_embeddings": 64, "in_channels": 3, "deepstack_visual_indexes": [],
+    },
+}  # fmt: skip
+# models that are a configuration and no weights
+DUMMIES = {DUMMY: QWEN3_8B, HYBRID: QWEN3_5_27B_HALF}
 
 
 def _made(name: str) -> Path:
@@ -45,15 +71,14 @@ def folder(model: str) -> Path:
     """Return the folder of a model; those with a name are written or downloaded on the way.
 
     Args:
-        model: `TINY` (random weights, two layers), `SMOLLM2`, `DUMMY` (the shape of Qwen3-8B without weights), or a
-            folder.
+        model: `TINY` (random weights, two layers), `SMOLLM2`, one of `DUMMIES`, or a folder.
     """
     if model == TINY:
         return _tiny()
-    if model == DUMMY:
+    if model in DUMMIES:
         made = _made(model)
         made.mkdir(exist_ok=True)
-        (made / "config.json").write_text(json.dumps(QWEN3_8B))
+        (made / "config.json").write_text(json.dumps(DUMMIES[model]))
         return made
     if model == SMOLLM2:
         from sglang_kvarn.demo.model import prepare
@@ -65,7 +90,7 @@ def folder(model: str) -> Path:
 def arguments(model: str) -> dict[str, Any]:
     """Return what SGLang has to be told to load a model, by the names of its ServerArgs."""
     found: dict[str, Any] = {"model_path": str(folder(model))}
-    return found | ({"load_format": "dummy", "context_length": DUMMY_CONTEXT} if model == DUMMY else {})
+    return found | ({"load_format": "dummy", "context_length": DUMMY_CONTEXT} if model in DUMMIES else {})
 
 
 def vocabulary(path: Path) -> int:

@@ -7,17 +7,39 @@ attention call replaced by `reference.attention`; SGLang, pool, ring and page ta
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 512
+_GDN = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "full_attention_interval": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+# what models of a family differ in from `save`
+FAMILIES: dict[str, dict[str, Any]] = {"qwen3_5_text": _GDN, "qwen3_next": _GDN | _EXPERTS}
 _ATTENTION = "kvarn_oracle"
 
 
@@ -25,23 +47,24 @@ def save(folder: Path, family: str = "llama") -> str:
     """Write a model to a folder and return its name: float32, 2 layers, 4 query and 2 KV heads, D = 64.
 
     Args:
-        family: a model_type of transformers.
+        family: a model_type of transformers; those of FAMILIES differ in more than their name.
     """
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    }
+    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+    config = model_class.config_class(**shape | FAMILIES.get(family, {}))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = model_class(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
@@ -52,6 +75,21 @@ def save(folder: Path, family: str = "llama") -> str:
                 weight.normal_(0, 0.5)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """Return a model of `save` in transformers, in float32.
+
+    By class: in a process that has loaded SGLang, the names of transformers give configurations of SGLang's, and
+    `from_pretrained` leaves what is not saved, the frequencies of RoPE, as the memory was.
+    """
+    (architecture,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
+    model_class = getattr(transformers, architecture)
+    model = model_class.from_pretrained(folder, dtype=torch.float32, **options)
+    made = dict(model_class(model.config).named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(made[name])
+    return model
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -65,6 +103,13 @@ def expected(folder: str, token_ids: list[int], preset: str, *, cached: int = 0,
     Args:
         cached: tokens of the prompt that come from the prefix cache.
     """
+    return expected_with_margin(folder, token_ids, preset, cached=cached, new_tokens=new_tokens)[0]
+
+
+def expected_with_margin(
+    folder: str, token_ids: list[int], preset: str, *, cached: int = 0, new_tokens: int
+) -> tuple[list[int], float]:
+    """Return `expected` and by how much the best logit was above the second best, at the closest step."""
     config = KVarNConfig.from_preset(preset)
 
     def attend(module, query, key, value, mask, scaling, **kwargs):
@@ -81,13 +126,15 @@ def expected(folder: str, token_ids: list[int], preset: str, *, cached: int = 0,
     # threads of this process and of the engine would wait for each other
     torch.set_num_threads(1)
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attend)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=_ATTENTION, dtype=torch.float32)
-    tokens = list(token_ids)
+    model = load(folder, attn_implementation=_ATTENTION)
+    tokens, margins = list(token_ids), []
     with torch.inference_mode():
         for _ in range(new_tokens):
             logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            best, second = logits.topk(2).values.tolist()
+            margins.append(best - second)
             tokens.append(int(logits.argmax()))
-    return tokens[len(token_ids) :]
+    return tokens[len(token_ids) :], min(margins)
 
 
 def fail(signum: int, frame: Any) -> None:

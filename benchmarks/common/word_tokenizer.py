@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.common import models
 
-OWN = (models.DUMMY, models.TINY)
+OWN = (*models.DUMMIES, models.TINY)
 
 
 def with_tokenizer(model: str) -> Path:

@@ -32,14 +32,17 @@ class KVarNAttentionBackend(compat.AttentionBackend):
                 "add --kv-cache-dtype kvarn or drop --attention-backend"
             )
         refusals.check_device(model_runner.device, model_runner.dtype)
+        refusals.check_states_on_device(model_runner.device, model_runner.model_config)
         refusals.check_layers(model_runner.model)
         self.pool = pool
+        # SGLang's HybridLinearAttnBackend takes them from here
+        self.token_to_kv_pool, self.req_to_token_pool = pool, model_runner.req_to_token_pool
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         limits = self._limits(model_runner)
         self._buffers = DecodeBuffers(limits.decode_batch, self.req_to_token, pool.rings)
         self.attention = Attention(pool.shape, pool.config, self.req_to_token.device, limits)
         if self.req_to_token.is_cuda:
-            self.attention.warm_up(pool.layer_cache(pool.start_layer))
+            self.attention.warm_up(pool.layer_cache(pool.layer_ids[0]))
         self._step: Step | None = None
         logger.info("KVarN on %s: %s", self.req_to_token.device, self.attention.describe())
         scales.log_unused(model_runner)

@@ -10,27 +10,37 @@ from typing import Any
 import torch
 
 from sglang_kvarn import capacity, compat, settings
-from sglang_kvarn.capacity import MIB, Bounds, ModelShape
+from sglang_kvarn.capacity import MIB, STATES_PER_SESSION, TYPICAL_SESSION, Bounds, ModelShape, States
 
 logger = logging.getLogger(__name__)
 
 
+def layer_ids(configurator: Any) -> list[int]:
+    """Return the layers of the rank that have a KV cache, from SGLang's KVCacheConfigurator."""
+    found = configurator.layer_info
+    return compat.attention_layers(configurator.model_config, found.start_layer, found.end_layer)
+
+
 def model_shape(configurator: Any) -> ModelShape:
     """Read the shape of the rank's model from SGLang's KVCacheConfigurator."""
-    layers = configurator.layer_info.num_effective_layers
-    tp_size = compat.get_parallel().attn_tp_size
+    layers, tp_size = len(layer_ids(configurator)), compat.get_parallel().attn_tp_size
     return capacity.rank_shape(configurator.model_config, configurator.model_dtype, tp_size, layers)
 
 
-def bounds(server_args: Any, context_len: int) -> Bounds:
-    """Return what a server's arguments bound, in a scheduler; context_len: of the model, in tokens."""
+def bounds(server_args: Any, context_len: int, states: int | None = None) -> Bounds:
+    """Return what a server's arguments bound, in a scheduler.
+
+    Args:
+        context_len: of the model, in tokens; states: requests at a time that states allow, None without states.
+    """
     args = compat.resolved_arguments(server_args)
     size, graph = args.chunked_prefill_size, args.cuda_graph_config.decode
     return Bounds(
-        requests=compat.max_running_requests(server_args),
+        requests=compat.scheduler_argument(server_args, "max_running_requests"),
         graph_batch=(graph.max_bs or 0) if graph.backend != "disabled" else 0,
         context_len=context_len,
         chunk_len=size if size and size > 0 else context_len,
+        states=states,
     )
 
 
@@ -40,6 +50,46 @@ def cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int
     if config is None:
         return original(self, kvc, num_layers)
     return model_shape(kvc).token_bytes(config)
+
+
+def states(configurator: Any) -> States | None:
+    """Return what SGLang has set apart for the states of a hybrid model, None for other models."""
+    if (config := compat.hybrid_config(configurator.model_config)) is None:
+        return None
+    number = compat.scheduler_argument(configurator.server_args, "max_mamba_cache_size")
+    per_request = compat.states_per_request(configurator)
+    return States(number, compat.state_bytes(config), per_request, _states_per_session(configurator))
+
+
+def _states_per_session(configurator: Any) -> int:
+    # without a prefix cache a session is there only while it runs
+    is_cached = not compat.resolved_arguments(configurator.server_args).disable_radix_cache
+    return STATES_PER_SESSION if is_cached else compat.states_per_request(configurator)
+
+
+def split_memory(configurator: Any, total_rest_memory: float) -> None:
+    """Split the memory of a hybrid model between states and tokens. Hook before ``_handle_max_mamba_cache``.
+
+    SGLang's ratio is made for tokens of 16 bits. What the user chose stays.
+    """
+    config = settings.target_preset(configurator)
+    if config is None or not compat.is_state_ratio_open(configurator.server_args):
+        return
+    args = compat.resolved_arguments(configurator.server_args)
+    if args.max_mamba_cache_size is not None or (args.disable_radix_cache and args.max_running_requests is not None):
+        # SGLang counts states by these, not by the ratio
+        return
+    state = compat.state_bytes(compat.hybrid_config(configurator.model_config))
+    per_session, token = _states_per_session(configurator), model_shape(configurator).token_bytes(config)
+    ratio = round(capacity.state_ratio(state, per_session, token), 3)
+    compat.override_argument(configurator.server_args, mamba_full_memory_ratio=ratio)
+    logger.info(
+        "KVarN: --mamba-full-memory-ratio %s, with which states and tokens run out at the same number of sessions of "
+        "%s tokens; SGLang's %s is made for tokens of 16 bits",
+        ratio,
+        f"{TYPICAL_SESSION:,}",
+        compat.STOCK_STATE_RATIO,
+    )
 
 
 def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any) -> int | None:
@@ -55,10 +105,12 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
     if config is None:
         return None
     shape, server_args = model_shape(configurator), configurator.server_args
-    found = bounds(server_args, configurator.model_config.context_len)
+    kept = states(configurator)
+    allowed = None if kept is None else max(kept.number // kept.per_request, 1)
+    found = bounds(server_args, configurator.model_config.context_len, allowed)
     charged = capacity.charge(shape, config, result, found, torch.device(configurator.device))
     if found.requests is None:
-        compat.set_max_running_requests(server_args, charged.rows)
+        compat.override_argument(server_args, max_running_requests=charged.rows)
     logger.info(
         "KVarN: workspaces for at most %d requests at a time take %.1f MiB of %.1f MiB KV memory",
         charged.rows,
@@ -72,6 +124,6 @@ def cap_rows(result: int, configurator: Any, token_capacity: int) -> int | None:
     """Keep the rows within what the workspaces are made for. Hook after ``resolve_max_num_reqs``."""
     if settings.target_preset(configurator) is None:
         return None
-    rows = compat.max_running_requests(configurator.server_args)
+    rows = compat.scheduler_argument(configurator.server_args, "max_running_requests")
     assert rows is not None, "charge_fixed_bytes comes first"
     return min(result, rows)

@@ -17,6 +17,13 @@ from sglang_kvarn.settings import PAGE_SIZE
 
 # requests at a time that stock SGLang has rows for at most, and the share of the KV memory that workspaces may take
 MAX_ROWS, WORKSPACE_SHARE = 4096, 0.02
+# Of a hybrid model. A session that waits for its next turn keeps, in the order in which SGLang evicts states, the one
+# that its last turn started from and those at the end of the prompt and of the answer.
+STATES_PER_SESSION = 3
+# tokens of the sessions for which memory is split between states and tokens
+TYPICAL_SESSION = 32_768
+# lengths for which a server says how many sessions stay
+SESSIONS = (8192, 32_768, 102_400)
 # pages of the smallest pool: one for the prompt, one for the answer, one that SGLang keeps free
 MIN_PAGES = 3
 MIB = 1 << 20
@@ -42,6 +49,42 @@ class ModelShape:
         return self.layers * self.attention.full_token_bytes * itemsize // self.attention.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class States:
+    """Describe what the layers of a hybrid model that have no keys and values keep of a sequence.
+
+    Attributes:
+        number: states that a server has room for; nbytes: of one, all layers of a rank.
+        per_request: that a running request takes; per_session: that a session takes which waits in the prefix cache.
+    """
+
+    number: int
+    nbytes: int
+    per_request: int
+    per_session: int
+
+    def sessions(self, pool_tokens: int, tokens: int) -> tuple[int, str]:
+        """Return how many sessions of so many tokens stay in the prefix cache, and what runs out: states or tokens."""
+        by_tokens = max(pool_tokens - PAGE_SIZE, 0) // _whole_pages(tokens)
+        by_states = self.number // self.per_session
+        return (by_states, "states") if by_states < by_tokens else (by_tokens, "tokens")
+
+
+def state_ratio(state_bytes: int, per_session: int, token_bytes: int) -> float:
+    """Return bytes of states for each byte of tokens with which both run out at the same number of typical sessions."""
+    return per_session * state_bytes / (TYPICAL_SESSION * token_bytes)
+
+
+def describe_sessions(states: States, pool_tokens: int) -> str:
+    """Return in words how many sessions stay cached, e.g. "128 sessions of 32,768 tokens (states run out first)"."""
+    found = {tokens: states.sessions(pool_tokens, tokens) for tokens in SESSIONS}
+    return ", ".join(f"{n:,} of {tokens:,} tokens ({what} run out first)" for tokens, (n, what) in found.items())
+
+
+def _whole_pages(tokens: int) -> int:
+    return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+
+
 def rank_shape(model_config: Any, dtype: torch.dtype, tp_size: int, layers: int) -> ModelShape:
     """Return the shape of a rank from SGLang's ModelConfig; layers: of this rank that have a KV cache."""
     attention = AttentionShape(
@@ -61,12 +104,14 @@ class Bounds:
         requests: ``--max-running-requests`` of a rank, None where it is left open.
         graph_batch: the largest batch of a decode CUDA graph, 0 without graphs.
         context_len: tokens of the longest request; chunk_len: its most new tokens in one extend step.
+        states: requests at a time that the states of a hybrid model allow, None without states.
     """
 
     requests: int | None
     graph_batch: int
     context_len: int
     chunk_len: int
+    states: int | None = None
 
     def steps(self, rows: int, request_pages: int) -> Limits:
         """Return what bounds the steps of `rows` requests at a time.
@@ -103,7 +148,7 @@ def ring_pages(shape: AttentionShape, config: KVarNConfig) -> int:
 
 def requests_of(pool_tokens: int, ring_tokens: int, tokens: int, rows: int) -> int:
     """Return how many requests of so many tokens fit a pool at a time, nothing shared."""
-    each = -(-tokens // PAGE_SIZE) * PAGE_SIZE + ring_tokens
+    each = _whole_pages(tokens) + ring_tokens
     return min(max(pool_tokens - PAGE_SIZE, 0) // each, rows)
 
 
@@ -144,7 +189,7 @@ def charge(
     Raises:
         Refused: what is left holds no pool that a request could use.
     """
-    pages, rows = -(-bounds.context_len // PAGE_SIZE) + 1, bounds.requests or MAX_ROWS
+    pages, rows = -(-bounds.context_len // PAGE_SIZE) + 1, min(bounds.requests or MAX_ROWS, bounds.states or MAX_ROWS)
     while True:
         workspace = workspace_bytes(shape, config, device, bounds.steps(rows, pages), gpu)
         if bounds.requests or rows <= max(bounds.graph_batch, 1) or workspace <= WORKSPACE_SHARE * available:

@@ -60,6 +60,9 @@ _ADDED_ARGUMENTS = {
     "weight_cache_mode": "0.5.18",
 }
 
+# --mamba-full-memory-ratio where nobody chooses it
+STOCK_STATE_RATIO = 0.9
+
 # see `resolution_target`: until 0.5.18, from 0.5.20 on
 RESOLUTION_TARGETS = ("server_args.ServerArgs.__post_init__", "server_args.ServerArgs.resolve_once")
 
@@ -69,6 +72,10 @@ PLAIN_ATTENTION = (
     *("llama.LlamaAttention", "mixtral.MixtralAttention", "qwen2.Qwen2Attention", "qwen2_moe.Qwen2MoeAttention"),
     *("qwen3.Qwen3Attention", "qwen3_moe.Qwen3MoeAttention"),
 )
+
+
+# SGLang's configurations, by class, of models with gated delta nets beside attention: the states that are tested
+GATED_DELTA_NETS = {"Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"}
 
 
 def __getattr__(name: str) -> Any:
@@ -158,6 +165,38 @@ def model_config(server_args: Any) -> Any:
     return server_args.get_model_config()
 
 
+def hybrid_config(model_config: Any) -> Any:
+    """Return SGLang's configuration of a model in which some layers keep states instead of keys and values, or None."""
+    return resolve(_NAMES["mambaish_config"])(model_config)
+
+
+def keeps_known_states(config: Any) -> bool:
+    """Whether the states of a `hybrid_config` are of a tested kind, those of gated delta nets."""
+    return type(config).__name__ in GATED_DELTA_NETS and bool(config.full_attention_layer_ids)
+
+
+def has_states_in_mixed_chunks() -> bool:
+    """Whether SGLang keeps states of chunks that start within a page, as --enable-mixed-chunk makes them."""
+    return _since("0.5.23")
+
+
+def checkpoints_states(server_args: Any, model_config: Any) -> bool:
+    """Whether SGLang can keep states of this model in a prefix cache with pages of more than one token."""
+    function = resolve("sglang.srt.arg_groups.overrides.supports_mamba_cache_extra_buffer")
+    config = model_config.hf_config
+    return function(resolved_arguments(server_args), config if _since("0.5.23") else config.architectures[0])
+
+
+def attention_layers(model_config: Any, start: int, end: int) -> list[int]:
+    """Return the ids of the layers in [start, end) that have keys and values, as the whole model counts them.
+
+    The other layers of a hybrid model keep states: linear attention, a state space.
+    """
+    states = hybrid_config(model_config)
+    ids = range(start, end) if states is None else states.full_attention_layer_ids
+    return [i for i in ids if start <= i < end]
+
+
 def is_sparse(model_config: Any) -> bool:
     """Whether SGLang attends to chosen tokens only, in a backend and mostly a pool of its own."""
     config, text = model_config.hf_config, model_config.hf_text_config
@@ -176,17 +215,33 @@ def is_window_model(model_config: Any) -> bool:
     return model_config.is_hybrid_swa or known(model_config.hf_config.architectures, model_config.hf_text_config)
 
 
-def max_running_requests(server_args: Any) -> int | None:
-    """Return ``--max-running-requests`` in a scheduler process: from 0.5.18 on the arguments are read-only there."""
+def scheduler_argument(server_args: Any, name: str) -> Any:
+    """Return an argument in a scheduler process: from 0.5.18 on ServerArgs is read-only there, and may be behind."""
     if _since("0.5.18"):
-        return resolve("sglang.srt.runtime_context.get_context")().config_leaf("max_running_requests")
-    return server_args.max_running_requests
+        return resolve("sglang.srt.runtime_context.get_context")().config_leaf(name)
+    return getattr(server_args, name)
 
 
-def set_max_running_requests(server_args: Any, rows: int) -> None:
-    """Change ``--max-running-requests`` in a scheduler process."""
+def override_argument(server_args: Any, **changes: Any) -> None:
+    """Change arguments in a scheduler process."""
     target = resolve("sglang.srt.runtime_context.get_context")() if _since("0.5.18") else server_args
-    target.override("sglang-kvarn", max_running_requests=rows)
+    target.override("sglang-kvarn", **changes)
+
+
+def is_state_ratio_open(server_args: Any) -> bool:
+    """Whether nobody chose ``--mamba-full-memory-ratio``; until 0.5.20 the default cannot be told from a choice."""
+    value = resolved_arguments(server_args).mamba_full_memory_ratio
+    return value is None or (value == STOCK_STATE_RATIO and not _since("0.5.23"))
+
+
+def states_per_request(configurator: Any) -> int:
+    """Return the states that a running request of a hybrid model takes, checkpoints included, by SGLang's count."""
+    return configurator._calculate_mamba_ratio()
+
+
+def state_bytes(config: Any) -> int:
+    """Return the bytes of one state of a `hybrid_config`, all layers of a rank."""
+    return config.mamba2_cache_params.mamba_cache_per_req
 
 
 def prefix_len(req: Any) -> int:

@@ -144,6 +144,13 @@ HOOKS = (
         replaced_by="`bytes_per_token`",
     ),
     Hook(
+        f"{_CONFIGURATOR}._handle_max_mamba_cache",
+        "before",
+        ("self", "total_rest_memory"),
+        budget.split_memory,
+        why="States of a hybrid model would get a share that is made for tokens of 16 bits.",
+    ),
+    Hook(
         f"{_CONFIGURATOR}._profile_available_bytes",
         "after",
         ("self", "pre_model_load_memory"),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.shape import AttentionShape
 
 from sglang_kvarn import budget, capacity, compat, hook, refusals, report, settings
-from sglang_kvarn.capacity import MIB, ModelShape
+from sglang_kvarn.capacity import MIB, ModelShape, States
 from sglang_kvarn.rings import ATTRIBUTE, Rings
 from sglang_kvarn.settings import PAGE_SIZE
 
@@ -27,27 +26,54 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
 
     Attributes:
         config: the preset; shape: of the attention of every layer.
+        layer_ids: of the layers with attention, as the whole model counts them; the others keep no tokens.
         records: per layer uint8 [pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
         rings: which pages hold the exact tokens of which request.
     """
 
     def __init__(
-        self, *args: Any, config: KVarNConfig, rows: int, shape: AttentionShape, **kwargs: Any
+        self,
+        tokens: int,
+        shape: AttentionShape,
+        layer_ids: list[int],
+        *,
+        config: KVarNConfig,
+        rows: int,
+        device: str,
+        states: States | None = None,
     ) -> None:
+        """Allocate everything.
+
+        Args:
+            tokens: of the pool, whole pages; rows: of SGLang's ReqToTokenPool, the padding row included.
+            states: that SGLang keeps for the other layers.
+
+        Raises:
+            ValueError: the tokens are no whole pages.
+        """
         hook.verify_hooks()
-        self.config, self._rows, self.shape = config, rows, shape
-        super().__init__(*args, **kwargs)
+        self.config, self._rows, self.shape, self.layer_ids = config, rows, shape, layer_ids
+        self.states = states
+        super().__init__(
+            tokens,
+            page_size=PAGE_SIZE,
+            # bytes: models write fused into a pool of their own dtype
+            dtype=torch.uint8,
+            head_num=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            layer_num=len(layer_ids),
+            device=device,
+            enable_memory_saver=False,
+        )
 
     def _create_buffers(self) -> None:
-        if self.page_size != PAGE_SIZE or self.size % self.page_size:
-            raise ValueError(
-                f"expected whole pages of {PAGE_SIZE} tokens, got {self.size} tokens in pages of "
-                f"{self.page_size}: drop --page-size"
-            )
-        pages = self.size // self.page_size + 1
+        if self.size % PAGE_SIZE:
+            raise ValueError(f"expected whole pages of {PAGE_SIZE} tokens, got {self.size} tokens")
+        pages = self.size // PAGE_SIZE + 1
         size = (pages, self.head_num, self.config.record_bytes(self.head_dim))
         self.records = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(self.layer_num)]
-        self._layer_caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]
+        caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]
+        self._layer_caches = dict(zip(self.layer_ids, caches, strict=True))
         hit_reads_as_miss = self.config.window_pages == 0
         ring_pages = capacity.ring_pages(self.shape, self.config)
         self.rings = Rings(self._rows, ring_pages, self.device, hit_reads_as_miss=hit_reads_as_miss)
@@ -57,8 +83,8 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self.v_buffer: list[torch.Tensor] = []
 
     def layer_cache(self, layer_id: int) -> LayerCache:
-        """Return the memory of a layer."""
-        return self._layer_caches[layer_id - self.start_layer]
+        """Return the memory of a layer with attention, by its id in the whole model."""
+        return self._layer_caches[layer_id]
 
     def get_kv_size_bytes(self) -> int:
         """Return the bytes of all pages."""
@@ -72,6 +98,17 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             "pool_tokens": self.size,
             "max_requests": self.rings.max_requests,
             "ring_tokens": self.rings.tokens_per_ring,
+            **({} if self.states is None else self._state_facts(self.states)),
+        }
+
+    def _state_facts(self, states: States) -> dict[str, Any]:
+        sessions = {tokens: states.sessions(self.size, tokens) for tokens in capacity.SESSIONS}
+        return {
+            "states": states.number,
+            "bytes_per_state": states.nbytes,
+            "states_per_request": states.per_request,
+            "states_per_session": states.per_session,
+            "cached_sessions": {str(n): {"sessions": s, "runs_out": what} for n, (s, what) in sessions.items()},
         }
 
     def _clear_buffers(self) -> None:
@@ -121,11 +158,20 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
     refusals.check_model(configurator.model_config)
     shape, rows = budget.model_shape(configurator), req_to_token_pool.req_to_token.shape[0]
     capacity.check_pool(max_total_num_tokens, shape, config)
-    pool_class = partial(KVarNTokenToKVPool, config=config, rows=rows, shape=shape.attention)
-    pool = configurator._build_mha_kv_pool(max_total_num_tokens=max_total_num_tokens, mha_pool_class=pool_class)
+    pool = KVarNTokenToKVPool(
+        max_total_num_tokens,
+        shape.attention,
+        budget.layer_ids(configurator),
+        config=config,
+        rows=rows,
+        device=configurator.device,
+        states=budget.states(configurator),
+    )
     setattr(req_to_token_pool, ATTRIBUTE, pool.rings)
     if compat.get_parallel().tp_rank == 0:
         _log(pool, shape)
+        if pool.states is not None:
+            _log_states(pool, pool.states, configurator)
         if configurator.server_args.enable_metrics:
             report.export(pool.facts())
     return pool
@@ -144,4 +190,19 @@ def _log(pool: KVarNTokenToKVPool, shape: ModelShape) -> None:
         sum(r.nbytes for r in pool.records) / MIB,
         f"{pool.rings.tokens_per_ring:,}",
         capacity.describe_requests(pool.size, pool.rings.tokens_per_ring, pool.rings.max_requests),
+    )
+
+def _log_states(pool: KVarNTokenToKVPool, states: States, configurator: Any) -> None:
+    logger.info(
+        "KVarN: %d of %d layers keep tokens, the others states: %s of %.1f MiB, %d for a running request and %d for a "
+        "session that waits in the prefix cache, which keeps %s. A higher --mamba-full-memory-ratio than %s gives "
+        "memory of tokens to states, --mamba-ssm-dtype bfloat16 halves most of a state",
+        len(pool.layer_ids),
+        configurator.model_config.num_hidden_layers,
+        f"{states.number:,}",
+        states.nbytes / MIB,
+        states.per_request,
+        states.per_session,
+        capacity.describe_sessions(states, pool.size),
+        compat.scheduler_argument(configurator.server_args, "mamba_full_memory_ratio"),
     )

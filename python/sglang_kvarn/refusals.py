@@ -23,6 +23,7 @@ _TWO_BATCHES = "two batches would share one set of decode buffers"
 _SESSION = "a session may be cut back into a page that is already quantised"
 
 _FULL_LAYERS = {"full_attention", "attention"}
+_STATE_LAYERS = {"linear_attention"}
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
 # what SGLang writes into the code of a model, so that no configuration shows it
 _IN_CODE = {
@@ -200,6 +201,7 @@ def check_arguments(server_args: Any) -> None:
     if is_ours:
         # the model first: SGLang may have changed arguments on its account, which the user never gave
         check_model(compat.model_config(server_args))
+        check_states(server_args, compat.model_config(server_args))
     _check_table(server_args, ARGUMENTS)
     if is_ours:
         check_ranks(server_args.tp_size, compat.model_config(server_args), on_cpu=server_args.device == "cpu")
@@ -235,6 +237,7 @@ def resolve_or_refuse(original: Callable[..., Any], server_args: Any, *args: Any
     except (AssertionError, RuntimeError, ValueError):
         if settings.preset_of(server_args) is not None:
             check_model(compat.model_config(server_args))
+            check_states(server_args, compat.model_config(server_args))
         raise
 
 
@@ -255,14 +258,17 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     kinds = set(getattr(text, "layer_types", None) or ())
     # first: Inkling's state cannot be asked for before SGLang publishes its arguments
     yield compat.is_window_model(model_config) or "sliding_attention" in kinds, "sliding-window layers"
-    yield compat.mambaish_config(model_config) is not None, "linear attention or state-space layers"
     yield model_config.attention_arch.name == "MLA", "latent attention (MLA)"
-    yield model_config.attention_arch.name != "MHA", f"attention of kind {model_config.attention_arch.name}"
     yield compat.is_sparse(model_config), "sparse attention (to tokens that an index chooses)"
+    states = compat.hybrid_config(model_config)
+    is_known = states is not None and compat.keeps_known_states(states)
+    yield states is not None and not is_known, f"states of a kind that is not tested ({type(states).__name__})"
+    yield model_config.attention_arch.name != "MHA", f"attention of kind {model_config.attention_arch.name}"
     yield getattr(config, "dual_chunk_attention_config", None) is not None, "dual-chunk attention"
     yield getattr(model_config, "attention_chunk_size", None) is not None, "chunked attention"
     yield (getattr(text, "loop_num", None) or 1) > 1, "loops over its layers, with windows from the second one on"
-    yield not kinds <= _FULL_LAYERS, f"layers of type {', '.join(sorted(kinds - _FULL_LAYERS))}"
+    kinds -= _FULL_LAYERS | (_STATE_LAYERS if is_known else set())
+    yield bool(kinds), f"layers of type {', '.join(sorted(kinds))}"
     yield model_config.is_encoder_decoder, "cross attention"
     bidirectional = getattr(text, "use_bidirectional_attention", None) or getattr(text, "is_causal", None) is False
     yield bool(bidirectional), _BIDIRECTIONAL
@@ -281,6 +287,43 @@ def _head_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     yield values != keys, f"values of {values} and keys of {keys} channels"
     heads = getattr(model_config.hf_text_config, "num_attention_heads_per_layer", None) or ()
     yield not set(heads) <= {model_config.num_attention_heads}, "layers with different numbers of query heads"
+
+
+def check_states(server_args: Any, model_config: Any) -> None:
+    """Refuse arguments with which SGLang cannot keep states of a hybrid model beside pages of 128 tokens.
+
+    Args:
+        server_args: ServerArgs, resolved or on the way; model_config: SGLang's ModelConfig.
+
+    Raises:
+        Refused: one sentence: what is expected, what came, why, what to do.
+    """
+    if compat.hybrid_config(model_config) is None:
+        return
+    args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
+    if args.enable_mixed_chunk and not compat.has_states_in_mixed_chunks():
+        raise Refused(
+            f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because SGLang {compat.version()} "
+            "saves states of mixed chunks at other tokens than pages end: drop --enable-mixed-chunk"
+        )
+    if args.disable_radix_cache:
+        return
+    if not compat.checkpoints_states(server_args, model_config):
+        raise Refused(
+            f"a prefix cache for the states of {model} with --linear-attn-backend {args.linear_attn_backend} needs "
+            f"pages of one token in SGLang {compat.version()}, and a kvarn cache pages of {settings.PAGE_SIZE}: add "
+            "--disable-radix-cache or drop --kv-cache-dtype"
+        )
+    if args.mamba_radix_cache_strategy == "no_buffer":
+        raise Refused(
+            "--mamba-radix-cache-strategy no_buffer needs pages of one token, and a kvarn cache pages of "
+            f"{settings.PAGE_SIZE}: drop --mamba-radix-cache-strategy"
+        )
+    if args.mamba_track_interval % settings.PAGE_SIZE:
+        raise Refused(
+            f"a kvarn cache needs a --mamba-track-interval that is a multiple of the page size {settings.PAGE_SIZE}, "
+            f"not {args.mamba_track_interval}: drop --mamba-track-interval"
+        )
 
 
 def check_ranks(ranks: int, model_config: Any, *, on_cpu: bool) -> None:
@@ -320,6 +363,20 @@ def check_device(device: str, dtype: torch.dtype) -> None:
     if dtype not in (torch.float16, torch.bfloat16):
         raise Refused(
             f"a kvarn cache needs a model in float16 or bfloat16 on a GPU, not {dtype}: set --dtype bfloat16"
+        )
+
+
+def check_states_on_device(device: str, model_config: Any) -> None:
+    """Refuse GPUs on which SGLang has gated delta nets beside its own attention backends only.
+
+    Raises:
+        Refused: the model and the GPU.
+    """
+    is_hybrid = compat.hybrid_config(model_config) is not None
+    if device == "cuda" and is_hybrid and torch.cuda.get_device_capability() >= (10, 0):
+        raise Refused(
+            f"SGLang runs {model_config.hf_config.architectures[0]} on {torch.cuda.get_device_name()} beside attention "
+            "backends of its own only, and a kvarn cache has another: use a GPU up to Hopper or drop --kv-cache-dtype"
         )
 
 

@@ -59,9 +59,10 @@ class Lives(RuleBasedStateMachine):
     kernels_every = 0
     total: ClassVar[dict[str, int]]
 
-    @initialize(poison=st.booleans())
-    def start(self, poison: bool) -> None:
-        self.world = World(self.preset, poison=poison, kernels_every=self.kernels_every)
+    @initialize(poison=st.booleans(), checkpoint=st.sampled_from((0, 0, 2 * PAGE)))
+    def start(self, poison: bool, checkpoint: int) -> None:
+        self.world = World(self.preset, poison=poison, kernels_every=self.kernels_every, checkpoint=checkpoint)
+        self.total["worlds with checkpoints"] += bool(checkpoint)
         self.total["worlds"] += 1
 
     def teardown(self) -> None:
@@ -159,7 +160,7 @@ OPTIONS = settings(
 
 def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str, int]:
     """Run lives until so many steps are done; return the counts."""
-    total = dict.fromkeys(("steps", "forwards", "kernel forwards", "worlds"), 0)
+    total = dict.fromkeys(("steps", "forwards", "kernel forwards", "worlds", "worlds with checkpoints"), 0)
     machine = type("Lives", (Lives,), {"preset": preset, "total": total, "kernels_every": kernels_every})
     while total["steps"] < steps:
         print(f"KVARN_FUZZ_SEED={seed} {preset}", flush=True)

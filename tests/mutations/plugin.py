@@ -4,7 +4,20 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import BACKEND, ENGINE_KERNELS, ENGINE_WINDOW, FUZZ, POOL, RINGS, TEST_RINGS
+from .paths import (
+    BACKEND,
+    BUDGET,
+    CAPACITY,
+    COMPAT,
+    ENGINE_KERNELS,
+    ENGINE_WINDOW,
+    FUZZ,
+    POOL,
+    RINGS,
+    TEST_BUDGET,
+    TEST_COMPAT,
+    TEST_RINGS,
+)
 
 MUTATIONS = (
     Mutation(
@@ -63,5 +76,40 @@ MUTATIONS = (
         "    setattr(req_to_token_pool, ATTRIBUTE, pool.rings)\n",
         "",
         (ENGINE_WINDOW,),
+    ),
+    Mutation(
+        "records for layers that keep states",
+        COMPAT,
+        "ids = range(start, end) if states is None else states.full_attention_layer_ids",
+        "ids = range(start, end)",
+        (TEST_COMPAT,),
+    ),
+    Mutation(
+        "memory of a layer by its place among those with attention",
+        POOL,
+        "self._layer_caches = dict(zip(self.layer_ids, caches, strict=True))",
+        "self._layer_caches = dict(enumerate(caches))",
+        (TEST_BUDGET,),
+    ),
+    Mutation(
+        "a cached session that takes one state",
+        CAPACITY,
+        "by_states = self.number // self.per_session",
+        "by_states = self.number",
+        (TEST_BUDGET,),
+    ),
+    Mutation(
+        "the user's share of states overwritten",
+        BUDGET,
+        "if config is None or not compat.is_state_ratio_open(configurator.server_args):",
+        "if config is None:",
+        (TEST_BUDGET,),
+    ),
+    Mutation(
+        "workspaces for more requests than states allow",
+        CAPACITY,
+        "min(bounds.requests or MAX_ROWS, bounds.states or MAX_ROWS)",
+        "bounds.requests or MAX_ROWS",
+        (TEST_BUDGET,),
     ),
 )

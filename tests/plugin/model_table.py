@@ -27,6 +27,7 @@ LLAMA = {
 
 WINDOWS = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
 LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
+QWEN3_5 = {"model_type": "qwen3_5_text", "full_attention_interval": 4}
 KDA = {"kda_layers": [1], "full_attn_layers": [2]}
 
 
@@ -88,6 +89,16 @@ SERVED = _rows(
     """
 )
 
+# some layers keep the states of gated delta nets
+SERVED_HYBRIDS = _rows(
+    """
+    InternS2PreviewForConditionalGeneration intern_s2_preview
+    MiniCPMV4_6ForConditionalGeneration minicpmv4_6  MiniCPMV4_7ForConditionalGeneration minicpmv4_7
+    Qwen3NextForCausalLM qwen3_next  Qwen3_5ForCausalLM qwen3_5_text
+    Qwen3_5ForConditionalGeneration qwen3_5
+    Qwen3_5MoeForCausalLM qwen3_5_moe_text  Qwen3_5MoeForConditionalGeneration qwen3_5_moe
+    """
+)
 # by the word of the sentence
 REFUSED = {
     "sliding-window layers": _rows(
@@ -111,35 +122,30 @@ REFUSED = {
         UnlimitedOCRForCausalLM -
         """
     ),
-    "linear attention or state-space layers": _rows(
+    "states of a kind that is not tested": _rows(
         """
-        BailingMoeV2_5ForCausalLM bailing_hybrid  BailingMoeV3ForCausalLM bailing_hybrid
         FalconH1ForCausalLM falcon_h1  FalconMambaForCausalLM falcon_mamba
-        GigaChat35ForCausalLM gigachat3_5  Glm5NextForConditionalGeneration glm5_next
-        GraniteMoeHybridForCausalLM granitemoehybrid
-        InternS2MobiusForConditionalGeneration interns2_mobius
-        InternS2PreviewForConditionalGeneration intern_s2_preview
+        GraniteMoeHybridForCausalLM granitemoehybrid  InternS2MobiusForConditionalGeneration interns2_mobius
         JetNemotronForCausalLM jet_nemotron+  JetVLMForConditionalGeneration jet_vlm
-        KimiK3ForConditionalGeneration kimi_k3  KimiK3LinearForCausalLM kimi_linear+  KimiLinearForCausalLM kimi_linear+
         Lfm2BidirectionalModel lfm2  Lfm2ForCausalLM lfm2  Lfm2MoeForCausalLM lfm2_moe
         Lfm2VlForConditionalGeneration lfm2_vl
-        Mamba2ForCausalLM mamba2  MambaForCausalLM mamba
-        MiniCPMV4_6ForConditionalGeneration minicpmv4_6  MiniCPMV4_7ForConditionalGeneration minicpmv4_7
-        NemotronHForCausalLM nemotron_h  NemotronHPuzzleForCausalLM nemotron_h_puzzle+
+        Mamba2ForCausalLM mamba2  MambaForCausalLM mamba  NemotronHForCausalLM nemotron_h
+        NemotronHPuzzleForCausalLM nemotron_h_puzzle+
         NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Nano_Omni_Reasoning_V3
         NemotronH_Nano_VL_V2 NemotronH_Nano_VL_V2  NemotronH_Omni_Reasoning_V3 nemotron_h_omni
-        Qwen3NextForCausalLM qwen3_next
-        Qwen3_5ForCausalLM qwen3_5  Qwen3_5ForConditionalGeneration qwen3_5
-        Qwen3_5MoeForCausalLM qwen3_5_moe  Qwen3_5MoeForConditionalGeneration qwen3_5_moe
         Qwen4ExpForConditionalGeneration qwen4_exp  ZayaForCausalLM zaya
         """
     ),
     "latent attention (MLA)": _rows(
         """
+        BailingMoeV2_5ForCausalLM bailing_hybrid  BailingMoeV3ForCausalLM bailing_hybrid
         BailingMoeV3VLForConditionalGeneration bailing_moe_v3_vl
         DeepseekV2ForCausalLM deepseek_v2  DeepseekV32ForCausalLM deepseek_v32  DeepseekV3ForCausalLM deepseek_v3
         DeepseekVL2ForCausalLM deepseek_vl_v2  DotsVLMForCausalLM dots_vlm
-        Glm4MoeLiteForCausalLM glm4_moe_lite  GlmMoeDsaForCausalLM glm_moe_dsa  HYV4ForCausalLM hy_v4
+        GigaChat35ForCausalLM gigachat3_5
+        Glm4MoeLiteForCausalLM glm4_moe_lite  Glm5NextForConditionalGeneration glm5_next
+        GlmMoeDsaForCausalLM glm_moe_dsa  HYV4ForCausalLM hy_v4
+        KimiK3ForConditionalGeneration kimi_k3  KimiK3LinearForCausalLM kimi_linear+  KimiLinearForCausalLM kimi_linear+
         KimiK25ForConditionalGeneration kimi_k25  KimiVLForConditionalGeneration kimi_vl
         LongcatFlashForCausalLM longcat_flash  MiniCPM3ForCausalLM -
         MistralLarge3ForCausalLM deepseek_v3  SarvamMLAForCausalLM deepseek_v3
@@ -185,6 +191,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Glm4vMoeForConditionalGeneration": {"text_config": {"head_dim": 128}},
     "GlmImageForConditionalGeneration": {"vision_vocab_size": 512},
     "IQuestLoopCoderForCausalLM": {"loop_num": 2},
+    "InternS2PreviewForConditionalGeneration": {"text_config": {"full_attention_interval": 4}},
     "JetVLMForConditionalGeneration": {"text_config": LLAMA},
     "KimiK3ForConditionalGeneration": {"text_config": LLAMA | LATENT | {"linear_attn_config": KDA}},
     "KimiK3LinearForCausalLM": LATENT,
@@ -192,6 +199,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MiMoV2FlashForCausalLM": {"hybrid_layer_pattern": [0, 1], "sliding_window_size": 128},
     "MiMoV2ForCausalLM": {"hybrid_layer_pattern": [0, 1], "sliding_window_size": 128},
     "MiniCPM3ForCausalLM": LATENT,
+    "MiniCPMV4_6ForConditionalGeneration": {"text_config": QWEN3_5},
+    "MiniCPMV4_7ForConditionalGeneration": {"text_config": QWEN3_5},
     "MiniCPMSALAForCausalLM": {"sparse_config": {"topk": 64}},
     "MiniMaxM3SparseForConditionalGeneration": {"text_config": LLAMA, "vision_config": {}},
     "MistralLarge3ForCausalLM": LATENT,
@@ -200,6 +209,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "MuseSparkForConditionalGeneration": WINDOWS,
     "NemotronHPuzzleForCausalLM": {"block_configs": [{"block_type": "mamba"}, {"block_type": "attention"}]},
     "Phi3ForCausalLM": {"hidden_size": 4096},
+    "Qwen3NextForCausalLM": {"full_attention_interval": 4},
+    "Qwen3_5ForCausalLM": {"full_attention_interval": 4},
+    "Qwen3_5ForConditionalGeneration": {"text_config": {"full_attention_interval": 4}},
+    "Qwen3_5MoeForCausalLM": {"full_attention_interval": 4},
+    "Qwen3_5MoeForConditionalGeneration": {"text_config": {"full_attention_interval": 4}},
     "Qwen3OmniMoeForConditionalGeneration": {"thinker_config": {"text_config": {"head_dim": 128}}},
     "SarvamMLAForCausalLM": LATENT,
     "StableLmForCausalLM": {"hidden_size": 2048},

@@ -15,7 +15,7 @@ from sglang_kvarn import budget, capacity, compat, hook
 from sglang_kvarn.refused import Refused
 
 QWEN3_8B = capacity.ModelShape(36, AttentionShape(32, 8, 128, torch.bfloat16))
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **changes):
@@ -35,7 +35,7 @@ def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **cha
         model_config=model,
         model_dtype=torch.float16,
         device="cpu",
-        layer_info=SimpleNamespace(num_effective_layers=2),
+        layer_info=SimpleNamespace(start_layer=0, end_layer=2),
         **changes,
     )
 
@@ -44,10 +44,9 @@ def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **cha
 def one_rank(monkeypatch):
     """One rank, whose arguments stand for the configuration of its process."""
     monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1), raising=False)
-    monkeypatch.setattr(compat, "max_running_requests", lambda args: args.max_running_requests)
-    monkeypatch.setattr(
-        compat, "set_max_running_requests", lambda args, rows: vars(args).update(max_running_requests=rows)
-    )
+    monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
+    monkeypatch.setattr(compat, "scheduler_argument", getattr)
+    monkeypatch.setattr(compat, "override_argument", lambda args, **changes: vars(args).update(changes))
 
 
 def test_model_shape_gives_the_documented_bytes():
@@ -172,7 +171,7 @@ def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
 def test_a_chunk_is_at_most_a_context(size, pages, monkeypatch):
     graph = SimpleNamespace(decode=SimpleNamespace(backend="disabled"))
     args = SimpleNamespace(chunked_prefill_size=size, cuda_graph_config=graph)
-    monkeypatch.setattr(compat, "max_running_requests", lambda args: None)
+    monkeypatch.setattr(compat, "scheduler_argument", lambda args, name: None)
     limits = budget.bounds(args, 4096).steps(rows=8, request_pages=33)
     assert limits.chunk_pages == pages
     assert limits.decode_batch == limits.extend_requests == 9 and limits.extend_pages == 9 * 2 * 33
@@ -180,7 +179,7 @@ def test_a_chunk_is_at_most_a_context(size, pages, monkeypatch):
 
 @pytest.mark.parametrize("graph_rows", [None, 3, 64])
 def test_decode_batch_covers_rows_and_padded_graphs(graph_rows, monkeypatch):
-    monkeypatch.setattr(compat, "max_running_requests", lambda args: None)
+    monkeypatch.setattr(compat, "scheduler_argument", lambda args, name: None)
     graph = SimpleNamespace(backend="full", max_bs=graph_rows)
     args = SimpleNamespace(chunked_prefill_size=256, cuda_graph_config=SimpleNamespace(decode=graph))
     assert budget.bounds(args, 4096).steps(8, 33).decode_batch == max(9, graph_rows or 0)
@@ -196,19 +195,7 @@ def test_pool_allocates_what_was_charged(preset):
     available = 16 << 20
     left = budget.charge_fixed_bytes(available, kvc, 0)
     tokens = left // budget.cell_size(lambda *_: 0, None, kvc, 2) // 128 * 128
-    pool = KVarNTokenToKVPool(
-        tokens,
-        page_size=128,
-        dtype=torch.uint8,
-        head_num=2,
-        head_dim=64,
-        layer_num=2,
-        device="cpu",
-        enable_memory_saver=False,
-        config=config,
-        rows=5,
-        shape=shape.attention,
-    )
+    pool = KVarNTokenToKVPool(tokens, shape.attention, [3, 7], config=config, rows=5, device="cpu")
     ring = capacity.ring_pages(shape.attention, config)
     facts = {"max_requests": 4, "ring_tokens": 128 * ring, "pool_tokens": tokens}
     assert facts.items() <= pool.facts().items()
@@ -216,7 +203,91 @@ def test_pool_allocates_what_was_charged(preset):
     assert pool.get_kv_size_bytes() == (tokens // 128 + 1) * page
     # one page beyond the budget is SGLang's padding page, in every pool; less than one page is left over
     assert available - page < pool.get_kv_size_bytes() - page <= available
-    cache = pool.layer_cache(1)
+    cache = pool.layer_cache(7)
     assert cache.records.data_ptr() == pool.records[1].data_ptr()
     assert pool.rings.pages.shape == (5, ring) and cache.exact.dtype == torch.float16
     assert cache.exact.data_ptr() == cache.records.data_ptr()
+
+
+# Qwen3.5-27B: 16 of 64 layers have attention, 24 query and 4 KV heads of 256; a state of the others takes 146.8 MiB
+HYBRID = capacity.ModelShape(16, AttentionShape(24, 4, 256, torch.bfloat16))
+STATE = int(146.8 * MIB)
+
+
+def test_a_session_takes_states_and_tokens_and_either_runs_out():
+    states = capacity.States(number=120, nbytes=STATE, per_request=5, per_session=3)
+    # 40 sessions by states; a page of the pool is SGLang's own
+    assert states.sessions(42 * 32768, 32768) == (40, "states")
+    assert states.sessions(40 * 32768, 32768) == (39, "tokens")
+    assert states.sessions(100 * 8192, 8100) == (40, "states")
+    text = capacity.describe_sessions(states, 42 * 32768)
+    assert text.startswith("40 of 8,192 tokens (states run out first), 40 of 32,768 tokens (states")
+    assert text.endswith("13 of 102,400 tokens (tokens run out first)")
+
+
+@pytest.mark.parametrize("name", ["kvarn", "kvarn_k4v4_g128"])
+def test_the_split_of_a_hybrid_serves_the_most_typical_sessions(name):
+    token, memory = HYBRID.token_bytes(KVarNConfig.from_preset(name)), 40 * GIB
+
+    def sessions(ratio: float) -> int:
+        number = int(memory * ratio / (1 + ratio)) // STATE
+        states = capacity.States(number, STATE, per_request=5, per_session=3)
+        return states.sessions((memory - number * STATE) // token, capacity.TYPICAL_SESSION)[0]
+
+    chosen = sessions(capacity.state_ratio(STATE, 3, token))
+    best = max(sessions(ratio / 100) for ratio in range(10, 400))
+    assert chosen >= best - 1 and chosen > 1.2 * sessions(0.2)
+    # what a 16-bit cache keeps at SGLang's split
+    number = int(memory * 0.9 / 1.9) // STATE
+    bf16 = capacity.States(number, STATE, 5, 3).sessions(
+        (memory - number * STATE) // HYBRID.full_token_bytes(2), capacity.TYPICAL_SESSION
+    )
+    assert bf16[1] == "tokens" and chosen >= 2.5 * bf16[0]
+
+
+def hybrid(monkeypatch, *, chosen=None, **arguments):
+    """Return a configurator of the model above, and what it was told to override."""
+    kvc, changes = configurator("kvarn", requested=None), {}
+    vars(kvc.server_args).update(
+        {"max_mamba_cache_size": None, "disable_radix_cache": False, "mamba_full_memory_ratio": 0.9} | arguments
+    )
+    found = SimpleNamespace(mamba2_cache_params=SimpleNamespace(mamba_cache_per_req=1 << 20))
+    monkeypatch.setattr(compat, "hybrid_config", lambda model: found)
+    monkeypatch.setattr(compat, "attention_layers", lambda model, start, end: [1])
+    monkeypatch.setattr(compat, "is_state_ratio_open", lambda args: chosen is None)
+    monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
+    monkeypatch.setattr(compat, "override_argument", lambda args, **values: changes.update(values))
+    kvc._calculate_mamba_ratio = lambda: 5
+    return kvc, changes
+
+
+def test_the_share_of_states_is_set_where_nobody_chose_it(monkeypatch):
+    kvc, changes = hybrid(monkeypatch)
+    budget.split_memory(kvc, 40.0)
+    token = budget.model_shape(kvc).token_bytes(KVarNConfig.from_preset("kvarn"))
+    assert changes == {"mamba_full_memory_ratio": round(3 * (1 << 20) / (32768 * token), 3)}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"chosen": 0.5},
+        {"max_mamba_cache_size": 40},
+        {"disable_radix_cache": True, "max_running_requests": 8},
+    ],
+    ids=["ratio", "number", "requests"],
+)
+def test_the_share_of_states_stays_what_the_user_chose(monkeypatch, arguments):
+    kvc, changes = hybrid(monkeypatch, **arguments)
+    budget.split_memory(kvc, 40.0)
+    assert changes == {}
+
+
+def test_no_more_requests_are_charged_than_states_allow(monkeypatch):
+    kvc, changes = hybrid(monkeypatch, max_mamba_cache_size=33)
+    budget.charge_fixed_bytes(GIB, kvc, 0)
+    assert changes == {"max_running_requests": 6}
+    kept = budget.states(kvc)
+    assert (kept.number, kept.per_request, kept.per_session, kept.nbytes) == (33, 5, 3, 1 << 20)
+    monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
+    assert budget.states(kvc) is None

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from sglang_kvarn import compat
 
@@ -70,10 +72,24 @@ def test_resolved_arguments_are_what_resolution_decided(server_args, model_dir):
     assert compat.model_config(compat.resolved_arguments(args)).head_dim == 64
 
 
-def test_max_running_requests_is_read_where_it_was_set(server_args, model_dir):
+def test_a_share_of_states_that_nobody_chose_is_open(server_args, model_dir):
+    assert compat.is_state_ratio_open(server_args(model_path=model_dir()))
+    assert not compat.is_state_ratio_open(server_args(model_path=model_dir(), mamba_full_memory_ratio=0.5))
+
+
+def test_an_argument_of_a_scheduler_is_read_where_it_was_set(server_args, model_dir):
     publish = compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")
     args = server_args(model_path=model_dir(), max_running_requests=7)
     publish(args)
-    assert compat.max_running_requests(args) == 7
-    compat.set_max_running_requests(args, 5)
-    assert compat.max_running_requests(args) == 5
+    assert compat.scheduler_argument(args, "max_running_requests") == 7
+    compat.override_argument(args, max_running_requests=5)
+    assert compat.scheduler_argument(args, "max_running_requests") == 5
+
+
+def test_attention_layers_are_those_of_a_hybrid_that_keep_no_states(monkeypatch):
+    monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
+    assert compat.attention_layers(object(), 2, 5) == [2, 3, 4]
+    found = SimpleNamespace(full_attention_layer_ids=[3, 7, 11])
+    monkeypatch.setattr(compat, "hybrid_config", lambda model: found)
+    assert compat.attention_layers(object(), 0, 12) == [3, 7, 11]
+    assert compat.attention_layers(object(), 4, 11) == [7]

@@ -55,7 +55,7 @@ def test_pool_and_backend_refuse_to_exist_without_a_hook(monkeypatch):
 
     monkeypatch.setattr(compat.resolve(ALLOC.rpartition(".")[0]), "alloc", unwrapped(ALLOC))
     with pytest.raises(RuntimeError, match="not in place in this process"):
-        KVarNTokenToKVPool(config=None, rows=1, shape=None)
+        KVarNTokenToKVPool(128, None, [0], config=None, rows=1, device="cpu")
     with pytest.raises(RuntimeError, match="not in place in this process"):
         KVarNAttentionBackend(model_runner=None)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from model_table import CHANGES, DRAFTS, LATENT, REFUSED, SERVED, WINDOWS, WRAPPERS
+from model_table import CHANGES, DRAFTS, LATENT, REFUSED, SERVED, SERVED_HYBRIDS, WINDOWS, WRAPPERS
 from sglang_kvarn import compat, refusals
 
 TWO_LAYERS = {"num_hidden_layers": 2}
@@ -141,7 +141,8 @@ def refused(word: str):
 
 
 def test_every_architecture_of_sglang_is_judged():
-    judged = [*SERVED, *(name for verdicts in REFUSED.values() for name in verdicts), *DRAFTS, *WRAPPERS]
+    refused = [name for verdicts in REFUSED.values() for name in verdicts]
+    judged = [*SERVED, *SERVED_HYBRIDS, *refused, *DRAFTS, *WRAPPERS]
     assert len(INSTALLED) > 150 and len(judged) == len(set(judged))
     new = sorted(set(INSTALLED) - set(judged))
     assert not new, f"SGLang {compat.version()} adds architectures that nobody judged: {', '.join(new)}"
@@ -150,6 +151,38 @@ def test_every_architecture_of_sglang_is_judged():
 @pytest.mark.parametrize(("architecture", "model_type"), here(SERVED), ids=lambda value: value)
 def test_launch_takes(launch, architecture, model_type):
     launch(architecture, model_type, CHANGES.get(architecture, {}))
+
+
+@pytest.fixture
+def checkpoints(monkeypatch):
+    """0.5.16 asks for the maker of the GPU before it keeps states; later versions ask the platform."""
+    arguments = compat.resolve("sglang.srt.server_args.ServerArgs")
+    monkeypatch.setattr(arguments, "_validate_mamba_extra_buffer", lambda *args: None, raising=False)
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_HYBRIDS), ids=lambda value: value)
+def test_launch_takes_a_hybrid(launch, checkpoints, architecture, model_type):
+    launch(architecture, model_type, CHANGES.get(architecture, {}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"mamba_radix_cache_strategy": "no_buffer"}, "no_buffer needs pages of one token"),
+        ({"mamba_track_interval": 192}, "--mamba-track-interval that is a multiple of the page size 128, not 192"),
+        ({"linear_attn_backend": "cutedsl"}, "with --linear-attn-backend cutedsl needs pages of one token"),
+    ],
+    ids=["strategy", "interval", "backend"],
+)
+def test_launch_refuses_arguments_of_a_hybrid(launch, checkpoints, arguments, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        launch("Qwen3NextForCausalLM", "qwen3_next", CHANGES["Qwen3NextForCausalLM"], **arguments)
+
+
+def test_launch_takes_mixed_chunks_of_a_hybrid_where_sglang_keeps_their_states(launch, checkpoints):
+    known = compat.has_states_in_mixed_chunks()
+    with contextlib.nullcontext() if known else pytest.raises(ValueError, match="drop --enable-mixed-chunk"):
+        launch("Qwen3NextForCausalLM", "qwen3_next", CHANGES["Qwen3NextForCausalLM"], enable_mixed_chunk=True)
 
 
 @pytest.mark.parametrize(

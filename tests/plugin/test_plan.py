@@ -14,6 +14,11 @@ from sglang_kvarn import capacity
 from sglang_kvarn.commands import plan
 
 GIB = 1 << 30
+# 92 MiB for a cache
+TIGHT = (
+    *("--gpu-gib", "11.1", "--mem-fraction-static", "0.9", "--weights-gib", "8.4"),
+    *("--max-running-requests", "900000"),
+)
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -95,7 +100,7 @@ def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, caps
         ({"head_dim": 96}, (), "LlamaForCausalLM has head_dim 96, which a kvarn cache does not serve"),
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),
-        ({}, ("--gpu-gib", "24", "--weights-gib", "12", "--max-running-requests", "9000000"), "a kvarn cache needs"),
+        ({}, TIGHT, "a kvarn cache needs"),
     ],
     ids=["model", "ranks", "weights", "requests"],
 )

@@ -12,6 +12,16 @@ from sglang_kvarn import compat, scales
 SCHEME = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
 
 
+class Configuration:
+    """What transformers makes of a quantization_config."""
+
+    def to_dict(self):
+        return SCHEME
+
+    def __repr__(self):
+        return "an object"
+
+
 def runner(path=None, config=None, **layer):
     """Return what is read of SGLang's ModelRunner, with one attention layer."""
     attention = compat.RadixAttention(num_heads=4, head_dim=64, scaling=0.125, num_kv_heads=2, layer_id=0)
@@ -33,7 +43,7 @@ def runner(path=None, config=None, **layer):
         ({"k_scale_float": 1.0, "v_scale_float": 1.0}, []),
         ({"path": "scales.json"}, ["--quantization-param-path"]),
         ({"config": SCHEME}, ["kv_cache_scheme in quantization_config"]),
-        ({"config": SimpleNamespace(to_dict=lambda: SCHEME)}, ["kv_cache_scheme in quantization_config"]),
+        ({"config": Configuration()}, ["kv_cache_scheme in quantization_config"]),
         ({"config": {"kv_cache_quant_algo": "FP8"}}, ["kv_cache_quant_algo in quantization_config"]),
         ({"k_scale_float": 1.0, "v_scale_float": 0.5}, ["k_scale and v_scale of its layers"]),
     ],

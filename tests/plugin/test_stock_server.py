@@ -52,6 +52,7 @@ STOCK = {
         for name in ("auto", "fp8_e4m3", None)
         for draft in (False, True)
     ],
+    "budget.split_memory": [((configurator(), Unread()), {})],
     "budget.cell_size": [((Unread(), configurator(), Unread()), {})],
     "budget.charge_fixed_bytes": [((configurator(), Unread()), {})],
     "budget.cap_rows": [((configurator(), Unread()), {}), ((configurator(),), {"token_capacity": Unread()})],

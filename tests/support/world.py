@@ -117,27 +117,20 @@ class World:
 
     Attributes:
         pool_pages: as many as `rings` rings take, and 16; by default so few that not every row finds a ring.
+        checkpoint: tokens between the states of a hybrid model, where a match of the prefix cache may end; 0: anywhere.
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
     """
 
-    def __init__(self, preset: str, *, poison: bool = True, kernels_every: int = 0, rings: int = ROWS - 1) -> None:
+    def __init__(
+        self, preset: str, *, poison: bool = True, kernels_every: int = 0, rings: int = ROWS - 1, checkpoint: int = 0
+    ) -> None:
         self.config = KVarNConfig.from_preset(preset)
         self.pages = pages_of(self.config)
         self.pool_pages = TOKEN_PAGES + rings * self.config.ring_pages(HEAD_DIM, SHAPE.dtype.itemsize)
-        self.poison, self.kernels_every = poison, kernels_every
+        self.poison, self.kernels_every, self.checkpoint = poison, kernels_every, checkpoint
         self.pool = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
-            self.pool_pages * PAGE,
-            page_size=PAGE,
-            dtype=torch.uint8,
-            head_num=KV_HEADS,
-            head_dim=HEAD_DIM,
-            layer_num=1,
-            device="cpu",
-            enable_memory_saver=False,
-            config=self.config,
-            rows=ROWS + 1,
-            shape=SHAPE,
+            self.pool_pages * PAGE, SHAPE, [0], config=self.config, rows=ROWS + 1, device="cpu"
         )
         memory_pool = compat.resolve("sglang.srt.mem_cache.memory_pool")
         self.rows = memory_pool.ReqToTokenPool(
@@ -312,6 +305,7 @@ class World:
         for request in candidates:
             if budget <= 0:
                 break
+            self._limit_to_checkpoints(request.req)
             request.req.init_next_round_input(None if request is self.chunked else self.tree)
             new = min(budget, len(request.history.tokens) - calls.prefix_len(request.req))
             if not self._add(request, fresh, new, reserved):
@@ -322,6 +316,16 @@ class World:
             return None
         decode_slots = self._allocate_decode(decoding) if decoding else None
         return fresh, decoding, self._allocate_fresh(fresh), decode_slots
+
+    def _limit_to_checkpoints(self, req) -> None:
+        """Let a request find no more of its prompt than a state is kept for, which can be less than its cached pages.
+
+        As in a hybrid model: what follows is computed again on fresh pages, which duplicate those in the tree.
+        """
+        if not self.checkpoint:
+            return
+        most, every = type(req)._compute_max_prefix_len, self.checkpoint
+        req._compute_max_prefix_len = lambda length: most(req, length) // every * every
 
     def _add(self, request: Request, fresh: list[Request], new: int, reserved: int) -> bool:
         """Choose a request and its next tokens if they and a ring fit, by the hook on SGLang's PrefillAdder."""

@@ -120,6 +120,8 @@ def wanted_splits(batch_size: int, programs_per_split: int, resident: int) -> in
     Args:
         programs_per_split: from the function of that name; resident: programs that the GPU runs at once.
     """
+    if batch_size >= MAX_WAVES * resident // programs_per_split:
+        return batch_size
 
     def cost(waves: int) -> float:
         per_request = waves * resident // programs_per_split // batch_size

@@ -30,5 +30,9 @@ class KVarNCpuPlatform(compat.CpuDeviceMixin, compat.SRTPlatform):
         """Return SGLang's own class; takes the place of `get_mha_kv_pool_cls` in later versions."""
         return None
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """Return that states of linear attention can be copied at checkpoints, which pages of 128 tokens need."""
+        return True
+
     def get_paged_allocator_cls(self) -> Any:
         return compat.PagedTokenToKVPoolAllocator
