@@ -18,6 +18,8 @@ from benchmarks.kernels.decode_problem import Problem
 
 # e4m3 keeps three mantissa bits: about 3 % of a value, less after averaging
 FP8_TOLERANCE = 1e-1
+# query heads per KV head that FlashInfer decodes without tensor cores
+FLASHINFER_GROUPS = (1, 2, 3, 4, 8)
 
 
 def _ring_pages(problem: Problem, config: KVarNConfig) -> torch.Tensor:
@@ -124,8 +126,9 @@ def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Can
 
 
 def flashinfer_bf16(problem: Problem) -> list[Candidate]:
-    """Return FlashInfer on a bf16 cache, without and with tensor cores."""
-    return [_flashinfer(problem, torch.bfloat16, cores) for cores in (False, True)]
+    """Return FlashInfer on a bf16 cache, without tensor cores, where it has that, and with them."""
+    ways = (False, True) if problem.shape.heads.group in FLASHINFER_GROUPS else (True,)
+    return [_flashinfer(problem, torch.bfloat16, cores) for cores in ways]
 
 
 def flashinfer_fp8(problem: Problem) -> list[Candidate]:

@@ -55,6 +55,13 @@ def balance_layers(model_runner: Any) -> None:
             sum(chosen.output_bias is not None for chosen in balanced),
             len(balanced),
         )
+    if unknown := _unknown_modules(model_runner.model):
+        logger.info(
+            "KVarN leaves the channels of %d attention layers as they are, because it does not know what %s computes "
+            "around attention",
+            len(unknown),
+            ", ".join(sorted(set(unknown))),
+        )
 
 
 def output_bias(layer: Any) -> torch.Tensor | None:
@@ -95,6 +102,16 @@ def _attention_modules(model: torch.nn.Module) -> Iterator[tuple[Any, Any]]:
         for module in layer.children():
             if compat.is_plain_attention(module):
                 yield module, layer
+
+
+def _unknown_modules(model: torch.nn.Module) -> list[str]:
+    """Return the class of every module with an attention layer in it that `_attention_modules` leaves out."""
+    return [
+        type(module).__name__
+        for module in model.modules()
+        if any(isinstance(child, compat.RadixAttention) for child in module.children())
+        and not compat.is_plain_attention(module)
+    ]
 
 
 def _weights(module: Any, layer: Any) -> AttentionWeights | None:

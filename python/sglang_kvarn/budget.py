@@ -62,9 +62,7 @@ def states(configurator: Any) -> States | None:
 
 
 def _states_per_session(configurator: Any) -> int:
-    # without a prefix cache a session is there only while it runs
-    is_cached = not compat.resolved_arguments(configurator.server_args).disable_radix_cache
-    return STATES_PER_SESSION if is_cached else compat.states_per_request(configurator)
+    return 0 if compat.resolved_arguments(configurator.server_args).disable_radix_cache else STATES_PER_SESSION
 
 
 def split_memory(configurator: Any, total_rest_memory: float) -> None:
@@ -80,7 +78,9 @@ def split_memory(configurator: Any, total_rest_memory: float) -> None:
         # SGLang counts states by these, not by the ratio
         return
     state = compat.state_bytes(compat.hybrid_config(configurator.model_config))
-    per_session, token = _states_per_session(configurator), model_shape(configurator).token_bytes(config)
+    # without a prefix cache a session is there only while it runs
+    per_session = _states_per_session(configurator) or compat.states_per_request(configurator)
+    token = model_shape(configurator).token_bytes(config)
     ratio = round(capacity.state_ratio(state, per_session, token), 3)
     compat.override_argument(configurator.server_args, mamba_full_memory_ratio=ratio)
     logger.info(

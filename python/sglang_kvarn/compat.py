@@ -175,11 +175,6 @@ def keeps_known_states(config: Any) -> bool:
     return type(config).__name__ in GATED_DELTA_NETS and bool(config.full_attention_layer_ids)
 
 
-def has_states_in_mixed_chunks() -> bool:
-    """Whether SGLang keeps states of chunks that start within a page, as --enable-mixed-chunk makes them."""
-    return _since("0.5.23")
-
-
 def checkpoints_states(server_args: Any, model_config: Any) -> bool:
     """Whether SGLang can keep states of this model in a prefix cache with pages of more than one token."""
     function = resolve("sglang.srt.arg_groups.overrides.supports_mamba_cache_extra_buffer")

@@ -102,7 +102,8 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         }
 
     def _state_facts(self, states: States) -> dict[str, Any]:
-        sessions = {tokens: states.sessions(self.size, tokens) for tokens in capacity.SESSIONS}
+        lengths = capacity.SESSIONS if states.per_session else ()
+        sessions = {tokens: states.sessions(self.size, tokens) for tokens in lengths}
         return {
             "states": states.number,
             "bytes_per_state": states.nbytes,
@@ -194,15 +195,14 @@ def _log(pool: KVarNTokenToKVPool, shape: ModelShape) -> None:
 
 def _log_states(pool: KVarNTokenToKVPool, states: States, configurator: Any) -> None:
     logger.info(
-        "KVarN: %d of %d layers keep tokens, the others states: %s of %.1f MiB, %d for a running request and %d for a "
-        "session that waits in the prefix cache, which keeps %s. A higher --mamba-full-memory-ratio than %s gives "
-        "memory of tokens to states, --mamba-ssm-dtype bfloat16 halves most of a state",
+        "KVarN: %d of %d layers keep tokens, the others states: %s of %.1f MiB, %d for a running request%s. A higher "
+        "--mamba-full-memory-ratio than %s gives memory of tokens to states, --mamba-ssm-dtype bfloat16 halves most of "
+        "a state",
         len(pool.layer_ids),
         configurator.model_config.num_hidden_layers,
         f"{states.number:,}",
         states.nbytes / MIB,
         states.per_request,
-        states.per_session,
         capacity.describe_sessions(states, pool.size),
         compat.scheduler_argument(configurator.server_args, "mamba_full_memory_ratio"),
     )

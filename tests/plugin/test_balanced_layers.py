@@ -162,6 +162,22 @@ def test_an_ordinary_model_stays_as_it_is_and_says_nothing(runner, caplog):
     assert not changed(made, before) and "KVarN" not in caplog.text
 
 
+def test_a_module_that_is_not_known_is_named_and_stays_as_it_is(runner, caplog):
+    class GatedAttention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv_proj = torch.nn.Linear(8, 8)
+            self.attn = compat.RadixAttention(num_heads=4, head_dim=64, scaling=1, num_kv_heads=2, layer_id=0)
+
+    caplog.set_level("INFO")
+    made = torch.nn.Sequential(model(), GatedAttention(), GatedAttention())
+    before = weights(made[1:])
+    balanced_layers.balance_layers(runner(made))
+    assert not changed(made[1:], before)
+    assert "KVarN balanced the channels of 2 heads" in caplog.text
+    assert "channels of 2 attention layers as they are" in caplog.text and "GatedAttention" in caplog.text
+
+
 def test_whoever_reads_or_writes_weights_sees_those_of_the_checkpoint(runner):
     made = model()
     checkpoint = weights(made)

@@ -221,7 +221,8 @@ def test_a_session_takes_states_and_tokens_and_either_runs_out():
     assert states.sessions(40 * 32768, 32768) == (39, "tokens")
     assert states.sessions(100 * 8192, 8100) == (40, "states")
     text = capacity.describe_sessions(states, 42 * 32768)
-    assert text.startswith("40 of 8,192 tokens (states run out first), 40 of 32,768 tokens (states")
+    assert text.startswith(" and 3 for a session")
+    assert "keeps 40 of 8,192 tokens (states run out first), 40 of 32,768 tokens (states" in text
     assert text.endswith("13 of 102,400 tokens (tokens run out first)")
 
 
@@ -291,3 +292,30 @@ def test_no_more_requests_are_charged_than_states_allow(monkeypatch):
     assert (kept.number, kept.per_request, kept.per_session, kept.nbytes) == (33, 5, 3, 1 << 20)
     monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
     assert budget.states(kvc) is None
+
+
+def test_without_a_prefix_cache_no_session_waits(monkeypatch):
+    kvc, changes = hybrid(monkeypatch, disable_radix_cache=True)
+    kvc.server_args.max_running_requests = None
+    kvc._calculate_mamba_ratio = lambda: 1
+    budget.split_memory(kvc, 40.0)
+    token = budget.model_shape(kvc).token_bytes(KVarNConfig.from_preset("kvarn"))
+    assert changes == {"mamba_full_memory_ratio": round((1 << 20) / (32768 * token), 3)}
+    kvc.server_args.max_mamba_cache_size = 40
+    kept = budget.states(kvc)
+    assert (kept.per_request, kept.per_session) == (1, 0) and capacity.describe_sessions(kept, 1 << 20) == ""
+
+
+@pytest.mark.parametrize(("layers", "heads", "mib"), [(48, 48, 146.8), (30, 32, 61.4), (36, 32, 73.7)])
+def test_a_state_of_gated_delta_nets_takes_the_bytes_of_the_published_shapes(layers, heads, mib):
+    # Qwen3.5-27B, Qwen3.5-35B-A3B, Qwen3-Next-80B-A3B
+    text = SimpleNamespace(
+        linear_num_key_heads=16,
+        linear_num_value_heads=heads,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+    )
+    found = capacity.gated_delta_state_bytes(text, layers, torch.bfloat16, 1)
+    assert found / MIB == pytest.approx(mib, abs=0.05)
+    assert capacity.gated_delta_state_bytes(text, layers, torch.bfloat16, 2) == found // 2

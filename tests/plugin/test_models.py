@@ -169,20 +169,15 @@ def test_launch_takes_a_hybrid(launch, checkpoints, architecture, model_type):
     ("arguments", "sentence"),
     [
         ({"mamba_radix_cache_strategy": "no_buffer"}, "no_buffer needs pages of one token"),
+        ({"enable_mixed_chunk": True}, "not tested yet: drop --enable-mixed-chunk"),
         ({"mamba_track_interval": 192}, "--mamba-track-interval that is a multiple of the page size 128, not 192"),
         ({"linear_attn_backend": "cutedsl"}, "with --linear-attn-backend cutedsl needs pages of one token"),
     ],
-    ids=["strategy", "interval", "backend"],
+    ids=["strategy", "mixed", "interval", "backend"],
 )
 def test_launch_refuses_arguments_of_a_hybrid(launch, checkpoints, arguments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         launch("Qwen3NextForCausalLM", "qwen3_next", CHANGES["Qwen3NextForCausalLM"], **arguments)
-
-
-def test_launch_takes_mixed_chunks_of_a_hybrid_where_sglang_keeps_their_states(launch, checkpoints):
-    known = compat.has_states_in_mixed_chunks()
-    with contextlib.nullcontext() if known else pytest.raises(ValueError, match="drop --enable-mixed-chunk"):
-        launch("Qwen3NextForCausalLM", "qwen3_next", CHANGES["Qwen3NextForCausalLM"], enable_mixed_chunk=True)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,24 @@ def test_plan_prints_a_row_for_each_cache_and_marks_those_that_are_too_small(qwe
     assert sixteen.endswith("(fewer than 30)") and "fewer" not in dense
 
 
+def test_plan_splits_the_memory_of_a_hybrid_as_its_server_did(model_dir, capsys):
+    from benchmarks.common.models import QWEN3_5_27B_HALF
+
+    folder = model_dir(plain=False, **QWEN3_5_27B_HALF)
+    flags = ("--gpu-gib", "79.65", "--mem-fraction-static", "0.8", "--weights-gib", "25.2", "--context", "32768")
+    code, out, _ = run(capsys, folder, *flags, "--max-running-requests", "32", "--json")
+    facts = json.loads(out)
+    caches = {cache["cache"]: cache for cache in facts["caches"]}
+    sixteen, ours = caches["16 bit"], caches["kvarn_k4v2_g128"]
+    assert code == 0 and facts["bytes_per_state"] / (1 << 20) == pytest.approx(73.4, abs=0.05)
+    # benchmarks/results/engine_hybrid_27b.csv, one H100
+    assert sixteen["pool_tokens"] == pytest.approx(640_384, rel=0.02) and sixteen["sessions"] == 19
+    assert ours["pool_tokens"] == pytest.approx(2_807_168, rel=0.02) and ours["sessions"] == 85
+    assert sixteen["runs_out"] == "tokens" and ours["requests_at_a_time"] == 32
+    _, out, _ = run(capsys, folder, *flags)
+    assert "states; tokens run out first)" in out
+
+
 def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
     with (tmp_path / "model.safetensors").open("wb") as file:

@@ -22,9 +22,10 @@ CHUNK = 64
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Run these layers in 32 bits in this process and in those of the engines that it starts.
+    """Run these layers in 32 bits in the processes of the engines that this one starts.
 
-    An engine hands its processes the search path, on which this puts an SGLang plugin that calls `install`.
+    An engine hands its processes the search path, on which this puts an SGLang plugin that calls `install`. This
+    process checks arguments only.
     """
     info = folder / "gdn_on_cpu-0.dist-info"
     info.mkdir(parents=True)
@@ -32,14 +33,14 @@ def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\ngdn_on_cpu = gdn_on_cpu:install\n")
     patch.syspath_prepend(folder)
     patch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
-    install()
+    # 0.5.16 asks for the names of GPU makers, later versions the platform
+    arguments = compat.resolve("sglang.srt.server_args.ServerArgs")
+    patch.setattr(arguments, "_validate_mamba_extra_buffer", lambda *args: None, raising=False)
 
 
 def install() -> None:
-    """Put the torch forms in place; does nothing the second time."""
+    """Put the torch forms in place, for good."""
     backend = compat.resolve("sglang.srt.layers.attention.linear.gdn_backend")
-    if backend.fused_gdn_gating is gates:
-        return
     _stand_in_for_a_device()
     backend.causal_conv1d_fn, backend.causal_conv1d_update = convolve, convolve_one
     backend.fused_gdn_gating = gates
@@ -63,10 +64,6 @@ def _stand_in_for_a_device() -> None:
 
     torch.get_device_module, torch.tensor = get_device_module, unpinned
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    arguments = compat.resolve("sglang.srt.server_args.ServerArgs")
-    if hasattr(arguments, "_validate_mamba_extra_buffer"):
-        # 0.5.16 asks for the names of GPU makers, later versions the platform
-        arguments._validate_mamba_extra_buffer = lambda self, view, model_arch: None
 
 
 def gated_norm(self, x, z=None, *args, **kwargs):

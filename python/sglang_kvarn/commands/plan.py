@@ -16,7 +16,7 @@ from kvarn_kernels.config import KVarNConfig, preset_names
 from kvarn_kernels.device.gpu import H100
 
 from sglang_kvarn import capacity, compat, refusals
-from sglang_kvarn.capacity import Bounds, ModelShape
+from sglang_kvarn.capacity import Bounds, ModelShape, States
 from sglang_kvarn.refused import Refused
 from sglang_kvarn.settings import PAGE_SIZE
 
@@ -30,6 +30,8 @@ RESERVED, RESERVED_OF_LARGE, LARGE = 512, 10 * 1024, 60
 # what a server has taken besides when it counts: the CUDA context, buffers of its layers. Qwen3-8B on an H100 of 79.65
 # GiB had 49.8 GiB for its cache (benchmarks/results/serving_flag_only_8b.csv), 1.5 GiB less than without this
 TAKEN = int(1.5 * GIB)
+# states of a hybrid model that a running request takes with SGLang's overlap
+STATES_PER_REQUEST = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,11 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     refusals.check_model(model)
     refusals.check_ranks(options.tp, model, on_cpu=False)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    shape = capacity.rank_shape(model, dtype, options.tp, model.num_hidden_layers)
+    layers = len(compat.attention_layers(model, 0, model.num_hidden_layers))
+    shape, state = capacity.rank_shape(model, dtype, options.tp, layers), 0
+    if compat.hybrid_config(model) is not None:
+        others = model.num_hidden_layers - layers
+        state = capacity.gated_delta_state_bytes(model.hf_text_config, others, dtype, options.tp)
     weights = _weights(options, model) // options.tp
     available, fraction = _kv_memory(options, weights)
     if available <= 0:
@@ -72,11 +78,12 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         "weights_gib": round(weights / GIB, 2),
         "mem_fraction_static": fraction,
         "kv_gib": round(available / GIB, 2),
+        "bytes_per_state": state,
         "sessions": options.sessions,
         "context": options.context,
         "caches": [
-            *(_plain(name, itemsize, shape, available, options) for name, itemsize in (("16 bit", 2), ("fp8", 1))),
-            *(_kvarn(name, shape, available, options) for name in preset_names() if "_g" in name),
+            *(_plain(name, size, shape, state, available, options) for name, size in (("16 bit", 2), ("fp8", 1))),
+            *(_kvarn(name, shape, state, available, options) for name in preset_names() if "_g" in name),
         ],
     }
 
@@ -92,32 +99,59 @@ def report(facts: dict[str, Any]) -> str:
     lines = [head, f"{columns}{sessions:>22}"]
     for cache in facts["caches"]:
         enough = "" if cache["sessions"] >= facts["sessions"] else f"  (fewer than {facts['sessions']})"
+        if facts["bytes_per_state"]:
+            enough = f"  ({cache['states']:,} states; {cache['runs_out']} run out first){enough}"
         requests = cache["requests_at_a_time"]
         numbers = f"{cache['bytes_per_token']:>14,}{requests:>20,}{cache['pool_tokens']:>14,}{cache['sessions']:>22,}"
         lines.append(f"{cache['cache']:28}{numbers}{enough}")
     return "\n".join(lines)
 
 
-def _plain(name: str, itemsize: int, shape: ModelShape, available: int, options: argparse.Namespace) -> dict[str, Any]:
-    token = shape.full_token_bytes(itemsize)
+def _split(available: int, state: int, ratio: float) -> States:
+    """Return the states that SGLang takes out of the memory, and keeps one of for itself."""
+    number = int(available * ratio / (1 + ratio)) // state - 1
+    return States(number, state, STATES_PER_REQUEST, capacity.STATES_PER_SESSION)
+
+
+def _plain(
+    name: str, itemsize: int, shape: ModelShape, state: int, available: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    token, states = shape.full_token_bytes(itemsize), None
+    if state:
+        states = _split(available, state, compat.STOCK_STATE_RATIO)
+        available -= (states.number + 1) * state
     tokens = available // token
-    sessions = tokens // options.context
-    return _row(name, token, tokens, min(sessions, options.max_running_requests or sessions), sessions)
+    requests = min(tokens // options.context, options.max_running_requests or tokens)
+    return _row(name, token, tokens, requests, tokens // options.context, states, options.context)
 
 
-def _kvarn(name: str, shape: ModelShape, available: int, options: argparse.Namespace) -> dict[str, Any]:
+def _kvarn(
+    name: str, shape: ModelShape, state: int, available: int, options: argparse.Namespace
+) -> dict[str, Any]:
     config, (_, chunk, graph_batch) = KVarNConfig.from_preset(name), _defaults(options)
-    bounds = Bounds(options.max_running_requests, graph_batch, options.context, chunk)
+    token, states, allowed = shape.token_bytes(config), None, None
+    if state:
+        states = _split(available, state, capacity.state_ratio(state, capacity.STATES_PER_SESSION, token))
+        available -= (states.number + 1) * state
+        allowed = states.number // states.per_request
+    bounds = Bounds(options.max_running_requests, graph_batch, options.context, chunk, allowed)
     charge = capacity.charge(shape, config, available, bounds, torch.device("cuda"), H100)
-    token = shape.token_bytes(config)
     tokens = (available - charge.workspace) // (token * PAGE_SIZE) * PAGE_SIZE
     ring = capacity.ring_pages(shape.attention, config) * PAGE_SIZE
     requests = capacity.requests_of(tokens, ring, options.context, charge.rows)
-    return _row(name, token, tokens, requests, tokens // (-(-options.context // PAGE_SIZE) * PAGE_SIZE))
+    sessions = tokens // (-(-options.context // PAGE_SIZE) * PAGE_SIZE)
+    return _row(name, token, tokens, requests, sessions, states, options.context)
 
 
-def _row(name: str, token: int, tokens: int, requests: int, sessions: int) -> dict[str, Any]:
-    return {
+def _row(
+    name: str, token: int, tokens: int, requests: int, sessions: int, states: States | None, context: int
+) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    if states is not None:
+        requests = min(requests, states.number // states.per_request)
+        sessions, runs_out = states.sessions(tokens, context)
+        kept = {"states": states.number, "runs_out": runs_out}
+    return kept | {
         "cache": name,
         "bytes_per_token": token,
         "requests_at_a_time": requests,
