@@ -39,7 +39,7 @@ class KVarNFormat(_registry.KVCacheFormat):
         return available_bytes - budget.charge_fixed_bytes(available_bytes, kvc)
 
     def max_requests(self, kvc: Any) -> int | None:
-        return compat.max_running_requests(kvc.server_args)
+        return compat.scheduler_argument(kvc.server_args, "max_running_requests")
 
     def build_pool(self, kvc: Any, *, max_total_num_tokens: int, req_to_token_pool: Any) -> Any:
         from sglang_kvarn import pool
