@@ -106,7 +106,7 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
         return None
     shape, server_args = model_shape(configurator), configurator.server_args
     kept = states(configurator)
-    allowed = None if kept is None else max(kept.number // kept.per_request, 1)
+    allowed = None if kept is None else max(kept.requests, 1)
     found = bounds(server_args, configurator.model_config.context_len, allowed)
     charged = capacity.charge(shape, config, result, found, torch.device(configurator.device))
     if found.requests is None:

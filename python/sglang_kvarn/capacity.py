@@ -64,9 +64,14 @@ class States:
     per_request: int
     per_session: int
 
+    @property
+    def requests(self) -> int:
+        """Requests at a time that have all the states they take."""
+        return self.number // self.per_request
+
     def sessions(self, pool_tokens: int, tokens: int) -> tuple[int, str]:
         """Return how many sessions of so many tokens stay in the prefix cache, and what runs out: states or tokens."""
-        by_tokens = max(pool_tokens - PAGE_SIZE, 0) // _whole_pages(tokens)
+        by_tokens = max(pool_tokens - PAGE_SIZE, 0) // whole_pages(tokens)
         by_states = self.number // self.per_session
         return (by_states, "states") if by_states < by_tokens else (by_tokens, "tokens")
 
@@ -100,7 +105,8 @@ def describe_sessions(states: States, pool_tokens: int) -> str:
     return f" and {states.per_session} for a session that waits in the prefix cache, which keeps {kept}"
 
 
-def _whole_pages(tokens: int) -> int:
+def whole_pages(tokens: int) -> int:
+    """Return the tokens of the pages that so many tokens take."""
     return -(-tokens // PAGE_SIZE) * PAGE_SIZE
 
 
@@ -167,7 +173,7 @@ def ring_pages(shape: AttentionShape, config: KVarNConfig) -> int:
 
 def requests_of(pool_tokens: int, ring_tokens: int, tokens: int, rows: int) -> int:
     """Return how many requests of so many tokens fit a pool at a time, nothing shared."""
-    each = _whole_pages(tokens) + ring_tokens
+    each = whole_pages(tokens) + ring_tokens
     return min(max(pool_tokens - PAGE_SIZE, 0) // each, rows)
 
 

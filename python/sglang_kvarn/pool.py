@@ -193,6 +193,7 @@ def _log(pool: KVarNTokenToKVPool, shape: ModelShape) -> None:
         capacity.describe_requests(pool.size, pool.rings.tokens_per_ring, pool.rings.max_requests),
     )
 
+
 def _log_states(pool: KVarNTokenToKVPool, states: States, configurator: Any) -> None:
     logger.info(
         "KVarN: %d of %d layers keep tokens, the others states: %s of %.1f MiB, %d for a running request%s. A higher "

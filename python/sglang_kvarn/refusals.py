@@ -200,8 +200,7 @@ def check_arguments(server_args: Any) -> None:
     is_ours = settings.preset_of(server_args) is not None
     if is_ours:
         # the model first: SGLang may have changed arguments on its account, which the user never gave
-        check_model(compat.model_config(server_args))
-        check_states(server_args, compat.model_config(server_args))
+        _check_model_with(server_args)
     _check_table(server_args, ARGUMENTS)
     if is_ours:
         check_ranks(server_args.tp_size, compat.model_config(server_args), on_cpu=server_args.device == "cpu")
@@ -236,9 +235,14 @@ def resolve_or_refuse(original: Callable[..., Any], server_args: Any, *args: Any
         raise
     except (AssertionError, RuntimeError, ValueError):
         if settings.preset_of(server_args) is not None:
-            check_model(compat.model_config(server_args))
-            check_states(server_args, compat.model_config(server_args))
+            _check_model_with(server_args)
         raise
+
+
+def _check_model_with(server_args: Any) -> None:
+    model_config = compat.model_config(server_args)
+    check_model(model_config)
+    check_states(server_args, model_config)
 
 
 def check_model(model_config: Any) -> None:

@@ -56,25 +56,18 @@ def test_answer_of_a_hybrid_is_the_oracles(hybrid, length):
     assert miss["cached"] == 0 and miss["tokens"] == expected
 
 
-def test_a_hit_at_a_checkpoint_is_the_oracles(hybrid):
+# the state after 256 tokens is that of the last whole multiple of 128 of the first prompt; or there are shared pages of
+# 384 tokens, but states only after each chunk of 256
+@pytest.mark.parametrize(
+    ("first", "shared", "length"), [(300, 300, 372), (520, 390, 460)], ids=["whole prompt", "shorter than the pages"]
+)
+def test_a_hit_at_a_checkpoint_is_the_oracles(hybrid, first, shared, length):
     engine, folder = hybrid
-    first = prompt(300, seed=1)
-    longer, expected = steady(folder, 372, after=first, cached=256)
+    tokens = prompt(first, seed=first)
+    longer, expected = steady(folder, length, after=tokens[:shared], cached=256)
     flush(engine)
-    answers(engine, [first], NEW)
+    answers(engine, [tokens], NEW)
     (hit,) = answers(engine, [longer], NEW)
-    # the state after 256 tokens, the last whole multiple of 128 of the prompt
-    assert hit["cached"] == 256 and hit["tokens"] == expected
-
-
-def test_a_hit_shorter_than_the_cached_pages_is_the_oracles(hybrid):
-    engine, folder = hybrid
-    first = prompt(520, seed=3)
-    branch, expected = steady(folder, 460, after=first[:390], cached=256)
-    flush(engine)
-    answers(engine, [first], NEW)
-    (hit,) = answers(engine, [branch], NEW)
-    # pages of 384 tokens are there, but states only after each chunk of 256
     assert hit["cached"] == 256 and hit["tokens"] == expected
 
 

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 from unittest import mock
 
+import gdn_on_cpu
 import pytest
 from model_table import CHANGES, DRAFTS, LATENT, REFUSED, SERVED, SERVED_HYBRIDS, WINDOWS, WRAPPERS
 from sglang_kvarn import compat, refusals
@@ -155,9 +156,7 @@ def test_launch_takes(launch, architecture, model_type):
 
 @pytest.fixture
 def checkpoints(monkeypatch):
-    """0.5.16 asks for the maker of the GPU before it keeps states; later versions ask the platform."""
-    arguments = compat.resolve("sglang.srt.server_args.ServerArgs")
-    monkeypatch.setattr(arguments, "_validate_mamba_extra_buffer", lambda *args: None, raising=False)
+    gdn_on_cpu.accept_states(monkeypatch)
 
 
 @pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_HYBRIDS), ids=lambda value: value)

@@ -33,7 +33,11 @@ def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\ngdn_on_cpu = gdn_on_cpu:install\n")
     patch.syspath_prepend(folder)
     patch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
-    # 0.5.16 asks for the names of GPU makers, later versions the platform
+    accept_states(patch)
+
+
+def accept_states(patch: pytest.MonkeyPatch) -> None:
+    """Let SGLang take arguments of these models here: 0.5.16 asks for the maker of the GPU, later ones the platform."""
     arguments = compat.resolve("sglang.srt.server_args.ServerArgs")
     patch.setattr(arguments, "_validate_mamba_extra_buffer", lambda *args: None, raising=False)
 

@@ -120,6 +120,7 @@ def wanted_splits(batch_size: int, programs_per_split: int, resident: int) -> in
     Args:
         programs_per_split: from the function of that name; resident: programs that the GPU runs at once.
     """
+    # one split each fills all waves that are considered
     if batch_size >= MAX_WAVES * resident // programs_per_split:
         return batch_size
 

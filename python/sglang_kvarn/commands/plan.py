@@ -107,20 +107,23 @@ def report(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _split(available: int, state: int, ratio: float) -> States:
-    """Return the states that SGLang takes out of the memory, and keeps one of for itself."""
+def _split(available: int, state: int, ratio: float) -> tuple[States | None, int]:
+    """Return the states of a hybrid model and the bytes that they leave; SGLang keeps one state for itself.
+
+    Args:
+        state: bytes of one, 0 without states.
+    """
+    if not state:
+        return None, available
     number = int(available * ratio / (1 + ratio)) // state - 1
-    return States(number, state, STATES_PER_REQUEST, capacity.STATES_PER_SESSION)
+    return States(number, state, STATES_PER_REQUEST, capacity.STATES_PER_SESSION), available - (number + 1) * state
 
 
 def _plain(
     name: str, itemsize: int, shape: ModelShape, state: int, available: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    token, states = shape.full_token_bytes(itemsize), None
-    if state:
-        states = _split(available, state, compat.STOCK_STATE_RATIO)
-        available -= (states.number + 1) * state
-    tokens = available // token
+    token, (states, left) = shape.full_token_bytes(itemsize), _split(available, state, compat.STOCK_STATE_RATIO)
+    tokens = left // token
     requests = min(tokens // options.context, options.max_running_requests or tokens)
     return _row(name, token, tokens, requests, tokens // options.context, states, options.context)
 
@@ -129,17 +132,15 @@ def _kvarn(
     name: str, shape: ModelShape, state: int, available: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     config, (_, chunk, graph_batch) = KVarNConfig.from_preset(name), _defaults(options)
-    token, states, allowed = shape.token_bytes(config), None, None
-    if state:
-        states = _split(available, state, capacity.state_ratio(state, capacity.STATES_PER_SESSION, token))
-        available -= (states.number + 1) * state
-        allowed = states.number // states.per_request
+    token = shape.token_bytes(config)
+    states, left = _split(available, state, capacity.state_ratio(state, capacity.STATES_PER_SESSION, token))
+    allowed = None if states is None else states.requests
     bounds = Bounds(options.max_running_requests, graph_batch, options.context, chunk, allowed)
-    charge = capacity.charge(shape, config, available, bounds, torch.device("cuda"), H100)
-    tokens = (available - charge.workspace) // (token * PAGE_SIZE) * PAGE_SIZE
+    charge = capacity.charge(shape, config, left, bounds, torch.device("cuda"), H100)
+    tokens = (left - charge.workspace) // (token * PAGE_SIZE) * PAGE_SIZE
     ring = capacity.ring_pages(shape.attention, config) * PAGE_SIZE
     requests = capacity.requests_of(tokens, ring, options.context, charge.rows)
-    sessions = tokens // (-(-options.context // PAGE_SIZE) * PAGE_SIZE)
+    sessions = tokens // capacity.whole_pages(options.context)
     return _row(name, token, tokens, requests, sessions, states, options.context)
 
 
@@ -148,7 +149,7 @@ def _row(
 ) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if states is not None:
-        requests = min(requests, states.number // states.per_request)
+        requests = min(requests, states.requests)
         sessions, runs_out = states.sessions(tokens, context)
         kept = {"states": states.number, "runs_out": runs_out}
     return kept | {
