@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be set before torch and triton are imported by any test, the seed, and poison in fresh memory."""
+"""What must be set before torch and triton are imported by any test, the seed, poison in fresh memory, and logging."""
 
 import os
 
 # engines share the cores with the tests; OpenMP threads that spin would starve them
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 
 import pytest
@@ -26,6 +27,17 @@ with torch.device("meta"):
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Take back the log handlers of a test: SGLang's command line adds one that writes to what pytest closes."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    yield
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in before:
+            root.removeHandler(handler)
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
