@@ -152,7 +152,7 @@ def flush(engine: Any) -> None:
 
 
 def answers(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
-    """Generate greedily; return one dict per prompt with `tokens`, `cached` and `retractions`."""
+    """Generate greedily; return one dict per prompt with `tokens`, `cached`, `retractions` and `drafts_accepted`."""
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
     return [
@@ -160,6 +160,7 @@ def answers(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[dict
             "tokens": output["output_ids"],
             "cached": output["meta_info"]["cached_tokens"],
             "retractions": output["meta_info"]["num_retractions"],
+            "drafts_accepted": output["meta_info"].get("spec_num_correct_drafts", 0),
         }
         for output in outputs
     ]

@@ -157,6 +157,11 @@ class Attention:
             return None
 
     @property
+    def ring_pages(self) -> int:
+        """Pages of the ring of a request."""
+        return self.config.ring_pages(self.shape.head_dim, self.shape.dtype.itemsize, self._limits.draft_tokens)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the workspaces, with what FlashInfer allocates for them while the server runs."""
         total = 0 if self._decode_workspace is None else self._decode_workspace.num_bytes
@@ -188,10 +193,10 @@ class Attention:
         Args:
             cache: of any layer; page 0 is written.
         """
-        batches = warm_up.batches(self.shape, self.config, self.device)
+        batches = warm_up.batches(self.shape, self.config, self.ring_pages, self.device)
         steps = [Step(batch, self._plan_sparse(batch)) for batch in batches]
         if self._dense_workspace is not None:
-            page = warm_up.full_page(self.shape, self.config, self.device)
+            page = warm_up.full_page(self.ring_pages, self.device)
             steps.append(Step(page, extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu)))
         for step in steps:
             tokens, dtype = step.batch.num_tokens, self.shape.dtype

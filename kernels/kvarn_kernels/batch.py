@@ -26,11 +26,16 @@ class QKV(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """Describe a decode step: B requests, one new token each. All tensors on the device, none is read by the host.
+    """Describe a decode or verify step: B rows, one new token each. All on the device, nothing is read by the host.
+
+    In a decode step a row is a request. In a verify step of speculative decoding a request has a row for each of its
+    draft tokens, at consecutive lengths. All of them are stored before one is attended, and one that ends a page has it
+    encoded, whether it is accepted later or not: whoever reads a record whose tokens are not all accepted is a draft
+    after them and rejected itself, and the step that completes the page with accepted tokens encodes it once more.
 
     Attributes:
-        ring_pages: int32 [B, N], contiguous, pages of the ring of each request. Padded requests have seq_len 1 and
-            page 0 everywhere.
+        ring_pages: int32 [B, N], contiguous, pages of the ring of each row's request. Padded rows have page 0
+            everywhere and less than a page of tokens.
         seq_lens: int32 [B], tokens including the new one (its position is seq_len - 1).
         page_table: int32 [B, P_max], page id of each page of the request; only pages that hold tokens are valid.
         store_pages: int32 [B], page of the new token, the target of the encoder when the token fills it.
@@ -45,7 +50,7 @@ class DecodeBatch:
 
     @property
     def num_tokens(self) -> int:
-        """New tokens, one per request."""
+        """New tokens, one per row."""
         return self.seq_lens.shape[0]
 
 
@@ -92,16 +97,18 @@ class Limits:
     """Bound the steps of a server; they size the workspaces.
 
     Attributes:
-        decode_batch: requests of a decode step, padding included.
+        decode_batch: rows of a decode or verify step, padding included.
         request_pages: pages of the longest request.
         extend_requests: requests of an extend step.
         chunk_pages: pages that the new tokens of a request touch in one extend step.
+        draft_tokens: rows of a request in a verify step, 1 without speculative decoding.
     """
 
     decode_batch: int
     request_pages: int
     extend_requests: int
     chunk_pages: int
+    draft_tokens: int = 1
 
     @property
     def extend_pages(self) -> int:

@@ -52,13 +52,20 @@ class KVarNConfig:
 
     @property
     def ring_len(self) -> int:
-        """Tokens that the ring of a request holds at least: the window and the query's own page."""
+        """Tokens that a query reads exactly at most: the window and its own page."""
         return (self.window_pages + 1) * tile.TILE_SIZE
 
-    def ring_pages(self, head_dim: int, itemsize: int) -> int:
-        """Return the pages that the ring of a request takes; 10 for ``kvarn`` at head_dim 128 in 16 bit."""
+    def ring_pages(self, head_dim: int, itemsize: int, draft_tokens: int = 1) -> int:
+        """Return the pages that the ring of a request takes; 10 for ``kvarn`` at head_dim 128 in 16 bit.
+
+        A verify step stores its drafts before it attends. The first may be all that is accepted, so the others must not
+        overwrite what the next step still reads.
+
+        Args:
+            draft_tokens: new tokens of a request in a step that decodes, more than 1 with speculative decoding.
+        """
         tokens = tile.exact_tokens(head_dim, self.k_bits, self.v_bits, itemsize)
-        return -(-self.ring_len // tokens)
+        return -(-(self.ring_len + draft_tokens - 1) // tokens)
 
     def record_bytes(self, head_dim: int) -> int:
         """Return the bytes of one record (one page of one KV head, keys and values).

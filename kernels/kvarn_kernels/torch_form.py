@@ -124,21 +124,24 @@ def _attend(
 def attend_decode(
     new: QKV, out: torch.Tensor, cache: LayerCache, batch: DecodeBatch, config: KVarNConfig, sm_scale: float
 ) -> None:
-    """Store one new token per request, encode the page it fills, and attend; see `Attention.attend`."""
+    """Store one new token per row, encode the pages they fill, and attend; see `Attention.attend`."""
     q, k, v = new
     rotated_q = rotate(q)
     rotated_k, rotated_v = (rotate(x).to(cache.dtype) for x in (k, v))
     rotated_out = torch.empty_like(rotated_q)
-    for b, (seq_len, exact_start) in enumerate(zip(batch.seq_lens.tolist(), batch.exact_starts.tolist(), strict=True)):
-        ring = batch.ring_pages[b]
-        _store_tokens(rotated_k[b : b + 1], rotated_v[b : b + 1], cache, ring, seq_len - 1)
+    seq_lens = batch.seq_lens.tolist()
+    # rows of one request share a ring, so all store before any reads
+    for b, seq_len in enumerate(seq_lens):
+        _store_tokens(rotated_k[b : b + 1], rotated_v[b : b + 1], cache, batch.ring_pages[b], seq_len - 1)
+    for b, seq_len in enumerate(seq_lens):
         if seq_len % TILE_SIZE == 0:
-            k_page, v_page = _ring_tokens(cache, ring, seq_len - TILE_SIZE, seq_len)
+            k_page, v_page = _ring_tokens(cache, batch.ring_pages[b], seq_len - TILE_SIZE, seq_len)
             _encode_pages(k_page, v_page, cache, batch.store_pages[b : b + 1], config)
+    for b, (seq_len, exact_start) in enumerate(zip(seq_lens, batch.exact_starts.tolist(), strict=True)):
         n = record_pages(seq_len - 1, exact_start, config)
         records = _decode_pages(cache, batch.page_table[b, :n], config)
         exact_k, exact_v = (
-            x.transpose(0, 1).float() for x in _ring_tokens(cache, ring, n * TILE_SIZE, seq_len)
+            x.transpose(0, 1).float() for x in _ring_tokens(cache, batch.ring_pages[b], n * TILE_SIZE, seq_len)
         )
         rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale)[0]
     out.copy_(rotate(rotated_out))

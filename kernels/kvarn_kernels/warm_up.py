@@ -15,22 +15,20 @@ from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
 
-def full_page(shape: AttentionShape, config: KVarNConfig, device: torch.device) -> ExtendBatch:
+def full_page(ring_pages: int, device: torch.device) -> ExtendBatch:
     """Return a step of one full page with nothing cached."""
-    return _step(0, TILE_SIZE, _ring_pages(shape, config), device)
+    return _step(0, TILE_SIZE, ring_pages, device)
 
 
-def batches(shape: AttentionShape, config: KVarNConfig, device: torch.device) -> list[ExtendBatch]:
+def batches(
+    shape: AttentionShape, config: KVarNConfig, ring_pages: int, device: torch.device
+) -> list[ExtendBatch]:
     """Return steps for every kernel that reads records: a full page; splits, with a merge of few and of many rows."""
-    steps, ring_pages = [full_page(shape, config, device)], _ring_pages(shape, config)
+    steps = [full_page(ring_pages, device)]
     if not config.fixed_order:
         cached = (2 * extend.MIN_SPLIT_PAGES + 1) * TILE_SIZE
         steps += [_step(cached, new, ring_pages, device) for new in (1, -(-merge.FEW_ROWS // shape.num_qo_heads))]
     return steps
-
-
-def _ring_pages(shape: AttentionShape, config: KVarNConfig) -> int:
-    return config.ring_pages(shape.head_dim, shape.dtype.itemsize)
 
 
 def _step(cached: int, new: int, ring_pages: int, device: torch.device) -> ExtendBatch:

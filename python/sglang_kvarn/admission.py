@@ -35,8 +35,10 @@ def limit_lengths(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Non
     worker_pool, _ = scheduler.tp_worker.get_memory_pool()
     if (found := rings.of_pool(worker_pool)) is None:
         return
-    # the allocator may take a page more than the tokens of a request fill
-    longest = scheduler.max_total_num_tokens - found.tokens_per_ring - PAGE_SIZE - 1
+    # the allocator may take a page more than the tokens of a request fill; SGLang allocates twice its drafts ahead
+    drafts = compat.draft_tokens(scheduler.server_args)
+    ahead = 2 * drafts if drafts > 1 else 0
+    longest = scheduler.max_total_num_tokens - found.tokens_per_ring - PAGE_SIZE - 1 - ahead
     less = max(scheduler.max_req_len - longest, 0)
     scheduler.max_req_len -= less
     scheduler.max_req_input_len -= less

@@ -35,6 +35,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         refusals.check_states_on_device(model_runner.device, model_runner.model_config)
         refusals.check_layers(model_runner.model)
         self.pool = pool
+        # SGLang sizes masks of drafts by it, where it has no `verify_mask`
+        self.max_context_len = model_runner.model_config.context_len
         # SGLang's HybridLinearAttnBackend takes them from here
         self.token_to_kv_pool, self.req_to_token_pool = pool, model_runner.req_to_token_pool
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
@@ -44,6 +46,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         if self.req_to_token.is_cuda:
             self.attention.warm_up(pool.layer_cache(pool.layer_ids[0]))
         self._step: Step | None = None
+        self._verify_mask = compat.unread_verify_mask(limits.decode_batch, limits.draft_tokens, model_runner.device)
         logger.info("KVarN on %s: %s", self.req_to_token.device, self.attention.describe())
         scales.log_unused(model_runner)
 
@@ -52,14 +55,19 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         pages, context_len = -(-tokens // settings.PAGE_SIZE), model_runner.model_config.context_len
         return budget.bounds(model_runner.server_args, context_len).steps(rows - 1, pages)
 
+    @property
+    def verify_mask(self) -> Any:
+        """Where SGLang is to write which draft follows which; a chain needs no mask, so nobody reads it."""
+        return self._verify_mask
+
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make the static buffers larger if a graph is; called before any capture."""
-        if max_bs > self._buffers.max_batch:
-            self._buffers = DecodeBuffers(max_bs, self.req_to_token, self.pool.rings)
-            self.attention.reserve(max_bs)
+        if max_num_tokens > self._buffers.max_batch:
+            self._buffers = DecodeBuffers(max_num_tokens, self.req_to_token, self.pool.rings)
+            self.attention.reserve(max_num_tokens)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Return the seq_len of padded rows: one token, on page 0."""
+        """Return the seq_len of padded requests: one token, on page 0."""
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -69,6 +77,9 @@ class KVarNAttentionBackend(compat.AttentionBackend):
             return
         if mode.is_decode():
             self._step = self.attention.plan(self._buffers.fill(forward_batch))
+        elif mode.is_target_verify():
+            drafts = forward_batch.spec_info.draft_token_num
+            self._step = self.attention.plan(self._buffers.fill(forward_batch, drafts))
         else:
             self._step = self.attention.plan(extend_batch(forward_batch, self.req_to_token, self.pool.rings))
 

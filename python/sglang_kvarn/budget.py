@@ -41,6 +41,7 @@ def bounds(server_args: Any, context_len: int, states: int | None = None) -> Bou
         context_len=context_len,
         chunk_len=size if size and size > 0 else context_len,
         states=states,
+        draft_tokens=compat.draft_tokens(server_args),
     )
 
 

@@ -130,6 +130,7 @@ class Bounds:
         graph_batch: the largest batch of a decode CUDA graph, 0 without graphs.
         context_len: tokens of the longest request; chunk_len: its most new tokens in one extend step.
         states: requests at a time that the states of a hybrid model allow, None without states.
+        draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
     """
 
     requests: int | None
@@ -137,6 +138,7 @@ class Bounds:
     context_len: int
     chunk_len: int
     states: int | None = None
+    draft_tokens: int = 1
 
     def steps(self, rows: int, request_pages: int) -> Limits:
         """Return what bounds the steps of `rows` requests at a time.
@@ -147,10 +149,11 @@ class Bounds:
             request_pages: pages of the longest request.
         """
         return Limits(
-            decode_batch=max(rows + 1, self.graph_batch),
+            decode_batch=max(rows + 1, self.graph_batch) * self.draft_tokens,
             request_pages=request_pages,
             extend_requests=rows + 1,
             chunk_pages=min(self.chunk_len, self.context_len) // PAGE_SIZE,
+            draft_tokens=self.draft_tokens,
         )
 
 
@@ -166,9 +169,9 @@ class Charge:
     workspace: int
 
 
-def ring_pages(shape: AttentionShape, config: KVarNConfig) -> int:
+def ring_pages(shape: AttentionShape, config: KVarNConfig, draft_tokens: int = 1) -> int:
     """Return the pages that the newest tokens of a running request take, exact, beside its records."""
-    return config.ring_pages(shape.head_dim, shape.dtype.itemsize)
+    return config.ring_pages(shape.head_dim, shape.dtype.itemsize, draft_tokens)
 
 
 def requests_of(pool_tokens: int, ring_tokens: int, tokens: int, rows: int) -> int:
@@ -220,7 +223,7 @@ def charge(
         if bounds.requests or rows <= max(bounds.graph_batch, 1) or workspace <= WORKSPACE_SHARE * available:
             break
         rows //= 2
-    left, least = available - workspace, ring_pages(shape.attention, config) + MIN_PAGES
+    left, least = available - workspace, ring_pages(shape.attention, config, bounds.draft_tokens) + MIN_PAGES
     needed = least * PAGE_SIZE * shape.token_bytes(config)
     if left < needed:
         raise Refused(
@@ -231,13 +234,13 @@ def charge(
     return Charge(rows, workspace)
 
 
-def check_pool(pool_tokens: int, shape: ModelShape, config: KVarNConfig) -> None:
+def check_pool(pool_tokens: int, shape: ModelShape, config: KVarNConfig, draft_tokens: int) -> None:
     """Refuse a pool that does not hold a request and its ring.
 
     Raises:
         Refused: its tokens, and how many it takes.
     """
-    needed = (ring_pages(shape.attention, config) + MIN_PAGES) * PAGE_SIZE
+    needed = (ring_pages(shape.attention, config, draft_tokens) + MIN_PAGES) * PAGE_SIZE
     if pool_tokens < needed:
         raise Refused(
             f"a kvarn cache of this model needs a pool of at least {needed:,} tokens, not {pool_tokens:,}, because a "

@@ -8,6 +8,7 @@ one function per difference.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 import pkgutil
@@ -57,6 +58,7 @@ _ADDED_ARGUMENTS = {
     "enable_kv_cache_sharding": "0.5.23",
     "enable_nvidia_megakernel": "0.5.23",
     "enable_unified_cache_external_linker": "0.5.20",
+    "speculative_draft_kv_cache_dtype": "0.5.20",
     "weight_cache_mode": "0.5.18",
 }
 
@@ -156,6 +158,69 @@ def argument(server_args: Any, name: str, default: Any) -> Any:
 def has_argument(name: str) -> bool:
     """Whether the installed SGLang has this argument."""
     return _since(_ADDED_ARGUMENTS.get(name, "0"))
+
+
+def draft_tokens(server_args: Any) -> int:
+    """Return the most new tokens of a request in a verify step of speculative decoding, 1 without it."""
+    if resolved_arguments(server_args).speculative_algorithm is None:
+        return 1
+    if _since("0.5.20"):
+        return resolve("sglang.srt.arg_groups.overrides.max_speculative_num_draft_tokens")(server_args) or 1
+    return server_args.max_speculative_num_draft_tokens or 1
+
+
+def draft_model(configurator: Any) -> tuple[Any, int, int] | None:
+    """Return of a KVCacheConfigurator's draft model (ModelConfig, its layers, bytes of a key's channel), or None."""
+    found, server_args = configurator.spec_aux_config, configurator.server_args
+    # the last one is of a head that comes with the target; 0.5.16 does not have it
+    layers = found.eagle_draft_num_layers or getattr(found, "draft_kv_num_layers", None)
+    if not layers:
+        return None
+    args = resolved_arguments(server_args)
+    model_config = resolve(_NAMES["ModelConfig"]).from_server_args(
+        server_args,
+        model_path=args.speculative_draft_model_path,
+        model_revision=args.speculative_draft_model_revision,
+        is_draft_model=True,
+    )
+    name = argument(args, "speculative_draft_kv_cache_dtype", None)
+    return model_config, layers, 1 if name and name.startswith("fp8") else model_config.dtype.itemsize
+
+
+def published_argument(name: str) -> Any:
+    """Return an argument of the server that this process belongs to, None where there is none."""
+    context = resolve("sglang.srt.runtime_context.get_context")()
+    try:
+        return context.config_leaf(name) if _since("0.5.18") else getattr(context.server_args, name)
+    except ValueError:
+        return None
+
+
+def draft_attention_backend(server_args: Any) -> str:
+    """Return the attention backend that SGLang would choose for a model with a 16-bit cache on this machine."""
+    if server_args.device == "cpu" or not torch.cuda.is_available():
+        return "triton"
+    if torch.cuda.get_device_capability()[0] == 9:
+        return "fa3"
+    return "flashinfer" if importlib.util.find_spec("flashinfer") is not None else "triton"
+
+
+def unread_verify_mask(requests: int, draft_tokens: int, device: str) -> Any:
+    """Return the mask of drafts of an attention backend that reads none; None without drafts, or before 0.5.20.
+
+    With it SGLang writes D * D bytes for a request; without it, D for each of its tokens.
+    """
+    if draft_tokens == 1 or not _since("0.5.20"):
+        return None
+    return resolve("sglang.srt.layers.attention.verify_mask.maybe_create_verify_mask")(
+        is_draft_runner=False,
+        skip_prefill=False,
+        max_bs=requests,
+        max_context_len=0,
+        num_draft_tokens=draft_tokens,
+        device=device,
+        is_read=False,
+    )
 
 
 def model_config(server_args: Any) -> Any:

@@ -15,10 +15,10 @@ PAGE_SHIFT = PAGE_SIZE.bit_length() - 1
 
 
 class DecodeBuffers:
-    """Hold the tensors of decode steps of up to B requests: made once, filled in place, as graphs need it.
+    """Hold the tensors of decode and verify steps of up to B rows: made once, filled in place, as graphs need it.
 
     Attributes:
-        ring_pages, seq_lens, store_pages, page_table, exact_starts: as in `DecodeBatch`, for B requests.
+        ring_pages, seq_lens, store_pages, page_table, exact_starts: as in `DecodeBatch`, for B rows.
     """
 
     def __init__(self, max_batch: int, req_to_token: torch.Tensor, rings: Rings) -> None:
@@ -27,6 +27,7 @@ class DecodeBuffers:
         self._first_slots = req_to_token[:, ::PAGE_SIZE]
         self.max_batch = max_batch
         self._rings = rings
+        self._counted = torch.arange(1, max_batch + 1, dtype=torch.int32, device=device)
         self._rows = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self.ring_pages = torch.zeros(max_batch, rings.pages.shape[1], dtype=torch.int32, device=device)
         self.seq_lens = torch.ones(max_batch, dtype=torch.int32, device=device)
@@ -35,16 +36,19 @@ class DecodeBuffers:
         pages = self._first_slots.shape[1]
         self.page_table = torch.zeros((max_batch, pages), dtype=torch.int32, device=device)
 
-    def fill(self, forward_batch: Any) -> DecodeBatch:
-        """Describe a decode step: no allocation and no wait for the device.
+    def fill(self, forward_batch: Any, draft_tokens: int = 0) -> DecodeBatch:
+        """Describe a decode or verify step: no allocation and no wait for the device.
 
         ``req_to_token`` and the tables of the rings are read here, never inside a CUDA graph: SGLang may rewrite them
         once a replay began.
 
         Args:
-            forward_batch: SGLang's ForwardBatch, or the padded view of one that a graph replay gets.
+            forward_batch: SGLang's ForwardBatch, or the padded view of one that a graph replay gets. Its lengths count
+                the new token of a decode step, and no draft of a verify step.
+            draft_tokens: of each request in a verify step, 0 for a decode step.
         """
-        size = forward_batch.batch_size
+        requests, each = forward_batch.batch_size, max(draft_tokens, 1)
+        size = requests * each
         batch = DecodeBatch(
             ring_pages=self.ring_pages[:size],
             seq_lens=self.seq_lens[:size],
@@ -53,8 +57,10 @@ class DecodeBuffers:
             exact_starts=self.exact_starts[:size],
         )
         rows = self._rows[:size]
-        rows.copy_(forward_batch.req_pool_indices[:size])
-        batch.seq_lens.copy_(forward_batch.seq_lens[:size])
+        rows.view(requests, each).copy_(forward_batch.req_pool_indices[:requests, None])
+        batch.seq_lens.view(requests, each).copy_(forward_batch.seq_lens[:requests, None])
+        if draft_tokens:
+            batch.seq_lens.view(requests, each).add_(self._counted[:each])
         # a graph replay pads every tensor except out_cache_loc
         slots = forward_batch.out_cache_loc[:size]
         batch.store_pages[len(slots) :].zero_()

@@ -6,7 +6,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kvarn import admission, balanced_layers, budget, compat, hook, refusals, refused, report, rings, settings
+from sglang_kvarn import (
+    admission,
+    balanced_layers,
+    budget,
+    compat,
+    drafts,
+    hook,
+    refusals,
+    refused,
+    report,
+    rings,
+    settings,
+)
 from sglang_kvarn.hook import Hook
 
 
@@ -23,6 +35,8 @@ def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **k
 def _resolve(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Refuse what was typed before SGLang can advise otherwise, and fill what was left open."""
     settings.apply_defaults(server_args)
+    if settings.preset_of(server_args) is not None and not compat.is_resolved(server_args):
+        drafts.apply_defaults(server_args)
     refusals.check_typed(server_args)
     if settings.preset_of(server_args) is not None:
         register_rest()
@@ -142,6 +156,21 @@ HOOKS = (
         budget.cell_size,
         why="A token would be charged as keys and values of one byte per channel.",
         replaced_by="`bytes_per_token`",
+    ),
+    Hook(
+        "model_executor.pool_configurator.DefaultPoolConfigurator.__init__",
+        "after",
+        ("self", "kvc"),
+        drafts.charge_draft,
+        why="A token of a draft model would be charged as if it were quantised too.",
+        replaced_by="`bytes_per_token`",
+    ),
+    Hook(
+        "speculative.cpp_ngram.ngram_corpus.NgramCorpus.batch_get",
+        "after",
+        ("self", "req_ids", "batch_tokens", "total_lens"),
+        drafts.keep_chains,
+        why="A token that fills up a short chain could be accepted out of its place.",
     ),
     Hook(
         f"{_CONFIGURATOR}._handle_max_mamba_cache",

@@ -11,7 +11,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.shape import AttentionShape
 
-from sglang_kvarn import budget, capacity, compat, hook, refusals, report, settings
+from sglang_kvarn import budget, capacity, compat, drafts, hook, refusals, report, settings
 from sglang_kvarn.capacity import MIB, ModelShape, States
 from sglang_kvarn.rings import ATTRIBUTE, Rings
 from sglang_kvarn.settings import PAGE_SIZE
@@ -41,19 +41,21 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         rows: int,
         device: str,
         states: States | None = None,
+        draft_tokens: int = 1,
     ) -> None:
         """Allocate everything.
 
         Args:
             tokens: of the pool, whole pages; rows: of SGLang's ReqToTokenPool, the padding row included.
             states: that SGLang keeps for the other layers.
+            draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
 
         Raises:
             ValueError: the tokens are no whole pages.
         """
         hook.verify_hooks()
         self.config, self._rows, self.shape, self.layer_ids = config, rows, shape, layer_ids
-        self.states = states
+        self.states, self._draft_tokens = states, draft_tokens
         super().__init__(
             tokens,
             page_size=PAGE_SIZE,
@@ -75,7 +77,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]
         self._layer_caches = dict(zip(self.layer_ids, caches, strict=True))
         hit_reads_as_miss = self.config.window_pages == 0
-        ring_pages = capacity.ring_pages(self.shape, self.config)
+        ring_pages = capacity.ring_pages(self.shape, self.config, self._draft_tokens)
         self.rings = Rings(self._rows, ring_pages, self.device, hit_reads_as_miss=hit_reads_as_miss)
         setattr(self, ATTRIBUTE, self.rings)
         # SGLang's transfer code walks these lists. They stay empty: a slot has no row of its own to transfer
@@ -112,6 +114,9 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             "cached_sessions": {str(n): {"sessions": s, "runs_out": what} for n, (s, what) in sessions.items()},
         }
 
+    def _init_kv_copy_and_warmup(self) -> None:
+        """Prepare nothing: no slot is ever copied."""
+
     def _clear_buffers(self) -> None:
         del self.records, self.rings, self._layer_caches
 
@@ -140,8 +145,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         )
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
-        """Refuse: quantised tokens cannot move between pages."""
-        raise ValueError("expected no slot to move, got move_kv_cache: drop --speculative-algorithm")
+        """Move nothing: the accepted drafts of a chain are where they belong already, and trees are refused."""
 
 
 def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: Any) -> KVarNTokenToKVPool:
@@ -158,7 +162,8 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
     assert config is not None, "another cache is SGLang's to build"
     refusals.check_model(configurator.model_config)
     shape, rows = budget.model_shape(configurator), req_to_token_pool.req_to_token.shape[0]
-    capacity.check_pool(max_total_num_tokens, shape, config)
+    draft_tokens = compat.draft_tokens(configurator.server_args)
+    capacity.check_pool(max_total_num_tokens, shape, config, draft_tokens)
     pool = KVarNTokenToKVPool(
         max_total_num_tokens,
         shape.attention,
@@ -167,10 +172,13 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
         rows=rows,
         device=configurator.device,
         states=budget.states(configurator),
+        draft_tokens=draft_tokens,
     )
     setattr(req_to_token_pool, ATTRIBUTE, pool.rings)
     if compat.get_parallel().tp_rank == 0:
         _log(pool, shape)
+        if drafted := drafts.token_bytes(configurator):
+            _log_draft(drafted, shape.token_bytes(config), configurator)
         if pool.states is not None:
             _log_states(pool, pool.states, configurator)
         if configurator.server_args.enable_metrics:
@@ -191,6 +199,15 @@ def _log(pool: KVarNTokenToKVPool, shape: ModelShape) -> None:
         sum(r.nbytes for r in pool.records) / MIB,
         f"{pool.rings.tokens_per_ring:,}",
         capacity.describe_requests(pool.size, pool.rings.tokens_per_ring, pool.rings.max_requests),
+    )
+
+
+def _log_draft(drafted: int, token: int, configurator: Any) -> None:
+    logger.info(
+        "KVarN: the draft model keeps %s bytes of a token in a cache of SGLang's own, beside %s here, attended by %s",
+        f"{drafted:,}",
+        f"{token:,}",
+        compat.resolved_arguments(configurator.server_args).speculative_draft_attention_backend,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
 
 from sglang_kvarn import capacity, compat, settings
+from sglang_kvarn.drafts import NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
@@ -20,6 +21,7 @@ _NOT_A_SLOT = f"it copies single tokens, and {settings.PAGE_SIZE} tokens share o
 _OTHER_LAYOUT = "it changes the layout of a 16-bit cache"
 _CONTEXT_PARALLEL = "context parallelism writes the cache outside the attention backend"
 _TWO_BATCHES = "two batches would share one set of decode buffers"
+_TREE = "the tokens of an accepted branch would have to move to other places of a page"
 _SESSION = "a session may be cut back into a page that is already quantised"
 
 _FULL_LAYERS = {"full_attention", "attention"}
@@ -66,6 +68,29 @@ def _flag(name: str, why: str, *, off: Any = False) -> Refusal:
     return Refusal(lambda args: compat.argument(args, name, off) != off, _text(option, why, f"drop {option}"))
 
 
+# the most drafts of a step: fewer than a page has tokens, so that padded requests stay on page 0
+MAX_DRAFT_TOKENS = settings.PAGE_SIZE - 2
+# algorithms whose drafts follow one another, in SGLang's one way of verifying and accepting them
+CHAINS = (NGRAM, "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+_OTHER_DRAFTS = {
+    "DFLASH": "its blocks of drafts are not tested yet",
+    "DSPARK": "its requests have different numbers of drafts in a step",
+    "FROZEN_KV_MTP": "its draft model reads the cache of the target",
+    "UNO": "it drafts with the target itself",
+}
+
+
+def _other_drafts(names: set[str] | None, why: str) -> Refusal:
+    """Return the refusal of algorithms by name; None: of all that are not chains."""
+
+    def applies(args: Any) -> bool:
+        name = algorithm_of(args)
+        return name in names if names else name not in ("", *CHAINS)
+
+    way_out = f"set it to {', '.join(CHAINS[:-1])} or {CHAINS[-1]}"
+    return Refusal(applies, _text("--speculative-algorithm {args.speculative_algorithm}", why, way_out))
+
+
 ARGUMENTS = (
     Refusal(
         lambda args: args.attention_backend != settings.ATTENTION_BACKEND,
@@ -102,7 +127,47 @@ ARGUMENTS = (
         f" {{args.max_total_tokens}}, because a request takes a page of {settings.PAGE_SIZE} tokens for its prompt, one"
         " for its answer and one that SGLang keeps free: raise --max-total-tokens",
     ),
-    _flag("speculative_algorithm", "speculative decoding is not supported yet", off=None),
+    *(_other_drafts({name}, why) for name, why in _OTHER_DRAFTS.items()),
+    _other_drafts(None, "only the verification of SGLang's own chains of drafts is tested"),
+    Refusal(
+        lambda args: algorithm_of(args) not in ("", NGRAM) and args.speculative_eagle_topk not in (None, 1),
+        _text("--speculative-eagle-topk {args.speculative_eagle_topk}", _TREE, "set --speculative-eagle-topk 1"),
+    ),
+    Refusal(
+        lambda args: algorithm_of(args) == NGRAM and args.speculative_ngram_max_bfs_breadth != 1,
+        _text(
+            "--speculative-ngram-max-bfs-breadth {args.speculative_ngram_max_bfs_breadth}",
+            _TREE,
+            "set --speculative-ngram-max-bfs-breadth 1",
+        ),
+    ),
+    Refusal(
+        lambda args: algorithm_of(args) != "" and (args.speculative_num_draft_tokens or 0) > MAX_DRAFT_TOKENS,
+        _text(
+            "--speculative-num-draft-tokens {args.speculative_num_draft_tokens}",
+            "a step may end at most one page",
+            f"set it to at most {MAX_DRAFT_TOKENS}",
+        ),
+    ),
+    Refusal(
+        lambda args: args.speculative_draft_attention_backend == settings.ATTENTION_BACKEND,
+        _text(
+            "--speculative-draft-attention-backend kvarn",
+            "the draft model has a cache of SGLang's own",
+            "drop --speculative-draft-attention-backend",
+        ),
+    ),
+    Refusal(
+        # SGLang turns mixed chunks off for NGRAM, and until 0.5.18 for all
+        lambda args: algorithm_of(args) not in ("", NGRAM) and args.enable_mixed_chunk,
+        _text(
+            "--enable-mixed-chunk with --speculative-algorithm",
+            "requests that decode in the step of a prompt, without drafts, are not tested yet",
+            "drop --enable-mixed-chunk",
+        ),
+    ),
+    _flag("speculative_adaptive", "steps with a changing number of drafts are not tested yet"),
+    _flag("enable_multi_layer_eagle", "drafts of several layers are not tested yet"),
     _flag("disaggregation_mode", "the ring with the newest tokens of a request is not transferred", off="null"),
     _flag("encoder_only", "an encoder has no KV cache"),
     _flag("enable_hierarchical_cache", "its transfers may copy a page before its record is written"),
@@ -166,6 +231,14 @@ ARGUMENTS = (
         _text(
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
             "the size of the pool is fixed before CUDA graphs are captured",
+            "unset the variable",
+        ),
+    ),
+    Refusal(
+        lambda args: algorithm_of(args) != "" and compat.envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.get(),
+        _text(
+            "SGLANG_ENABLE_OVERLAP_PLAN_STREAM with --speculative-algorithm",
+            "a step would be described before its drafts have their slots",
             "unset the variable",
         ),
     ),
@@ -305,6 +378,11 @@ def check_states(server_args: Any, model_config: Any) -> None:
     if compat.hybrid_config(model_config) is None:
         return
     args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
+    if algorithm := algorithm_of(args):
+        raise Refused(
+            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because taking "
+            "states of rejected drafts back is not tested yet: drop --speculative-algorithm"
+        )
     if args.enable_mixed_chunk:
         raise Refused(
             f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because states would be saved at "

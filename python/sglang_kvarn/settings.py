@@ -64,4 +64,8 @@ def cache_dtype(original: Any, **kwargs: Any) -> tuple[str | None, torch.dtype]:
     if not isinstance(name, str) or not name.startswith("kvarn"):
         return original(**kwargs)
     KVarNConfig.from_preset(name)
-    return None, kwargs["model_dtype"] if kwargs["is_draft_worker"] else torch.uint8
+    if kwargs["is_draft_worker"]:
+        # its own format where one was given, else that of the model; the name that SGLang keeps is the target's
+        _, dtype = original(**kwargs | {"server_args_kv_cache_dtype": "auto"})
+        return None, dtype
+    return None, torch.uint8

@@ -59,10 +59,15 @@ class Lives(RuleBasedStateMachine):
     kernels_every = 0
     total: ClassVar[dict[str, int]]
 
-    @initialize(poison=st.booleans(), checkpoint=st.sampled_from((0, 0, 2 * PAGE)))
-    def start(self, poison: bool, checkpoint: int) -> None:
-        self.world = World(self.preset, poison=poison, kernels_every=self.kernels_every, checkpoint=checkpoint)
+    @initialize(
+        poison=st.booleans(), checkpoint=st.sampled_from((0, 0, 2 * PAGE)), drafts=st.sampled_from((0, 0, 2, 5, 16))
+    )
+    def start(self, poison: bool, checkpoint: int, drafts: int) -> None:
+        self.world = World(
+            self.preset, poison=poison, kernels_every=self.kernels_every, checkpoint=checkpoint, drafts=drafts
+        )
         self.total["worlds with checkpoints"] += bool(checkpoint)
+        self.total["worlds with drafts"] += bool(drafts)
         self.total["worlds"] += 1
 
     def teardown(self) -> None:
@@ -89,9 +94,10 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.world.waiting or self.world.chunked)
     @rule(chunk=CHUNKS, limit=st.integers(1, ROWS), mixed=st.booleans())
     def extend(self, chunk: int, limit: int, mixed: bool) -> None:
-        self.world.extend(chunk, limit=limit, mixed=mixed)
+        # SGLang mixes no chunk with requests that verify drafts
+        self.world.extend(chunk, limit=limit, mixed=mixed and not self.world.drafts)
 
-    @precondition(lambda self: self.world.running)
+    @precondition(lambda self: self.world.running and not self.world.drafts)
     @rule(steps=st.sampled_from((1, 2, 3, 10, 30, 130)), padding=st.integers(0, 2))
     def decode(self, steps: int, padding: int) -> None:
         for _ in range(steps):
@@ -99,7 +105,23 @@ class Lives(RuleBasedStateMachine):
                 break
             self.world.decode(padding)
 
-    @precondition(lambda self: self.world.running)
+    @precondition(lambda self: self.world.running and self.world.drafts)
+    @rule(
+        steps=st.sampled_from((1, 2, 10, 40)),
+        drafts=st.integers(1, 16),
+        accepted=st.lists(st.integers(1, 16), min_size=1, max_size=7),
+        padding=st.integers(0, 2),
+    )
+    def verify(self, steps: int, drafts: int, accepted: list[int], padding: int) -> None:
+        """Verify chains whose length may change from step to step, and of which any number is accepted."""
+        drafts = min(drafts, self.world.drafts)
+        counts = [min(count, drafts) for count in accepted]
+        for step in range(steps):
+            if any(len(r.history.tokens) + drafts >= LONGEST for r in self.world.running):
+                break
+            self.world.verify(drafts, counts[step % len(counts) :] + counts[: step % len(counts)], padding)
+
+    @precondition(lambda self: self.world.running and not self.world.drafts)
     @rule(to=st.sampled_from((-1, 0, 1)), padding=st.integers(0, 2))
     def decode_to_a_page(self, to: int, padding: int) -> None:
         """Decode until some request is at a page boundary, one before or one behind it."""
@@ -160,7 +182,8 @@ OPTIONS = settings(
 
 def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str, int]:
     """Run lives until so many steps are done; return the counts."""
-    total = dict.fromkeys(("steps", "forwards", "kernel forwards", "worlds", "worlds with checkpoints"), 0)
+    kinds = ("worlds", "worlds with checkpoints", "worlds with drafts")
+    total = dict.fromkeys(("steps", "forwards", "kernel forwards", *kinds), 0)
     machine = type("Lives", (Lives,), {"preset": preset, "total": total, "kernels_every": kernels_every})
     while total["steps"] < steps:
         print(f"KVARN_FUZZ_SEED={seed} {preset}", flush=True)

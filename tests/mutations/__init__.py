@@ -8,6 +8,7 @@ from . import (
     decode_plan,
     dense,
     dequantise,
+    drafts,
     extend,
     metadata,
     plugin,
@@ -19,6 +20,6 @@ from . import (
 
 _ROOMS = (
     *(record, write, decode, decode_plan, extend, dense, dequantise, attention, torch_form),
-    *(balance, plugin, rings, metadata),
+    *(balance, plugin, rings, metadata, drafts),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

@@ -48,9 +48,9 @@ MUTATIONS = (
     Mutation(
         "padded rows keep the requests of an earlier step",
         METADATA,
-        "rows.copy_(forward_batch.req_pool_indices[:size])",
-        "real = forward_batch.req_pool_indices[:size]\n"
-        "        rows.copy_(torch.where(real > 0, real, rows))",
+        "rows.view(requests, each).copy_(forward_batch.req_pool_indices[:requests, None])",
+        "real = forward_batch.req_pool_indices[:requests, None]\n"
+        "        rows.view(requests, each).copy_(torch.where(real > 0, real, rows.view(requests, each)))",
         (TEST_KNOWN,),
     ),
     Mutation(
@@ -63,9 +63,9 @@ MUTATIONS = (
     Mutation(
         "padded rows keep the lengths of an earlier step",
         METADATA,
-        "batch.seq_lens.copy_(forward_batch.seq_lens[:size])",
-        "batch.seq_lens[: len(forward_batch.out_cache_loc)].copy_("
-        "forward_batch.seq_lens[: len(forward_batch.out_cache_loc)])",
+        "batch.seq_lens.view(requests, each).copy_(forward_batch.seq_lens[:requests, None])",
+        "real = len(forward_batch.out_cache_loc) // each\n"
+        "        batch.seq_lens.view(requests, each)[:real].copy_(forward_batch.seq_lens[:real, None])",
         (TEST_KNOWN,),
     ),
     Mutation(

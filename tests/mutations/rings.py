@@ -134,7 +134,7 @@ MUTATIONS = (
     Mutation(
         "pool taken that holds no ring",
         CAPACITY,
-        "    needed = (ring_pages(shape.attention, config) + MIN_PAGES) * PAGE_SIZE\n    if",
+        "    needed = (ring_pages(shape.attention, config, draft_tokens) + MIN_PAGES) * PAGE_SIZE\n    if",
         "    needed = MIN_PAGES * PAGE_SIZE\n    if",
         (TEST_BUDGET,),
     ),

@@ -10,8 +10,8 @@ MUTATIONS = (
     Mutation(
         "ring slot of the next position (torch form)",
         TORCH_FORM,
-        "cache, ring, seq_len - 1)",
-        "cache, ring, seq_len)",
+        "cache, batch.ring_pages[b], seq_len - 1)",
+        "cache, batch.ring_pages[b], seq_len)",
         (f"{TEST_RING}::test_decode_writes_its_tokens_and_the_page_that_they_fill_and_nothing_else",),
     ),
     Mutation(

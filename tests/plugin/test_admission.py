@@ -127,11 +127,21 @@ def test_another_cache_is_not_asked():
     assert add(adder, request()) == "added"
 
 
-@pytest.mark.parametrize(("context", "longest"), [(10_000, 128 * (20 - RING - 1) - 1), (500, 499)])
-def test_lengths_leave_room_for_a_ring(context, longest):
+@pytest.mark.parametrize(
+    ("context", "drafts", "longest"),
+    [
+        (10_000, 1, 128 * (20 - RING - 1) - 1),
+        # SGLang allocates twice the drafts ahead
+        (10_000, 4, 128 * (20 - RING - 1) - 1 - 8),
+        (500, 4, 499),
+    ],
+)
+def test_lengths_leave_room_for_a_ring(monkeypatch, context, drafts, longest):
+    monkeypatch.setattr(compat, "draft_tokens", lambda args: drafts)
     rows = SimpleNamespace(**{ATTRIBUTE: Rings(9, RING, "cpu", hit_reads_as_miss=False)})
     scheduler = SimpleNamespace(
         tp_worker=SimpleNamespace(get_memory_pool=lambda: (rows, None)),
+        server_args=None,
         max_total_num_tokens=20 * PAGE,
         max_req_len=min(context - 1, 20 * PAGE - 1),
         max_req_input_len=min(context - 1, 20 * PAGE - 1) - 5,

@@ -25,6 +25,7 @@ def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **cha
         max_running_requests=requested,
         chunked_prefill_size=256,
         cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(backend="disabled", max_bs=None)),
+        speculative_algorithm=None,
     )
     model = SimpleNamespace(
         get_num_kv_heads=lambda size: max(1, 2 // size), num_attention_heads=4, head_dim=64, context_len=4096
@@ -134,9 +135,12 @@ def test_charge_fixed_bytes_refuses_a_pool_without_room_for_a_ring_and_a_request
 
 def test_check_pool_says_how_many_tokens_it_takes():
     shape, config = budget.model_shape(configurator("kvarn")), KVarNConfig.from_preset("kvarn")
-    capacity.check_pool(12 * 128, shape, config)
+    capacity.check_pool(12 * 128, shape, config, 1)
     with pytest.raises(Refused, match=r"a pool of at least 1,536 tokens, not 1,408, because .* in 9 pages of the pool"):
-        capacity.check_pool(11 * 128, shape, config)
+        capacity.check_pool(11 * 128, shape, config, 1)
+    # drafts can be more than the last page of a ring has room for
+    with pytest.raises(Refused, match="in 10 pages of the pool"):
+        capacity.check_pool(12 * 128, shape, config, 20)
 
 
 def test_charge_fixed_bytes_charges_the_workspace_of_the_kernels(monkeypatch):
@@ -170,19 +174,22 @@ def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
 @pytest.mark.parametrize(("size", "pages"), [(256, 2), (10**6, 32), (-1, 32), (None, 32)])
 def test_a_chunk_is_at_most_a_context(size, pages, monkeypatch):
     graph = SimpleNamespace(decode=SimpleNamespace(backend="disabled"))
-    args = SimpleNamespace(chunked_prefill_size=size, cuda_graph_config=graph)
+    args = SimpleNamespace(chunked_prefill_size=size, cuda_graph_config=graph, speculative_algorithm=None)
     monkeypatch.setattr(compat, "scheduler_argument", lambda args, name: None)
     limits = budget.bounds(args, 4096).steps(rows=8, request_pages=33)
     assert limits.chunk_pages == pages
     assert limits.decode_batch == limits.extend_requests == 9 and limits.extend_pages == 9 * 2 * 33
 
 
+@pytest.mark.parametrize("drafts", [1, 4])
 @pytest.mark.parametrize("graph_rows", [None, 3, 64])
-def test_decode_batch_covers_rows_and_padded_graphs(graph_rows, monkeypatch):
+def test_decode_batch_covers_rows_padded_graphs_and_drafts(graph_rows, drafts, monkeypatch):
     monkeypatch.setattr(compat, "scheduler_argument", lambda args, name: None)
+    monkeypatch.setattr(compat, "draft_tokens", lambda args: drafts)
     graph = SimpleNamespace(backend="full", max_bs=graph_rows)
     args = SimpleNamespace(chunked_prefill_size=256, cuda_graph_config=SimpleNamespace(decode=graph))
-    assert budget.bounds(args, 4096).steps(8, 33).decode_batch == max(9, graph_rows or 0)
+    limits = budget.bounds(args, 4096).steps(8, 33)
+    assert limits.decode_batch == max(9, graph_rows or 0) * drafts and limits.draft_tokens == drafts
 
 
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128_canonical"])

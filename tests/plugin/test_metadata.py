@@ -86,6 +86,47 @@ def test_fill_takes_padded_graph_rows(slots, padded_slots):
     assert batch.page_table[1:].eq(0).all() and batch.num_tokens == 4
 
 
+def verify_step(rows: list[int], seq_lens: list[int], drafts: int, slots: torch.Tensor) -> SimpleNamespace:
+    """Return a ForwardBatch of a verify step; its lengths count no draft."""
+    windows = [slots[r, n : n + drafts] for r, n in zip(rows, seq_lens, strict=True)]
+    return SimpleNamespace(
+        batch_size=len(rows),
+        req_pool_indices=torch.tensor(rows),
+        seq_lens=torch.tensor(seq_lens),
+        out_cache_loc=torch.cat(windows).long(),
+    )
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_fill_describes_a_verify_step_as_a_row_for_each_draft(slots, drafts):
+    # the window of the first request goes over the end of a page
+    rows, seq_lens = [4, 2], [382, 20]
+    buffers = DecodeBuffers(ROWS * drafts, slots, rings(0, 0, 0, 0, 256, 0))
+    buffers.fill(decode_step([1, 2, 3], [130, 5, 9], slots))
+    batch = buffers.fill(verify_step(rows, seq_lens, drafts, slots), drafts)
+    ends = [(row, n + i + 1) for row, n in zip(rows, seq_lens, strict=True) for i in range(drafts)]
+    assert batch.num_tokens == 2 * drafts and batch.seq_lens.tolist() == [end for _, end in ends]
+    assert batch.store_pages.tolist() == [10 * row + (end - 1) // 128 for row, end in ends]
+    assert batch.exact_starts.tolist() == [256] * drafts + [0] * drafts
+    assert batch.ring_pages.tolist() == [[104, 204]] * drafts + [[102, 202]] * drafts
+    for n, row in enumerate(r for r in rows for _ in range(drafts)):
+        assert batch.page_table[n, :3].tolist() == [10 * row + p for p in range(3)]
+
+
+@pytest.mark.parametrize("padded_slots", [True, False])
+def test_padded_requests_of_a_verify_step_stay_on_page_0(slots, padded_slots):
+    buffers = DecodeBuffers(12, slots, rings())
+    slots[0] = 0
+    buffers.fill(verify_step([1, 2, 3], [127, 127, 127], 4, slots), 4)
+    step = verify_step([3, 0, 0], [126, 1, 1], 4, slots)
+    if not padded_slots:
+        step.out_cache_loc = step.out_cache_loc[:4]
+    batch = buffers.fill(step, 4)
+    assert batch.seq_lens.tolist() == [127, 128, 129, 130] + [2, 3, 4, 5] * 2
+    assert batch.store_pages.tolist() == [30, 30, 31, 31] + [0] * 8
+    assert batch.ring_pages[4:].eq(0).all() and batch.page_table[4:].eq(0).all()
+
+
 def test_extend_batch_describes_mixed_lengths(slots):
     prefix, new, rows = [0, 300, 128], [200, 1, 257], [1, 5, 2]
     step = SimpleNamespace(

@@ -171,8 +171,9 @@ def test_launch_takes_a_hybrid(launch, checkpoints, architecture, model_type):
         ({"enable_mixed_chunk": True}, "not tested yet: drop --enable-mixed-chunk"),
         ({"mamba_track_interval": 192}, "--mamba-track-interval that is a multiple of the page size 128, not 192"),
         ({"linear_attn_backend": "cutedsl"}, "with --linear-attn-backend cutedsl needs pages of one token"),
+        ({"speculative_algorithm": "NEXTN"}, "not tested yet: drop --speculative-algorithm"),
     ],
-    ids=["strategy", "mixed", "interval", "backend"],
+    ids=["strategy", "mixed", "interval", "backend", "drafts"],
 )
 def test_launch_refuses_arguments_of_a_hybrid(launch, checkpoints, arguments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):

@@ -20,7 +20,11 @@ CASES = [
     ("chunked_prefill_size", 100, "a multiple of the page size 128, or -1 for prompts in one piece, not 100"),
     ("max_total_tokens", 383, "needs a --max-total-tokens of at least 384, not 383,"),
     ("device", "xpu", "needs an NVIDIA GPU or a CPU"),
-    ("speculative_algorithm", "EAGLE", "--speculative-algorithm"),
+    *(("speculative_algorithm", name, f"--speculative-algorithm {name}") for name in refusals._OTHER_DRAFTS),
+    ("speculative_algorithm", "MY_PLUGIN", "only the verification of SGLang's own chains of drafts is tested"),
+    ("speculative_draft_attention_backend", "kvarn", "--speculative-draft-attention-backend"),
+    ("speculative_adaptive", True, "--speculative-adaptive"),
+    ("enable_multi_layer_eagle", True, "--enable-multi-layer-eagle"),
     ("disaggregation_mode", "prefill", "--disaggregation-mode"),
     ("encoder_only", True, "--encoder-only"),
     ("enable_hierarchical_cache", True, "--enable-hierarchical-cache"),
@@ -144,9 +148,48 @@ def test_check_arguments_names_both_flags_of_dp_attention(served):
     refusals.check_arguments(Changed(served, dp_size=2))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word", "way_out"),
+    [
+        (
+            {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 10},
+            "--speculative-ngram-max-bfs-breadth 10",
+            "set --speculative-ngram-max-bfs-breadth 1",
+        ),
+        (
+            {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 4},
+            "--speculative-eagle-topk 4",
+            "set --speculative-eagle-topk 1",
+        ),
+        (
+            {"speculative_algorithm": "eagle", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 127},
+            "--speculative-num-draft-tokens 127",
+            "set it to at most 126",
+        ),
+    ],
+    ids=["ngram", "tree", "page"],
+)
+def test_check_arguments_says_which_flag_makes_a_chain_of_drafts(served, arguments, word, way_out):
+    message = refused(Changed(served, **arguments))
+    assert message.startswith(word) and message.endswith(f": {way_out}")
+
+
+def test_check_arguments_refuses_mixed_chunks_beside_drafts(served):
+    drafts = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1, "enable_mixed_chunk": True}
+    assert refused(Changed(served, **drafts)).endswith(": drop --enable-mixed-chunk")
+    refusals.check_arguments(Changed(served, enable_mixed_chunk=True))
+
+
+def test_check_arguments_refuses_drafts_that_are_planned_on_another_stream(served, monkeypatch):
+    monkeypatch.setenv("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "1")
+    refusals.check_arguments(served)
+    drafts = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+    assert "unset the variable" in refused(Changed(served, **drafts))
+
+
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention
-    cases = len(CASES) - 1 + len(VARIABLES) + 3
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts
+    cases = len(CASES) - 1 + len(VARIABLES) + 8
     assert len(refusals.ARGUMENTS) == cases
 
 
@@ -169,8 +212,9 @@ def test_server_args_are_refused_in_the_parent(server_args, model_dir, chosen, w
 @pytest.mark.parametrize(
     ("chosen", "word"),
     [
-        ({"speculative_algorithm": "NGRAM"}, "speculative decoding is not supported yet: drop --speculative-algorithm"),
-        ({"speculative_algorithm": "EAGLE"}, "speculative decoding is not supported yet"),
+        ({"speculative_algorithm": "NGRAM"}, "set --speculative-ngram-max-bfs-breadth 1"),
+        ({"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 2}, "set --speculative-eagle-topk 1"),
+        ({"speculative_algorithm": "UNO"}, "set it to NGRAM, STANDALONE, EAGLE, EAGLE3 or NEXTN"),
         ({"enable_deterministic_inference": True}, "drop --enable-deterministic-inference"),
         ({"rl_on_policy_target": "fsdp"}, "drop --rl-on-policy-target"),
         ({"enable_dp_attention": True, "dp_size": 2}, "drop --enable-dp-attention and --dp-size"),

@@ -45,6 +45,11 @@ def test_cache_dtype_is_bytes_for_the_target_and_model_dtype_for_a_draft():
     target = configure(server_args_kv_cache_dtype="kvarn", is_draft_worker=False, **common)
     draft = configure(server_args_kv_cache_dtype="kvarn", is_draft_worker=True, **common)
     assert target == (None, torch.uint8) and draft == (None, torch.bfloat16)
+    if compat.has_argument("speculative_draft_kv_cache_dtype"):
+        common["speculative_draft_kv_cache_dtype"] = "fp8_e4m3"
+        draft = configure(server_args_kv_cache_dtype="kvarn", is_draft_worker=True, **common)
+        target = configure(server_args_kv_cache_dtype="kvarn", is_draft_worker=False, **common)
+        assert draft == (None, torch.float8_e4m3fn) and target == (None, torch.uint8)
     stock = configure(server_args_kv_cache_dtype="fp8_e4m3", is_draft_worker=False, **common)
     assert stock == (None, torch.float8_e4m3fn)
 

@@ -24,6 +24,11 @@ class RadixCalls:
         arguments = SimpleNamespace(page_size=PAGE, speculative_algorithm=None, strip_thinking_cache=False)
         compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(arguments)
 
+    def set_drafts(self, drafts: int) -> None:
+        """Say whether requests verify drafts, for which SGLang allocates more than they fill."""
+        arguments = compat.resolve("sglang.srt.runtime_context.get_server_args")()
+        arguments.speculative_algorithm = "NGRAM" if drafts else None
+
     def make_tree(self, rows, allocator):
         """Return an empty prefix cache over these pools."""
         return compat.resolve("sglang.srt.mem_cache.radix_cache.RadixCache")(self._parameters(rows, allocator))
@@ -52,6 +57,14 @@ class RadixCalls:
     def committed(self, req) -> int:
         """Return the tokens whose keys and values are stored."""
         return req.kv_committed_len
+
+    def allocated(self, req) -> int:
+        """Return the tokens that a request has slots for."""
+        return req.kv.kv_allocated_len
+
+    def set_allocated(self, req, end: int) -> None:
+        """Note that a request has slots up to here."""
+        req.kv.kv_allocated_len = end
 
     def protected(self, req) -> int:
         """Return the tokens of a row that the tree owns."""
@@ -88,6 +101,10 @@ class RadixCalls:
         """Note one more slot."""
         req.kv.kv_allocated_len += 1
         req.kv_committed_len += 1
+
+    def note_accepted(self, req, end: int) -> None:
+        """Note that drafts up to here are accepted."""
+        req.kv_committed_len = end
 
     def cache_unfinished(self, tree, req, *, chunked: bool) -> None:
         """Put the full pages of a request into the tree, between two chunks or after the last."""
@@ -153,6 +170,12 @@ class UnifiedCalls(RadixCalls):
     def note_decode(self, req) -> None:
         req.kv.kv_allocated_len += 1
         req.kv.kv_committed_len += 1
+
+    def note_accepted(self, req, end: int) -> None:
+        req.kv.kv_committed_len = end
+
+    def set_drafts(self, drafts: int) -> None:
+        compat.override_argument(None, speculative_algorithm="NGRAM" if drafts else None)
 
     def cache_unfinished(self, tree, req, *, chunked: bool) -> None:
         compat.resolve("sglang.srt.mem_cache.common.checkpoint_kv_cache")(req, tree)

@@ -101,12 +101,19 @@ class Request:
 
 @dataclass
 class Step:
-    """A forward pass that was prepared: who, which positions, and the kernels' view of it."""
+    """A forward pass that was prepared: who, which positions, and the kernels' view of it.
+
+    Attributes:
+        spans: new tokens of each request; of a verify step those that will be accepted.
+        drafts: tokens of each request in a verify step; what is behind the accepted ones is rejected.
+        padding: padded requests.
+    """
 
     requests: list[Request]
     spans: list[tuple[int, int]]
     batch: DecodeBatch | ExtendBatch
     padding: int = 0
+    drafts: int = 0
     # slots of each request and pages of its ring as they were when the step was prepared
     slots: list[torch.Tensor] = field(default_factory=list)
     rings: torch.Tensor | None = None
@@ -118,19 +125,29 @@ class World:
     Attributes:
         pool_pages: as many as `rings` rings take, and 16; by default so few that not every row finds a ring.
         checkpoint: tokens between the states of a hybrid model, where a match of the prefix cache may end; 0: anywhere.
+        drafts: the most tokens of a request in a verify step; 0: requests decode.
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
     """
 
     def __init__(
-        self, preset: str, *, poison: bool = True, kernels_every: int = 0, rings: int = ROWS - 1, checkpoint: int = 0
+        self,
+        preset: str,
+        *,
+        poison: bool = True,
+        kernels_every: int = 0,
+        rings: int = ROWS - 1,
+        checkpoint: int = 0,
+        drafts: int = 0,
     ) -> None:
         self.config = KVarNConfig.from_preset(preset)
         self.pages = pages_of(self.config)
-        self.pool_pages = TOKEN_PAGES + rings * self.config.ring_pages(HEAD_DIM, SHAPE.dtype.itemsize)
-        self.poison, self.kernels_every, self.checkpoint = poison, kernels_every, checkpoint
+        each = max(drafts, 1)
+        self.pool_pages = TOKEN_PAGES + rings * self.config.ring_pages(HEAD_DIM, SHAPE.dtype.itemsize, each)
+        self.poison, self.kernels_every, self.checkpoint, self.drafts = poison, kernels_every, checkpoint, drafts
+        calls.set_drafts(drafts)
         self.pool = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
-            self.pool_pages * PAGE, SHAPE, [0], config=self.config, rows=ROWS + 1, device="cpu"
+            self.pool_pages * PAGE, SHAPE, [0], config=self.config, rows=ROWS + 1, device="cpu", draft_tokens=each
         )
         memory_pool = compat.resolve("sglang.srt.mem_cache.memory_pool")
         self.rows = memory_pool.ReqToTokenPool(
@@ -142,9 +159,10 @@ class World:
         self.tree = calls.make_tree(self.rows, self.allocator)
         self.rings = self.pool.rings
         setattr(self.rows, ATTRIBUTE, self.rings)
-        self.buffers = DecodeBuffers(ROWS + PADDING, self.rows.req_to_token, self.rings)
+        self.most_rows = (ROWS + PADDING) * each
+        self.buffers = DecodeBuffers(self.most_rows, self.rows.req_to_token, self.rings)
         self.cache: LayerCache = self.pool.layer_cache(0)
-        self.attention = attention_with(TORCH, self.config, ROWS + PADDING)
+        self.attention = attention_with(TORCH, self.config, self.most_rows)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.chunked: Request | None = None
@@ -180,7 +198,7 @@ class World:
         cached = (calls.cached_slots(self.tree)[::PAGE] // PAGE).long().tolist()
         own, in_rings = [], []
         for request in self.holders():
-            table = self.rows.req_to_token[request.row, : request.cached : PAGE] // PAGE
+            table = self.rows.req_to_token[request.row, : calls.allocated(request.req) : PAGE] // PAGE
             own += table[calls.protected(request.req) // PAGE :].tolist()
             in_rings += self.rings.pages[request.row].tolist()
         pages = free + cached + own + in_rings
@@ -273,15 +291,84 @@ class World:
         if self.make_room(len(self.running)):
             self.run(self.prepare_decode(padding))
 
+    def _more_for_drafts(self, request: Request) -> int:
+        """Return the tokens of the pages that SGLang allocates before a verify step: of twice its drafts."""
+        allocated, wanted = (-(-n // PAGE) for n in (calls.allocated(request.req), request.cached + 2 * self.drafts))
+        return max(wanted - allocated, 0) * PAGE
+
+    def make_room_for_drafts(self) -> bool:
+        """Retract until the drafts of all running requests have room; return whether they have."""
+        while self.running:
+            needed = sum(map(self._more_for_drafts, self.running))
+            if self.free_tokens() >= needed:
+                return True
+            if len(self.running) == 1:
+                return False
+            self.retract(self.running[-1])
+        return False
+
+    def _allocate_drafts(self, requests: list[Request]) -> None:
+        starts = [calls.allocated(r.req) for r in requests]
+        ends = [-(-n // PAGE) * PAGE + self._more_for_drafts(r) for r, n in zip(requests, starts, strict=True)]
+        total = sum(ends) - sum(starts)
+        self._evict_for(total + len(requests) * PAGE)
+        last = self.rows.req_to_token[[r.row for r in requests], [n - 1 for n in starts]]
+        before, after = torch.tensor(starts), torch.tensor(ends)
+        slots = self.allocator.alloc_extend(before, before, after, after, last.long(), total)
+        assert slots is not None, "make_room_for_drafts comes first"
+        for request, start, end in zip(requests, starts, ends, strict=True):
+            own, slots = slots[: end - start], slots[end - start :]
+            self.rows.write((request.row, slice(start, end)), own.int())
+            calls.set_allocated(request.req, end)
+
+    def prepare_verify(self, drafts: int, accepted: list[int], padding: int = 0) -> Step:
+        """Allocate and describe one verify step of all running requests.
+
+        Args:
+            drafts: tokens of each request; accepted: how many of them the target will agree with, at least 1.
+        """
+        requests = list(self.running)
+        self._allocate_drafts(requests)
+        zeros = torch.zeros(padding, dtype=torch.int64)
+        lens = [r.cached for r in requests]
+        windows = [self.rows.req_to_token[r.row, n : n + drafts] for r, n in zip(requests, lens, strict=True)]
+        forward_batch = SimpleNamespace(
+            batch_size=len(requests) + padding,
+            req_pool_indices=torch.cat([torch.tensor([r.row for r in requests]), zeros]),
+            seq_lens=torch.cat([torch.tensor(lens), zeros + 1]),
+            out_cache_loc=torch.cat(windows).long(),
+        )
+        batch = self.buffers.fill(forward_batch, drafts)
+        spans = []
+        for request, start, count in zip(requests, lens, accepted, strict=True):
+            for _ in range(start + count - len(request.history.tokens)):
+                self._sample(request)
+            spans.append((start, start + count))
+        return self._note(Step(requests, spans, batch, padding=padding, drafts=drafts))
+
+    def verify(self, drafts: int, accepted: list[int], padding: int = 0) -> None:
+        """Run one verify step of all running requests; retract some first if memory is short.
+
+        Args:
+            accepted: cycled through the requests, each at most `drafts`.
+        """
+        if self.make_room_for_drafts():
+            each = [accepted[n % len(accepted)] for n in range(len(self.running))]
+            self.run(self.prepare_verify(drafts, each, padding))
+
     def decode_with_wasted_step(self, request: Request, *, reuse: bool, chunk: int = 100) -> None:
         """Decode while the CPU is one step ahead: a request is found finished after the step was launched.
 
         Row and pages go back to the pools, and with `reuse` a waiting request gets them and rewrites
         req_to_token, all before the launched step runs on the device.
         """
-        if not self.make_room(len(self.running)) or request not in self.running:
+        has_room = self.make_room_for_drafts() if self.drafts else self.make_room(len(self.running))
+        if not has_room or request not in self.running:
             return
-        wasted = self.prepare_decode()
+        if self.drafts:
+            wasted = self.prepare_verify(self.drafts, [1] * len(self.running))
+        else:
+            wasted = self.prepare_decode()
         self.running.remove(request)
         self.release(request, insert=True)
         following = self.allocate_extend(chunk) if reuse and self.waiting else None
@@ -414,13 +501,14 @@ class World:
         self.forwards += 1
         q, k, v = (
             torch.cat(
-                [getattr(r.history, n)[a:b] for r, (a, b) in zip(step.requests, step.spans, strict=True)]
+                [self._rows_of(step, r.history, n, *span) for r, span in zip(step.requests, step.spans, strict=True)]
             )
             for n in "qkv"
         )
         if step.padding:
             # SGLang leaves whatever is in the buffers of padded rows
-            q, k, v = (torch.cat([x, x.new_full((step.padding, *x.shape[1:]), 1e4)]) for x in (q, k, v))
+            padded = step.padding * max(step.drafts, 1)
+            q, k, v = (torch.cat([x, x.new_full((padded, *x.shape[1:]), 1e4)]) for x in (q, k, v))
         new = QKV(q, k, v)
         before = None
         if self._repeats_in_kernels(step):
@@ -429,26 +517,34 @@ class World:
         if before:
             self._run_kernels(step, new, before)
         for n, (request, (start, end)) in enumerate(zip(step.requests, step.spans, strict=True)):
-            self._check_memory(request, step.rings[n], step.slots[n], start, end)
+            self._check_memory(request, step.rings[n], step.slots[n], start, end, step.drafts)
         self._process(step)
         self._poison_free_memory()
+
+    @staticmethod
+    def _rows_of(step: Step, history: History, name: str, start: int, end: int) -> torch.Tensor:
+        """Return what a request feeds: its tokens, then drafts that are rejected, which are of nobody's prompt."""
+        own = getattr(history, name)[start:end]
+        if not step.drafts:
+            return own
+        return torch.cat([own, 100 * torch.randn(step.drafts - len(own), *own.shape[1:])])
 
     def _check(self, step: Step, out: torch.Tensor, bound: float) -> None:
         done = 0
         for request, (start, end) in zip(step.requests, step.spans, strict=True):
             expected = request.history.output(start, end, request.exact_start)
             got = out[done : done + end - start].double()
-            done += end - start
+            done += step.drafts or end - start
             error = (got - expected).square().mean(-1).sqrt() / expected.square().mean(-1).sqrt()
             worst = error.max().item()
             assert worst < bound, f"request {request.req.rid}, positions {start} to {end}: error {worst:.2e}"
 
     def _check_memory(
-        self, request: Request, ring: torch.Tensor, slots: torch.Tensor, start: int, end: int
+        self, request: Request, ring: torch.Tensor, slots: torch.Tensor, start: int, end: int, drafts: int
     ) -> None:
         """The memory that the request's next step reads is, byte for byte, what its history says."""
         full = end // PAGE
-        if full and (end - start > 1 or end % PAGE < 2):
+        if full and (end - start > 1 or end % PAGE < 2 or (start + drafts) // PAGE > start // PAGE):
             pages = (slots[::PAGE] // PAGE)[:full].long()
             wrong = (self.cache.records[pages] != request.history.records(full)).flatten(1).any(1)
             assert not wrong.any(), f"request {request.req.rid}: records of pages {wrong.nonzero().tolist()}"
@@ -464,10 +560,10 @@ class World:
             if request.row is None:
                 continue
             decoded = request in self.running
+            if step.drafts:
+                calls.note_accepted(request.req, end)
             if end == len(request.history.tokens):
-                token = request.history.next_token(request.salt)
-                request.req.output_ids.append(token)
-                request.history.append([token])
+                self._sample(request)
             if decoded:
                 continue
             self.chunked = None if self.chunked is request else self.chunked
@@ -477,6 +573,11 @@ class World:
                 self.running.append(request)
             calls.cache_unfinished(self.tree, request.req, chunked=request is self.chunked)
 
+    def _sample(self, request: Request) -> None:
+        token = request.history.next_token(request.salt)
+        request.req.output_ids.append(token)
+        request.history.append([token])
+
     def _repeats_in_kernels(self, step: Step) -> bool:
         # some of the steps, by what they are, so that a repeated or shortened run takes the same
         what = extend_hash(self.forwards, sum(end for _, end in step.spans))
@@ -485,7 +586,7 @@ class World:
     def _run_kernels(self, step: Step, new: QKV, cache: LayerCache) -> None:
         """Run the step once more, in the interpreted kernels, on the memory as it was before."""
         self.kernel_forwards += 1
-        kernels = attention_with(TRITON, self.config, ROWS + PADDING)
+        kernels = attention_with(TRITON, self.config, self.most_rows)
         self._check(step, attend(kernels, new, cache, step.batch), KERNEL_BOUND)
         assert torch.equal(cache.records[1:], self.cache.records[1:]), "pages of kernels and torch form"
         _AGREED.add(extend_hash(self.forwards, sum(end for _, end in step.spans)))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding beside a kvarn cache: drafts in a chain, and a draft model with a cache of SGLang's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sglang_kvarn import budget, capacity, compat, settings
+
+# drafts of a verify step where nobody chose their number: each costs about as much as a token of a decode step
+DRAFT_TOKENS = 4
+# the algorithm that drafts without a model
+NGRAM = "NGRAM"
+
+
+def algorithm_of(server_args: Any) -> str:
+    """Return the name of the algorithm in capitals, "" without speculative decoding."""
+    return (server_args.speculative_algorithm or "").upper()
+
+
+def apply_defaults(server_args: Any) -> None:
+    """Make drafts a short chain where nobody chose how many; SGLang's own choice may be a tree.
+
+    Args:
+        server_args: ServerArgs of a kvarn cache as typed, written.
+    """
+    algorithm = algorithm_of(server_args)
+    if algorithm == NGRAM:
+        if server_args.speculative_num_draft_tokens is None:
+            server_args.speculative_num_draft_tokens = DRAFT_TOKENS
+    elif algorithm:
+        if server_args.speculative_eagle_topk is None:
+            server_args.speculative_eagle_topk = 1
+        if server_args.speculative_num_steps is None and server_args.speculative_num_draft_tokens is None:
+            server_args.speculative_num_steps = DRAFT_TOKENS - 1
+            server_args.speculative_num_draft_tokens = DRAFT_TOKENS
+        if server_args.speculative_draft_attention_backend is None:
+            server_args.speculative_draft_attention_backend = compat.draft_attention_backend(server_args)
+
+
+def keep_chains(result: tuple[Any, Any], corpus: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
+    """Let each draft follow the one before it. Hook after ``NgramCorpus.batch_get``.
+
+    SGLang fills up the drafts of a request that has too few with tokens 0, each of which follows the root. If one is
+    accepted, its key and value would have to move to the place after the root, and it was attended as if it stood
+    behind drafts that were rejected.
+
+    Args:
+        result: tokens [B * D], and whether draft j is draft i or before it, 0 or 1, [B * D * D].
+    """
+    name = compat.published_argument("kv_cache_dtype")
+    if not isinstance(name, str) or not name.startswith("kvarn"):
+        return None
+    tokens, mask = result
+    drafts = mask.size // tokens.size
+    chain = np.tril(np.ones((drafts, drafts), mask.dtype))
+    return tokens, np.broadcast_to(chain, (tokens.size // drafts, drafts, drafts)).reshape(mask.shape)
+
+
+def charge_draft(result: None, configurator: Any, kvc: Any) -> None:
+    """Charge a token its bytes in the draft model's cache. Hook after ``DefaultPoolConfigurator.__init__``.
+
+    SGLang scales the bytes of a token in the target by the layers of both, which is right for caches of one kind.
+    """
+    config = settings.target_preset(kvc)
+    if config is not None and (drafted := token_bytes(kvc)):
+        configurator._cell_size = budget.model_shape(kvc).token_bytes(config) + drafted
+
+
+def token_bytes(configurator: Any) -> int:
+    """Return the bytes of a token in the cache of the draft model, 0 without one; from a KVCacheConfigurator."""
+    if (draft := compat.draft_model(configurator)) is None:
+        return 0
+    model_config, layers, itemsize = draft
+    ranks = compat.get_parallel().attn_tp_size
+    return capacity.rank_shape(model_config, model_config.dtype, ranks, layers).full_token_bytes(itemsize)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding in a real engine: with drafts or without, the same tokens."""
+
+from __future__ import annotations
+
+import drafts_on_cpu
+import pytest
+import torch
+
+from benchmarks.common import tiny_model
+from benchmarks.common.tiny_model import answers, expected, flush, prompt
+
+NEW = 20
+NGRAM = {
+    "speculative_algorithm": "NGRAM",
+    "speculative_ngram_max_bfs_breadth": 1,
+    "speculative_num_draft_tokens": 8,
+}
+KVARN, CANONICAL = "kvarn", "kvarn_canonical"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        # SGLang counts every page of every step
+        patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
+        # compiling a function of the draft model for a CPU takes longer than the tests
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        drafts_on_cpu.prepare(patch, tmp_path_factory.mktemp("plugin"))
+        yield
+
+
+@pytest.fixture(scope="module", params=[KVARN, pytest.param(CANONICAL, marks=pytest.mark.long)])
+def engine(request, start_engine):
+    with start_engine(kv_cache_dtype=request.param, **NGRAM) as engine:
+        engine.preset = request.param
+        yield engine
+
+
+@pytest.mark.parametrize("length", [60, 120, 250, 380])
+def test_answers_are_the_oracles_whether_drafts_are_rejected_or_accepted(engine, model, length):
+    flush(engine)
+    tokens = prompt(length, seed=length)
+    (first,) = answers(engine, [tokens], NEW)
+    assert first["tokens"] == expected(model, tokens, engine.preset, new_tokens=NEW)
+    # now the drafts are what was answered before
+    (again,) = answers(engine, [tokens], NEW)
+    assert again["tokens"] == expected(model, tokens, engine.preset, cached=again["cached"], new_tokens=NEW)
+    assert again["cached"] == (length - 1) // 128 * 128
+    assert first["drafts_accepted"] < NEW // 2
+    # a window preset may answer a hit otherwise than a miss
+    assert again["drafts_accepted"] > NEW // 2 or again["tokens"] != first["tokens"]
+
+
+def test_a_page_that_accepted_drafts_filled_serves_the_next_turn(engine, model):
+    tokens = prompt(117, seed=1)
+    wanted = expected(model, tokens, engine.preset, new_tokens=NEW)
+    flush(engine)
+    for _ in range(2):
+        (answer,) = answers(engine, [tokens], NEW)
+        assert answer["tokens"] == wanted and answer["cached"] == 0
+    turn = tokens + wanted + prompt(30, seed=2)
+    (hit,) = answers(engine, [turn], NEW)
+    assert hit["cached"] == 128
+    assert hit["tokens"] == expected(model, turn, engine.preset, cached=128, new_tokens=NEW)
+
+
+def test_more_requests_than_rows_are_all_answered_as_alone(engine, model):
+    flush(engine)
+    prompts = [prompt(length, seed=length) for length in (60, 120, 250, 126, 200, 90)]
+    together = answers(engine, prompts, NEW)
+    wanted = [expected(model, tokens, engine.preset, new_tokens=NEW) for tokens in prompts]
+    assert [answer["tokens"] for answer in together] == wanted
+
+
+def prompt_that_is_answered_by(model: str, token: int) -> list[int]:
+    """Return a prompt after which the model says this token; the cache changes few of its choices."""
+    plain = tiny_model.load(model)
+    for seed in range(100):
+        tokens = prompt(300, seed)
+        with torch.inference_mode():
+            chosen = plain(torch.tensor([tokens])).logits[0].argmax(-1)
+        for end in (chosen[20:] == token).nonzero()[:, 0].tolist():
+            if expected(model, tokens[: 21 + end], KVARN, new_tokens=1) == [token]:
+                return tokens[: 21 + end]
+    raise AssertionError(f"no prompt is answered by {token}")
+
+
+def test_a_token_that_fills_up_a_short_chain_is_not_accepted_out_of_its_place(engine, model):
+    """SGLang's fill, 0, follows the root of a chain, wherever it stands behind it."""
+    tokens = prompt_that_is_answered_by(model, 0)
+    flush(engine)
+    # the same last tokens go on with another one elsewhere, and soon end
+    answers(engine, [prompt(20, seed=5) + tokens[-4:] + [7]], 2)
+    (answer,) = answers(engine, [tokens], NEW)
+    assert answer["tokens"] == expected(model, tokens, engine.preset, new_tokens=NEW)
+
+
+def test_overlap_retraction_and_pages_that_end_while_drafts_are_verified(start_engine, model, monkeypatch):
+    monkeypatch.setenv("SGLANG_TEST_RETRACT", "1")
+    monkeypatch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "3")
+    drafts_on_cpu.allow_overlap(monkeypatch)
+    prompts = [prompt(length, seed=length) for length in (370, 120, 60, 250)]
+    with start_engine(kv_cache_dtype=CANONICAL, **NGRAM) as engine:
+        rounds = [answers(engine, prompts, NEW) for _ in range(2)]
+    wanted = [expected(model, tokens, CANONICAL, new_tokens=NEW) for tokens in prompts]
+    for got in rounds:
+        assert [answer["tokens"] for answer in got] == wanted
+    assert sum(answer["retractions"] for got in rounds for answer in got) > 0
+    assert sum(answer["cached"] for answer in rounds[1]) > 0
+
+
+@pytest.mark.parametrize("algorithm", ["STANDALONE"])
+def test_a_draft_model_keeps_a_cache_of_its_own(start_engine, model, algorithm):
+    draft = {"speculative_algorithm": algorithm, "speculative_draft_model_path": model}
+    tokens = prompt(121, seed=3)
+    wanted = expected(model, tokens, KVARN, new_tokens=NEW)
+    with start_engine(kv_cache_dtype=KVARN, **draft) as engine:
+        (first,) = answers(engine, [tokens], NEW)
+        turn = tokens + wanted + prompt(30, seed=2)
+        (hit,) = answers(engine, [turn], 8)
+    assert first["tokens"] == wanted
+    # the draft is the same model with a cache that is not quantised
+    assert first["drafts_accepted"] > NEW // 4
+    assert hit["cached"] == 128 and hit["tokens"] == expected(model, turn, KVARN, cached=128, new_tokens=8)

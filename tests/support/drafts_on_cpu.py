@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding on a machine without a GPU: torch in the place of SGLang's kernels that draft and accept.
+
+Nothing here touches the verify step of a kvarn cache. It makes sure that no accepted token would have to move.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from engine_plugin import add_to_engines
+from sglang_kvarn import compat
+
+# where this is set, engines run their steps one ahead; SGLang does that for drafts on a GPU only
+OVERLAP = "KVARN_TEST_OVERLAP"
+
+
+def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Put the torch forms in place in the processes of the engines that this one starts, and take the arguments."""
+    add_to_engines(patch, folder, "drafts_on_cpu:install")
+    patch.setattr(_platform(), "supports_speculative_algorithm", lambda self, algorithm: True, raising=False)
+    if compat.version() == "0.5.16":
+        # a header of the n-gram corpus lacks an include that newer compilers ask for
+        compiler = folder / "c++"
+        compiler.write_text('#!/bin/sh\nexec c++ -include cstddef "$@"\n')
+        compiler.chmod(0o755)
+        patch.setenv("CXX", str(compiler))
+
+
+def _platform() -> type:
+    return type(compat.resolve("sglang.srt.platforms.current_platform"))
+
+
+def install() -> None:
+    """Put the torch forms in place, for good; before SGLang's workers are imported."""
+    # 0.5.16 imports the first, later versions the second
+    for name in ("sgl_kernel.speculative", "sglang.kernels.ops.speculative.reconstruct_tree"):
+        module = types.ModuleType(name)
+        module.reconstruct_indices_from_tree_mask = module.reconstruct_indices_from_tree_mask_func = links_of_mask
+        sys.modules[name] = module
+    platform = _platform()
+    platform.supports_speculative_algorithm = lambda self, algorithm: True
+    platform.get_speculative_cache_locs_fn = lambda self: slots_of_drafts
+    compat.resolve("sglang.kernels.ops.speculative.cache_locs").assign_extend_cache_locs_func = slots_of_drafts
+    eagle = compat.resolve("sglang.srt.speculative.eagle_utils")
+    eagle.verify_tree_greedy_func = accept_greedily
+    # 0.5.16 calls the first, later versions the second
+    eagle.sgl_build_tree_kernel_efficient = eagle.build_tree_kernel_efficient_func = link_chain
+    if OVERLAP in os.environ:
+        _arguments()._disable_overlap_schedule_for_cpu = nothing_to_do
+    compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool").move_kv_cache = nothing_moves
+
+
+def allow_overlap(patch: pytest.MonkeyPatch) -> None:
+    """Let engines that are started now run their steps one ahead."""
+    patch.setenv(OVERLAP, "1")
+    patch.setattr(_arguments(), "_disable_overlap_schedule_for_cpu", nothing_to_do)
+
+
+def _arguments():
+    return compat.resolve("sglang.srt.arg_groups.speculative_hook")
+
+
+def nothing_to_do(server_args) -> None:
+    """Leave the arguments as they are."""
+
+
+def nothing_moves(pool, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+    """Check that accepted tokens are where they belong already."""
+    assert torch.equal(tgt_loc, src_loc), f"tokens would move from {src_loc.tolist()} to {tgt_loc.tolist()}"
+
+
+def slots_of_drafts(*, req_pool_indices, req_to_token, start_offset, end_offset, **kwargs) -> torch.Tensor:
+    """Return the slots start .. end - 1 of each row, one row after the other, int64."""
+    spans = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
+    return torch.cat([req_to_token[row, start:end] for row, start, end in spans]).long()
+
+
+def link_chain(
+    parents, scores, seq_lens, mask, positions, index, next_token, next_sibling, topk, steps, drafts, mode
+) -> None:
+    """Write positions and links of chains of drafts [B, D]."""
+    assert topk == 1, "only chains are verified"
+    size, places = len(seq_lens), torch.arange(drafts)
+    positions.copy_((seq_lens[:, None] + places).flatten())
+    index.copy_(places + drafts * torch.arange(size)[:, None])
+    next_token.copy_(torch.where(places < drafts - 1, places + 1, -1).expand(size, -1))
+    next_sibling.fill_(-1)
+
+
+def links_of_mask(mask, seq_lens, positions, index, next_token, next_sibling, size: int, drafts: int) -> None:
+    """Write positions and links of trees of drafts, where mask[b, i, j] says that i is j or descends from it."""
+    places = torch.arange(drafts)
+    ancestors = mask.view(size, drafts, drafts).bool() & (places < places[:, None])
+    positions.copy_((seq_lens[:, None] + ancestors.sum(-1)).flatten())
+    index.copy_(places + drafts * torch.arange(size)[:, None])
+    next_token.fill_(-1)
+    next_sibling.fill_(-1)
+    # of each draft the nearest ancestor
+    parents = torch.where(ancestors, places, -1).amax(-1)
+    for b in range(size):
+        newest: dict[int, int] = {}
+        for draft in range(1, drafts):
+            parent = int(parents[b, draft])
+            if parent in newest:
+                next_sibling[b, newest[parent]] = draft
+            elif parent >= 0:
+                next_token[b, parent] = draft
+            newest[parent] = draft
+
+
+def accept_greedily(
+    predicts, accept_index, accept_token_num, candidates, retrieve_index, retrieve_next_token, retrieve_next_sibling,
+    target_predict, topk=-1
+):  # fmt: skip
+    """Accept drafts as long as one that follows the last accepted one is what the target chose there."""
+    chosen = target_predict.view(candidates.shape)
+    for b in range(len(candidates)):
+        last, accepted = 0, 0
+        accept_index[b, 0] = retrieve_index[b, 0]
+        while accepted + 1 < accept_index.shape[1]:
+            draft = int(retrieve_next_token[b, last])
+            while draft >= 0 and candidates[b, draft] != chosen[b, last]:
+                draft = int(retrieve_next_sibling[b, draft])
+            if draft < 0:
+                break
+            predicts[retrieve_index[b, last]] = chosen[b, last]
+            last, accepted = draft, accepted + 1
+            accept_index[b, accepted] = retrieve_index[b, draft]
+        predicts[retrieve_index[b, last]] = chosen[b, last]
+        accept_token_num[b] = accepted
+    return predicts, accept_index, accept_token_num
