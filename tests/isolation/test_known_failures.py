@@ -244,3 +244,67 @@ def test_a_retracted_request_reads_the_same_again(world):
         world.extend(97)
     for _ in range(5):
         world.decode()
+
+
+@pytest.fixture
+def drafting(request, monkeypatch) -> World:
+    """A world whose requests verify up to 8 drafts in a step; the preset is the parameter."""
+    use_plain_allocation_kernels(monkeypatch)
+    return World(request.param, drafts=8)
+
+
+@pytest.mark.parametrize("drafting", PRESETS, indirect=True)
+@pytest.mark.parametrize("accepted", [1, 2, 8])
+def test_a_rejected_draft_is_in_no_record_that_the_next_turn_reads(drafting, accepted):
+    """A page was encoded with drafts in it, some of them rejected, before the tokens that belong there came."""
+    world = drafting
+    turn = prefill(world, tokens(PAGE - 11, 1))
+    while turn.cached < PAGE + 5:
+        world.verify(8, [accepted])
+    said = list(turn.history.tokens)
+    world.finish(turn)
+    following = prefill(world, said + tokens(20, 2))
+    assert following.exact_start == PAGE
+    for _ in range(3):
+        world.verify(8, [accepted])
+
+
+@pytest.mark.parametrize("drafting", PRESETS, indirect=True)
+def test_a_request_that_ends_inside_an_accepted_run_leaves_the_page_that_the_run_filled(drafting):
+    """The run fills a page and the request is over: nothing comes later that could encode it."""
+    world = drafting
+    turn = prefill(world, tokens(PAGE - 3, 1))
+    world.verify(8, [7])
+    assert turn.cached == PAGE + 4
+    said = list(turn.history.tokens)
+    world.finish(turn)
+    assert prefill(world, [*said, 7, 8]).exact_start == PAGE
+
+
+@pytest.mark.parametrize("drafting", PRESETS, indirect=True)
+def test_a_page_that_is_freed_while_its_drafts_are_verified_is_clean_for_its_next_owner(drafting):
+    """The step was launched when its request had ended: its page, and those ahead, have a new owner already."""
+    world = drafting
+    stay, leave = prefill(world, tokens(PAGE + 60, 1)), prefill(world, tokens(2 * PAGE - 4, 2))
+    world.verify(8, [1])
+    pages = set(world.rows.req_to_token[leave.row, PAGE : 3 * PAGE : PAGE].div(PAGE, rounding_mode="floor").tolist())
+    guest = world.admit(tokens(3 * PAGE + 7, 5))
+    world.decode_with_wasted_step(leave, reuse=True, chunk=1000)
+    assert guest in world.running and pages & set(pages_in(world, guest) + ring_of(world, guest))
+    for _ in range(3):
+        world.verify(8, [3, 8])
+    assert stay in world.running
+
+
+@pytest.mark.parametrize("drafting", PRESETS, indirect=True)
+def test_padded_requests_of_a_verify_step_write_to_page_0_only(drafting):
+    """A graph that was captured for three requests verifies one."""
+    world = drafting
+    request = prefill(world, tokens(PAGE - 4, 1))
+    world.poison = False
+    records = world.cache.records.clone()
+    for _ in range(2):
+        world.verify(8, [2], padding=2)
+    changed = set((world.cache.records != records).flatten(1).any(1).nonzero().flatten().tolist())
+    own = world.rows.req_to_token[request.row, : 2 * PAGE : PAGE] // PAGE
+    assert 0 in changed and changed <= {0, *ring_of(world, request), *own.tolist()}

@@ -81,7 +81,10 @@ def test_trees_of_other_caches_stay(monkeypatch, cache):
     assert drafts.keep_chains((np.zeros(6), TREES), None) is None
 
 
-def test_no_argument_is_published_outside_of_a_server():
+def test_no_argument_is_published_outside_of_a_server(monkeypatch):
+    context = compat.resolve("sglang.srt.runtime_context.get_context")()
+    fresh = type(context)(context.parallel)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_context", lambda: fresh)
     assert compat.published_argument("kv_cache_dtype") is None
 
 

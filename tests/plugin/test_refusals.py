@@ -174,6 +174,14 @@ def test_check_arguments_says_which_flag_makes_a_chain_of_drafts(served, argumen
     assert message.startswith(word) and message.endswith(f": {way_out}")
 
 
+def test_check_arguments_takes_drafts_on_a_gpu_as_a_trial_only(served, monkeypatch):
+    drafts = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}
+    refusals.check_arguments(Changed(served, **drafts))
+    assert "has not run on a GPU yet" in refused(Changed(served, device="cuda", **drafts))
+    monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
+    refusals.check_arguments(Changed(served, device="cuda", **drafts))
+
+
 def test_check_arguments_refuses_mixed_chunks_beside_drafts(served):
     drafts = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1, "enable_mixed_chunk": True}
     assert refused(Changed(served, **drafts)).endswith(": drop --enable-mixed-chunk")
@@ -188,8 +196,8 @@ def test_check_arguments_refuses_drafts_that_are_planned_on_another_stream(serve
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts
-    cases = len(CASES) - 1 + len(VARIABLES) + 8
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, six for drafts
+    cases = len(CASES) - 1 + len(VARIABLES) + 9
     assert len(refusals.ARGUMENTS) == cases
 
 
