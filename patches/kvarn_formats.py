@@ -2,7 +2,7 @@
 """The plugin for an SGLang that has the registry of this folder: what would be left of `sglang_kvarn.plugin`.
 
 The registry builds a cache. What stays are the hooks on weights, which are balanced while a server runs, on server
-info, on requests that come back, on models that SGLang refuses itself, and one that fills the arguments of a CPU.
+info, on requests that come back, on models that SGLang refuses itself, on drafts, and one that fills arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from kvarn_kernels.config import preset_names
-from sglang_kvarn import budget, compat, hook, plugin, refusals, settings
+from sglang_kvarn import budget, compat, drafts, hook, plugin, refusals, settings
 from sglang_kvarn.cpu import platform
 
 _registry = compat.resolve("sglang.srt.mem_cache.kv_cache_format")
@@ -47,22 +47,23 @@ class KVarNFormat(_registry.KVCacheFormat):
         return pool.build(kvc, max_total_num_tokens=max_total_num_tokens, req_to_token_pool=req_to_token_pool)
 
 
-def apply_cpu_defaults(server_args: Any) -> None:
-    """Fill what a CPU needs, except the attention backend of a kvarn cache: that is the format's."""
+def apply_defaults(server_args: Any) -> None:
+    """Fill what a CPU and drafts need, except the attention backend of a kvarn cache: that is the format's."""
     if compat.is_resolved(server_args):
         return
     chosen = server_args.attention_backend
     platform.apply_defaults(server_args)
     if settings.preset_of(server_args) is not None:
         server_args.attention_backend = chosen
+        drafts.apply_defaults(server_args)
 
 
-CPU_DEFAULTS = hook.Hook(
+DEFAULTS = hook.Hook(
     compat.resolution_target(),
     "before",
     ("self",),
-    apply_cpu_defaults,
-    why="The user would have to name what a CPU needs.",
+    apply_defaults,
+    why="The user would have to name what a CPU and drafts need.",
     where="arguments",
 )
 
@@ -70,7 +71,7 @@ CPU_DEFAULTS = hook.Hook(
 def register() -> None:
     """Register the formats and the attention backend; called by SGLang in every process it starts."""
     platform.prepare_environment()
-    hook.declare((CPU_DEFAULTS, *(h for h in plugin.HOOKS if h.replaced_by is None)))
+    hook.declare((DEFAULTS, *(h for h in plugin.HOOKS if h.replaced_by is None)))
     plugin.register_all()
     for name in preset_names():
         _registry.register_kv_cache_format(KVarNFormat(name))

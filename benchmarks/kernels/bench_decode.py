@@ -2,6 +2,7 @@
 """Decode attention of one layer: KVarN against FA3, FlashInfer (bf16, fp8), SGLang's Triton kernel and copy bandwidth.
 
     python -m benchmarks.kernels.bench_decode --output benchmarks/results/decode.csv
+    python -m benchmarks.kernels.bench_decode --verify 4 --output benchmarks/results/verify.csv
 
 Every provider answers the same queries over the same context in the same process, baselines first. KVarN's time is
 what a layer really runs: rotate + store + encode-if-full, attention over records and ring, merge + rotate back. Times
@@ -39,8 +40,9 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[str, Problem, dict[str,
     chosen = heads(args)
     for text in args.shapes:
         batch, context = (int(n) for n in text.split("x"))
-        shape = Shape(batch, context if args.page_full else context - PAGE // 2, chosen)
-        yield text, Problem.make(shape), {"batch": batch, "context": shape.context} | shape_settings(chosen)
+        shape = Shape(batch, context if args.page_full else context - PAGE // 2, chosen, args.verify)
+        settings = {"batch": batch, "context": shape.context, "drafts": args.verify}
+        yield text, Problem.make(shape), settings | shape_settings(chosen)
 
 
 def measure(candidate: Candidate, repeats: int, bandwidth: float) -> list[Figure]:
@@ -61,6 +63,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_layer(
         parser, SHAPES, "Requests x tokens of their context.", 20, "Timed replays of the graph, whose median counts."
     )
+    text = "Verify so many drafts of each request instead of decoding one token."
+    parser.add_argument("--verify", type=int, default=1, metavar="D", help=text)
     names = list(decode_providers.BASELINES)
     text = f"What to compare with, none or several: {', '.join(names)}."
     parser.add_argument("--baselines", nargs="*", default=names, choices=names, metavar="B", help=text)
@@ -70,7 +74,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Let the new token fill a page of every request, which the step encodes.",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.verify > 1:
+        args.baselines = [name for name in args.baselines if name in decode_providers.VERIFY_BASELINES]
+    return args
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decode step of requests of one length, the same for every provider."""
+"""A decode or verify step of requests of one length, the same for every provider."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ L2 = 60e6
 
 @dataclass(frozen=True)
 class Shape:
-    """Describe a decode step: batch requests of context tokens each, the new one included."""
+    """Describe a step: batch requests of context tokens each, the new ones included.
+
+    Attributes:
+        drafts: new tokens of a request: 1 when it decodes, more when drafts are verified.
+    """
 
     batch: int
     context: int
     heads: AttentionShape
+    drafts: int = 1
 
     @property
     def pages(self) -> int:
@@ -43,7 +48,7 @@ class Problem:
     """Hold the inputs of all providers.
 
     Attributes:
-        q: [B, Hq, D]; k_new, v_new: [B, Hk, D].
+        q: [B * drafts, Hq, D]; k_new, v_new: [B * drafts, Hk, D]; the drafts of a request stand together, in order.
         pages: keys and values of the distinct pages [U, G, Hk, D]; page_of: [B, P], which of them each page repeats.
     """
 
@@ -58,22 +63,32 @@ class Problem:
     def make(cls, shape: Shape, unique: int = 64) -> Problem:
         """Return the problem of a shape, the same in every process."""
         source, heads = generator(), shape.heads
-        q = draw(source, shape.batch, heads.num_qo_heads, heads.head_dim)
-        new = [draw(source, shape.batch, heads.num_kv_heads, heads.head_dim) for _ in range(2)]
+        rows = shape.batch * shape.drafts
+        q = draw(source, rows, heads.num_qo_heads, heads.head_dim)
+        new = [draw(source, rows, heads.num_kv_heads, heads.head_dim) for _ in range(2)]
         pages = distinct_pages(source, unique, heads)
         page_of = torch.randint(unique, (shape.batch, shape.pages), generator=source, device=DEVICE)
         return cls(shape, q, *new, pages, page_of)
 
     @property
     def samples(self) -> list[int]:
-        """The requests that a check computes."""
-        return sorted({0, self.shape.batch - 1})
+        """The rows of q that a check computes: the first and the last draft of a request, the last of another."""
+        rows = self.shape.batch * self.shape.drafts
+        return sorted({0, self.shape.drafts - 1, rows - 1})
 
-    def keys_values(self, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return k, v [context, Hk, D] of request b."""
+    def keys_values(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return k, v [n, Hk, D] of the tokens that a row of q sees, its own the last."""
+        b, draft = divmod(row, self.shape.drafts)
         k, v = (x[self.page_of[b]].flatten(0, 1)[: self.shape.context].clone() for x in self.pages)
-        k[-1], v[-1] = self.k_new[b], self.v_new[b]
-        return k, v
+        own, end = slice(b * self.shape.drafts, (b + 1) * self.shape.drafts), self.shape.context - self.shape.drafts
+        k[end:], v[end:] = self.k_new[own], self.v_new[own]
+        return k[: end + draft + 1], v[: end + draft + 1]
+
+    @property
+    def seq_lens(self) -> torch.Tensor:
+        """Tokens that each row of q sees, its own included: int32 [B * drafts]."""
+        ends = torch.arange(self.shape.drafts, device=DEVICE) + self.shape.context - self.shape.drafts + 1
+        return ends.repeat(self.shape.batch).int()
 
     def physical_pages(self) -> torch.Tensor:
         """Return a random physical page for every logical one, int32 [B, P]; page 0 is padding."""
@@ -82,15 +97,17 @@ class Problem:
 
     def paged(self, page_table: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """Return keys and values in pages [P, G, Hk, D] as a page table places them; page 0 is not written."""
-        at, last = page_table.flatten().long(), (self.shape.context - 1) % PAGE
+        at, drafts = page_table.flatten().long(), self.shape.drafts
+        positions = torch.arange(self.shape.context - drafts, self.shape.context, device=DEVICE)
+        own = page_table[:, positions // PAGE].long()
         found = []
         for pages, new in zip(self.pages, (self.k_new, self.v_new), strict=True):
             cache = torch.empty(page_table.numel() + 1, *pages.shape[1:], dtype=dtype, device=DEVICE)
             cache[at] = pages.to(dtype)[self.page_of.flatten()]
-            cache[page_table[:, -1].long(), last] = new.to(dtype)
+            cache[own, positions % PAGE] = new.to(dtype).unflatten(0, (-1, drafts))
             found.append(cache)
         return found
 
-    def exact(self, b: int) -> torch.Tensor:
-        """Return float32 attention of request b in plain torch, [Hq, D]."""
-        return attend_exactly(self.q[b], *self.keys_values(b))
+    def exact(self, row: int) -> torch.Tensor:
+        """Return float32 attention of a row of q in plain torch, [Hq, D]."""
+        return attend_exactly(self.q[row], *self.keys_values(row))

@@ -25,7 +25,7 @@ FLASHINFER_GROUPS = (1, 2, 3, 4, 8)
 def _ring_pages(problem: Problem, config: KVarNConfig) -> torch.Tensor:
     """Return the pages of every request's ring, int32 [B, N]: those behind the pages of records, in random order."""
     shape, heads = problem.shape, problem.shape.heads
-    count = config.ring_pages(heads.head_dim, DTYPE.itemsize)
+    count = config.ring_pages(heads.head_dim, DTYPE.itemsize, shape.drafts)
     order = torch.randperm(shape.batch * count, device=DEVICE)
     return (1 + shape.batch * shape.pages + order).int().unflatten(0, (shape.batch, count))
 
@@ -37,14 +37,16 @@ def _caches(problem: Problem, config: KVarNConfig, page_table: torch.Tensor, rin
     unique = encoded(problem.pages, config)
     rotated = [reference.rotate(x).to(DTYPE) for x in problem.pages]
     size = (1 + page_table.numel() + rings.numel(), heads.num_kv_heads, record_bytes)
-    first = max(0, (shape.context - 1) // PAGE - config.window_pages)
+    # the first draft reads the most tokens exactly; the last ones of the context are written when a layer runs
+    end = shape.context - shape.drafts
+    first = max(0, end // PAGE - config.window_pages)
     caches = []
     for _ in range(shape.layers(shape.batch * shape.pages * heads.num_kv_heads * record_bytes)):
         records = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         records[page_table.flatten().long()] = unique[problem.page_of.flatten()]
         cache = LayerCache(records, heads.head_dim, DTYPE)
         for ring, page_of in zip(rings, problem.page_of, strict=True):
-            tokens = (x[page_of[first:]].flatten(0, 1) for x in rotated)
+            tokens = (x[page_of[first:]].flatten(0, 1)[: end - first * PAGE] for x in rotated)
             write_ring(cache, ring, first * PAGE, *tokens)
         caches.append(cache)
     return caches
@@ -61,14 +63,15 @@ def kvarn(problem: Problem, preset: str, part: str = "", kernels: Kernels | None
     page_table = problem.physical_pages()
     rings = _ring_pages(problem, config)
     caches = _caches(problem, config, page_table, rings)
+    rows, seq_lens = page_table.repeat_interleave(shape.drafts, 0), problem.seq_lens
     batch = DecodeBatch(
-        ring_pages=rings,
-        seq_lens=torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE),
-        page_table=page_table,
-        store_pages=page_table[:, -1].contiguous(),
-        exact_starts=torch.zeros(shape.batch, dtype=torch.int32, device=DEVICE),
+        ring_pages=rings.repeat_interleave(shape.drafts, 0),
+        seq_lens=seq_lens,
+        page_table=rows,
+        store_pages=rows.gather(1, (seq_lens.long()[:, None] - 1) // PAGE)[:, 0],
+        exact_starts=torch.zeros_like(seq_lens),
     )
-    limits = Limits(decode_batch=shape.batch, request_pages=shape.pages, extend_requests=1, chunk_pages=1)
+    limits = Limits(len(rows), shape.pages, extend_requests=1, chunk_pages=1, draft_tokens=shape.drafts)
     attention = Attention(heads, config, DEVICE, limits, kernels)
     # once per step, not per layer
     step = attention.plan(batch)
@@ -86,9 +89,10 @@ def kvarn(problem: Problem, preset: str, part: str = "", kernels: Kernels | None
         run(0)
         return [Candidate(run_part, out, [], None, math.inf, len(caches))]
 
-    def expected(b: int) -> torch.Tensor:
-        return reference.attention(problem.q[b : b + 1], *problem.keys_values(b), config)[0]
+    def expected(row: int) -> torch.Tensor:
+        return reference.attention(problem.q[row : row + 1], *problem.keys_values(row), config)[0]
 
+    # as if the drafts of a request read its tokens together
     pages = max(0, (shape.context - 1) // PAGE - config.window_pages)
     exact = min(shape.context, config.ring_len) * heads.full_token_bytes
     total = shape.batch * (pages * heads.num_kv_heads * config.record_bytes(heads.head_dim) + exact)
@@ -125,8 +129,41 @@ def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Can
     return Candidate(run, out, problem.samples, problem.exact, tolerance, layers, total)
 
 
+def _flashinfer_verify(problem: Problem) -> Candidate:
+    import flashinfer
+
+    shape, heads = problem.shape, problem.shape.heads
+    page_table = problem.physical_pages()
+    layers = shape.layers(shape.batch * shape.pages * PAGE * heads.full_token_bytes)
+    caches = [torch.stack(problem.paged(page_table, DTYPE), 1) for _ in range(layers)]
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    counted = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
+    wrapper.plan(
+        counted * shape.drafts,
+        counted * shape.pages,
+        page_table.flatten(),
+        torch.full((shape.batch,), (shape.context - 1) % PAGE + 1, dtype=torch.int32, device=DEVICE),
+        heads.num_qo_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        PAGE,
+        causal=True,
+        q_data_type=DTYPE,
+        kv_data_type=DTYPE,
+    )
+    out = torch.empty_like(problem.q)
+
+    def run(layer: int) -> None:
+        wrapper.run(problem.q, caches[layer], out=out)
+
+    return Candidate(run, out, problem.samples, problem.exact, 1e-2, layers, shape.full_bytes)
+
+
 def flashinfer_bf16(problem: Problem) -> list[Candidate]:
-    """Return FlashInfer on a bf16 cache, without tensor cores, where it has that, and with them."""
+    """Return FlashInfer on a bf16 cache: decode without tensor cores, where it has that, and with them; or verify."""
+    if problem.shape.drafts > 1:
+        return [_flashinfer_verify(problem)]
     ways = (False, True) if problem.shape.heads.group in FLASHINFER_GROUPS else (True,)
     return [_flashinfer(problem, torch.bfloat16, cores) for cores in ways]
 
@@ -145,7 +182,7 @@ def fa3_bf16(problem: Problem) -> list[Candidate]:
     layers = shape.layers(shape.batch * shape.pages * PAGE * heads.full_token_bytes)
     caches = [problem.paged(page_table, DTYPE) for _ in range(layers)]
     seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
-    qo_indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
+    qo_indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE) * shape.drafts
     out = torch.empty_like(problem.q)
 
     def run(layer: int) -> None:
@@ -155,7 +192,7 @@ def fa3_bf16(problem: Problem) -> list[Candidate]:
             page_table=page_table,
             cache_seqlens=seq_lens,
             cu_seqlens_q=qo_indptr,
-            max_seqlen_q=1,
+            max_seqlen_q=shape.drafts,
             softmax_scale=heads.head_dim**-0.5,
             causal=True,
             out=out,
@@ -200,3 +237,5 @@ BASELINES = {
     "flashinfer_fp8": flashinfer_fp8,
     "sglang_triton_bf16": sglang_triton_bf16,
 }
+# those that attend more than one new token of a request
+VERIFY_BASELINES = ("flashinfer_bf16", "fa3_bf16")

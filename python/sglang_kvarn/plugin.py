@@ -163,7 +163,6 @@ HOOKS = (
         ("self", "kvc"),
         drafts.charge_draft,
         why="A token of a draft model would be charged as if it were quantised too.",
-        replaced_by="`bytes_per_token`",
     ),
     Hook(
         "speculative.cpp_ngram.ngram_corpus.NgramCorpus.batch_get",

@@ -43,6 +43,24 @@ def test_decode_of_a_preset_agrees_with_the_oracle(preset, kernels, decode):
     assert candidate.layers == 8 and candidate.bytes > 0
 
 
+@pytest.mark.parametrize("kernels", [TORCH, TRITON], ids=["torch", "triton"])
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
+def test_verify_of_a_preset_agrees_with_the_oracle(preset, kernels):
+    # the drafts go over the end of a page
+    problem = DecodeProblem.make(DecodeShape(2, 258, HEADS, drafts=4), unique=4)
+    (candidate,) = decode_providers.kvarn(problem, preset, kernels=kernels)
+    assert candidate.samples == [0, 3, 7] and check(candidate) < candidate.tolerance
+
+
+def test_pages_of_a_verify_problem_hold_its_drafts():
+    problem = DecodeProblem.make(DecodeShape(2, 258, HEADS, drafts=4), unique=4)
+    table = problem.physical_pages()
+    k, _ = problem.paged(table, DTYPE)
+    for row in (3, 7):
+        pages = k[table[row // 4].long()].flatten(0, 1)[:258]
+        assert torch.equal(pages, problem.keys_values(row)[0])
+
+
 def test_decode_parts_run_one_after_the_other_give_a_layer(decode):
     (whole,) = decode_providers.kvarn(decode, "kvarn", kernels=TRITON)
     whole.run(0)

@@ -75,6 +75,55 @@ def test_one_graph_serves_every_length_and_every_padding(preset):
             assert relative_rms(out[slot], expected[n][begins[n] + count]) < TOLERANCE, (count, n)
 
 
+@pytest.mark.parametrize("drafts", [4, 8])
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
+def test_a_verify_graph_gives_what_an_eager_step_gives(preset, drafts):
+    """Chains over the end of a page, one of them of a padded request, replayed from a graph and run eagerly."""
+    config, rows = KVarNConfig.from_preset(preset), 3 * drafts
+    requests, first_page = [], 1
+    for n, tokens in enumerate((3 * PAGE + 40, PAGE + 40)):
+        requests.append(make_request(tokens, HEADS, HEAD_DIM, torch.bfloat16, row=n + 1, first_page=first_page, seed=n))
+        first_page += len(requests[-1].pages)
+    ring = config.ring_pages(HEAD_DIM, 2, drafts)
+    more = ring - config.ring_pages(HEAD_DIM, 2)
+    cache = make_cache(config, HEADS[1], HEAD_DIM, torch.bfloat16, first_page, rows=3, more_ring_pages=more)
+    cache.records[0] = 0
+    lengths = [3 * PAGE - 3, PAGE - 2]
+    attention = attention_for(cache, HEADS[0], config, max_batch=rows, max_pages=8)
+    for request, length in zip(requests, lengths, strict=True):
+        prefill(attention, request, [length], cache, config)
+    batch = static_batch(rows, 8, ring)
+    inputs = {
+        name: torch.zeros(rows, n, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+        for name, n in {"q": HEADS[0], "k": HEADS[1], "v": HEADS[1]}.items()
+    }
+    out = torch.zeros_like(inputs["q"])
+    planned = attention.plan(batch)
+    attention.attend(QKV(**inputs), out, cache, planned, HEAD_DIM**-0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention.attend(QKV(**inputs), out, cache, planned, HEAD_DIM**-0.5)
+    # of the padded request: 2 .. D + 1 tokens on page 0
+    batch.seq_lens.copy_(torch.arange(2, drafts + 2).repeat(3))
+    for n, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+        for draft in range(drafts):
+            row, position = n * drafts + draft, length + draft
+            batch.ring_pages[row], batch.seq_lens[row] = cache.rings[request.row], position + 1
+            batch.page_table[row, : len(request.pages)] = torch.tensor(request.pages, dtype=torch.int32)
+            batch.store_pages[row] = request.pages[position // PAGE]
+            for name, x in inputs.items():
+                x[row] = getattr(request, name)[position]
+    eager, before = torch.zeros_like(out), cache.records.clone()
+    attention.attend(QKV(**inputs), eager, cache, attention.plan(batch), HEAD_DIM**-0.5)
+    after = cache.records.clone()
+    cache.records.copy_(before)
+    graph.replay()
+    assert torch.equal(out[: 2 * drafts], eager[: 2 * drafts]) and torch.equal(cache.records[1:], after[1:])
+    for n, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+        expected = oracle(request, config, length, length + drafts)
+        assert relative_rms(out[n * drafts : (n + 1) * drafts], expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
 def test_large_batches_match_the_oracle(preset):
     config = KVarNConfig.from_preset(preset)

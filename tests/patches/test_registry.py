@@ -142,6 +142,9 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     kept.append("model_executor.model_runner.ModelRunner.load_model")
     # states of hybrid models, which SGLang takes out of the memory before it asks a format
     kept.append("mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache")
+    # drafts, whose own cache SGLang charges after it asked a format
+    kept.append("model_executor.pool_configurator.DefaultPoolConfigurator.__init__")
+    kept.append("speculative.cpp_ngram.ngram_corpus.NgramCorpus.batch_get")
     # rings of requests, which are pages of the pool
     kept += [f"mem_cache.memory_pool.ReqToTokenPool.{name}" for name in ("alloc", "free", "clear")]
     kept += ["mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__"]

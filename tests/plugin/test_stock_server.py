@@ -52,6 +52,8 @@ STOCK = {
         for name in ("auto", "fp8_e4m3", None)
         for draft in (False, True)
     ],
+    "drafts.charge_draft": [((Unread(), configurator()), {})],
+    "drafts.keep_chains": [((Unread(), Unread(), Unread(), Unread()), {})],
     "budget.split_memory": [((configurator(), Unread()), {})],
     "budget.cell_size": [((Unread(), configurator(), Unread()), {})],
     "budget.charge_fixed_bytes": [((configurator(), Unread()), {})],
