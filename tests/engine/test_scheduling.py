@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed chunks, forced retraction and tensor parallelism give the tokens of undisturbed requests."""
+"""Mixed chunks, retraction, preemption and tensor parallelism give the tokens of undisturbed requests."""
 
 from __future__ import annotations
+
+import asyncio
 
 import pytest
 
@@ -20,6 +22,31 @@ def test_mixed_chunks_and_retraction_change_no_token(start_engine, model, monkey
     assert sum(answer["retractions"] for answer in got) > 0
     for tokens, answer in zip(prompts, got, strict=True):
         assert answer["tokens"] == expected(model, tokens, preset, new_tokens=30)
+
+
+def test_a_request_that_is_preempted_gives_its_ring_back_and_goes_on_with_another(start_engine, model, monkeypatch):
+    # SGLang counts every page of every step
+    monkeypatch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
+    preset, low, high = "kvarn", prompt(330, seed=1), prompt(200, seed=2)
+
+    async def both(engine) -> list:
+        async def ask(tokens: list[int], priority: int, new_tokens: int):
+            sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+            return await engine.async_generate(input_ids=tokens, sampling_params=sampling, priority=priority)
+
+        waiting = asyncio.create_task(ask(low, 0, 80))
+        await asyncio.sleep(1)
+        assert not waiting.done(), "the first request was over before the second came"
+        return [await ask(high, 100, 12), await waiting]
+
+    # 15 pages beside a ring of 19: the second request's comes from the first one's
+    with start_engine(
+        kv_cache_dtype=preset, max_total_tokens=34 * 128, max_running_requests=1, enable_priority_scheduling=True
+    ) as engine:
+        first, preempted = engine.loop.run_until_complete(both(engine))
+    assert preempted["meta_info"]["num_retractions"] > 0
+    assert first["output_ids"] == expected(model, high, preset, new_tokens=12)
+    assert preempted["output_ids"] == expected(model, low, preset, new_tokens=80)
 
 
 def test_a_window_preset_reads_the_cached_prefix_from_records(start_engine, model):
