@@ -46,7 +46,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         if self.req_to_token.is_cuda:
             self.attention.warm_up(pool.layer_cache(pool.layer_ids[0]))
         self._step: Step | None = None
-        self._verify_mask = compat.unread_verify_mask(limits.decode_batch, limits.draft_tokens, model_runner.device)
+        drafts = limits.draft_tokens
+        self._verify_mask = compat.unread_verify_mask(limits.decode_batch // drafts, drafts, model_runner.device)
         logger.info("KVarN on %s: %s", self.req_to_token.device, self.attention.describe())
         scales.log_unused(model_runner)
 
