@@ -6,6 +6,7 @@ Nothing here touches the verify step of a kvarn cache. It makes sure that no acc
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import types
@@ -18,6 +19,7 @@ from sglang_kvarn import compat
 
 # where this is set, engines run their steps one ahead; SGLang does that for drafts on a GPU only
 OVERLAP = "KVARN_TEST_OVERLAP"
+WRONG = 7
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -51,9 +53,27 @@ def install() -> None:
     eagle.verify_tree_greedy_func = accept_greedily
     # 0.5.16 calls the first, later versions the second
     eagle.sgl_build_tree_kernel_efficient = eagle.build_tree_kernel_efficient_func = link_chain
+    corpus = compat.resolve("sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus")
+    corpus.batch_get = with_a_draft(corpus.batch_get)
     if OVERLAP in os.environ:
         _arguments()._disable_overlap_schedule_for_cpu = nothing_to_do
     compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool").move_kv_cache = nothing_moves
+
+
+def with_a_draft(batch_get):
+    """Return the function of SGLang's corpus with a draft, WRONG, for each request that it has none for.
+
+    What SGLang fills up with then stands behind a draft that is rejected, which seldom happens by itself.
+    """
+
+    @functools.wraps(batch_get)
+    def at_least_one(corpus, req_ids, batch_tokens, total_lens):
+        tokens, mask = batch_get(corpus, req_ids, batch_tokens, total_lens)
+        drafts = tokens.reshape(len(req_ids), -1)
+        drafts[(drafts[:, 1:] == 0).all(1), 1] = WRONG
+        return drafts.reshape(tokens.shape), mask
+
+    return at_least_one
 
 
 def allow_overlap(patch: pytest.MonkeyPatch) -> None:
