@@ -167,7 +167,7 @@ def load(folder: str | Path, **options: Any) -> Any:
 
 
 def _stay_off_the_hub() -> None:
-    """Let transformers compute Mamba-2 in torch; 5.12 would load kernels from the Hub for it, and fail without a GPU."""
+    """Let transformers compute Mamba-2 in torch: 5.12 would load kernels from the Hub, and fail without a GPU."""
     for name in ("causal-conv1d", "mamba-ssm"):
         getattr(hub_kernels, "_HUB_KERNEL_MAPPING", {}).pop(name, None)
 

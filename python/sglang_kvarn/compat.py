@@ -265,7 +265,7 @@ def state_bytes(config: Any) -> int:
 
 def planned_state_bytes(config: Any, ranks: int) -> int:
     """Return what `state_bytes` will be on one of so many ranks, where none of them runs yet."""
-    widths: dict[str, Any] = {"tp_size": ranks, "attn_tp_size": ranks}
+    widths: dict[str, Any] = dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), ranks)
     if _since("0.5.23"):
         widths["enable_cp_tp_group_sharing"] = False
     with resolve(_NAMES["get_parallel"])().override(**widths):

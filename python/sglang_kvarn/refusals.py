@@ -23,8 +23,7 @@ _TWO_BATCHES = "two batches would share one set of decode buffers"
 _SESSION = "a session may be cut back into a page that is already quantised"
 
 _FULL_LAYERS = {"full_attention", "attention"}
-# of hybrid models; some layers of theirs are an MLP and nothing else
-_STATE_LAYERS = {"linear_attention", "mamba", "mlp", "moe"}
+_STATE_LAYERS = {"linear_attention", "mamba"}
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
 # what SGLang writes into the code of a model, so that no configuration shows it
 _IN_CODE = {

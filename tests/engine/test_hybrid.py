@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import itertools
 
-import states_on_cpu
 import pytest
+import states_on_cpu
 from sglang_kvarn import compat
 
 from benchmarks.common import tiny_model
@@ -163,6 +163,26 @@ def test_retraction_changes_no_token_and_a_hit_reads_the_window_preset_from_reco
     assert (facts["states"], facts["max_requests"]) == (40, 4)
     sessions = {"8192": {"sessions": 1, "runs_out": "tokens"}} if HAS_PREFIX_CACHE else {}
     assert sessions.items() <= facts["cached_sessions"].items()
+
+
+@pytest.mark.long
+@needs_prefix_cache
+def test_answers_stay_the_oracles_when_states_run_out_before_tokens(start_engine, tmp_path):
+    folder = tiny_model.save(tmp_path, "nemotron_h")
+    shared = prompt(300, seed=300)
+    longer, missed = steady(folder, 372, after=shared)
+    options = OPTIONS | {"max_running_requests": 1, "max_mamba_cache_size": 8}
+    with start_engine(model_path=folder, kv_cache_dtype=PRESET, **options) as engine:
+        # a request takes 5 states; each of these prompts leaves one
+        for tokens in (shared, *(prompt(300, seed) for seed in range(5))):
+            answers(engine, [tokens], NEW)
+        held = engine.get_server_info()["internal_states"][0]["kvarn"]["pages_in_use"]
+        (answer,) = answers(engine, [longer], NEW)
+        (again,) = answers(engine, [longer], NEW)
+    # pages of every prompt are there, the state of the first is not
+    assert held >= 6 * 2 and answer["cached"] == 0 and answer["tokens"] == missed
+    hit = tiny_model.expected(folder, longer, PRESET, cached=256, new_tokens=NEW)
+    assert again["cached"] == 256 and again["tokens"] == hit
 
 
 @pytest.mark.long

@@ -12,8 +12,8 @@ import textwrap
 from pathlib import Path
 from unittest import mock
 
-import states_on_cpu
 import pytest
+import states_on_cpu
 from model_table import CHANGES, DRAFTS, LATENT, REFUSED, SERVED, SERVED_HYBRIDS, SERVED_UNCACHED, WINDOWS, WRAPPERS
 from sglang_kvarn import compat, refusals
 
@@ -47,6 +47,7 @@ VARIANTS = [
     # SGLang gives these models no window, so a kvarn cache computes what a 16-bit cache does
     ("MistralForCausalLM", "mistral", {"sliding_window": 4096}, None),
     ("Phi3ForCausalLM", "phi3", {"hidden_size": 4096, "sliding_window": 2047}, None),
+    ("NemotronHForCausalLM", "nemotron_h", {"hybrid_override_pattern": "M-M-"}, "states of a kind that is not tested"),
     ("Olmo2ForCausalLM", "olmo3", {}, "sliding-window layers"),
     ("PixtralForConditionalGeneration", "deepseek_v3", LATENT, "latent attention"),
     ("Qwen2ForCausalLM", "qwen2", DUAL_CHUNK, "dual-chunk attention"),
