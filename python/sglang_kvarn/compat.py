@@ -263,6 +263,11 @@ def state_bytes(config: Any) -> int:
     return config.mamba2_cache_params.mamba_cache_per_req
 
 
+def state_layers(config: Any) -> int:
+    """Return how many layers of a `hybrid_config` keep states; all those of Falcon-H1 keep tokens too."""
+    return len(config.mamba2_cache_params.layers)
+
+
 def planned_state_bytes(config: Any, ranks: int) -> int:
     """Return what `state_bytes` will be on one of so many ranks, where none of them runs yet."""
     widths: dict[str, Any] = dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), ranks)

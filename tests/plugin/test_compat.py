@@ -154,3 +154,8 @@ def test_a_state_takes_the_bytes_of_its_shape(model_dir, monkeypatch, name):
     if name.startswith(("Qwen", "Nemotron")):
         # the groups of the others are fewer than the ranks, so that each keeps one
         assert compat.planned_state_bytes(config, 2) == found // 2
+
+
+def test_layers_with_states_are_counted_by_sglangs_own_list():
+    config = SimpleNamespace(mamba2_cache_params=SimpleNamespace(layers=range(3)))
+    assert compat.state_layers(config) == 3
