@@ -166,26 +166,6 @@ def test_retraction_changes_no_token_and_a_hit_reads_the_window_preset_from_reco
 
 
 @pytest.mark.long
-@needs_prefix_cache
-def test_a_state_that_is_evicted_while_its_pages_stay_costs_the_hit_and_no_token(start_engine, tmp_path):
-    folder = tiny_model.save(tmp_path, "nemotron_h")
-    shared = prompt(300, seed=300)
-    trunk = shared + prompt(340, seed=1)
-    longer, missed = steady(folder, 372, after=shared)
-    above, expected = steady(folder, 700, after=trunk, cached=640)
-    # a request takes 5 states, so that 3 stay cached
-    options = OPTIONS | {"max_running_requests": 1, "max_mamba_cache_size": 8}
-    with start_engine(model_path=folder, kv_cache_dtype=PRESET, **options) as engine:
-        for tokens in (shared, trunk, prompt(300, seed=2), prompt(300, seed=3)):
-            answers(engine, [tokens], NEW)
-        got = [answers(engine, [tokens], NEW)[0] for tokens in (above, longer, longer)]
-    # the pages of the first 256 tokens are there, below a state that is; their own state is not, and then again
-    assert [answer["cached"] for answer in got] == [640, 0, 256]
-    assert got[0]["tokens"] == expected and got[1]["tokens"] == missed
-    assert got[2]["tokens"] == tiny_model.expected(folder, longer, PRESET, cached=256, new_tokens=NEW)
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("family", MAMBA2)
 def test_two_ranks_answer_as_the_oracle(family, start_engine, tmp_path):
     folder = tiny_model.save(tmp_path, family)
