@@ -16,6 +16,8 @@ import torch
 import transformers
 from kvarn_kernels import reference
 from kvarn_kernels.config import KVarNConfig
+from safetensors.torch import load_file, save_file
+from transformers.integrations import hub_kernels
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -38,8 +40,60 @@ _EXPERTS = {
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
 }
+# chunks of states as published; every factor has a value of its own, so that one that is lost changes the answer
+_FALCON_H1 = {
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 256,
+    "key_multiplier": 0.6,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.7,
+    "ssm_in_multiplier": 0.9,
+    "ssm_out_multiplier": 1.1,
+    "ssm_multipliers": [0.8, 0.9, 1.1, 1.2, 0.7],
+    "mlp_multipliers": [0.9, 0.6],
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.8,
+}
+_GRANITE_HYBRID = {
+    "layer_types": ["mamba", "attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 256,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 512,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.7,
+    "embedding_multiplier": 1.5,
+    "logits_scaling": 1.25,
+}
+_NEMOTRON_H = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "mlp", "attention", "mlp"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 16,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 128,
+    # transformers takes no smaller step, SGLang any
+    "time_step_min": 1e-9,
+    # its activation is a square, so that a wide MLP drowns attention
+    "intermediate_size": 64,
+}
 # what models of a family differ in from `save`
-FAMILIES: dict[str, dict[str, Any]] = {"qwen3_5_text": _GDN, "qwen3_next": _GDN | _EXPERTS}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": _GDN,
+    "qwen3_next": _GDN | _EXPERTS,
+    "falcon_h1": _FALCON_H1,
+    "granitemoehybrid": _GRANITE_HYBRID,
+    "nemotron_h": _NEMOTRON_H,
+}
 _ATTENTION = "kvarn_oracle"
 
 
@@ -61,6 +115,7 @@ def save(folder: Path, family: str = "llama") -> str:
         "eos_token_id": None,
         "bos_token_id": None,
     }
+    _stay_off_the_hub()
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
     config = model_class.config_class(**shape | FAMILIES.get(family, {}))
     torch.manual_seed(0)
@@ -70,11 +125,29 @@ def save(folder: Path, family: str = "llama") -> str:
             if weight.dim() == 2:
                 # attention is to be peaked, and to weigh as much as the token itself
                 weight.normal_(0, 0.12 if "q_proj" in name or "k_proj" in name else 0.08)
+            elif name.endswith("dt_bias"):
+                # steps of about 1/50, so that a state remembers as many tokens
+                weight.normal_(-4, 1)
+            elif "conv1d" in name:
+                # what goes into a state is to depend on the tokens, not on the bias
+                weight.normal_(0, 0.1 if name.endswith("bias") else 0.5)
             elif name.endswith("bias"):
                 # so large that the plugin keeps that of the values out of the cache
                 weight.normal_(0, 0.5)
     model.save_pretrained(folder)
+    if family == "nemotron_h":
+        _name_as_published(folder)
     return str(folder)
+
+
+def _name_as_published(folder: Path) -> None:
+    """Put the names of a published Nemotron-H into a folder: SGLang does not read all those of transformers."""
+    file, weights = folder / "config.json", folder / "model.safetensors"
+    names = ("layers_block_type", "mamba_n_groups", "mamba_chunk_size")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: _NEMOTRON_H[name] for name in names}))
+    # transformers 5.12 saves the embeddings by a name that it does not load itself
+    loaded = {name.replace(".embedding.", ".embeddings."): x for name, x in load_file(weights).items()}
+    save_file(loaded, weights, metadata={"format": "pt"})
 
 
 def load(folder: str | Path, **options: Any) -> Any:
@@ -83,6 +156,7 @@ def load(folder: str | Path, **options: Any) -> Any:
     By class: in a process that has loaded SGLang, the names of transformers give configurations of SGLang's, and
     `from_pretrained` leaves what is not saved, the frequencies of RoPE, as the memory was.
     """
+    _stay_off_the_hub()
     (architecture,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
     model_class = getattr(transformers, architecture)
     model = model_class.from_pretrained(folder, dtype=torch.float32, **options)
@@ -90,6 +164,12 @@ def load(folder: str | Path, **options: Any) -> Any:
     for name, buffer in model.named_buffers():
         buffer.copy_(made[name])
     return model
+
+
+def _stay_off_the_hub() -> None:
+    """Let transformers compute Mamba-2 in torch: 5.12 would load kernels from the Hub, and fail without a GPU."""
+    for name in ("causal-conv1d", "mamba-ssm"):
+        getattr(hub_kernels, "_HUB_KERNEL_MAPPING", {}).pop(name, None)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -127,6 +207,10 @@ def expected_with_margin(
     torch.set_num_threads(1)
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attend)
     model = load(folder, attn_implementation=_ATTENTION)
+    for module in model.modules():
+        if type(module).__name__ == "NemotronHMamba2Mixer":
+            # all in one chunk: transformers 5.12 hands states of these layers to wrong chunks
+            module.chunk_size = len(token_ids) + new_tokens
     tokens, margins = list(token_ids), []
     with torch.inference_mode():
         for _ in range(new_tokens):

@@ -76,21 +76,6 @@ class States:
         return (by_states, "states") if by_states < by_tokens else (by_tokens, "tokens")
 
 
-def gated_delta_state_bytes(text_config: Any, layers: int, dtype: torch.dtype, tp_size: int) -> int:
-    """Return the bytes of a state of gated delta nets on a rank, as SGLang keeps it by default.
-
-    A layer keeps a matrix [K, V] for each value head in float32, and the last inputs of its convolution over queries,
-    keys and values in the dtype of the model.
-
-    Args:
-        text_config: with the fields linear_*; layers: that keep states; dtype: of the model.
-    """
-    values = text_config.linear_num_value_heads * text_config.linear_value_head_dim
-    keys = text_config.linear_num_key_heads * text_config.linear_key_head_dim
-    window = (2 * keys + values) * (text_config.linear_conv_kernel_dim - 1) * dtype.itemsize
-    return layers * (values * text_config.linear_key_head_dim * torch.float32.itemsize + window) // tp_size
-
-
 def state_ratio(state_bytes: int, per_session: int, token_bytes: int) -> float:
     """Return bytes of states for each byte of tokens with which both run out at the same number of typical sessions."""
     return per_session * state_bytes / (TYPICAL_SESSION * token_bytes)

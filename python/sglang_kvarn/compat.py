@@ -76,8 +76,12 @@ PLAIN_ATTENTION = (
 )
 
 
-# SGLang's configurations, by class, of models with gated delta nets beside attention: the states that are tested
+# SGLang's configurations, by class, of models whose states are of a tested kind
 GATED_DELTA_NETS = {"Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"}
+MAMBA2 = {"FalconH1Config", "GraniteMoeHybridConfig", "NemotronHConfig"}
+# The first version whose model computes what the checkpoint was trained for: until 0.5.20 the residual of the last
+# layer is added a second time.
+_RIGHT_SINCE = {"GraniteMoeHybridConfig": "0.5.23"}
 
 
 def __getattr__(name: str) -> Any:
@@ -236,8 +240,28 @@ def hybrid_config(model_config: Any) -> Any:
 
 
 def keeps_known_states(config: Any) -> bool:
-    """Whether the states of a `hybrid_config` are of a tested kind, those of gated delta nets."""
-    return type(config).__name__ in GATED_DELTA_NETS and bool(config.full_attention_layer_ids)
+    """Whether the states of a `hybrid_config` are of a tested kind, and some layers have attention beside them."""
+    return type(config).__name__ in GATED_DELTA_NETS | MAMBA2 and bool(config.full_attention_layer_ids)
+
+
+def has_gated_delta_nets(config: Any) -> bool:
+    """Whether the states of a `hybrid_config` are those of gated delta nets."""
+    return type(config).__name__ in GATED_DELTA_NETS
+
+
+def adds_last_residual_twice(config: Any) -> bool:
+    """Whether SGLang's own code of the model of a `hybrid_config` has this error."""
+    return not _since(_RIGHT_SINCE.get(type(config).__name__, "0"))
+
+
+def saves_states_at_page_ends() -> bool:
+    """Whether SGLang saves the right states for its prefix cache where pages have 128 tokens.
+
+    Kernels return the state before every chunk of a step. Until 0.5.18 SGLang looks for a request's state as if there
+    was one for each page, from the request's first token on. But chunks of gated delta nets have 64 tokens, and those
+    of Mamba-2 begin with the step: the state of another token, or request, is saved.
+    """
+    return _since("0.5.20")
 
 
 def checkpoints_states(server_args: Any, model_config: Any) -> bool:
@@ -302,6 +326,20 @@ def states_per_request(configurator: Any) -> int:
 def state_bytes(config: Any) -> int:
     """Return the bytes of one state of a `hybrid_config`, all layers of a rank."""
     return config.mamba2_cache_params.mamba_cache_per_req
+
+
+def state_layers(config: Any) -> int:
+    """Return how many layers of a `hybrid_config` keep states; all those of Falcon-H1 keep tokens too."""
+    return len(config.mamba2_cache_params.layers)
+
+
+def planned_state_bytes(config: Any, ranks: int) -> int:
+    """Return what `state_bytes` will be on one of so many ranks, where none of them runs yet."""
+    widths: dict[str, Any] = dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), ranks)
+    if _since("0.5.23"):
+        widths["enable_cp_tp_group_sharing"] = False
+    with resolve(_NAMES["get_parallel"])().override(**widths):
+        return state_bytes(config)
 
 
 def prefix_len(req: Any) -> int:

@@ -213,11 +213,12 @@ def _log_draft(drafted: int, token: int, configurator: Any) -> None:
 
 def _log_states(pool: KVarNTokenToKVPool, states: States, configurator: Any) -> None:
     logger.info(
-        "KVarN: %d of %d layers keep tokens, the others states: %s of %.1f MiB, %d for a running request%s. A higher "
+        "KVarN: of %d layers %d keep tokens and %d states: %s of %.1f MiB, %d for a running request%s. A higher "
         "--mamba-full-memory-ratio than %s gives memory of tokens to states, --mamba-ssm-dtype bfloat16 halves most of "
         "a state",
-        len(pool.layer_ids),
         configurator.model_config.num_hidden_layers,
+        len(pool.layer_ids),
+        compat.state_layers(compat.hybrid_config(configurator.model_config)),
         f"{states.number:,}",
         states.nbytes / MIB,
         states.per_request,

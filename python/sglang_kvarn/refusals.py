@@ -27,7 +27,7 @@ _TREE = "the tokens of an accepted branch would have to move to other places of 
 _SESSION = "a session may be cut back into a page that is already quantised"
 
 _FULL_LAYERS = {"full_attention", "attention"}
-_STATE_LAYERS = {"linear_attention"}
+_STATE_LAYERS = {"linear_attention", "mamba"}
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
 # what SGLang writes into the code of a model, so that no configuration shows it
 _IN_CODE = {
@@ -335,9 +335,15 @@ def check_model(model_config: Any) -> None:
     Raises:
         Refused: the property of the model that is not served.
     """
+    model = model_config.hf_config.architectures[0]
     for applies, what in chain(_attention_properties(model_config), _head_properties(model_config)):
         if applies:
-            _refuse_model(model_config.hf_config.architectures[0], what)
+            _refuse_model(model, what)
+    if compat.adds_last_residual_twice(compat.hybrid_config(model_config)):
+        raise Refused(
+            f"a kvarn cache of {model} cannot be tested in SGLang {compat.version()}, which adds the residual of the "
+            "last layer twice, whatever the cache: take SGLang 0.5.23 or drop --kv-cache-dtype"
+        )
 
 
 def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
@@ -401,6 +407,12 @@ def check_states(server_args: Any, model_config: Any) -> None:
         )
     if args.disable_radix_cache:
         return
+    if not compat.saves_states_at_page_ends():
+        raise Refused(
+            f"a prefix cache for the states of {model} needs SGLang 0.5.20 or later beside a kvarn cache, because "
+            f"{compat.version()} saves states of other tokens if pages have {settings.PAGE_SIZE}: take SGLang 0.5.23 "
+            "or add --disable-radix-cache"
+        )
     if not compat.checkpoints_states(server_args, model_config):
         raise Refused(
             f"a prefix cache for the states of {model} with --linear-attn-backend {args.linear_attn_backend} needs "
@@ -465,8 +477,8 @@ def check_states_on_device(device: str, model_config: Any) -> None:
     Raises:
         Refused: the model and the GPU.
     """
-    is_hybrid = compat.hybrid_config(model_config) is not None
-    if device == "cuda" and is_hybrid and torch.cuda.get_device_capability() >= (10, 0):
+    is_delta = compat.has_gated_delta_nets(compat.hybrid_config(model_config))
+    if device == "cuda" and is_delta and torch.cuda.get_device_capability() >= (10, 0):
         raise Refused(
             f"SGLang runs {model_config.hf_config.architectures[0]} on {torch.cuda.get_device_name()} beside attention "
             "backends of its own only, and a kvarn cache has another: use a GPU up to Hopper or drop --kv-cache-dtype"

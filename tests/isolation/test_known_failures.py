@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 from history import PAGE
-from world import ROWS, World, use_plain_allocation_kernels
+from world import CONTEXT, ROWS, World, use_plain_allocation_kernels
 
 PRESETS = ["kvarn", "kvarn_canonical"]
 
@@ -308,3 +308,46 @@ def test_padded_requests_of_a_verify_step_write_to_page_0_only(drafting):
     changed = set((world.cache.records != records).flatten(1).any(1).nonzero().flatten().tolist())
     own = world.rows.req_to_token[request.row, : 2 * PAGE : PAGE] // PAGE
     assert 0 in changed and changed <= {0, *ring_of(world, request), *own.tolist()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_hit_at_a_state_before_the_end_of_the_cached_pages_reads_exactly_from_there(preset, monkeypatch):
+    """In a hybrid a hit ends at a state; the pages behind it are cached, and the request computes its own."""
+    use_plain_allocation_kernels(monkeypatch)
+    world = World(preset, checkpoint=2 * PAGE)
+    shared = tokens(3 * PAGE, 1)
+    donor = prefill(world, shared + tokens(30, 2))
+    cached = pages_in(world, donor)[:3]
+    request = world.admit(shared + tokens(20, 3))
+    # the chunk ends amid the page that is cached and computed again
+    world.extend(PAGE // 2)
+    assert request.exact_start == int(world.rings.exact_starts[request.row]) == 2 * PAGE
+    own = pages_in(world, request)
+    assert own[:2] == cached[:2] and own[2] not in cached
+    world.extend(1000)
+    world.finish(donor)
+    for _ in range(PAGE):
+        world.decode()
+    assert request in world.running
+    world.check_accounts()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_state_that_is_evicted_while_its_pages_stay_costs_the_hit_and_nothing_else(preset, monkeypatch):
+    """Without the state nothing of the cached pages may be used, and who found it before goes on with them."""
+    use_plain_allocation_kernels(monkeypatch)
+    world = World(preset, checkpoint=2 * PAGE)
+    shared = tokens(2 * PAGE, 1)
+    world.finish(prefill(world, shared + tokens(30, 2)))
+    early = prefill(world, shared + tokens(40, 3))
+    cached = pages_in(world, early)[:2]
+    # no match is that long
+    world.checkpoint = 2 * CONTEXT
+    late = prefill(world, shared + tokens(50, 4))
+    assert (early.exact_start, late.exact_start) == (2 * PAGE, 0)
+    assert int(world.rings.exact_starts[late.row]) == 0 and int(world.rings.exact_starts[early.row]) == 2 * PAGE
+    for _ in range(PAGE):
+        world.decode()
+    # the later copy was a duplicate, and is free
+    assert pages_in(world, late)[:2] == cached and {early, late} <= set(world.running)
+    world.check_accounts()

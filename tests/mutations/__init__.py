@@ -14,12 +14,13 @@ from . import (
     plugin,
     record,
     rings,
+    states,
     torch_form,
     write,
 )
 
 _ROOMS = (
     *(record, write, decode, decode_plan, extend, dense, dequantise, attention, torch_form),
-    *(balance, plugin, rings, metadata, drafts),
+    *(balance, plugin, rings, metadata, drafts, states),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

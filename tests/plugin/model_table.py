@@ -89,14 +89,22 @@ SERVED = _rows(
     """
 )
 
-# some layers keep the states of gated delta nets
+# some layers keep the states of gated delta nets or of Mamba-2
 SERVED_HYBRIDS = _rows(
     """
+    FalconH1ForCausalLM falcon_h1  GraniteMoeHybridForCausalLM granitemoehybrid
     InternS2PreviewForConditionalGeneration intern_s2_preview
     MiniCPMV4_6ForConditionalGeneration minicpmv4_6  MiniCPMV4_7ForConditionalGeneration minicpmv4_7
+    NemotronHForCausalLM nemotron_h  NemotronH_Omni_Reasoning_V3 nemotron_h_omni
     Qwen3NextForCausalLM qwen3_next  Qwen3_5ForCausalLM qwen3_5_text
     Qwen3_5ForConditionalGeneration qwen3_5
     Qwen3_5MoeForCausalLM qwen3_5_moe_text  Qwen3_5MoeForConditionalGeneration qwen3_5_moe
+    """
+)
+# the same states, but SGLang has a prefix cache for them only if a page is one token
+SERVED_UNCACHED = _rows(
+    """
+    NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Nano_Omni_Reasoning_V3  NemotronH_Nano_VL_V2 NemotronH_Nano_VL_V2
     """
 )
 # by the word of the sentence
@@ -124,15 +132,12 @@ REFUSED = {
     ),
     "states of a kind that is not tested": _rows(
         """
-        FalconH1ForCausalLM falcon_h1  FalconMambaForCausalLM falcon_mamba
-        GraniteMoeHybridForCausalLM granitemoehybrid  InternS2MobiusForConditionalGeneration interns2_mobius
+        FalconMambaForCausalLM falcon_mamba  InternS2MobiusForConditionalGeneration interns2_mobius
         JetNemotronForCausalLM jet_nemotron+  JetVLMForConditionalGeneration jet_vlm
         Lfm2BidirectionalModel lfm2  Lfm2ForCausalLM lfm2  Lfm2MoeForCausalLM lfm2_moe
         Lfm2VlForConditionalGeneration lfm2_vl
-        Mamba2ForCausalLM mamba2  MambaForCausalLM mamba  NemotronHForCausalLM nemotron_h
+        Mamba2ForCausalLM mamba2  MambaForCausalLM mamba
         NemotronHPuzzleForCausalLM nemotron_h_puzzle+
-        NemotronH_Nano_Omni_Reasoning_V3 NemotronH_Nano_Omni_Reasoning_V3
-        NemotronH_Nano_VL_V2 NemotronH_Nano_VL_V2  NemotronH_Omni_Reasoning_V3 nemotron_h_omni
         Qwen4ExpForConditionalGeneration qwen4_exp  ZayaForCausalLM zaya
         """
     ),

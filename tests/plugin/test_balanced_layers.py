@@ -178,6 +178,29 @@ def test_a_module_that_is_not_known_is_named_and_stays_as_it_is(runner, caplog):
     assert "channels of 2 attention layers as they are" in caplog.text and "GatedAttention" in caplog.text
 
 
+HYBRIDS = [
+    "falcon_h1.FalconH1HybridAttentionDecoderLayer",
+    "granitemoehybrid.GraniteMoeHybridAttention",
+    "nemotron_h.NemotronHAttention",
+    "qwen3_next.Qwen3HybridAttentionDecoderLayer",
+]
+
+
+@pytest.mark.parametrize("path", HYBRIDS)
+def test_attention_of_a_hybrid_is_named_and_stays_as_it_is(path, runner, caplog):
+    cls = compat.resolve(f"sglang.srt.models.{path}")
+    module = cls.__new__(cls)
+    torch.nn.Module.__init__(module)
+    module.qkv_proj = torch.nn.Linear(8, 8)
+    module.attn = compat.RadixAttention(num_heads=4, head_dim=64, scaling=1, num_kv_heads=2, layer_id=0)
+    caplog.set_level("INFO")
+    made = torch.nn.Sequential(module)
+    before = weights(made)
+    balanced_layers.balance_layers(runner(made))
+    assert not changed(made, before)
+    assert "channels of 1 attention layers as they are" in caplog.text and cls.__name__ in caplog.text
+
+
 def test_whoever_reads_or_writes_weights_sees_those_of_the_checkpoint(runner):
     made = model()
     checkpoint = weights(made)

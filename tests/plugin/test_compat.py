@@ -93,3 +93,69 @@ def test_attention_layers_are_those_of_a_hybrid_that_keep_no_states(monkeypatch)
     monkeypatch.setattr(compat, "hybrid_config", lambda model: found)
     assert compat.attention_layers(object(), 0, 12) == [3, 7, 11]
     assert compat.attention_layers(object(), 4, 11) == [7]
+
+
+@pytest.mark.parametrize(("found", "right"), [("0.5.16", False), ("0.5.18", False), ("0.5.20", True), ("0.5.23", True)])
+def test_states_are_saved_where_pages_end_from_the_first_version_that_does(monkeypatch, found, right):
+    monkeypatch.setattr(compat, "version", lambda: found)
+    assert compat.saves_states_at_page_ends() is right
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "wrong"),
+    [
+        ("GraniteMoeHybridConfig", "0.5.20", True),
+        ("GraniteMoeHybridConfig", "0.5.23", False),
+        ("FalconH1Config", "0.5.16", False),
+    ],
+)
+def test_a_model_with_an_error_is_known_by_its_version(monkeypatch, name, found, wrong):
+    monkeypatch.setattr(compat, "version", lambda: found)
+    assert compat.adds_last_residual_twice(type(name, (), {})()) is wrong
+    assert not compat.adds_last_residual_twice(None)
+
+
+# published shapes, the states in 32 bits and the inputs of convolutions in 16: layers, heads, channels of a head and of
+# its state, channels of the convolution
+STATES = {
+    "Qwen3-Next-80B-A3B": (
+        {"model_type": "qwen3_next", "num_hidden_layers": 48, "full_attention_interval": 4, "linear_num_key_heads": 16},
+        {"linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+        (36, 32, 128, 128, 2 * 2048 + 4096),
+    ),
+    "Nemotron-H-8B": (
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"},
+        {"mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8},
+        (24, 128, 64, 128, 8192 + 2 * 8 * 128),
+    ),
+    "Falcon-H1-7B": (
+        {"model_type": "falcon_h1", "num_hidden_layers": 44, "mamba_d_ssm": 3072, "mamba_n_heads": 24},
+        {"mamba_d_head": 128, "mamba_d_state": 256, "mamba_n_groups": 1},
+        (44, 24, 128, 256, 3072 + 2 * 256),
+    ),
+    "Granite-4-H-tiny": (
+        {"model_type": "granitemoehybrid", "num_hidden_layers": 40, "hidden_size": 1536, "mamba_n_heads": 48},
+        {"mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1},
+        (36, 48, 64, 128, 3072 + 2 * 128),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_takes_the_bytes_of_its_shape(model_dir, monkeypatch, name):
+    monkeypatch.delenv("SGLANG_MAMBA_CONV_DTYPE", raising=False)
+    one, other, (layers, heads, head, state, convolution) = STATES[name]
+    if name.startswith("Granite"):
+        one = one | {"layer_types": ["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)]}
+    folder = model_dir(plain=False, **one, **other, architectures=["Any"])
+    config = compat.hybrid_config(compat.ModelConfig(folder))
+    found = compat.planned_state_bytes(config, 1)
+    assert found == layers * (heads * head * state * 4 + convolution * 3 * 2)
+    if name.startswith(("Qwen", "Nemotron")):
+        # the groups of the others are fewer than the ranks, so that each keeps one
+        assert compat.planned_state_bytes(config, 2) == found // 2
+
+
+def test_layers_with_states_are_counted_by_sglangs_own_list():
+    config = SimpleNamespace(mamba2_cache_params=SimpleNamespace(layers=range(3)))
+    assert compat.state_layers(config) == 3

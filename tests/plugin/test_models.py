@@ -12,9 +12,9 @@ import textwrap
 from pathlib import Path
 from unittest import mock
 
-import gdn_on_cpu
 import pytest
-from model_table import CHANGES, DRAFTS, LATENT, REFUSED, SERVED, SERVED_HYBRIDS, WINDOWS, WRAPPERS
+import states_on_cpu
+from model_table import CHANGES, DRAFTS, LATENT, REFUSED, SERVED, SERVED_HYBRIDS, SERVED_UNCACHED, WINDOWS, WRAPPERS
 from sglang_kvarn import compat, refusals
 
 TWO_LAYERS = {"num_hidden_layers": 2}
@@ -47,6 +47,7 @@ VARIANTS = [
     # SGLang gives these models no window, so a kvarn cache computes what a 16-bit cache does
     ("MistralForCausalLM", "mistral", {"sliding_window": 4096}, None),
     ("Phi3ForCausalLM", "phi3", {"hidden_size": 4096, "sliding_window": 2047}, None),
+    ("NemotronHForCausalLM", "nemotron_h", {"hybrid_override_pattern": "M-M-"}, "states of a kind that is not tested"),
     ("Olmo2ForCausalLM", "olmo3", {}, "sliding-window layers"),
     ("PixtralForConditionalGeneration", "deepseek_v3", LATENT, "latent attention"),
     ("Qwen2ForCausalLM", "qwen2", DUAL_CHUNK, "dual-chunk attention"),
@@ -143,7 +144,7 @@ def refused(word: str):
 
 def test_every_architecture_of_sglang_is_judged():
     refused = [name for verdicts in REFUSED.values() for name in verdicts]
-    judged = [*SERVED, *SERVED_HYBRIDS, *refused, *DRAFTS, *WRAPPERS]
+    judged = [*SERVED, *SERVED_HYBRIDS, *SERVED_UNCACHED, *refused, *DRAFTS, *WRAPPERS]
     assert len(INSTALLED) > 150 and len(judged) == len(set(judged))
     new = sorted(set(INSTALLED) - set(judged))
     assert not new, f"SGLang {compat.version()} adds architectures that nobody judged: {', '.join(new)}"
@@ -156,14 +157,46 @@ def test_launch_takes(launch, architecture, model_type):
 
 @pytest.fixture
 def checkpoints(monkeypatch):
-    gdn_on_cpu.accept_states(monkeypatch)
+    states_on_cpu.accept_states(monkeypatch)
 
 
-@pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_HYBRIDS), ids=lambda value: value)
+# arguments with which the installed SGLang serves a hybrid
+HYBRID_ARGUMENTS = {} if compat.saves_states_at_page_ends() else {"disable_radix_cache": True}
+# the one whose code is wrong until 0.5.20
+WRONG = set() if compat.has_argument("attn_dp_size") else {"GraniteMoeHybridForCausalLM"}
+HYBRIDS = [row for row in here(SERVED_HYBRIDS) if row[0] not in WRONG]
+needs_checkpoints = pytest.mark.skipif(bool(HYBRID_ARGUMENTS), reason="this SGLang saves states of other tokens")
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), HYBRIDS, ids=lambda value: value)
 def test_launch_takes_a_hybrid(launch, checkpoints, architecture, model_type):
-    launch(architecture, model_type, CHANGES.get(architecture, {}))
+    launch(architecture, model_type, CHANGES.get(architecture, {}), **HYBRID_ARGUMENTS)
 
 
+@pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_UNCACHED), ids=lambda value: value)
+def test_launch_takes_a_hybrid_without_a_prefix_cache_only(launch, checkpoints, architecture, model_type):
+    launch(architecture, model_type, {}, disable_radix_cache=True)
+    with pytest.raises(ValueError, match=rf"^a prefix cache for the states of {architecture} .*--disable-radix-cache"):
+        launch(architecture, model_type, {})
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), HYBRIDS, ids=lambda value: value)
+def test_launch_refuses_a_prefix_cache_of_states_that_sglang_saves_at_other_tokens(
+    launch, checkpoints, monkeypatch, architecture, model_type
+):
+    monkeypatch.setattr(compat, "saves_states_at_page_ends", lambda: False)
+    launch(architecture, model_type, CHANGES.get(architecture, {}), disable_radix_cache=True)
+    with pytest.raises(ValueError, match=r"saves states of other tokens if pages have 128: .* add --disable-radix"):
+        launch(architecture, model_type, CHANGES.get(architecture, {}))
+
+
+def test_launch_refuses_a_hybrid_whose_code_in_sglang_is_wrong(launch, checkpoints, monkeypatch):
+    monkeypatch.setattr(compat, "_RIGHT_SINCE", {"GraniteMoeHybridConfig": "99.0"})
+    with pytest.raises(ValueError, match="adds the residual of the last layer twice"):
+        launch("GraniteMoeHybridForCausalLM", "granitemoehybrid", {})
+
+
+@needs_checkpoints
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -104,6 +104,22 @@ def test_plan_splits_the_memory_of_a_hybrid_as_its_server_did(model_dir, capsys)
     assert "states; tokens run out first)" in out
 
 
+def test_plan_counts_the_states_of_a_rank(model_dir, capsys):
+    state = {"mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8}
+    pattern = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+    model = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": pattern}
+    folder = model_dir(plain=False, **model, **state)
+    found = {}
+    for ranks in (1, 2):
+        code, out, _ = run(capsys, folder, "--tp", str(ranks), "--weights-gib", "16", "--json")
+        found[ranks] = json.loads(out)
+        assert code == 0
+    # 24 layers; 4 with attention, 8 KV heads of 128
+    assert found[1]["bytes_per_state"] == 24 * (128 * 64 * 128 * 4 + 10240 * 3 * 2) == 2 * found[2]["bytes_per_state"]
+    token, halved = (found[ranks]["caches"][0]["bytes_per_token"] for ranks in (1, 2))
+    assert token == 4 * 2 * 8 * 128 * 2 == 2 * halved
+
+
 def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
     with (tmp_path / "model.safetensors").open("wb") as file:

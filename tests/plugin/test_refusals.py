@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from types import SimpleNamespace
 
@@ -366,6 +367,22 @@ def test_check_device_asks_for_16_bit_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(ValueError, match=r"8\.0 or later, not Tesla T4"):
         refusals.check_device("cuda", torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "is_refused"),
+    [("Qwen3NextConfig", (10, 0), True), ("Qwen3NextConfig", (9, 0), False), ("NemotronHConfig", (10, 0), False)],
+)
+def test_gated_delta_nets_are_refused_where_sglang_wants_attention_of_its_own(
+    monkeypatch, name, capability, is_refused
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(compat, "hybrid_config", lambda model: type(name, (), {})())
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Any"]))
+    refusals.check_states_on_device("cpu", model)
+    with pytest.raises(ValueError, match="Any on a GPU") if is_refused else contextlib.nullcontext():
+        refusals.check_states_on_device("cuda", model)
 
 
 def test_pool_refuses_foreign_readers_and_writers():

@@ -62,10 +62,8 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     refusals.check_ranks(options.tp, model, on_cpu=False)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     layers = len(compat.attention_layers(model, 0, model.num_hidden_layers))
-    shape, state = capacity.rank_shape(model, dtype, options.tp, layers), 0
-    if compat.hybrid_config(model) is not None:
-        others = model.num_hidden_layers - layers
-        state = capacity.gated_delta_state_bytes(model.hf_text_config, others, dtype, options.tp)
+    shape, config = capacity.rank_shape(model, dtype, options.tp, layers), compat.hybrid_config(model)
+    state = 0 if config is None else compat.planned_state_bytes(config, options.tp)
     weights = _weights(options, model) // options.tp
     available, fraction = _kv_memory(options, weights)
     if available <= 0:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs of hybrid models: states of a wrong token, of a kind that is not known, of a wrong size."""
+
+from __future__ import annotations
+
+from .mutation import Mutation
+from .paths import COMPAT, PLAN, REFUSALS, RINGS, TEST_COMPAT, TEST_KNOWN, TEST_MODELS, TEST_PLAN, TEST_REFUSALS
+
+_TABLE = f"{TEST_MODELS}::test_launch_takes_a_hybrid"
+_SAVED = f"{TEST_MODELS}::test_launch_refuses_a_prefix_cache_of_states_that_sglang_saves_at_other_tokens"
+_WRONG = f"{TEST_MODELS}::test_launch_refuses_a_hybrid_whose_code_in_sglang_is_wrong"
+_VARIANT = f"{TEST_MODELS}::test_launch_judges_by_the_configuration"
+_BLACKWELL = f"{TEST_REFUSALS}::test_gated_delta_nets_are_refused_where_sglang_wants_attention_of_its_own"
+
+MUTATIONS = (
+    Mutation(
+        "states of other tokens taken for those of page ends",
+        COMPAT,
+        """    return _since("0.5.20")
+
+
+def checkpoints_states""",
+        """    return True
+
+
+def checkpoints_states""",
+        (TEST_COMPAT,),
+    ),
+    Mutation(
+        "a prefix cache of states of other tokens",
+        REFUSALS,
+        "if not compat.saves_states_at_page_ends():",
+        "if False:",
+        (_SAVED,),
+    ),
+    Mutation(
+        "a model with an error of SGLang's taken in every version",
+        COMPAT,
+        """return not _since(_RIGHT_SINCE.get(type(config).__name__, "0"))""",
+        "return False",
+        (TEST_COMPAT, _WRONG),
+    ),
+    Mutation(
+        "an error of SGLang's that nobody asks for",
+        REFUSALS,
+        "if compat.adds_last_residual_twice(compat.hybrid_config(model_config)):",
+        "if False:",
+        (_WRONG,),
+    ),
+    Mutation(
+        "state spaces of a model without attention",
+        COMPAT,
+        "return type(config).__name__ in GATED_DELTA_NETS | MAMBA2 and bool(config.full_attention_layer_ids)",
+        "return type(config).__name__ in GATED_DELTA_NETS | MAMBA2",
+        (_VARIANT,),
+    ),
+    Mutation(
+        "state spaces that are not known by the name of their layers",
+        REFUSALS,
+        """_STATE_LAYERS = {"linear_attention", "mamba"}""",
+        """_STATE_LAYERS = {"linear_attention"}""",
+        (_TABLE,),
+    ),
+    Mutation(
+        "state spaces refused on a GPU on which they are not asked for",
+        COMPAT,
+        "return type(config).__name__ in GATED_DELTA_NETS\n",
+        "return config is not None\n",
+        (_BLACKWELL,),
+    ),
+    Mutation(
+        "states of one rank counted for every number of ranks",
+        COMPAT,
+        """("tp_size", "attn_tp_size", "moe_tp_size"), ranks)""",
+        """("tp_size", "attn_tp_size", "moe_tp_size"), 1)""",
+        (TEST_COMPAT,),
+    ),
+    Mutation(
+        "a plan that counts the states of one rank",
+        PLAN,
+        "compat.planned_state_bytes(config, options.tp)",
+        "compat.planned_state_bytes(config, 1)",
+        (TEST_PLAN,),
+    ),
+    Mutation(
+        "pages behind the state of a hit read as if they were the request's",
+        RINGS,
+        "[compat.prefix_len(req) for req in reqs]",
+        "[compat.prefix_len(req) + 128 for req in reqs]",
+        (TEST_KNOWN,),
+    ),
+)
