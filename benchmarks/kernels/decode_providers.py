@@ -99,14 +99,21 @@ def kvarn(problem: Problem, preset: str, part: str = "", kernels: Kernels | None
     return [Candidate(run, out, problem.samples, expected, 5e-3, len(caches), total)]
 
 
+def _flashinfer_memory(problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Return (page table, caches [P, 2, G, Hk, D], one a layer, workspace)."""
+    shape = problem.shape
+    page_table = problem.physical_pages()
+    tokens = shape.batch * shape.pages * PAGE
+    layers = shape.layers(tokens * shape.heads.full_token_bytes * dtype.itemsize // DTYPE.itemsize)
+    caches = [torch.stack(problem.paged(page_table, dtype), 1) for _ in range(layers)]
+    return page_table, caches, torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE)
+
+
 def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Candidate:
     import flashinfer
 
     shape, heads = problem.shape, problem.shape.heads
-    page_table = problem.physical_pages()
-    layers = shape.layers(shape.batch * shape.pages * PAGE * heads.full_token_bytes * dtype.itemsize // DTYPE.itemsize)
-    caches = [torch.stack(problem.paged(page_table, dtype), 1) for _ in range(layers)]
-    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE)
+    page_table, caches, workspace = _flashinfer_memory(problem, dtype)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
     wrapper.plan(
         torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE) * shape.pages,
@@ -126,17 +133,14 @@ def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Can
 
     tolerance = 1e-2 if dtype == DTYPE else FP8_TOLERANCE
     total = shape.full_bytes * dtype.itemsize // DTYPE.itemsize
-    return Candidate(run, out, problem.samples, problem.exact, tolerance, layers, total)
+    return Candidate(run, out, problem.samples, problem.exact, tolerance, len(caches), total)
 
 
 def _flashinfer_verify(problem: Problem) -> Candidate:
     import flashinfer
 
     shape, heads = problem.shape, problem.shape.heads
-    page_table = problem.physical_pages()
-    layers = shape.layers(shape.batch * shape.pages * PAGE * heads.full_token_bytes)
-    caches = [torch.stack(problem.paged(page_table, DTYPE), 1) for _ in range(layers)]
-    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE)
+    page_table, caches, workspace = _flashinfer_memory(problem, DTYPE)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
     counted = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
     wrapper.plan(
@@ -157,7 +161,7 @@ def _flashinfer_verify(problem: Problem) -> Candidate:
     def run(layer: int) -> None:
         wrapper.run(problem.q, caches[layer], out=out)
 
-    return Candidate(run, out, problem.samples, problem.exact, 1e-2, layers, shape.full_bytes)
+    return Candidate(run, out, problem.samples, problem.exact, 1e-2, len(caches), shape.full_bytes)
 
 
 def flashinfer_bf16(problem: Problem) -> list[Candidate]:
