@@ -70,6 +70,7 @@ def kvarn(problem: Problem, preset: str, part: str = "", kernels: Kernels | None
         page_table=rows,
         store_pages=rows.gather(1, (seq_lens.long()[:, None] - 1) // PAGE)[:, 0],
         exact_starts=torch.zeros_like(seq_lens),
+        drafts=shape.drafts,
     )
     limits = Limits(len(rows), shape.pages, extend_requests=1, chunk_pages=1, draft_tokens=shape.drafts)
     attention = Attention(heads, config, DEVICE, limits, kernels)

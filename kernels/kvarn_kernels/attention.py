@@ -143,8 +143,17 @@ class Attention:
             resident = decode_sm90.resident_programs(self.shape.head_dim, self._gpu)
         else:
             resident = decode.resident_programs(self._gpu)
-        pages = self._limits.request_pages
-        return decode_plan.make_workspace(self.shape, self.config, self.device, max_batch, pages, resident)
+        pages, each = self._limits.request_pages, self._drafts_of_split
+        requests = -(-max_batch // each)
+        return decode_plan.make_workspace(self.shape, self.config, self.device, requests, pages, resident, each)
+
+    @property
+    def _drafts_of_split(self) -> int:
+        """Drafts of a request that are attended together: all of them, where a kernel can and sums may take any order.
+
+        A step whose drafts end a page is cut elsewhere than the decode steps of the same tokens.
+        """
+        return 1 if self.kernels.decode != "cuda" or self.config.fixed_order else self._limits.draft_tokens
 
     def _make_dense_workspace(self) -> extend_dense.DenseWorkspace | None:
         if not self.kernels.dense or self.device.type == "meta":
@@ -183,8 +192,9 @@ class Attention:
         return f"encode by {encoder}, decode by {decoder}, {extends}"
 
     def reserve(self, decode_batch: int) -> None:
-        """Make room for larger decode steps, before any CUDA graph is captured."""
-        if self._decode_workspace is not None and decode_batch > len(self._decode_workspace.max_splits):
+        """Make room for decode or verify steps of more rows, before any CUDA graph is captured."""
+        rows = 0 if self._decode_workspace is None else len(self._decode_workspace.rotated_q)
+        if self._decode_workspace is not None and decode_batch > rows:
             self._decode_workspace = self._make_decode_workspace(decode_batch)
 
     def warm_up(self, cache: LayerCache) -> None:
@@ -205,9 +215,18 @@ class Attention:
             self.attend(QKV(q, k, torch.zeros_like(k)), torch.empty_like(q), cache, step, 1.0)
 
     def plan(self, batch: DecodeBatch | ExtendBatch) -> Step:
-        """Plan a step: before its first layer, outside of CUDA graphs, without waiting for the device."""
+        """Plan a step: before its first layer, outside of CUDA graphs, without waiting for the device.
+
+        Raises:
+            ValueError: the drafts of a step are attended together, and it has another number of them than the limits.
+        """
         if isinstance(batch, DecodeBatch):
             if self._decode_workspace is not None:
+                if self._decode_workspace.drafts not in (1, batch.drafts):
+                    raise ValueError(
+                        f"expected a step with {self._limits.draft_tokens} drafts of each request, as its limits say, "
+                        f"got {batch.drafts}"
+                    )
                 decode_plan.plan_decode(batch, self._decode_workspace, self.config)
             return Step(batch)
         if self.kernels.extend == "torch" or batch.num_tokens == 0:
@@ -253,7 +272,9 @@ class Attention:
         else:
             block = decode.exact_block(self.shape.head_dim, self._gpu)
             decode.decode(cache, batch, workspace, config, sm_scale, block)
-        merge.merge_splits(out, workspace.partial_out, workspace.partial_lse, workspace.split_indptr, config)
+        # drafts that share their splits are heads of one request
+        merged = out.view(-1, workspace.drafts * self.shape.num_qo_heads, self.shape.head_dim)
+        merge.merge_splits(merged, workspace.partial_out, workspace.partial_lse, workspace.split_indptr, config)
 
     def _attend_extend(
         self, new: QKV, out: torch.Tensor, cache: LayerCache, step: Step, sm_scale: float

@@ -40,6 +40,7 @@ class DecodeBatch:
         page_table: int32 [B, P_max], page id of each page of the request; only pages that hold tokens are valid.
         store_pages: int32 [B], page of the new token, the target of the encoder when the token fills it.
         exact_starts: int32 [B], tokens taken from the prefix cache, a multiple of the page.
+        drafts: rows of each request, which stand together; 1 in a decode step.
     """
 
     ring_pages: torch.Tensor
@@ -47,6 +48,7 @@ class DecodeBatch:
     page_table: torch.Tensor
     store_pages: torch.Tensor
     exact_starts: torch.Tensor
+    drafts: int = 1
 
     @property
     def num_tokens(self) -> int:

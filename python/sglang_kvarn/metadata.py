@@ -55,6 +55,7 @@ class DecodeBuffers:
             page_table=self.page_table[:size],
             store_pages=self.store_pages[:size],
             exact_starts=self.exact_starts[:size],
+            drafts=each,
         )
         rows = self._rows[:size]
         rows.view(requests, each).copy_(forward_batch.req_pool_indices[:requests, None])

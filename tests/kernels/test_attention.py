@@ -10,6 +10,7 @@ import pytest
 import torch
 from kvarn_kernels import attention
 from kvarn_kernels.attention import TORCH, Attention, Limits, choose_kernels
+from kvarn_kernels.batch import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense
 from kvarn_kernels.device.gpu import H100
@@ -99,3 +100,30 @@ def test_attention_attends_long_steps_on_flashinfer(host, monkeypatch):
     assert choose_kernels(SHAPE, KVARN, CPU) == TORCH
     host(flashinfer=False)
     assert not choose_kernels(SHAPE, KVARN, CUDA).dense
+
+
+@pytest.mark.parametrize(
+    ("capability", "config", "together"), [((9, 0), KVARN, 4), ((9, 0), CANONICAL, 1), ((8, 0), KVARN, 1)], ids=str
+)
+def test_drafts_share_their_splits_where_a_kernel_can_and_the_order_of_sums_is_free(host, capability, config, together):
+    host(capability)
+    limits = replace(LIMITS, decode_batch=12, draft_tokens=4)
+    made = Attention(SHAPE, config, META, limits, choose_kernels(SHAPE, config, CUDA))
+    workspace = made._decode_workspace
+    assert workspace.drafts == together and workspace.rotated_q.shape == (12, 32, 128)
+    assert len(workspace.max_splits) == 12 // together
+    assert workspace.partial_out.shape[1:] == (together * 32, 128)
+    made.reserve(12)
+    assert made._decode_workspace is workspace
+    made.reserve(20)
+    assert made._decode_workspace.rotated_q.shape[0] == 20
+
+
+def test_a_step_with_another_number_of_drafts_than_the_limits_say_is_refused(host):
+    host()
+    limits = replace(LIMITS, decode_batch=12, draft_tokens=4)
+    made = Attention(SHAPE, KVARN, META, limits, choose_kernels(SHAPE, KVARN, CUDA))
+    rows = torch.zeros(6, 1, dtype=torch.int32)
+    batch = DecodeBatch(rows, rows[:, 0], rows, rows[:, 0], rows[:, 0], drafts=2)
+    with pytest.raises(ValueError, match="expected a step with 4 drafts of each request, as its limits say, got 2"):
+        made.plan(batch)

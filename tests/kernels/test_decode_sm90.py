@@ -33,10 +33,10 @@ FORMS = [
 ]
 
 
-def code_of(form: tuple, capability: str) -> bytes:
+def code_of(form: tuple, capability: str, drafts: int = 1) -> bytes:
     preset, *rest = form
     config = KVarNConfig.from_preset(preset)
-    defines = decode_sm90.constants(config, *rest, config.ring_pages(rest[0], 2))
+    defines = decode_sm90.constants(config, *rest, config.ring_pages(rest[0], 2, drafts), drafts)
     return compiled(nvrtc.source(decode_sm90.SOURCE, defines), "kvarn_decode", capability)
 
 
@@ -46,6 +46,15 @@ def test_decode_sm90_compiles_into_registers(form, tmp_path):
     blocks = decode_sm90.MIN_BLOCKS[form[1]]
     # at 128 registers two values of the prologue may be spilled; the loop over tiles has none to spare for more
     assert registers * decode_sm90.THREADS * blocks <= 65536 and stack <= 16, (registers, stack)
+
+
+@pytest.mark.parametrize("drafts", [4, 8])
+@pytest.mark.parametrize("form", FORMS[:1] + FORMS[3:8] + FORMS[-3:], ids=lambda form: "-".join(str(x) for x in form))
+def test_verify_compiles_into_registers(form, drafts, tmp_path):
+    registers, stack = registers_and_stack(code_of(form, "90", drafts), tmp_path)
+    blocks = decode_sm90.MIN_BLOCKS[form[1]]
+    # what a column sees takes a few registers more
+    assert registers * decode_sm90.THREADS * blocks <= 65536 and stack <= 48, (registers, stack)
 
 
 def test_decode_sm90_compiles_for_blackwell():

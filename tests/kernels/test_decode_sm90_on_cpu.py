@@ -157,3 +157,58 @@ def test_tokens_of_the_prefix_are_read_from_records(run_as_cpp):
     guest.exact_start = 2 * PAGE
     (out,) = decode_step([guest], HEADS, config, cache=cache, kernels=SM90)
     assert relative_rms(out, oracle(guest, config, 2 * PAGE + 8)[0]) < RELATIVE_RMS[torch.float16] + 1.5e-3
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "head_dim", "heads", "drafts"),
+    [
+        ("kvarn", torch.bfloat16, 128, (4, 1), 4),
+        ("kvarn", torch.float16, 64, (4, 2), 3),
+        ("kvarn", torch.float16, 64, (6, 1), 4),
+        ("kvarn", torch.bfloat16, 64, (9, 1), 2),
+        ("kvarn_k4v4_g128", torch.float16, 64, (8, 1), 8),
+        ("kvarn_k3v2_g128", torch.bfloat16, 256, (1, 1), 16),
+    ],
+)
+def test_drafts_that_share_their_splits_match_the_oracle(run_as_cpp, preset, dtype, head_dim, heads, drafts):
+    config = KVarNConfig.from_preset(preset)
+    # a page ends among the drafts of the first, in its middle and just before its end; not with the others
+    starts = [3 * PAGE - drafts // 2, 2 * PAGE - drafts, 3 * PAGE - 1, 70, 2 * PAGE + 5]
+    requests = make_requests([n + drafts for n in starts], heads, head_dim, dtype)
+    verify(requests, starts, heads, config, drafts)
+
+
+@pytest.mark.parametrize("exact_start", [PAGE, 2 * PAGE, 3 * PAGE])
+@pytest.mark.parametrize("start", [3 * PAGE, 4 * PAGE - 2])
+def test_drafts_read_the_tokens_of_the_prefix_from_records(run_as_cpp, exact_start, start):
+    config, drafts = KVarNConfig.from_preset("kvarn"), 4
+    (owner,) = make_requests([start + drafts], HEADS, 64, torch.float16)
+    guest = replace(owner, exact_start=exact_start)
+    verify([guest], [start], HEADS, config, drafts)
+
+
+def test_drafts_of_many_pages_in_many_splits_and_padded_requests(run_as_cpp, monkeypatch):
+    config, drafts = KVarNConfig.from_preset("kvarn"), 4
+    starts = [9 * PAGE - 2, 130, 7 * PAGE + 60]
+    requests = make_requests([n + drafts for n in starts], HEADS, 64, torch.float16)
+    for programs in (2, 40):
+        monkeypatch.setattr(decode_sm90, "resident_programs", lambda head_dim, gpu, n=programs: n)
+        verify(requests, starts, HEADS, config, drafts, padding=2)
+
+
+def verify(requests, starts, heads, config, drafts, padding=0) -> None:
+    """Verify drafts of requests that have `starts` tokens, and compare each with the oracle."""
+    kv_heads, head_dim, dtype = requests[0].k.shape[1], requests[0].k.shape[2], requests[0].k.dtype
+    pages = 1 + max(max(request.pages) for request in requests)
+    more = config.ring_pages(head_dim, 2, drafts) - config.ring_pages(head_dim, 2)
+    cache = make_cache(config, kv_heads, head_dim, dtype, pages, len(requests) + 1, more_ring_pages=more)
+    cache.records[0] = 0
+    for request, start in zip(requests, starts, strict=True):
+        prefill(torch_form.attend_extend, replace(request, exact_start=0), [start], cache, config)
+    rows = [(request, start + n) for request, start in zip(requests, starts, strict=True) for n in range(drafts)]
+    size = len(rows) + padding * drafts
+    attention = attention_for(cache, heads[0], config, SM90, max_batch=size, drafts=drafts)
+    outs = run_decode(attention, *zip(*rows, strict=True), cache, config, padding=padding * drafts, drafts=drafts)
+    for (request, position), out in zip(rows, outs, strict=True):
+        expected = oracle(request, config, position, position + 1)[0]
+        assert relative_rms(out, expected) < TOLERANCE[dtype], position

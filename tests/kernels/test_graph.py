@@ -12,7 +12,7 @@ HEADS, HEAD_DIM = (8, 2), 128
 TOLERANCE = RELATIVE_RMS[torch.bfloat16] + 1e-3
 
 
-def static_batch(size: int, max_pages: int, ring_pages: int) -> DecodeBatch:
+def static_batch(size: int, max_pages: int, ring_pages: int, drafts: int = 1) -> DecodeBatch:
     """Return a batch of padded rows: page 0, one token."""
     return DecodeBatch(
         ring_pages=torch.zeros(size, ring_pages, dtype=torch.int32, device=DEVICE),
@@ -20,6 +20,7 @@ def static_batch(size: int, max_pages: int, ring_pages: int) -> DecodeBatch:
         page_table=torch.zeros(size, max_pages, dtype=torch.int32, device=DEVICE),
         store_pages=torch.zeros(size, dtype=torch.int32, device=DEVICE),
         exact_starts=torch.zeros(size, dtype=torch.int32, device=DEVICE),
+        drafts=drafts,
     )
 
 
@@ -89,10 +90,10 @@ def test_a_verify_graph_gives_what_an_eager_step_gives(preset, drafts):
     cache = make_cache(config, HEADS[1], HEAD_DIM, torch.bfloat16, first_page, rows=3, more_ring_pages=more)
     cache.records[0] = 0
     lengths = [3 * PAGE - 3, PAGE - 2]
-    attention = attention_for(cache, HEADS[0], config, max_batch=rows, max_pages=8)
+    attention = attention_for(cache, HEADS[0], config, max_batch=rows, max_pages=8, drafts=drafts)
     for request, length in zip(requests, lengths, strict=True):
         prefill(attention, request, [length], cache, config)
-    batch = static_batch(rows, 8, ring)
+    batch = static_batch(rows, 8, ring, drafts)
     inputs = {
         name: torch.zeros(rows, n, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
         for name, n in {"q": HEADS[0], "k": HEADS[1], "v": HEADS[1]}.items()

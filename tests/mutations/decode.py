@@ -24,7 +24,7 @@ MUTATIONS = (
     Mutation(
         "ring of the first request for every request (CUDA decode)",
         DECODE_SM90,
-        "  ring_pages += b * RING_PAGES;\n",
+        "  ring_pages += b * DRAFTS * RING_PAGES;\n",
         "",
         (f"{TEST_DECODE_SM90}::test_steps_read_the_ring_pages_of_the_batch_whoever_wrote_them",),
     ),

@@ -38,8 +38,8 @@ MUTATIONS = (
     Mutation(
         "split buffer sized for the largest batch only",
         DECODE_PLAN,
-        "splits, heads = max(most), ",
-        "splits, heads = most[-1], ",
+        "splits, heads, head_dim = max(most), ",
+        "splits, heads, head_dim = most[-1], ",
         (f"{TEST_KNOWN_KERNELS}::test_decode_writes_nothing_behind_the_split_buffer",),
     ),
     Mutation(

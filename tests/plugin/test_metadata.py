@@ -105,7 +105,8 @@ def test_fill_describes_a_verify_step_as_a_row_for_each_draft(slots, drafts):
     buffers.fill(decode_step([1, 2, 3], [130, 5, 9], slots))
     batch = buffers.fill(verify_step(rows, seq_lens, drafts, slots), drafts)
     ends = [(row, n + i + 1) for row, n in zip(rows, seq_lens, strict=True) for i in range(drafts)]
-    assert batch.num_tokens == 2 * drafts and batch.seq_lens.tolist() == [end for _, end in ends]
+    assert (batch.num_tokens, batch.drafts) == (2 * drafts, drafts)
+    assert batch.seq_lens.tolist() == [end for _, end in ends]
     assert batch.store_pages.tolist() == [10 * row + (end - 1) // 128 for row, end in ends]
     assert batch.exact_starts.tolist() == [256] * drafts + [0] * drafts
     assert batch.ring_pages.tolist() == [[104, 204]] * drafts + [[102, 202]] * drafts

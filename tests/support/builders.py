@@ -205,20 +205,21 @@ def attention_for(
     *,
     max_batch: int = 8,
     max_pages: int = 24,
+    drafts: int = 1,
     gpu: Gpu | None = None,
 ) -> Attention:
     """Return an `Attention` for a cache, with a decode workspace of poison.
 
     Args:
         kernels: by default what a GPU runs in service, but for FlashInfer; a CPU interprets Triton's.
-        max_batch, max_pages: requests of a step, pages of a request.
+        max_batch, max_pages: rows of a step, pages of a request; drafts: rows of a request in a verify step.
         gpu: the GPU to plan for, the device itself by default.
     """
     shape, device = shape_of(cache, num_qo_heads), cache.records.device
     if kernels is None:
         in_service = device.type == "cuda"
         kernels = dataclasses.replace(choose_kernels(shape, config, device), dense=False) if in_service else TRITON
-    limits = Limits(max_batch, max_pages, extend_requests=max_batch, chunk_pages=max_pages)
+    limits = Limits(max_batch, max_pages, extend_requests=max_batch, chunk_pages=max_pages, draft_tokens=drafts)
     attention = Attention(shape, config, device, limits, kernels, gpu)
     if attention._decode_workspace is not None:
         poison(attention._decode_workspace)
@@ -306,8 +307,12 @@ def run_decode(
     config: KVarNConfig,
     *,
     padding: int = 0,
+    drafts: int = 1,
 ) -> list[torch.Tensor]:
-    """Feed one token of each request, then padded rows (row 0, page 0, seq_len 1); return [Hq, D] of each."""
+    """Feed one token of each request, then padded rows (row 0, page 0, seq_len 1); return [Hq, D] of each.
+
+    In a verify step each request is there once for each of its drafts.
+    """
     real = len(requests)
     tensors = []
     for name in "qkv":
@@ -322,6 +327,7 @@ def run_decode(
         page_table=padded_table,
         store_pages=int32(*pages + [0] * padding),
         exact_starts=int32(*[r.exact_start for r in requests] + [0] * padding),
+        drafts=drafts,
     )
     return list(_feed(attend, QKV(*tensors), cache, batch, config)[:real])
 

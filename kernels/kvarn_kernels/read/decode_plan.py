@@ -12,6 +12,9 @@ RING_CHUNK tokens of its ring. A split is a run of units of one request; it serv
 
 Splits of a request follow each other; split_requests and split_indptr of `DecodeWorkspace` hold the plan. Nothing is
 read by the host and grids are sized by max_splits, so that one CUDA graph serves any lengths.
+
+The rows of a verify step can be planned as if each were a request, or a request at a time (`DecodeWorkspace.drafts`):
+then a split serves all its drafts, which read the same records.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ RING_UNITS = tl.constexpr(2)
 TYPICAL_UNITS = 64
 SPLIT_OVERHEAD = 4
 MAX_WAVES = 16
-# query heads of a KV head that one program of a decode kernel serves
-PROGRAM_HEADS = 8
+# columns, query heads of a KV head for each draft, that one program of a decode kernel serves
+PROGRAM_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,13 @@ class DecodeWorkspace:
     A step of B requests has S splits, at most max_splits[B - 1].
 
     Attributes:
-        rotated_q: float32 [B_max, Hq, D], the rotated query.
-        partial_out: float32 [S_max, Hq, D], the normalised output of each split.
-        partial_lse: float32 [S_max, Hq], base-2 log sum of exp; -inf where a split holds no key.
+        rotated_q: float32 [B_max * drafts, Hq, D], the rotated query.
+        partial_out: float32 [S_max, drafts * Hq, D], the normalised output of each split.
+        partial_lse: float32 [S_max, drafts * Hq], base-2 log sum of exp; -inf where a split holds no key.
         split_requests: int32 [S_max], the request of each split.
         split_indptr: int32 [B_max + 1], the first split of each request.
         wanted_splits, max_splits: for each batch size from 1 to B_max.
+        drafts: rows of a request that a split serves together; 1 where every row is planned as a request.
     """
 
     rotated_q: torch.Tensor
@@ -65,6 +69,7 @@ class DecodeWorkspace:
     split_indptr: torch.Tensor
     wanted_splits: tuple[int, ...]
     max_splits: tuple[int, ...]
+    drafts: int
 
     @property
     def num_bytes(self) -> int:
@@ -74,31 +79,39 @@ class DecodeWorkspace:
 
 
 def make_workspace(
-    shape: AttentionShape, config: KVarNConfig, device: torch.device, max_batch: int, max_pages: int, resident: int
+    shape: AttentionShape,
+    config: KVarNConfig,
+    device: torch.device,
+    max_batch: int,
+    max_pages: int,
+    resident: int,
+    drafts: int = 1,
 ) -> DecodeWorkspace:
     """Allocate the workspace for every batch size up to max_batch and requests of up to max_pages pages.
 
     Args:
         resident: programs of the decode kernel that the GPU runs at once.
+        drafts: rows of a request that a split is to serve together.
     """
-    programs = programs_per_split(shape)
+    programs = programs_per_split(shape, drafts)
     wanted = tuple(wanted_splits(b, programs, resident) for b in range(1, max_batch + 1))
     most = tuple(max_splits(b, splits, max_pages, config) for b, splits in enumerate(wanted, 1))
-    splits, heads = max(most), (shape.num_qo_heads, shape.head_dim)
+    splits, heads, head_dim = max(most), shape.num_qo_heads, shape.head_dim
     return DecodeWorkspace(
-        rotated_q=torch.empty(max_batch, *heads, dtype=torch.float32, device=device),
-        partial_out=torch.empty(splits, *heads, dtype=torch.float32, device=device),
-        partial_lse=torch.empty(splits, shape.num_qo_heads, dtype=torch.float32, device=device),
+        rotated_q=torch.empty(max_batch * drafts, heads, head_dim, dtype=torch.float32, device=device),
+        partial_out=torch.empty(splits, drafts * heads, head_dim, dtype=torch.float32, device=device),
+        partial_lse=torch.empty(splits, drafts * heads, dtype=torch.float32, device=device),
         split_requests=torch.empty(splits, dtype=torch.int32, device=device),
         split_indptr=torch.zeros(max_batch + 1, dtype=torch.int32, device=device),
         wanted_splits=wanted,
         max_splits=most,
+        drafts=drafts,
     )
 
 
-def programs_per_split(shape: AttentionShape) -> int:
-    """Return the programs that a split takes, one for each KV head and 8 of its query heads."""
-    return shape.num_kv_heads * -(-shape.group // PROGRAM_HEADS)
+def programs_per_split(shape: AttentionShape, drafts: int = 1) -> int:
+    """Return the programs that a split takes, one for each KV head and 8 columns: its query heads for each draft."""
+    return shape.num_kv_heads * -(-drafts * shape.group // PROGRAM_COLUMNS)
 
 
 def split_units(config: KVarNConfig) -> int:
@@ -142,12 +155,23 @@ def max_splits(batch_size: int, wanted: int, max_pages: int, config: KVarNConfig
 
 
 @triton.jit
-def work_of(seq_len, exact_start, WINDOW: tl.constexpr, G: tl.constexpr):
-    """Return (page of the first key that is read exactly, units) of a request; pages before it are read as records."""
-    position = seq_len - 1
+def _exact_page(position, exact_start, WINDOW: tl.constexpr, G: tl.constexpr):
+    """Return the page of the first key that a position reads exactly; pages before it are read as records."""
     page = position // G
-    exact_page = tl.minimum(tl.maximum(page - WINDOW, exact_start // G), page)
-    return exact_page, exact_page + (position - exact_page * G) // RING_CHUNK * RING_UNITS + RING_UNITS
+    return tl.minimum(tl.maximum(page - WINDOW, exact_start // G), page)
+
+
+@triton.jit
+def work_of(seq_len, exact_start, WINDOW: tl.constexpr, G: tl.constexpr, DRAFTS: tl.constexpr = 1):
+    """Return (page that ends what is read as records, units) of a request.
+
+    Args:
+        seq_len: tokens with the first draft. The last draft reads the most records, the first the most tokens exactly.
+    """
+    last = seq_len - 1 + (DRAFTS - 1)
+    exact_page = _exact_page(last, exact_start, WINDOW, G)
+    first_exact = _exact_page(seq_len - 1, exact_start, WINDOW, G)
+    return exact_page, exact_page + (last - first_exact * G) // RING_CHUNK * RING_UNITS + RING_UNITS
 
 
 @triton.jit
@@ -158,22 +182,23 @@ def ring_start(unit, exact_page, G: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch_size", "wanted"])
 def _plan_kernel(
-    seq_lens_ptr,  # [B] int32
-    exact_starts_ptr,  # [B] int32
+    seq_lens_ptr,  # [B * DRAFTS] int32
+    exact_starts_ptr,  # [B * DRAFTS] int32
     requests_ptr,  # [S] int32, written: request of each split
     indptr_ptr,  # [B + 1] int32, written: first split of each request
     batch_size,
     wanted,
     WINDOW: tl.constexpr,
     G: tl.constexpr,
+    DRAFTS: tl.constexpr,
     SPLIT_UNITS: tl.constexpr,  # 0: an equal share of the step
     MIN_UNITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     b = tl.arange(0, BLOCK)
     valid = b < batch_size
-    seq_lens = tl.load(seq_lens_ptr + b, mask=valid, other=1)
-    _, units = work_of(seq_lens, tl.load(exact_starts_ptr + b, mask=valid, other=0), WINDOW, G)
+    seq_lens = tl.load(seq_lens_ptr + b * DRAFTS, mask=valid, other=1)
+    _, units = work_of(seq_lens, tl.load(exact_starts_ptr + b * DRAFTS, mask=valid, other=0), WINDOW, G, DRAFTS)
     units = tl.where(valid, units, 0)
     share = tl.full([], SPLIT_UNITS, tl.int32)
     if SPLIT_UNITS == 0:
@@ -196,7 +221,7 @@ def _plan_kernel(
 
 def plan_decode(batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig) -> None:
     """Write the plan of a step to the workspace; before the first layer, outside of CUDA graphs."""
-    batch_size = batch.num_tokens
+    batch_size = batch.num_tokens // workspace.drafts
     _plan_kernel[(1,)](
         seq_lens_ptr=batch.seq_lens,
         exact_starts_ptr=batch.exact_starts,
@@ -206,6 +231,7 @@ def plan_decode(batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNCon
         wanted=workspace.wanted_splits[batch_size - 1],
         WINDOW=config.window_pages,
         G=TILE_SIZE,
+        DRAFTS=workspace.drafts,
         SPLIT_UNITS=split_units(config),
         MIN_UNITS=MIN_SPLIT_UNITS,
         BLOCK=triton.next_power_of_2(batch_size),

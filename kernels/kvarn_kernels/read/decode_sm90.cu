@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention over records, first tokens and ring for sm_90 and newer; the same contract as decode.py.
 //
-// One block per split (decode_plan.py), KV head and 8 query heads. Whole records arrive by bulk copy. A team of
+// One block per split (decode_plan.py), KV head and 8 columns: query heads or, where drafts are verified, the query heads
+// of each draft, one draft after the other. Whole records arrive by bulk copy. A team of
 // TILE_WARPS warps shares a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a
 // split; the last warp that leaves a buffer orders the next record into it. Every team has a ring of STAGES buffers of
 // its own: a barrier tells only odd phases from even ones, so whoever waits for it must see every phase of it, and
@@ -11,7 +12,9 @@
 //     scores^T [tokens, heads]   = codes [tokens, channels] x folded query [channels, heads]
 //     out^T    [channels, heads] = codes^T [channels, tokens] x folded weights [tokens, heads]
 //
-// With 8 heads as the narrow dimension no row of an m16n8k16 is idle for groups of up to 8. A pair of codes becomes
+// With 8 heads as the narrow dimension no row of an m16n8k16 is idle for groups of up to 8. Drafts of one request read
+// the same records but for a page that ends among them, which is a record for the later ones and exact for the others:
+// there, and at the newest tokens, a key that a column does not see has the score -inf. A pair of codes becomes
 // an fp16 pair by one mask-or under a power of two (offset + code, exact); the offsets and the zeros of the record
 // are summed by matrix instructions with constant operands, so that they cost no arithmetic per code and see the
 // same rounded operands. The maximum is raised only when a score exceeds it by 2^4, so most tiles need no exchange
@@ -193,8 +196,8 @@ __device__ __forceinline__ u32 unpack(u32 w, u32 top, int n, const Exponents& e)
 }
 
 struct State {
-  float m[2], l[2];        // heads 2 q and 2 q + 1; l is this lane's share
-  float acc[TILES][4];     // channels (c, c + 1) of `channel_of` x heads (2 q, 2 q + 1)
+  float m[2], l[2];        // columns 2 q and 2 q + 1; l is this lane's share
+  float acc[TILES][4];     // channels (c, c + 1) of `channel_of` x columns (2 q, 2 q + 1)
 };
 
 // first channel of output tile n of a lane; its second channel follows it
@@ -236,8 +239,10 @@ __device__ __forceinline__ float weight(float score, float scale, float m) {
   return exp2_fast(fmaf(score, scale, m == MINUS_INF ? 0.0f : -m));
 }
 
+// sees0, sees1: whether the columns of the lane read this page as a record
 __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (&query)[PAIRS], float scale0,
-                                              float scale1, const Exponents& e, int warp, int g, int q) {
+                                              float scale1, bool sees0, bool sees1, const Exponents& e, int warp, int g,
+                                              int q) {
   u32 halves = record + SCALES_OFFSET;
   u32 folded[PAIRS];
   float zero[4] = {0.f, 0.f, 0.f, 0.f};  // the same for all tokens, so for both rows of the fragment
@@ -294,6 +299,8 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
     s[t][0] *= k0; s[t][1] *= k0; s[t][2] *= k1; s[t][3] *= k1;
     // token 0 is attended exactly, with the other first tokens
     if (token == 0) s[t][0] = s[t][1] = MINUS_INF;
+    if (DRAFTS > 1 && !sees0) s[t][0] = s[t][2] = MINUS_INF;
+    if (DRAFTS > 1 && !sees1) s[t][1] = s[t][3] = MINUS_INF;
   }
   float largest0 = MINUS_INF, largest1 = MINUS_INF;
 #pragma unroll
@@ -373,10 +380,11 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
   }
 }
 
-// 16 exact tokens; k, v: rows of D elements of 16 bits for token n = 0 .. 15 by `rows`, which returns null beyond the end
-template <typename Rows>
-__device__ __forceinline__ void attend_exact(State& st, Rows rows, const float* query, bool has_head, float down,
-                                             float scale0, float scale1, int g, int q) {
+// 16 exact tokens; k, v: rows of D elements of 16 bits for token n = 0 .. 15 by `rows`, which returns null beyond the end;
+// sees(n, h): whether column h of the lane's two sees token n
+template <typename Rows, typename Sees>
+__device__ __forceinline__ void attend_exact(State& st, Rows rows, Sees sees, const float* query, bool has_head,
+                                             float down, float scale0, float scale1, int g, int q) {
   float s[4] = {0.f, 0.f, 0.f, 0.f};
   const u8 *k0, *k1, *v0, *v1;
   bool in0 = rows(g, k0, v0), in1 = rows(g + 8, k1, v1);
@@ -410,6 +418,10 @@ __device__ __forceinline__ void attend_exact(State& st, Rows rows, const float* 
   }
   if (!in0) s[0] = s[1] = MINUS_INF;
   if (!in1) s[2] = s[3] = MINUS_INF;
+  if (DRAFTS > 1)
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+      if (!sees(g + 8 * (n / 2), n % 2)) s[n] = MINUS_INF;
   // a padded head has scale 0; -inf x 0 is not a number
   float t0 = scale0 == 0.f ? 1.f : scale0, t1 = scale1 == 0.f ? 1.f : scale1;
   raise(st, fmaxf(s[0], s[2]) * t0, fmaxf(s[1], s[3]) * t1);
@@ -458,7 +470,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
              const int* __restrict__ indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
              int sm_scale_log2_bits, int batch_size) {
   const float sm_scale_log2 = __int_as_float(sm_scale_log2_bits);
-  constexpr int HEAD_TILES = (GROUP + 7) / 8;
+  constexpr int COLUMNS = DRAFTS * GROUP, COLUMN_TILES = (COLUMNS + 7) / 8;
 #ifdef CUDA_ON_CPU
   u8* shared = dynamic_shared;
 #else
@@ -466,25 +478,36 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
 #endif
   __shared__ Barriers bars;
   __shared__ float warp_m[WARPS][8], warp_l[WARPS][8];
-  const int split = blockIdx.x, head = blockIdx.y / HEAD_TILES, head_tile = blockIdx.y % HEAD_TILES;
+  const int split = blockIdx.x, head = blockIdx.y / COLUMN_TILES, tile = blockIdx.y % COLUMN_TILES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   if (split >= indptr[batch_size]) return;
   const int b = requests[split], first_split = indptr[b];
-  const int position = seq_lens[b] - 1, page = position / G;
-  const int exact_page = min(max(page - WINDOW, exact_starts[b] / G), page);
-  const int units = exact_page + ((position - exact_page * G) / RING_CHUNK + 1) * RING_UNITS;
+  // of the first draft; the tables of a request are those of its first row
+  const int position = seq_lens[b * DRAFTS] - 1, exact_start = exact_starts[b * DRAFTS];
+  auto exact_page_of = [&](int draft) {
+    const int page = (position + draft) / G;
+    return min(max(page - WINDOW, exact_start / G), page);
+  };
+  // pages before exact_page are read as records by the last draft; the first reads exactly from first_exact on
+  const int exact_page = exact_page_of(DRAFTS - 1), first_exact = exact_page_of(0);
+  const int units = exact_page + ((position + DRAFTS - 1 - first_exact * G) / RING_CHUNK + 1) * RING_UNITS;
   const int splits = indptr[b + 1] - first_split;
   const int per_split = SPLIT_UNITS > 0 ? SPLIT_UNITS : (units + splits - 1) / splits;
   const int unit = (split - first_split) * per_split;
-  const int begin = min(unit, exact_page), end = min(unit + per_split, exact_page);
+  const int first_column = 8 * tile, columns = min(8, COLUMNS - first_column);
+  const int last_draft = (first_column + columns - 1) / GROUP;  // of this block
+  const int begin = min(unit, exact_page), end = min(unit + per_split, exact_page_of(last_draft));
   // a chunk of the ring belongs to the split that holds its first unit
   auto ring_start = [&](int u) {
-    return exact_page * G + (max(u - exact_page, 0) + RING_UNITS - 1) / RING_UNITS * RING_CHUNK;
+    return first_exact * G + (max(u - exact_page, 0) + RING_UNITS - 1) / RING_UNITS * RING_CHUNK;
   };
-  const int ring_begin = ring_start(unit), ring_end = min(ring_start(unit + per_split), position + 1);
-  const int head_in_group = 8 * head_tile, heads = min(8, GROUP - head_in_group);
-  const int first_head = (b * HK + head) * GROUP + head_in_group;
-  const int* pages = page_table + (long long)b * stride_page_table;
+  const int ring_begin = ring_start(unit), ring_end = min(ring_start(unit + per_split), position + last_draft + 1);
+  // the row of a column among the heads of all drafts of all requests, or of all splits
+  auto row_of = [&](int of, int column) {
+    const int c = first_column + column, draft = DRAFTS > 1 ? c / GROUP : 0;
+    return ((of * DRAFTS + draft) * HK + head) * GROUP + c - draft * GROUP;
+  };
+  const int* pages = page_table + (long long)b * DRAFTS * stride_page_table;
   auto record_of = [&](int p) { return records + ((long long)pages[p] * HK + head) * RECORD; };
   if (threadIdx.x == 0) {
     for (int n = 0; n < BUFFERS; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
@@ -496,9 +519,9 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   }
   __syncthreads();
 
-  // the query of head g, channels D / 4 * q ..., divided by a power of two
-  const bool has_head = g < heads;
-  const float* query_row = rotated_q + (long long)(first_head + g) * D;
+  // the query of column g, channels D / 4 * q ..., divided by a power of two
+  const bool has_head = g < columns;
+  const float* query_row = rotated_q + (long long)row_of(b, g) * D;
   float largest = 0.f;
   for (int n = 0; n < D / 4; n += 4) {
     float4 f = has_head ? *(const float4*)(query_row + D / 4 * q + n) : make_float4(0.f, 0.f, 0.f, 0.f);
@@ -519,8 +542,16 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
 #pragma unroll
     for (int k = 0; k < 4; k++) st.acc[n][k] = 0.f;
 
+  // of the columns 2 q and 2 q + 1: the newest token that each sees, the first page that it reads exactly
+  int newest[2], exact_from[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int draft = min((first_column + 2 * q + h) / GROUP, DRAFTS - 1);
+    newest[h] = position + draft;
+    exact_from[h] = exact_page_of(draft);
+  }
   const u8* head_records = records + head * RECORD;
-  ring_pages += b * RING_PAGES;
+  ring_pages += b * DRAFTS * RING_PAGES;
   for (int start = ring_begin + 16 * warp; start < ring_end; start += 16 * WARPS) {
     auto row = [&](int n, const u8*& k, const u8*& v) {
       const int j = start + n;
@@ -529,7 +560,8 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       v = k + 2 * D;
       return j < ring_end;
     };
-    attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
+    auto sees = [&](int n, int h) { return start + n <= newest[h] && start + n >= exact_from[h] * G; };
+    attend_exact(st, row, sees, query_row, has_head, down, scale0, scale1, g, q);
   }
   for (int start = begin + 16 * warp; start < end; start += 16 * WARPS) {
     auto row = [&](int n, const u8*& k, const u8*& v) {
@@ -538,7 +570,8 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       v = k + 2 * D;
       return exists;
     };
-    attend_exact(st, row, query_row, has_head, down, scale0, scale1, g, q);
+    auto sees = [&](int n, int h) { return start + n < exact_from[h]; };
+    attend_exact(st, row, sees, query_row, has_head, down, scale0, scale1, g, q);
   }
   u32 query[PAIRS];
 #pragma unroll
@@ -553,7 +586,8 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   for (int p = begin + team; p < end; p += TEAMS) {
     const int buffer = team * STAGES + stage;
     mbarrier_wait(&bars.full[buffer], parity);
-    attend_record(st, shared_address(shared + buffer * RECORD), query, scale0, scale1, e, warp % TILE_WARPS, g, q);
+    attend_record(st, shared_address(shared + buffer * RECORD), query, scale0, scale1, p < exact_from[0],
+                  p < exact_from[1], e, warp % TILE_WARPS, g, q);
     __syncwarp();
     if (lane == 0) {
       __threadfence_block();
@@ -593,7 +627,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
     }
   }
   __syncthreads();
-  for (int n = threadIdx.x; n < heads * D; n += 32 * WARPS) {
+  for (int n = threadIdx.x; n < columns * D; n += 32 * WARPS) {
     const int h = n / D;
     float m = MINUS_INF, l = 0.f, x = 0.f;
     for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_m[w][h]);
@@ -601,7 +635,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       l += warp_m[w][h] == MINUS_INF ? 0.f : warp_l[w][h] * exp2_fast(warp_m[w][h] - m);
       x += sums[(w * 8 + h) * D + n % D];
     }
-    const long long at = ((long long)split * HK + head) * GROUP + head_in_group + h;
+    const long long at = row_of(split, h);
     out[at * D + n % D] = l == 0.f ? 0.f : x / l;
     if (n % D == 0) lse[at] = l == 0.f ? MINUS_INF : m + log2f(l);
   }

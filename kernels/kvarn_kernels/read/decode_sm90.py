@@ -15,7 +15,7 @@ from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.device.launch import CudaLauncher, current_stream
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read.attend import LOG2_E
-from kvarn_kernels.read.decode_plan import PROGRAM_HEADS, RING_CHUNK, RING_UNITS, DecodeWorkspace, split_units
+from kvarn_kernels.read.decode_plan import PROGRAM_COLUMNS, RING_CHUNK, RING_UNITS, DecodeWorkspace, split_units
 from kvarn_kernels.record.cuda_constants import format_constants
 
 SOURCE = Path(__file__).with_name("decode_sm90.cu")
@@ -51,12 +51,17 @@ def teams(record_bytes: int, head_dim: int) -> tuple[int, int]:
 
 
 def constants(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, drafts: int = 1
 ) -> dict[str, int]:
-    """Return the constants of decode_sm90.cu for a format and rings; group: query heads of a KV head."""
+    """Return the constants of decode_sm90.cu for a format and rings.
+
+    Args:
+        group: query heads of a KV head; drafts: rows of a request that a split serves together.
+    """
     tile_warps, stages = teams(config.record_bytes(head_dim), head_dim)
     return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages) | {
         "GROUP": group,
+        "DRAFTS": drafts,
         "WINDOW": config.window_pages,
         "RING_CHUNK": RING_CHUNK.value,
         "RING_UNITS": RING_UNITS.value,
@@ -75,9 +80,16 @@ def shared_bytes(defines: dict[str, int]) -> int:
 
 @lru_cache(maxsize=32)
 def _compiled(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, device: int
+    config: KVarNConfig,
+    head_dim: int,
+    num_kv_heads: int,
+    group: int,
+    is_bf16: bool,
+    ring_pages: int,
+    drafts: int,
+    device: int,
 ) -> CudaLauncher:
-    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages)
+    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages, drafts)
     return nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device, THREADS, shared_bytes(defines))
 
 
@@ -87,11 +99,13 @@ def decode(
     """Run the contract of `decode.decode`; the first call for a format compiles (about a second)."""
     group = workspace.rotated_q.shape[1] // cache.num_kv_heads
     is_bf16, device, ring_pages = cache.dtype == torch.bfloat16, cache.records.device, batch.ring_pages.shape[1]
+    drafts = workspace.drafts
     kernel = _compiled(
-        config, cache.head_dim, cache.num_kv_heads, group, is_bf16, ring_pages, device.index or 0
+        config, cache.head_dim, cache.num_kv_heads, group, is_bf16, ring_pages, drafts, device.index or 0
     )
+    batch_size = batch.num_tokens // drafts
     kernel(
-        (workspace.max_splits[batch.num_tokens - 1], cache.num_kv_heads * -(-group // PROGRAM_HEADS), 1),
+        (workspace.max_splits[batch_size - 1], cache.num_kv_heads * -(-drafts * group // PROGRAM_COLUMNS), 1),
         current_stream(device),
         rotated_q=workspace.rotated_q,
         records=cache.records,
@@ -105,5 +119,5 @@ def decode(
         lse=workspace.partial_lse,
         stride_page_table=batch.page_table.stride(0),
         sm_scale_log2_bits=sm_scale * LOG2_E,
-        batch_size=batch.num_tokens,
+        batch_size=batch_size,
     )
