@@ -215,6 +215,7 @@ def test_demo_ends_its_server_when_interrupted(number):
     assert wait_until(servers, 60), "the demo did not start a server"
     (pid,) = servers()
     os.kill(demo.pid, number)
-    assert demo.wait(60) == 128 + number
+    # a shell reports both as 128 + number; Python ends by the signal if that came while a module was made by exec()
+    assert demo.wait(60) in (128 + number, -number)
     assert wait_until(lambda: not is_running(pid), 10)
     demo.communicate()
