@@ -22,8 +22,9 @@ needs_no_gpu = pytest.mark.skipif(not platform.is_active(), reason="for a machin
     [
         (
             "--speculative-algorithm NGRAM",
-            "--speculative-ngram-max-bfs-breadth 10 cannot be combined with --kv-cache-dtype kvarn, because the tokens of "
-            "an accepted branch would have to move to other places of a page: set --speculative-ngram-max-bfs-breadth 1",
+            "--speculative-ngram-max-bfs-breadth 10 cannot be combined with --kv-cache-dtype kvarn, because the tokens "
+            "of an accepted branch would have to move to other places of a page: "
+            "set --speculative-ngram-max-bfs-breadth 1",
         ),
         (f"--max-total-tokens {TOO_FEW}", f"tokens, not {TOO_FEW:,}, because a running request keeps its newest"),
     ],
