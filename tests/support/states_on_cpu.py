@@ -14,20 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_plugin import add_to_engines
 from sglang_kvarn import compat
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Run these layers in 32 bits in the processes of the engines that this one starts.
-
-    An engine hands its processes the search path, on which this puts an SGLang plugin that calls `install`. This
-    process checks arguments only.
-    """
-    info = folder / "states_on_cpu-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: states-on-cpu\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nstates_on_cpu = states_on_cpu:install\n")
-    patch.syspath_prepend(folder)
+    """Run these layers in 32 bits in the processes of the engines that this one starts; this one checks arguments."""
+    add_to_engines(patch, folder, "states_on_cpu:install")
     patch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
     accept_states(patch)
 
