@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from kvarn_kernels import reference
@@ -14,7 +17,7 @@ from kvarn_kernels.memory import LayerCache
 
 from benchmarks.kernels import parts
 from benchmarks.kernels.attention_problem import DEVICE, DTYPE, PAGE, Candidate, encoded, write_ring
-from benchmarks.kernels.decode_problem import Problem
+from benchmarks.kernels.decode_problem import Problem, Shape
 
 # e4m3 keeps three mantissa bits: about 3 % of a value, less after averaging
 FP8_TOLERANCE = 1e-1
@@ -100,24 +103,23 @@ def kvarn(problem: Problem, preset: str, part: str = "", kernels: Kernels | None
     return [Candidate(run, out, problem.samples, expected, 5e-3, len(caches), total)]
 
 
-def _flashinfer_memory(problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Return (page table, caches [P, 2, G, Hk, D], one a layer, workspace)."""
-    shape = problem.shape
-    page_table = problem.physical_pages()
-    tokens = shape.batch * shape.pages * PAGE
-    layers = shape.layers(tokens * shape.heads.full_token_bytes * dtype.itemsize // DTYPE.itemsize)
-    caches = [torch.stack(problem.paged(page_table, dtype), 1) for _ in range(layers)]
-    return page_table, caches, torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE)
+def _flashinfer(
+    problem: Problem, dtype: torch.dtype, wrapper_of: Callable[..., Any], *qo_indptr: torch.Tensor, **options: Any
+) -> Candidate:
+    """Return FlashInfer on a cache of a dtype.
 
-
-def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Candidate:
-    import flashinfer
-
+    Args:
+        wrapper_of: makes its wrapper of a workspace; qo_indptr: first row of each request, for a wrapper that takes it.
+        options: more of the wrapper's plan.
+    """
     shape, heads = problem.shape, problem.shape.heads
-    page_table, caches, workspace = _flashinfer_memory(problem, dtype)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
+    page_table = problem.physical_pages()
+    layers = shape.layers(shape.batch * shape.pages * PAGE * heads.full_token_bytes * dtype.itemsize // DTYPE.itemsize)
+    caches = [torch.stack(problem.paged(page_table, dtype), 1) for _ in range(layers)]
+    wrapper = wrapper_of(torch.empty(512 << 20, dtype=torch.uint8, device=DEVICE), "NHD")
     wrapper.plan(
-        torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE) * shape.pages,
+        *qo_indptr,
+        _counted(shape) * shape.pages,
         page_table.flatten(),
         torch.full((shape.batch,), (shape.context - 1) % PAGE + 1, dtype=torch.int32, device=DEVICE),
         heads.num_qo_heads,
@@ -126,6 +128,7 @@ def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Can
         PAGE,
         q_data_type=DTYPE,
         kv_data_type=dtype,
+        **options,
     )
     out = torch.empty_like(problem.q)
 
@@ -134,48 +137,32 @@ def _flashinfer(problem: Problem, dtype: torch.dtype, tensor_cores: bool) -> Can
 
     tolerance = 1e-2 if dtype == DTYPE else FP8_TOLERANCE
     total = shape.full_bytes * dtype.itemsize // DTYPE.itemsize
-    return Candidate(run, out, problem.samples, problem.exact, tolerance, len(caches), total)
+    return Candidate(run, out, problem.samples, problem.exact, tolerance, layers, total)
 
 
-def _flashinfer_verify(problem: Problem) -> Candidate:
-    import flashinfer
-
-    shape, heads = problem.shape, problem.shape.heads
-    page_table, caches, workspace = _flashinfer_memory(problem, DTYPE)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-    counted = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
-    wrapper.plan(
-        counted * shape.drafts,
-        counted * shape.pages,
-        page_table.flatten(),
-        torch.full((shape.batch,), (shape.context - 1) % PAGE + 1, dtype=torch.int32, device=DEVICE),
-        heads.num_qo_heads,
-        heads.num_kv_heads,
-        heads.head_dim,
-        PAGE,
-        causal=True,
-        q_data_type=DTYPE,
-        kv_data_type=DTYPE,
-    )
-    out = torch.empty_like(problem.q)
-
-    def run(layer: int) -> None:
-        wrapper.run(problem.q, caches[layer], out=out)
-
-    return Candidate(run, out, problem.samples, problem.exact, 1e-2, len(caches), shape.full_bytes)
+def _counted(shape: Shape) -> torch.Tensor:
+    """Return 0, 1, ... up to the number of requests, int32 on the device."""
+    return torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
 
 
 def flashinfer_bf16(problem: Problem) -> list[Candidate]:
     """Return FlashInfer on a bf16 cache: decode without tensor cores, where it has that, and with them; or verify."""
-    if problem.shape.drafts > 1:
-        return [_flashinfer_verify(problem)]
-    ways = (False, True) if problem.shape.heads.group in FLASHINFER_GROUPS else (True,)
-    return [_flashinfer(problem, torch.bfloat16, cores) for cores in ways]
+    import flashinfer
+
+    shape, decode = problem.shape, flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    if shape.drafts > 1:
+        verify = flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        return [_flashinfer(problem, DTYPE, verify, _counted(shape) * shape.drafts, causal=True)]
+    ways = (False, True) if shape.heads.group in FLASHINFER_GROUPS else (True,)
+    return [_flashinfer(problem, DTYPE, partial(decode, use_tensor_cores=cores)) for cores in ways]
 
 
 def flashinfer_fp8(problem: Problem) -> list[Candidate]:
     """Return FlashInfer on an fp8 cache."""
-    return [_flashinfer(problem, torch.float8_e4m3fn, True)]
+    import flashinfer
+
+    decode = partial(flashinfer.BatchDecodeWithPagedKVCacheWrapper, use_tensor_cores=True)
+    return [_flashinfer(problem, torch.float8_e4m3fn, decode)]
 
 
 def fa3_bf16(problem: Problem) -> list[Candidate]:
@@ -187,7 +174,7 @@ def fa3_bf16(problem: Problem) -> list[Candidate]:
     layers = shape.layers(shape.batch * shape.pages * PAGE * heads.full_token_bytes)
     caches = [problem.paged(page_table, DTYPE) for _ in range(layers)]
     seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
-    qo_indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE) * shape.drafts
+    qo_indptr = _counted(shape) * shape.drafts
     out = torch.empty_like(problem.q)
 
     def run(layer: int) -> None:

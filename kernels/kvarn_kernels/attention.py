@@ -193,8 +193,7 @@ class Attention:
 
     def reserve(self, decode_batch: int) -> None:
         """Make room for decode or verify steps of more rows, before any CUDA graph is captured."""
-        rows = 0 if self._decode_workspace is None else len(self._decode_workspace.rotated_q)
-        if self._decode_workspace is not None and decode_batch > rows:
+        if self._decode_workspace is not None and decode_batch > len(self._decode_workspace.rotated_q):
             self._decode_workspace = self._make_decode_workspace(decode_batch)
 
     def warm_up(self, cache: LayerCache) -> None:

@@ -201,7 +201,7 @@ def published_argument(name: str) -> Any:
 
 
 def draft_attention_backend(server_args: Any) -> str:
-    """Return the attention backend that SGLang would choose for a model with a 16-bit cache on this machine."""
+    """Return an attention backend of SGLang's for a draft model: up to Hopper what it takes for a 16-bit cache."""
     if server_args.device == "cpu" or not torch.cuda.is_available():
         return "triton"
     if torch.cuda.get_device_capability()[0] == 9:

@@ -50,8 +50,7 @@ def keep_chains(result: tuple[Any, Any], corpus: Any, *args: Any, **kwargs: Any)
     Args:
         result: tokens [B * D], and whether draft j is draft i or before it, 0 or 1, [B * D * D].
     """
-    name = compat.published_argument("kv_cache_dtype")
-    if not isinstance(name, str) or not name.startswith("kvarn"):
+    if not settings.is_kvarn(compat.published_argument("kv_cache_dtype")):
         return None
     tokens, mask = result
     drafts = mask.size // tokens.size

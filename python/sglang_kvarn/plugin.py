@@ -35,10 +35,11 @@ def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **k
 def _resolve(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Refuse what was typed before SGLang can advise otherwise, and fill what was left open."""
     settings.apply_defaults(server_args)
-    if settings.preset_of(server_args) is not None and not compat.is_resolved(server_args):
+    is_ours = settings.preset_of(server_args) is not None
+    if is_ours and not compat.is_resolved(server_args):
         drafts.apply_defaults(server_args)
     refusals.check_typed(server_args)
-    if settings.preset_of(server_args) is not None:
+    if is_ours:
         register_rest()
 
 

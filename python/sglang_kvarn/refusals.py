@@ -82,12 +82,12 @@ _OTHER_DRAFTS = {
 }
 
 
-def _other_drafts(names: set[str] | None, why: str) -> Refusal:
-    """Return the refusal of algorithms by name; None: of all that are not chains."""
+def _other_drafts(name: str | None, why: str) -> Refusal:
+    """Return the refusal of an algorithm by name; None: of all that are not chains."""
 
     def applies(args: Any) -> bool:
-        name = algorithm_of(args)
-        return name in names if names else name not in ("", *CHAINS)
+        found = algorithm_of(args)
+        return found not in ("", *CHAINS) if name is None else found == name
 
     way_out = f"set it to {', '.join(CHAINS[:-1])} or {CHAINS[-1]}"
     return Refusal(applies, _text("--speculative-algorithm {args.speculative_algorithm}", why, way_out))
@@ -129,7 +129,7 @@ ARGUMENTS = (
         f" {{args.max_total_tokens}}, because a request takes a page of {settings.PAGE_SIZE} tokens for its prompt, one"
         " for its answer and one that SGLang keeps free: raise --max-total-tokens",
     ),
-    *(_other_drafts({name}, why) for name, why in _OTHER_DRAFTS.items()),
+    *(_other_drafts(name, why) for name, why in _OTHER_DRAFTS.items()),
     _other_drafts(None, "only the verification of SGLang's own chains of drafts is tested"),
     Refusal(
         lambda args: algorithm_of(args) not in ("", NGRAM) and args.speculative_eagle_topk not in (None, 1),

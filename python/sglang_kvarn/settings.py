@@ -18,6 +18,11 @@ ATTENTION_BACKEND = "kvarn"
 PAGE_SIZE = TILE_SIZE
 
 
+def is_kvarn(name: Any) -> bool:
+    """Whether a value of ``--kv-cache-dtype`` means one of our caches, right or misspelt."""
+    return isinstance(name, str) and name.startswith("kvarn")
+
+
 def preset_of(server_args: Any) -> KVarNConfig | None:
     """Return the preset of ``server_args.kv_cache_dtype``, None for one of SGLang's own formats.
 
@@ -25,13 +30,11 @@ def preset_of(server_args: Any) -> KVarNConfig | None:
         ValueError: the name starts with ``kvarn`` but is no preset; the message lists them.
     """
     name = server_args.kv_cache_dtype
-    if not isinstance(name, str) or not name.startswith("kvarn"):
-        return None
-    return KVarNConfig.from_preset(name)
+    return KVarNConfig.from_preset(name) if is_kvarn(name) else None
 
 
 def target_preset(configurator: Any) -> KVarNConfig | None:
-    """Return the preset of SGLang's KVCacheConfigurator, None for a draft model, whose cache stays 16 bit."""
+    """Return the preset of SGLang's KVCacheConfigurator, None for a draft model, whose cache is SGLang's."""
     return None if configurator.is_draft_worker else preset_of(configurator.server_args)
 
 
@@ -61,7 +64,7 @@ def apply_defaults(server_args: Any) -> None:
 def cache_dtype(original: Any, **kwargs: Any) -> tuple[str | None, torch.dtype]:
     """Name the storage type of the cache: bytes. Hook around ``configure_kv_cache_dtype``."""
     name = kwargs["server_args_kv_cache_dtype"]
-    if not isinstance(name, str) or not name.startswith("kvarn"):
+    if not is_kvarn(name):
         return original(**kwargs)
     KVarNConfig.from_preset(name)
     if kwargs["is_draft_worker"]:

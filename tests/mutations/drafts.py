@@ -115,7 +115,7 @@ MUTATIONS = (
     Mutation(
         "drafts of other caches made chains too",
         DRAFTS,
-        """    if not isinstance(name, str) or not name.startswith("kvarn"):
+        """    if not settings.is_kvarn(compat.published_argument("kv_cache_dtype")):
         return None
     tokens""",
         "    tokens",
