@@ -139,13 +139,16 @@ class Attention:
     def _make_decode_workspace(self, max_batch: int) -> decode_plan.DecodeWorkspace | None:
         if self.kernels.decode == "torch":
             return None
+        pages, each, tiles = self._limits.request_pages, self._drafts_of_split, 1
         if self.kernels.decode == "cuda":
-            resident = decode_sm90.resident_programs(self.shape.head_dim, self._gpu)
+            tiles = decode_sm90.column_tiles(self.shape.head_dim, self.shape.group, each)
+            resident = decode_sm90.resident_programs(self.shape.head_dim, tiles, self._gpu)
         else:
             resident = decode.resident_programs(self._gpu)
-        pages, each = self._limits.request_pages, self._drafts_of_split
-        requests = -(-max_batch // each)
-        return decode_plan.make_workspace(self.shape, self.config, self.device, requests, pages, resident, each)
+        requests, columns = -(-max_batch // each), decode_plan.TILE_COLUMNS * tiles
+        return decode_plan.make_workspace(
+            self.shape, self.config, self.device, requests, pages, resident, each, columns
+        )
 
     @property
     def _drafts_of_split(self) -> int:

@@ -43,7 +43,7 @@ def code_of(form: tuple, capability: str, drafts: int = 1) -> bytes:
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(str(x) for x in form))
 def test_decode_sm90_compiles_into_registers(form, tmp_path):
     registers, stack = registers_and_stack(code_of(form, "90"), tmp_path)
-    blocks = decode_sm90.MIN_BLOCKS[form[1]]
+    blocks = decode_sm90.MIN_BLOCKS[form[1], decode_sm90.column_tiles(form[1], form[3], 1)]
     # at 128 registers two values of the prologue may be spilled; the loop over tiles has none to spare for more
     assert registers * decode_sm90.THREADS * blocks <= 65536 and stack <= 16, (registers, stack)
 
@@ -52,7 +52,7 @@ def test_decode_sm90_compiles_into_registers(form, tmp_path):
 @pytest.mark.parametrize("form", FORMS[:1] + FORMS[3:8] + FORMS[-3:], ids=lambda form: "-".join(str(x) for x in form))
 def test_verify_compiles_into_registers(form, drafts, tmp_path):
     registers, stack = registers_and_stack(code_of(form, "90", drafts), tmp_path)
-    blocks = decode_sm90.MIN_BLOCKS[form[1]]
+    blocks = decode_sm90.MIN_BLOCKS[form[1], decode_sm90.column_tiles(form[1], form[3], drafts)]
     # what a column sees takes a few registers more
     assert registers * decode_sm90.THREADS * blocks <= 65536 and stack <= 48, (registers, stack)
 
@@ -62,12 +62,13 @@ def test_decode_sm90_compiles_for_blackwell():
 
 
 @pytest.mark.parametrize("preset", sorted({preset for preset, *_ in FORMS} - {"kvarn_canonical"}))
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
-    config = KVarNConfig.from_preset(preset)
-    defines = decode_sm90.constants(config, head_dim, 8, 4, True, config.ring_pages(head_dim, 2))
+@pytest.mark.parametrize(("head_dim", "tiles"), list(decode_sm90.MIN_BLOCKS))
+def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim, tiles):
+    config, drafts = KVarNConfig.from_preset(preset), 4 * tiles - 3
+    defines = decode_sm90.constants(config, head_dim, 8, 4, True, config.ring_pages(head_dim, 2, drafts), drafts)
     # 227 KiB for all resident blocks of a multiprocessor, 1 KiB of each is reserved
-    assert (decode_sm90.shared_bytes(defines) + 2048) * decode_sm90.MIN_BLOCKS[head_dim] <= 228 * 1024
+    assert defines["COLUMN_TILES"] == tiles
+    assert (decode_sm90.shared_bytes(defines) + 2048) * decode_sm90.MIN_BLOCKS[head_dim, tiles] <= 228 * 1024
     assert defines["RECORD"] % 16 == 0 and defines["RECORD"] == tile.record_bytes(
         head_dim, config.k_bits, config.v_bits
     )

@@ -192,7 +192,7 @@ def test_drafts_of_many_pages_in_many_splits_and_padded_requests(run_as_cpp, mon
     starts = [9 * PAGE - 2, 130, 7 * PAGE + 60]
     requests = make_requests([n + drafts for n in starts], HEADS, 64, torch.float16)
     for programs in (2, 40):
-        monkeypatch.setattr(decode_sm90, "resident_programs", lambda head_dim, gpu, n=programs: n)
+        monkeypatch.setattr(decode_sm90, "resident_programs", lambda head_dim, tiles, gpu, n=programs: n)
         verify(requests, starts, HEADS, config, drafts, padding=2)
 
 

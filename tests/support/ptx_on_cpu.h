@@ -69,6 +69,7 @@ template <class T>
 T load_shared(u32 a) { T v; std::memcpy(&v, dynamic_shared + a, sizeof(T)); return v; }
 inline uint4 lds128(u32 a) { assert(a % 16 == 0); return load_shared<uint4>(a); }
 inline uint2 lds64(u32 a) { assert(a % 8 == 0); return load_shared<uint2>(a); }
+inline void sts128(u32 a, uint4 v) { assert(a % 16 == 0); std::memcpy(dynamic_shared + a, &v, sizeof(v)); }
 inline u32 lds32(u32 a) { return load_shared<u32>(a); }
 inline float lds_half(u32 a) { return from_half(load_shared<unsigned short>(a)); }
 

@@ -41,8 +41,8 @@ RING_UNITS = tl.constexpr(2)
 TYPICAL_UNITS = 64
 SPLIT_OVERHEAD = 4
 MAX_WAVES = 16
-# columns, query heads of a KV head for each draft, that one program of a decode kernel serves
-PROGRAM_COLUMNS = 8
+# columns, query heads of a KV head for each draft, that are the narrow side of one matrix instruction
+TILE_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,16 @@ def make_workspace(
     max_pages: int,
     resident: int,
     drafts: int = 1,
+    columns: int = TILE_COLUMNS,
 ) -> DecodeWorkspace:
     """Allocate the workspace for every batch size up to max_batch and requests of up to max_pages pages.
 
     Args:
         resident: programs of the decode kernel that the GPU runs at once.
         drafts: rows of a request that a split is to serve together.
+        columns: query heads of a KV head for each draft that a program serves.
     """
-    programs = programs_per_split(shape, drafts)
+    programs = programs_per_split(shape, drafts, columns)
     wanted = tuple(wanted_splits(b, programs, resident) for b in range(1, max_batch + 1))
     most = tuple(max_splits(b, splits, max_pages, config) for b, splits in enumerate(wanted, 1))
     splits, heads, head_dim = max(most), shape.num_qo_heads, shape.head_dim
@@ -109,9 +111,9 @@ def make_workspace(
     )
 
 
-def programs_per_split(shape: AttentionShape, drafts: int = 1) -> int:
-    """Return the programs that a split takes, one for each KV head and 8 columns: its query heads for each draft."""
-    return shape.num_kv_heads * -(-drafts * shape.group // PROGRAM_COLUMNS)
+def programs_per_split(shape: AttentionShape, drafts: int = 1, columns: int = TILE_COLUMNS) -> int:
+    """Return the programs that a split takes, one for each KV head and so many of its query heads for each draft."""
+    return shape.num_kv_heads * -(-drafts * shape.group // columns)
 
 
 def split_units(config: KVarNConfig) -> int:

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention over records, first tokens and ring for sm_90 and newer; the same contract as decode.py.
 //
-// One block per split (decode_plan.py), KV head and 8 columns: query heads or, where drafts are verified, the query heads
-// of each draft, one draft after the other. Whole records arrive by bulk copy. A team of
+// One block per split (decode_plan.py), KV head and COLUMN_TILES x 8 columns: query heads or, where drafts are verified,
+// the query heads of each draft, one draft after the other. Codes are unpacked once for all columns of a block. Whole
+// records arrive by bulk copy. A team of
 // TILE_WARPS warps shares a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a
 // split; the last warp that leaves a buffer orders the next record into it. Every team has a ring of STAGES buffers of
 // its own: a barrier tells only odd phases from even ones, so whoever waits for it must see every phase of it, and
@@ -41,6 +42,9 @@ constexpr int V_VECTOR = V_LANE_WORDS < 4 ? V_LANE_WORDS : 4;  // words of one l
 constexpr int V_LOADS = V_LANE_WORDS / V_VECTOR;
 constexpr int V_VECTORS = V_WIDTH / V_VECTOR;
 constexpr int TILES = D / 16;             // blocks of 16 channels of the output
+constexpr int COLUMNS = DRAFTS * GROUP;   // of a KV head
+constexpr int BLOCK_COLUMNS = 8 * COLUMN_TILES;
+constexpr int COLUMN_BLOCKS = (COLUMNS + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
 constexpr float LAG = 4.0f;               // how far a score may exceed the kept maximum, log2
 #define MINUS_INF __int_as_float(0xff800000)
 
@@ -81,6 +85,9 @@ __device__ __forceinline__ uint2 lds64(u32 a) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
   return v;
+}
+__device__ __forceinline__ void sts128(u32 a, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 __device__ __forceinline__ u32 lds32(u32 a) {
   u32 v;
@@ -195,9 +202,28 @@ __device__ __forceinline__ u32 unpack(u32 w, u32 top, int n, const Exponents& e)
   return n % 2 == 0 ? ((x & 0x00300030u) | e.x64) | (y & 0x00400040u) : ((x & 0x00C000C0u) | e.x16) | (y & 0x01000100u);
 }
 
+// of 8 columns
 struct State {
   float m[2], l[2];        // columns 2 q and 2 q + 1; l is this lane's share
   float acc[TILES][4];     // channels (c, c + 1) of `channel_of` x columns (2 q, 2 q + 1)
+};
+
+// The folded queries' source: channels D / 4 * q ... of column g of each tile, fp16 pairs. Those of one tile are kept in
+// registers, those of several in shared memory, which all warps read alike: `at` is where the lane's begin.
+struct Query {
+  u32 words[COLUMN_TILES == 1 ? PAIRS : 1];
+  u32 at;
+  static constexpr int BYTES = COLUMN_TILES == 1 ? 0 : 4 * PAIRS * COLUMN_TILES * 32;
+  __device__ __forceinline__ u32 address(int tile, int n) const { return at + 512 * (PAIRS / 4 * tile + n / 4); }
+  __device__ __forceinline__ void load(u32 (&x)[4], int tile, int n) const {
+    if (COLUMN_TILES == 1) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) x[k] = words[(n + k) % (sizeof(words) / 4)];
+    } else {
+      uint4 y = lds128(address(tile, n));
+      x[0] = y.x; x[1] = y.y; x[2] = y.z; x[3] = y.w;
+    }
+  }
 };
 
 // first channel of output tile n of a lane; its second channel follows it
@@ -239,28 +265,38 @@ __device__ __forceinline__ float weight(float score, float scale, float m) {
   return exp2_fast(fmaf(score, scale, m == MINUS_INF ? 0.0f : -m));
 }
 
-// sees0, sees1: whether the columns of the lane read this page as a record
-__device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (&query)[PAIRS], float scale0,
-                                              float scale1, bool sees0, bool sees1, const Exponents& e, int warp, int g,
+// scale, sees: of the columns 2 q and 2 q + 1 of each tile; whether they read this page as a record
+__device__ __forceinline__ void attend_record(State (&st)[COLUMN_TILES], u32 record, const Query& query,
+                                              const float (&scale)[COLUMN_TILES][2],
+                                              const bool (&sees)[COLUMN_TILES][2], const Exponents& e, int warp, int g,
                                               int q) {
   u32 halves = record + SCALES_OFFSET;
-  u32 folded[PAIRS];
-  float zero[4] = {0.f, 0.f, 0.f, 0.f};  // the same for all tokens, so for both rows of the fragment
+  u32 folded[COLUMN_TILES][PAIRS];
+  float zero[COLUMN_TILES][4];  // the same for all tokens, so for both rows of the fragment
+#pragma unroll
+  for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+    for (int k = 0; k < 4; k++) zero[c][k] = 0.f;
 #pragma unroll
   for (int n = 0; n < PAIRS; n += 4) {
     uint4 a = lds128(halves + 2 * (K_CHANNEL_SCALE + D / 4 * q + 2 * n));
     uint4 z = lds128(halves + 2 * (K_CHANNEL_ZERO + D / 4 * q + 2 * n));
     u32 as[4] = {a.x, a.y, a.z, a.w}, zs[4] = {z.x, z.y, z.z, z.w};
 #pragma unroll
-    for (int k = 0; k < 4; k++) folded[n + k] = multiply_half(query[n + k], as[k]);
+    for (int c = 0; c < COLUMN_TILES; c++) {
+      u32 own[4];
+      query.load(own, c, n);
 #pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-      mma_half(zero, zs[k], zs[k], zs[k + 1], zs[k + 1], query[n + k], query[n + k + 1]);
-      u32 o0 = minus_offset_pair<K_BITS>((n + k) % K_PAIRS), o1 = minus_offset_pair<K_BITS>((n + k + 1) % K_PAIRS);
-      mma_half(zero, o0, o0, o1, o1, folded[n + k], folded[n + k + 1]);
+      for (int k = 0; k < 4; k++) folded[c][n + k] = multiply_half(own[k], as[k]);
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        mma_half(zero[c], zs[k], zs[k], zs[k + 1], zs[k + 1], own[k], own[k + 1]);
+        u32 o0 = minus_offset_pair<K_BITS>((n + k) % K_PAIRS), o1 = minus_offset_pair<K_BITS>((n + k + 1) % K_PAIRS);
+        mma_half(zero[c], o0, o0, o1, o1, folded[c][n + k], folded[c][n + k + 1]);
+      }
     }
   }
-  float s[BLOCKS][4];
+  float s[COLUMN_TILES][BLOCKS][4];
 #pragma unroll
   for (int t = 0; t < BLOCKS; t++) {
     // rows g and g + 8 of a fragment are tokens 4 r + (g & 1) and + 2, so that value words hold their neighbours
@@ -289,45 +325,65 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
 #pragma unroll
         for (int n = 0; n < K_PAIRS; n += 2) {
           int pair = K_PAIRS * (u + k) + n;
-          mma_half(s[t], unpack<K_BITS>(w0, top0, n, e), unpack<K_BITS>(w1, top1, n, e),
-                   unpack<K_BITS>(w0, top0, n + 1, e), unpack<K_BITS>(w1, top1, n + 1, e), folded[pair],
-                   folded[pair + 1], pair == 0 ? zero : s[t]);
+          u32 a0 = unpack<K_BITS>(w0, top0, n, e), a1 = unpack<K_BITS>(w1, top1, n, e);
+          u32 a2 = unpack<K_BITS>(w0, top0, n + 1, e), a3 = unpack<K_BITS>(w1, top1, n + 1, e);
+#pragma unroll
+          for (int c = 0; c < COLUMN_TILES; c++)
+            mma_half(s[c][t], a0, a1, a2, a3, folded[c][pair], folded[c][pair + 1], pair == 0 ? zero[c] : s[c][t]);
         }
       }
     }
     float k0 = lds_half(halves + 2 * (K_TOKEN_SCALE + token)), k1 = lds_half(halves + 2 * (K_TOKEN_SCALE + token + 2));
-    s[t][0] *= k0; s[t][1] *= k0; s[t][2] *= k1; s[t][3] *= k1;
-    // token 0 is attended exactly, with the other first tokens
-    if (token == 0) s[t][0] = s[t][1] = MINUS_INF;
-    if (DRAFTS > 1 && !sees0) s[t][0] = s[t][2] = MINUS_INF;
-    if (DRAFTS > 1 && !sees1) s[t][1] = s[t][3] = MINUS_INF;
-  }
-  float largest0 = MINUS_INF, largest1 = MINUS_INF;
 #pragma unroll
-  for (int t = 0; t < BLOCKS; t++) {
-    largest0 = fmaxf(largest0, fmaxf(s[t][0], s[t][2]));
-    largest1 = fmaxf(largest1, fmaxf(s[t][1], s[t][3]));
+    for (int c = 0; c < COLUMN_TILES; c++) {
+      float(&own)[4] = s[c][t];
+      own[0] *= k0; own[1] *= k0; own[2] *= k1; own[3] *= k1;
+      // token 0 is attended exactly, with the other first tokens
+      if (token == 0) own[0] = own[1] = MINUS_INF;
+      if (DRAFTS > 1 && !sees[c][0]) own[0] = own[2] = MINUS_INF;
+      if (DRAFTS > 1 && !sees[c][1]) own[1] = own[3] = MINUS_INF;
+    }
   }
-  raise(st, largest0 * scale0, largest1 * scale1);
+#pragma unroll
+  for (int c = 0; c < COLUMN_TILES; c++) {
+    float largest0 = MINUS_INF, largest1 = MINUS_INF;
+#pragma unroll
+    for (int t = 0; t < BLOCKS; t++) {
+      largest0 = fmaxf(largest0, fmaxf(s[c][t][0], s[c][t][2]));
+      largest1 = fmaxf(largest1, fmaxf(s[c][t][1], s[c][t][3]));
+    }
+    raise(st[c], largest0 * scale[c][0], largest1 * scale[c][1]);
+  }
   const u32 ONE = 0x3C003C00u;
-  float base[4] = {0.f, 0.f, 0.f, 0.f}, sum[4] = {0.f, 0.f, 0.f, 0.f};
-  u32 weights[BLOCKS][2];
+  float base[COLUMN_TILES][4], sum[COLUMN_TILES][4];
+#pragma unroll
+  for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+    for (int k = 0; k < 4; k++) base[c][k] = sum[c][k] = 0.f;
+  u32 weights[COLUMN_TILES][BLOCKS][2];
 #pragma unroll
   for (int t = 0; t < BLOCKS; t++) {
-    u32 zeros[2];
+    u32 zeros[COLUMN_TILES][2];
     int token = 16 * (BLOCKS * warp + t) + 4 * (g >> 1) + (g & 1);
     u32 a = halves + 2 * (V_TOKEN_SCALE + token), z = halves + 2 * (V_TOKEN_ZERO + token);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float p0 = weight(s[t][2 * r], scale0, st.m[0]), p1 = weight(s[t][2 * r + 1], scale1, st.m[1]);
-      st.l[0] += p0;
-      st.l[1] += p1;
-      float scale = lds_half(a + 4 * r), shift = lds_half(z + 4 * r);
-      weights[t][r] = transpose(pack_half(p0 * scale, p1 * scale));
-      zeros[r] = transpose(pack_half(p0 * shift, p1 * shift));
+      float token_scale = lds_half(a + 4 * r), token_zero = lds_half(z + 4 * r);
+#pragma unroll
+      for (int c = 0; c < COLUMN_TILES; c++) {
+        float p0 = weight(s[c][t][2 * r], scale[c][0], st[c].m[0]);
+        float p1 = weight(s[c][t][2 * r + 1], scale[c][1], st[c].m[1]);
+        st[c].l[0] += p0;
+        st[c].l[1] += p1;
+        weights[c][t][r] = transpose(pack_half(p0 * token_scale, p1 * token_scale));
+        zeros[c][r] = transpose(pack_half(p0 * token_zero, p1 * token_zero));
+      }
     }
-    mma_half(base, ONE, ONE, ONE, ONE, zeros[0], zeros[1]);
-    mma_half(sum, ONE, ONE, ONE, ONE, weights[t][0], weights[t][1]);
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++) {
+      mma_half(base[c], ONE, ONE, ONE, ONE, zeros[c][0], zeros[c][1]);
+      mma_half(sum[c], ONE, ONE, ONE, ONE, weights[c][t][0], weights[c][t][1]);
+    }
   }
   // value words: rows 4 (BLOCKS warp + t) + q, blocks of 4 x 4 words
   u32 values = record + V_CODES_OFFSET + 16 * BLOCKS * warp * V_WIDTH + 16 * q;
@@ -356,36 +412,54 @@ __device__ __forceinline__ void attend_record(State& st, u32 record, const u32 (
       } else {
         scales[0] = lds32(channel);
       }
-      float first[4];
+      float first[COLUMN_TILES][4];
 #pragma unroll
-      for (int n = 0; n < 4; n++) first[n] = fmaf(-offset<V_BITS>(j), sum[n], base[n]);
+      for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+        for (int n = 0; n < 4; n++) first[c][n] = fmaf(-offset<V_BITS>(j), sum[c][n], base[c][n]);
 #pragma unroll
       for (int k = 0; k < V_VECTOR / 2; k++) {
-        float o[4];
+        float o[COLUMN_TILES][4];
 #pragma unroll
-        for (int t = 0; t < BLOCKS; t++)
-          mma_half(o, unpack<V_BITS>(w[t][2 * k], tops[t][2 * k], j, e),
-                   unpack<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], j, e),
-                   unpack<V_BITS>(w[t][2 * k], tops[t][2 * k], V_CB + j, e),
-                   unpack<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], V_CB + j, e), weights[t][0],
-                   weights[t][1], t == 0 ? first : o);
+        for (int t = 0; t < BLOCKS; t++) {
+          u32 a0 = unpack<V_BITS>(w[t][2 * k], tops[t][2 * k], j, e);
+          u32 a1 = unpack<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], j, e);
+          u32 a2 = unpack<V_BITS>(w[t][2 * k], tops[t][2 * k], V_CB + j, e);
+          u32 a3 = unpack<V_BITS>(w[t][2 * k + 1], tops[t][2 * k + 1], V_CB + j, e);
+#pragma unroll
+          for (int c = 0; c < COLUMN_TILES; c++)
+            mma_half(o[c], a0, a1, a2, a3, weights[c][t][0], weights[c][t][1], t == 0 ? first[c] : o[c]);
+        }
         float c0 = low_half(scales[k]), c1 = high_half(scales[k]);
-        float(&acc)[4] = st.acc[(load * (V_VECTOR / 2) + k) * V_CB + j];
-        acc[0] = fmaf(o[0], c0, acc[0]);
-        acc[1] = fmaf(o[1], c0, acc[1]);
-        acc[2] = fmaf(o[2], c1, acc[2]);
-        acc[3] = fmaf(o[3], c1, acc[3]);
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++) {
+          float(&acc)[4] = st[c].acc[(load * (V_VECTOR / 2) + k) * V_CB + j];
+          acc[0] = fmaf(o[c][0], c0, acc[0]);
+          acc[1] = fmaf(o[c][1], c0, acc[1]);
+          acc[2] = fmaf(o[c][2], c1, acc[2]);
+          acc[3] = fmaf(o[c][3], c1, acc[3]);
+        }
       }
     }
   }
 }
 
-// 16 exact tokens; k, v: rows of D elements of 16 bits for token n = 0 .. 15 by `rows`, which returns null beyond the end;
-// sees(n, h): whether column h of the lane's two sees token n
+// The queries of column g of each tile, float32, null where a tile has no such column; each is divided by a power of two.
+struct ExactQuery {
+  const float* row[COLUMN_TILES];
+  float down[COLUMN_TILES];
+};
+
+// 16 exact tokens; k, v: rows of D elements of 16 bits for token n = 0 .. 15 by `rows`, which returns false beyond the
+// end; sees(n, c, h): whether column h of the lane's two of tile c sees token n
 template <typename Rows, typename Sees>
-__device__ __forceinline__ void attend_exact(State& st, Rows rows, Sees sees, const float* query, bool has_head,
-                                             float down, float scale0, float scale1, int g, int q) {
-  float s[4] = {0.f, 0.f, 0.f, 0.f};
+__device__ __forceinline__ void attend_exact(State (&st)[COLUMN_TILES], Rows rows, Sees sees, const ExactQuery& query,
+                                             const float (&scale)[COLUMN_TILES][2], int g, int q) {
+  float s[COLUMN_TILES][4];
+#pragma unroll
+  for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+    for (int n = 0; n < 4; n++) s[c][n] = 0.f;
   const u8 *k0, *k1, *v0, *v1;
   bool in0 = rows(g, k0, v0), in1 = rows(g + 8, k1, v1);
 #pragma unroll
@@ -394,45 +468,57 @@ __device__ __forceinline__ void attend_exact(State& st, Rows rows, Sees sees, co
     uint4 x = in0 ? *(const uint4*)(k0 + 2 * (D / 4 * q + 2 * n)) : zero4;
     uint4 y = in1 ? *(const uint4*)(k1 + 2 * (D / 4 * q + 2 * n)) : zero4;
     u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-    u32 high[4], low[4];
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      float2 f = has_head ? *(const float2*)(query + D / 4 * q + 2 * (n + k)) : make_float2(0.f, 0.f);
-      f.x *= down;
-      f.y *= down;
+    for (int c = 0; c < COLUMN_TILES; c++) {
+      u32 high[4], low[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        float2 f = query.row[c] ? *(const float2*)(query.row[c] + D / 4 * q + 2 * (n + k)) : make_float2(0.f, 0.f);
+        f.x *= query.down[c];
+        f.y *= query.down[c];
 #if BF16
-      high[k] = pack_bf16(f.x, f.y);
-      // 8 bits of the rotated query are fewer than the model's own query had
-      low[k] = pack_bf16(f.x - __int_as_float(high[k] << 16), f.y - __int_as_float(high[k] & 0xffff0000u));
+        high[k] = pack_bf16(f.x, f.y);
+        // 8 bits of the rotated query are fewer than the model's own query had
+        low[k] = pack_bf16(f.x - __int_as_float(high[k] << 16), f.y - __int_as_float(high[k] & 0xffff0000u));
 #else
-      high[k] = pack_half(f.x, f.y);
+        high[k] = pack_half(f.x, f.y);
 #endif
-    }
+      }
 #pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-      mma_exact(s, xs[k], ys[k], xs[k + 1], ys[k + 1], high[k], high[k + 1]);
+      for (int k = 0; k < 4; k += 2) {
+        mma_exact(s[c], xs[k], ys[k], xs[k + 1], ys[k + 1], high[k], high[k + 1]);
 #if BF16
-      mma_exact(s, xs[k], ys[k], xs[k + 1], ys[k + 1], low[k], low[k + 1]);
+        mma_exact(s[c], xs[k], ys[k], xs[k + 1], ys[k + 1], low[k], low[k + 1]);
 #endif
+      }
     }
   }
-  if (!in0) s[0] = s[1] = MINUS_INF;
-  if (!in1) s[2] = s[3] = MINUS_INF;
-  if (DRAFTS > 1)
+  u32 b0[COLUMN_TILES], b1[COLUMN_TILES];
 #pragma unroll
-    for (int n = 0; n < 4; n++)
-      if (!sees(g + 8 * (n / 2), n % 2)) s[n] = MINUS_INF;
-  // a padded head has scale 0; -inf x 0 is not a number
-  float t0 = scale0 == 0.f ? 1.f : scale0, t1 = scale1 == 0.f ? 1.f : scale1;
-  raise(st, fmaxf(s[0], s[2]) * t0, fmaxf(s[1], s[3]) * t1);
-  float p[4] = {weight(s[0], t0, st.m[0]), weight(s[1], t1, st.m[1]), weight(s[2], t0, st.m[0]), weight(s[3], t1, st.m[1])};
-  st.l[0] += p[0] + p[2];
-  st.l[1] += p[1] + p[3];
+  for (int c = 0; c < COLUMN_TILES; c++) {
+    float(&own)[4] = s[c];
+    if (!in0) own[0] = own[1] = MINUS_INF;
+    if (!in1) own[2] = own[3] = MINUS_INF;
+    if (DRAFTS > 1)
+#pragma unroll
+      for (int n = 0; n < 4; n++)
+        if (!sees(g + 8 * (n / 2), c, n % 2)) own[n] = MINUS_INF;
+    // a padded head has scale 0; -inf x 0 is not a number
+    float t0 = scale[c][0] == 0.f ? 1.f : scale[c][0], t1 = scale[c][1] == 0.f ? 1.f : scale[c][1];
+    State& to = st[c];
+    raise(to, fmaxf(own[0], own[2]) * t0, fmaxf(own[1], own[3]) * t1);
+    float p[4] = {weight(own[0], t0, to.m[0]), weight(own[1], t1, to.m[1]), weight(own[2], t0, to.m[0]),
+                  weight(own[3], t1, to.m[1])};
+    to.l[0] += p[0] + p[2];
+    to.l[1] += p[1] + p[3];
 #if BF16
-  u32 b0 = transpose(pack_bf16(p[0], p[1])), b1 = transpose(pack_bf16(p[2], p[3]));
+    b0[c] = transpose(pack_bf16(p[0], p[1]));
+    b1[c] = transpose(pack_bf16(p[2], p[3]));
 #else
-  u32 b0 = transpose(pack_half(p[0], p[1])), b1 = transpose(pack_half(p[2], p[3]));
+    b0[c] = transpose(pack_half(p[0], p[1]));
+    b1[c] = transpose(pack_half(p[2], p[3]));
 #endif
+  }
   const u8* v[4];
   bool in[4];
 #pragma unroll
@@ -456,10 +542,13 @@ __device__ __forceinline__ void attend_exact(State& st, Rows rows, Sees sees, co
         }
       }
 #pragma unroll
-      for (int k = 0; k < V_VECTOR / 2; k++)
-        mma_exact(st.acc[(load * (V_VECTOR / 2) + k) * V_CB + j], __byte_perm(x[0][k], x[1][k], 0x5410),
-                  __byte_perm(x[0][k], x[1][k], 0x7632), __byte_perm(x[2][k], x[3][k], 0x5410),
-                  __byte_perm(x[2][k], x[3][k], 0x7632), b0, b1);
+      for (int k = 0; k < V_VECTOR / 2; k++) {
+        u32 a0 = __byte_perm(x[0][k], x[1][k], 0x5410), a1 = __byte_perm(x[0][k], x[1][k], 0x7632);
+        u32 a2 = __byte_perm(x[2][k], x[3][k], 0x5410), a3 = __byte_perm(x[2][k], x[3][k], 0x7632);
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++)
+          mma_exact(st[c].acc[(load * (V_VECTOR / 2) + k) * V_CB + j], a0, a1, a2, a3, b0[c], b1[c]);
+      }
     }
 }
 
@@ -470,15 +559,14 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
              const int* __restrict__ indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
              int sm_scale_log2_bits, int batch_size) {
   const float sm_scale_log2 = __int_as_float(sm_scale_log2_bits);
-  constexpr int COLUMNS = DRAFTS * GROUP, COLUMN_TILES = (COLUMNS + 7) / 8;
 #ifdef CUDA_ON_CPU
   u8* shared = dynamic_shared;
 #else
   extern __shared__ __align__(128) u8 shared[];
 #endif
   __shared__ Barriers bars;
-  __shared__ float warp_m[WARPS][8], warp_l[WARPS][8];
-  const int split = blockIdx.x, head = blockIdx.y / COLUMN_TILES, tile = blockIdx.y % COLUMN_TILES;
+  __shared__ float warp_m[WARPS][BLOCK_COLUMNS], warp_l[WARPS][BLOCK_COLUMNS];
+  const int split = blockIdx.x, head = blockIdx.y / COLUMN_BLOCKS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   if (split >= indptr[batch_size]) return;
   const int b = requests[split], first_split = indptr[b];
@@ -494,7 +582,8 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   const int splits = indptr[b + 1] - first_split;
   const int per_split = SPLIT_UNITS > 0 ? SPLIT_UNITS : (units + splits - 1) / splits;
   const int unit = (split - first_split) * per_split;
-  const int first_column = 8 * tile, columns = min(8, COLUMNS - first_column);
+  const int first_column = BLOCK_COLUMNS * (blockIdx.y % COLUMN_BLOCKS);
+  const int columns = min(BLOCK_COLUMNS, COLUMNS - first_column);
   const int last_draft = (first_column + columns - 1) / GROUP;  // of this block
   const int begin = min(unit, exact_page), end = min(unit + per_split, exact_page_of(last_draft));
   // a chunk of the ring belongs to the split that holds its first unit
@@ -519,37 +608,48 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   }
   __syncthreads();
 
-  // the query of column g, channels D / 4 * q ..., divided by a power of two
-  const bool has_head = g < columns;
-  const float* query_row = rotated_q + (long long)row_of(b, g) * D;
-  float largest = 0.f;
-  for (int n = 0; n < D / 4; n += 4) {
-    float4 f = has_head ? *(const float4*)(query_row + D / 4 * q + n) : make_float4(0.f, 0.f, 0.f, 0.f);
-    largest = fmaxf(largest, fmaxf(fmaxf(fabsf(f.x), fabsf(f.y)), fmaxf(fabsf(f.z), fabsf(f.w))));
+  // the query of column g of each tile, channels D / 4 * q ..., divided by a power of two
+  ExactQuery exact_query;
+  float scale[COLUMN_TILES][2];
+#pragma unroll
+  for (int c = 0; c < COLUMN_TILES; c++) {
+    const float* row = 8 * c + g < columns ? rotated_q + (long long)row_of(b, 8 * c + g) * D : nullptr;
+    float largest = 0.f;
+    for (int n = 0; n < D / 4; n += 4) {
+      float4 f = row ? *(const float4*)(row + D / 4 * q + n) : make_float4(0.f, 0.f, 0.f, 0.f);
+      largest = fmaxf(largest, fmaxf(fmaxf(fabsf(f.x), fabsf(f.y)), fmaxf(fabsf(f.z), fabsf(f.w))));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    const int exponent = min(max(((__float_as_int(largest) >> 23) & 0xFF) - 126, -100), 100);
+    const float row_scale = row ? __int_as_float((127 + exponent) << 23) * sm_scale_log2 : 0.f;
+    exact_query.row[c] = row;
+    exact_query.down[c] = __int_as_float((127 - exponent) << 23);
+    scale[c][0] = __shfl_sync(0xffffffffu, row_scale, 8 * q);
+    scale[c][1] = __shfl_sync(0xffffffffu, row_scale, 8 * q + 4);
   }
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-  const int exponent = min(max(((__float_as_int(largest) >> 23) & 0xFF) - 126, -100), 100);
-  const float down = __int_as_float((127 - exponent) << 23);
-  const float row_scale = has_head ? __int_as_float((127 + exponent) << 23) * sm_scale_log2 : 0.f;
-  const float scale0 = __shfl_sync(0xffffffffu, row_scale, 8 * q), scale1 = __shfl_sync(0xffffffffu, row_scale, 8 * q + 4);
 
-  State st;
-  st.m[0] = st.m[1] = MINUS_INF;
-  st.l[0] = st.l[1] = 0.f;
+  State st[COLUMN_TILES];
 #pragma unroll
-  for (int n = 0; n < TILES; n++)
+  for (int c = 0; c < COLUMN_TILES; c++) {
+    st[c].m[0] = st[c].m[1] = MINUS_INF;
+    st[c].l[0] = st[c].l[1] = 0.f;
 #pragma unroll
-    for (int k = 0; k < 4; k++) st.acc[n][k] = 0.f;
-
-  // of the columns 2 q and 2 q + 1: the newest token that each sees, the first page that it reads exactly
-  int newest[2], exact_from[2];
+    for (int n = 0; n < TILES; n++)
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const int draft = min((first_column + 2 * q + h) / GROUP, DRAFTS - 1);
-    newest[h] = position + draft;
-    exact_from[h] = exact_page_of(draft);
+      for (int k = 0; k < 4; k++) st[c].acc[n][k] = 0.f;
   }
+
+  // of the columns 2 q and 2 q + 1 of each tile: the newest token that each sees, the first page that it reads exactly
+  int newest[COLUMN_TILES][2], exact_from[COLUMN_TILES][2];
+#pragma unroll
+  for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int draft = min((first_column + 8 * c + 2 * q + h) / GROUP, DRAFTS - 1);
+      newest[c][h] = position + draft;
+      exact_from[c][h] = exact_page_of(draft);
+    }
   const u8* head_records = records + head * RECORD;
   ring_pages += b * DRAFTS * RING_PAGES;
   for (int start = ring_begin + 16 * warp; start < ring_end; start += 16 * WARPS) {
@@ -560,8 +660,8 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       v = k + 2 * D;
       return j < ring_end;
     };
-    auto sees = [&](int n, int h) { return start + n <= newest[h] && start + n >= exact_from[h] * G; };
-    attend_exact(st, row, sees, query_row, has_head, down, scale0, scale1, g, q);
+    auto sees = [&](int n, int c, int h) { return start + n <= newest[c][h] && start + n >= exact_from[c][h] * G; };
+    attend_exact(st, row, sees, exact_query, scale, g, q);
   }
   for (int start = begin + 16 * warp; start < end; start += 16 * WARPS) {
     auto row = [&](int n, const u8*& k, const u8*& v) {
@@ -570,15 +670,32 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       v = k + 2 * D;
       return exists;
     };
-    auto sees = [&](int n, int h) { return start + n < exact_from[h]; };
-    attend_exact(st, row, sees, query_row, has_head, down, scale0, scale1, g, q);
+    auto sees = [&](int n, int c, int h) { return start + n < exact_from[c][h]; };
+    attend_exact(st, row, sees, exact_query, scale, g, q);
   }
-  u32 query[PAIRS];
+  Query query;
+  query.at = shared_address(shared + BUFFERS * RECORD + 16 * lane);
 #pragma unroll
-  for (int n = 0; n < PAIRS; n++) {
-    float2 f = has_head ? *(const float2*)(query_row + D / 4 * q + 2 * n) : make_float2(0.f, 0.f);
-    query[n] = pack_half(f.x * down, f.y * down);
+  for (int c = 0; c < COLUMN_TILES; c++) {
+    if (COLUMN_TILES > 1 && warp != c) continue;
+#pragma unroll
+    for (int n = 0; n < PAIRS; n += 4) {
+      u32 words[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float* row = exact_query.row[c];
+        float2 f = row ? *(const float2*)(row + D / 4 * q + 2 * (n + k)) : make_float2(0.f, 0.f);
+        words[k] = pack_half(f.x * exact_query.down[c], f.y * exact_query.down[c]);
+      }
+      if (COLUMN_TILES == 1) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) query.words[(n + k) % (sizeof(query.words) / 4)] = words[k];
+      } else {
+        sts128(query.address(c, n), make_uint4(words[0], words[1], words[2], words[3]));
+      }
+    }
   }
+  if (COLUMN_TILES > 1) __syncthreads();
   const Exponents e((u32)batch_size >> 31);
   const int team = warp / TILE_WARPS;
   int stage = 0;
@@ -586,8 +703,13 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   for (int p = begin + team; p < end; p += TEAMS) {
     const int buffer = team * STAGES + stage;
     mbarrier_wait(&bars.full[buffer], parity);
-    attend_record(st, shared_address(shared + buffer * RECORD), query, scale0, scale1, p < exact_from[0],
-                  p < exact_from[1], e, warp % TILE_WARPS, g, q);
+    bool sees[COLUMN_TILES][2];
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++) {
+      sees[c][0] = p < exact_from[c][0];
+      sees[c][1] = p < exact_from[c][1];
+    }
+    attend_record(st, shared_address(shared + buffer * RECORD), query, scale, sees, e, warp % TILE_WARPS, g, q);
     __syncwarp();
     if (lane == 0) {
       __threadfence_block();
@@ -600,30 +722,36 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   }
 
 #pragma unroll
-  for (int h = 0; h < 2; h++)
-    for (int lanes = 4; lanes < 32; lanes *= 2) st.l[h] += __shfl_xor_sync(0xffffffffu, st.l[h], lanes);
-  if (g == 0) {
-    warp_m[warp][2 * q] = st.m[0];
-    warp_m[warp][2 * q + 1] = st.m[1];
-    warp_l[warp][2 * q] = st.l[0];
-    warp_l[warp][2 * q + 1] = st.l[1];
+  for (int c = 0; c < COLUMN_TILES; c++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      for (int lanes = 4; lanes < 32; lanes *= 2) st[c].l[h] += __shfl_xor_sync(0xffffffffu, st[c].l[h], lanes);
+    if (g == 0) {
+      warp_m[warp][8 * c + 2 * q] = st[c].m[0];
+      warp_m[warp][8 * c + 2 * q + 1] = st[c].m[1];
+      warp_l[warp][8 * c + 2 * q] = st[c].l[0];
+      warp_l[warp][8 * c + 2 * q + 1] = st[c].l[1];
+    }
   }
   __syncthreads();
-  float* sums = (float*)shared;  // [WARPS][8][D]; every record has been read
-  float factor[2];
+  float* sums = (float*)shared;  // [WARPS][BLOCK_COLUMNS][D]; every record has been read
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float m = MINUS_INF;
-    for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_m[w][2 * q + h]);
-    factor[h] = st.m[h] == MINUS_INF ? 0.f : exp2_fast(st.m[h] - m);
-  }
-#pragma unroll
-  for (int n = 0; n < TILES; n++) {
-    const int channel = channel_of(n, g);
+  for (int c = 0; c < COLUMN_TILES; c++) {
+    float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float2 x = make_float2(st.acc[n][h] * factor[h], st.acc[n][h + 2] * factor[h]);
-      *(float2*)(sums + (warp * 8 + 2 * q + h) * D + channel) = x;
+      float m = MINUS_INF;
+      for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_m[w][8 * c + 2 * q + h]);
+      factor[h] = st[c].m[h] == MINUS_INF ? 0.f : exp2_fast(st[c].m[h] - m);
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      const int channel = channel_of(n, g);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float2 x = make_float2(st[c].acc[n][h] * factor[h], st[c].acc[n][h + 2] * factor[h]);
+        *(float2*)(sums + (warp * BLOCK_COLUMNS + 8 * c + 2 * q + h) * D + channel) = x;
+      }
     }
   }
   __syncthreads();
@@ -633,7 +761,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
     for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_m[w][h]);
     for (int w = 0; w < WARPS; w++) {
       l += warp_m[w][h] == MINUS_INF ? 0.f : warp_l[w][h] * exp2_fast(warp_m[w][h] - m);
-      x += sums[(w * 8 + h) * D + n % D];
+      x += sums[(w * BLOCK_COLUMNS + h) * D + n % D];
     }
     const long long at = row_of(split, h);
     out[at * D + n % D] = l == 0.f ? 0.f : x / l;

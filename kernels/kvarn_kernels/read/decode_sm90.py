@@ -15,15 +15,15 @@ from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.device.launch import CudaLauncher, current_stream
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read.attend import LOG2_E
-from kvarn_kernels.read.decode_plan import PROGRAM_COLUMNS, RING_CHUNK, RING_UNITS, DecodeWorkspace, split_units
+from kvarn_kernels.read.decode_plan import RING_CHUNK, RING_UNITS, TILE_COLUMNS, DecodeWorkspace, split_units
 from kvarn_kernels.record.cuda_constants import format_constants
 
 SOURCE = Path(__file__).with_name("decode_sm90.cu")
 THREADS = 128
 # what resident blocks share, and what each of them needs besides its records
 SHARED_OF_MULTIPROCESSOR, SHARED_BESIDES = 228 << 10, 1536
-# resident blocks per multiprocessor by head_dim, the most that keep every value in registers
-MIN_BLOCKS = {64: 4, 128: 3, 256: 2}
+# resident blocks per multiprocessor by head_dim and tiles of 8 columns, the most that keep every value in registers
+MIN_BLOCKS = {(64, 1): 4, (128, 1): 3, (256, 1): 2, (64, 2): 3, (128, 2): 2}
 
 
 def runs_on(gpu: Gpu) -> bool:
@@ -35,18 +35,23 @@ def runs_on(gpu: Gpu) -> bool:
     return gpu.capability >= (9, 0) and gpu.shared_of_multiprocessor >= SHARED_OF_MULTIPROCESSOR
 
 
-def resident_programs(head_dim: int, gpu: Gpu) -> int:
-    """Return the blocks of the kernel that a GPU runs at once."""
-    return gpu.multiprocessors * MIN_BLOCKS[head_dim]
+def column_tiles(head_dim: int, group: int, drafts: int) -> int:
+    """Return the tiles of 8 columns that a block serves: two where there are more columns and registers for them."""
+    return 2 if drafts * group > TILE_COLUMNS and (head_dim, 2) in MIN_BLOCKS else 1
 
 
-def teams(record_bytes: int, head_dim: int) -> tuple[int, int]:
+def resident_programs(head_dim: int, tiles: int, gpu: Gpu) -> int:
+    """Return the blocks of the kernel that a GPU runs at once; tiles: from `column_tiles`."""
+    return gpu.multiprocessors * MIN_BLOCKS[head_dim, tiles]
+
+
+def teams(record_bytes: int, head_dim: int, tiles: int) -> tuple[int, int]:
     """Return (warps that share a tile, buffers for each team of them).
 
     Two warps need a quarter fewer instructions for a tile than four (H200, 64 x 16,384: 286 us against 334 us); then
     four records are in flight or being read, which the largest format has no memory for.
     """
-    left = SHARED_OF_MULTIPROCESSOR // MIN_BLOCKS[head_dim] - SHARED_BESIDES
+    left = SHARED_OF_MULTIPROCESSOR // MIN_BLOCKS[head_dim, tiles] - SHARED_BESIDES - _query_bytes(head_dim, tiles)
     return (2, 2) if 4 * record_bytes <= left else (4, 3)
 
 
@@ -58,24 +63,32 @@ def constants(
     Args:
         group: query heads of a KV head; drafts: rows of a request that a split serves together.
     """
-    tile_warps, stages = teams(config.record_bytes(head_dim), head_dim)
+    tiles = column_tiles(head_dim, group, drafts)
+    tile_warps, stages = teams(config.record_bytes(head_dim), head_dim, tiles)
     return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages) | {
         "GROUP": group,
         "DRAFTS": drafts,
+        "COLUMN_TILES": tiles,
         "WINDOW": config.window_pages,
         "RING_CHUNK": RING_CHUNK.value,
         "RING_UNITS": RING_UNITS.value,
         "SPLIT_UNITS": split_units(config),
         "STAGES": stages,
         "TILE_WARPS": tile_warps,
-        "MIN_BLOCKS": MIN_BLOCKS[head_dim],
+        "MIN_BLOCKS": MIN_BLOCKS[head_dim, tiles],
     }
 
 
+def _query_bytes(head_dim: int, tiles: int) -> int:
+    # the fp16 queries of several tiles, which one tile keeps in registers
+    return 0 if tiles == 1 else 2 * TILE_COLUMNS * tiles * head_dim
+
+
 def shared_bytes(defines: dict[str, int]) -> int:
-    """Return the dynamic shared memory of a block: the buffers of its 4 warps, at the end their sums of 8 heads."""
+    """Return the dynamic shared memory of a block: the buffers of its 4 warps and its queries, at the end their sums."""
+    head_dim, tiles = defines["D"], defines["COLUMN_TILES"]
     buffers = 4 // defines["TILE_WARPS"] * defines["STAGES"]
-    return max(buffers * defines["RECORD"], 4 * 8 * defines["D"] * 4)
+    return max(buffers * defines["RECORD"] + _query_bytes(head_dim, tiles), 4 * TILE_COLUMNS * tiles * head_dim * 4)
 
 
 @lru_cache(maxsize=32)
@@ -104,8 +117,9 @@ def decode(
         config, cache.head_dim, cache.num_kv_heads, group, is_bf16, ring_pages, drafts, device.index or 0
     )
     batch_size = batch.num_tokens // drafts
+    columns = TILE_COLUMNS * column_tiles(cache.head_dim, group, drafts)
     kernel(
-        (workspace.max_splits[batch_size - 1], cache.num_kv_heads * -(-drafts * group // PROGRAM_COLUMNS), 1),
+        (workspace.max_splits[batch_size - 1], cache.num_kv_heads * -(-drafts * group // columns), 1),
         current_stream(device),
         rotated_q=workspace.rotated_q,
         records=cache.records,
