@@ -44,6 +44,8 @@ QWEN3_5_27B_HALF = {
         "num_position_embeddings": 64, "in_channels": 3, "deepstack_visual_indexes": [],
     },
 }  # fmt: skip
+# who drafts for `draft_arguments`: text that was seen before, or a head of random weights
+DRAFTERS = NGRAM, EAGLE3 = "NGRAM", "EAGLE3"
 # models that are a configuration and no weights
 DUMMIES = {DUMMY: QWEN3_8B, HYBRID: QWEN3_5_27B_HALF}
 
@@ -91,6 +93,33 @@ def arguments(model: str) -> dict[str, Any]:
     """Return what SGLang has to be told to load a model, by the names of its ServerArgs."""
     found: dict[str, Any] = {"model_path": str(folder(model))}
     return found | ({"load_format": "dummy", "context_length": DUMMY_CONTEXT} if model in DUMMIES else {})
+
+
+def draft_arguments(model: str, algorithm: str, drafts: int) -> dict[str, Any]:
+    """Return what makes SGLang speculate with chains, by the names of its ServerArgs.
+
+    Args:
+        algorithm: one of `DRAFTERS`; EAGLE3 is a head of random weights for `DUMMY`, with the sizes of those that are
+            published for Qwen3-8B: one layer, 32,000 tokens it can draft.
+        drafts: tokens of a request that a step verifies.
+
+    Raises:
+        ValueError: a head for another model.
+    """
+    chosen: dict[str, Any] = {"speculative_algorithm": algorithm, "speculative_num_draft_tokens": drafts}
+    if algorithm == NGRAM:
+        return chosen | {"speculative_ngram_max_bfs_breadth": 1}
+    if model != DUMMY:
+        raise ValueError(f"expected {DUMMY} for {EAGLE3}, got {model}: other models have no head here")
+    head = QWEN3_8B | {
+        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
+        "draft_vocab_size": 32000, "num_aux_hidden_states": 3,
+    }  # fmt: skip
+    made = _made(f"{model}-{algorithm.lower()}")
+    made.mkdir(exist_ok=True)
+    (made / "config.json").write_text(json.dumps(head))
+    chosen |= {"speculative_draft_model_path": str(made), "speculative_draft_load_format": "dummy"}
+    return chosen | {"speculative_eagle_topk": 1, "speculative_num_steps": drafts - 1}
 
 
 def vocabulary(path: Path) -> int:

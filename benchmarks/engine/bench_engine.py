@@ -11,7 +11,8 @@ again (all full pages cached), and to 65 tokens; the time per token is the diffe
 up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED
 ones that the prefix cache holds, --repeats times, each time other new tokens: one request at a time, to its first
 token. Dummy weights give true speeds and sizes, not texts. --answers adds three chats and one long prompt with a second
-turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache.
+turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache. --drafts NGRAM=D or EAGLE3=D speculates with chains of D
+drafts, those of EAGLE3 from a head of random weights of which hardly one is accepted: what it shows is the time of a step.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         chosen |= {"cuda_graph_max_bs_decode": args.max_running_requests}
     if args.no_prefill_graph:
         chosen["disable_prefill_cuda_graph"] = True
+    if args.drafts:
+        chosen |= models.draft_arguments(args.model, *args.drafts)
     return chosen | caches.engine_arguments(args.one, args.bf16_backend)
 
 
@@ -91,8 +94,8 @@ def measure_shape(engine: Any, batch: int, context: int, seed: int, tokens: int)
     miss, _ = seconds(1)
     hits = [seconds(1) for _ in range(TRIES)]
     hit, answers = statistics.median(taken for taken, _ in hits), hits[-1][1]
-    whole = statistics.median(seconds(1 + DECODED)[0] for _ in range(TRIES))
-    per_token = (whole - hit) / DECODED
+    wholes = [seconds(1 + DECODED) for _ in range(TRIES)]
+    per_token = (statistics.median(taken for taken, _ in wholes) - hit) / DECODED
     figures = [
         Figure("time_to_first_tokens", miss, "s"),
         Figure("time_to_first_tokens_cached", hit, "s"),
@@ -100,6 +103,11 @@ def measure_shape(engine: Any, batch: int, context: int, seed: int, tokens: int)
         Figure("time_per_token", per_token * 1e3, "ms"),
         Figure("throughput", batch / per_token, "tokens/s"),
     ]
+    # a batch steps until its slowest request is done
+    steps = [max(answer["meta_info"].get("spec_verify_ct", 0) for answer in found) for _, found in wholes]
+    if all(steps):
+        verified = [(taken - hit) / n * 1e3 for (taken, _), n in zip(wholes, steps, strict=True)]
+        figures += [Figure.of("time_per_verify_step", verified, "ms"), Figure("verify_steps", statistics.median(steps))]
     return [({"batch": batch, "context": context}, figures)]
 
 
@@ -178,6 +186,19 @@ def run_one(args: argparse.Namespace) -> None:
     engine.shutdown()
 
 
+def drafts(text: str) -> tuple[str, int]:
+    """Return algorithm and number of --drafts.
+
+    Raises:
+        argparse.ArgumentTypeError: it is spelt otherwise.
+    """
+    algorithm, _, number = text.partition("=")
+    if algorithm not in models.DRAFTERS or not number.isdecimal() or int(number) < 2:
+        known = " or ".join(f"{name}=D" for name in models.DRAFTERS)
+        raise argparse.ArgumentTypeError(f"expected {known} with D of at least 2, got {text!r}")
+    return algorithm, int(number)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = cli.parser(__doc__)
@@ -192,6 +213,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_mem_fraction(parser)
     cli.add_max_running_requests(parser, 64)
     cli.add_bf16_backend(parser, "triton")
+    text = "Speculate: NGRAM=D or EAGLE3=D, chains of D drafts."
+    parser.add_argument("--drafts", type=drafts, metavar="A=D", help=text)
     text = "Start faster, and prefill without CUDA graphs."
     parser.add_argument("--no-prefill-graph", action="store_true", help=text)
     cli.add_timeout(parser, 900, "one cache")
@@ -217,6 +240,8 @@ def main() -> None:
     rows = Rows(args.output, "engine")
     common = {"model": args.model, "mem_fraction_static": args.mem_fraction_static}
     common["max_running_requests"] = args.max_running_requests
+    if args.drafts:
+        common["drafts"] = "=".join(map(str, args.drafts))
     first: dict[str, list[int]] | None = None
     for cache in args.caches:
         result = launch.run_alone(MODULE, cache, args.timeout)
