@@ -85,7 +85,7 @@ def _query_bytes(head_dim: int, tiles: int) -> int:
 
 
 def shared_bytes(defines: dict[str, int]) -> int:
-    """Return the dynamic shared memory of a block: the buffers of its 4 warps and its queries, at the end their sums."""
+    """Return the dynamic shared memory of a block: buffers of its 4 warps and its queries, at the end their sums."""
     head_dim, tiles = defines["D"], defines["COLUMN_TILES"]
     buffers = 4 // defines["TILE_WARPS"] * defines["STAGES"]
     return max(buffers * defines["RECORD"] + _query_bytes(head_dim, tiles), 4 * TILE_COLUMNS * tiles * head_dim * 4)
