@@ -10,6 +10,7 @@ _TABLE = f"{TEST_MODELS}::test_launch_takes_a_hybrid"
 _SAVED = f"{TEST_MODELS}::test_launch_refuses_a_prefix_cache_of_states_that_sglang_saves_at_other_tokens"
 _WRONG = f"{TEST_MODELS}::test_launch_refuses_a_hybrid_whose_code_in_sglang_is_wrong"
 _VARIANT = f"{TEST_MODELS}::test_launch_judges_by_the_configuration"
+_HIT = f"{TEST_KNOWN}::test_a_hit_at_a_state_before_the_end_of_the_cached_pages_reads_exactly_from_there"
 _BLACKWELL = f"{TEST_REFUSALS}::test_gated_delta_nets_are_refused_where_sglang_wants_attention_of_its_own"
 
 MUTATIONS = (
@@ -87,6 +88,6 @@ def checkpoints_states""",
         RINGS,
         "[compat.prefix_len(req) for req in reqs]",
         "[compat.prefix_len(req) + 128 for req in reqs]",
-        (TEST_KNOWN,),
+        (_HIT,),
     ),
 )

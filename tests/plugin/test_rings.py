@@ -234,6 +234,25 @@ def test_pages_come_back_to_the_allocator_of_the_installed_sglang(in_group):
     assert sorted(allocator.free_pages.tolist()) == list(range(1, 11))
 
 
+@pytest.mark.parametrize(
+    ("need_sort", "in_group", "expected"),
+    [
+        (False, False, ([3, 1, 7], [8], [])),
+        (True, False, ([7], [3, 1, 8], [])),
+        # SGLang frees the page of each of these tokens when the group ends
+        (False, True, ([7], [8], [3 * PAGE, PAGE])),
+        (True, True, ([7], [8], [3 * PAGE, PAGE])),
+    ],
+)
+def test_pages_come_back_to_the_allocator_of_sglang_before_0_5_23(monkeypatch, need_sort, in_group, expected):
+    monkeypatch.setattr(compat, "version", lambda: "0.5.16")
+    allocator = SimpleNamespace(page_size=PAGE, need_sort=need_sort, is_not_in_free_group=not in_group, free_group=[])
+    allocator.free_pages, allocator.release_pages = torch.tensor([7]), torch.tensor([8])
+    compat.free_pages(allocator, torch.tensor([3, 1]))
+    group = [token for tokens in allocator.free_group for token in tokens.tolist()]
+    assert (allocator.free_pages.tolist(), allocator.release_pages.tolist(), group) == expected
+
+
 def test_the_allocator_of_a_kvarn_pool_is_known_to_its_rings():
     cache = SimpleNamespace()
     rings = Rings(2, RING, "cpu", hit_reads_as_miss=False)
