@@ -113,9 +113,10 @@ MUTATIONS = (
     Mutation(
         "ring pages read by row when the step runs, not when it is prepared",
         METADATA,
-        "            ring_pages=self.ring_pages[:size],\n",
-        "            ring_pages=self._rings.pages[forward_batch.req_pool_indices[0] :][:size],\n",
-        (TEST_METADATA,),
+        "        torch.index_select(self._rings.pages, 0, rows, out=batch.ring_pages)\n",
+        # a view of the table, right as long as the rows are neighbours and nobody else gets them
+        "        batch.ring_pages.set_(self._rings.pages[rows[0] : rows[-1] + 1])\n",
+        (f"{TEST_METADATA}::test_a_row_that_is_given_away_after_fill_does_not_change_the_step",),
     ),
     Mutation(
         "padded rows keep the ring of an earlier step",
