@@ -87,7 +87,7 @@ def checkpoints_states""",
         "pages behind the state of a hit read as if they were the request's",
         RINGS,
         "[compat.prefix_len(req) for req in reqs]",
-        "[compat.prefix_len(req) + 128 for req in reqs]",
+        "[n + 128 if n else 0 for n in map(compat.prefix_len, reqs)]",
         (_HIT,),
     ),
 )
