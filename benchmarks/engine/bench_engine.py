@@ -214,7 +214,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_mem_fraction(parser)
     cli.add_max_running_requests(parser, 64)
     cli.add_bf16_backend(parser, "triton")
-    text = "Speculate: NGRAM=D or EAGLE3=D, chains of D drafts."
+    text = "Speculate with chains of D drafts: NGRAM=D or EAGLE3=D. Without it nothing speculates."
     parser.add_argument("--drafts", type=drafts, metavar="A=D", help=text)
     text = "Start faster, and prefill without CUDA graphs."
     parser.add_argument("--no-prefill-graph", action="store_true", help=text)

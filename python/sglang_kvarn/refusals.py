@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +15,6 @@ from sglang_kvarn import capacity, compat, settings
 from sglang_kvarn.drafts import NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
-UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_DRAFTS"
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
 
 _NOT_A_SLOT = f"it copies single tokens, and {settings.PAGE_SIZE} tokens share one record"
@@ -167,15 +165,6 @@ ARGUMENTS = (
             "requests that decode in the step of a prompt, without drafts, are not tested yet",
             "drop --enable-mixed-chunk",
         ),
-    ),
-    Refusal(
-        lambda args: algorithm_of(args) != "" and args.device != "cpu" and os.environ.get(UNTESTED_DRAFTS_ENV) != "1",
-        _text(
-            "--speculative-algorithm {args.speculative_algorithm}",
-            "it is tested on a CPU and has not run on a GPU yet",
-            f"drop --speculative-algorithm, or set {UNTESTED_DRAFTS_ENV}=1 to try it",
-        ),
-        typed=False,
     ),
     _flag("speculative_adaptive", "steps with a changing number of drafts are not tested yet"),
     _flag("enable_multi_layer_eagle", "drafts of several layers are not tested yet"),

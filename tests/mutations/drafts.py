@@ -27,6 +27,8 @@ from .paths import (
     TORCH_FORM,
 )
 
+SHARED_SPLITS = f"{TEST_DECODE_SM90}::test_drafts_that_share_their_splits_match_the_oracle"
+
 MUTATIONS = (
     Mutation(
         "ring without room for rejected drafts",
@@ -155,43 +157,71 @@ MUTATIONS = (
     Mutation(
         "draft reads a page as a record that it reads exactly too",
         DECODE_SM90,
-        "    if (DRAFTS > 1 && !sees0) s[t][0] = s[t][2] = MINUS_INF;\n",
+        "      if (DRAFTS > 1 && !sees[c][0]) own[0] = own[2] = MINUS_INF;\n",
         "",
-        (TEST_DECODE_SM90,),
+        (SHARED_SPLITS,),
     ),
     Mutation(
         "draft sees those after it",
         DECODE_SM90,
-        "start + n <= newest[h] && ",
+        "start + n <= newest[c][h] && ",
         "",
-        (TEST_DECODE_SM90,),
+        (SHARED_SPLITS,),
     ),
     Mutation(
         "draft reads a page exactly that it reads as a record too",
         DECODE_SM90,
-        " && start + n >= exact_from[h] * G",
+        " && start + n >= exact_from[c][h] * G",
         "",
-        (TEST_DECODE_SM90,),
+        (SHARED_SPLITS,),
     ),
     Mutation(
         "draft reads the first token of a page twice",
         DECODE_SM90,
-        "{ return start + n < exact_from[h]; }",
+        "{ return start + n < exact_from[c][h]; }",
         "{ return true; }",
-        (TEST_DECODE_SM90,),
+        (SHARED_SPLITS,),
     ),
     Mutation(
         "ring of drafts read from where the last one reads exactly",
         DECODE_SM90,
         "return first_exact * G + (max",
         "return exact_page * G + (max",
-        (TEST_DECODE_SM90,),
+        (SHARED_SPLITS,),
+    ),
+    Mutation(
+        "second tile of columns with the queries of the first",
+        DECODE_SM90,
+        "query.load(own, c, n);",
+        "query.load(own, 0, n);",
+        (SHARED_SPLITS,),
+    ),
+    Mutation(
+        "second tile of columns with the scales of the first",
+        DECODE_SM90,
+        "weight(s[c][t][2 * r], scale[c][0], st[c].m[0])",
+        "weight(s[c][t][2 * r], scale[0][0], st[c].m[0])",
+        (SHARED_SPLITS,),
+    ),
+    Mutation(
+        "second tile of columns reads the pages of the first as records",
+        DECODE_SM90,
+        "sees[c][0] = p < exact_from[c][0];",
+        "sees[c][0] = p < exact_from[0][0];",
+        (SHARED_SPLITS,),
+    ),
+    Mutation(
+        "queries of all tiles read before they are written",
+        DECODE_SM90,
+        "  if (COLUMN_TILES > 1) __syncthreads();\n",
+        "",
+        (SHARED_SPLITS,),
     ),
     Mutation(
         "drafts of another request merged",
         ATTENTION,
         "out.view(-1, workspace.drafts * self.shape.num_qo_heads, self.shape.head_dim)",
         "out.view(-1, self.shape.num_qo_heads, self.shape.head_dim)",
-        (TEST_DECODE_SM90,),
+        (SHARED_SPLITS,),
     ),
 )

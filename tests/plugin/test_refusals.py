@@ -175,12 +175,10 @@ def test_check_arguments_says_which_flag_makes_a_chain_of_drafts(served, argumen
     assert message.startswith(word) and message.endswith(f": {way_out}")
 
 
-def test_check_arguments_takes_drafts_on_a_gpu_as_a_trial_only(served, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_check_arguments_takes_a_chain_of_drafts(served, device):
     drafts = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}
-    refusals.check_arguments(Changed(served, **drafts))
-    assert "has not run on a GPU yet" in refused(Changed(served, device="cuda", **drafts))
-    monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
-    refusals.check_arguments(Changed(served, device="cuda", **drafts))
+    refusals.check_arguments(Changed(served, device=device, **drafts))
 
 
 def test_check_arguments_refuses_mixed_chunks_beside_drafts(served):
@@ -197,8 +195,8 @@ def test_check_arguments_refuses_drafts_that_are_planned_on_another_stream(serve
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, six for drafts
-    cases = len(CASES) - 1 + len(VARIABLES) + 9
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts
+    cases = len(CASES) - 1 + len(VARIABLES) + 8
     assert len(refusals.ARGUMENTS) == cases
 
 
