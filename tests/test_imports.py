@@ -20,7 +20,7 @@ FLOORS = (
     {"device"},
     {"record"},
     {"config", "shape", "memory", "batch", "balance"},
-    {"write", "read", "dense", "reference"},
+    {"write", "read", "dense", "reference", "transfer"},
     {"warm_up", "torch_form"},
     {"attention"},
 )

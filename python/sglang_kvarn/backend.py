@@ -35,6 +35,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         refusals.check_states_on_device(model_runner.device, model_runner.model_config)
         refusals.check_layers(model_runner.model)
         self.pool = pool
+        # copies to and from host memory wait for it
+        pool.forward_stream = getattr(model_runner, "forward_stream", None)
         # SGLang sizes masks of drafts by it, where it has no `verify_mask`
         self.max_context_len = model_runner.model_config.context_len
         # SGLang's HybridLinearAttnBackend takes them from here

@@ -31,6 +31,7 @@ _NAMES = {
     "AttentionBackend": "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
     "AttentionType": "sglang.srt.layers.radix_attention:AttentionType",
     "CpuDeviceMixin": "sglang.srt.platforms.cpu:CpuDeviceMixin",
+    "HostKVCache": "sglang.srt.mem_cache.pool_host.base:HostKVCache",
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
     "MHATokenToKVPool": "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
@@ -367,6 +368,34 @@ def free_pages(allocator: Any, pages: Any) -> None:
         allocator.release_pages = torch.cat((pages, allocator.release_pages))
     else:
         allocator.free_pages = torch.cat((pages, allocator.free_pages))
+
+
+def fences_host_copies() -> bool:
+    """Whether copies to and from host memory wait for the forward pass, by SGLang's fences or by ours, as tested."""
+    return _since("0.5.23") or not _since("0.5.18")
+
+
+def host_pool_arguments(pool: Any, token_bytes: int) -> dict[str, Any]:
+    """Return what SGLang's HostKVCache is told of a pool of the device: itself, from 0.5.23 on its numbers."""
+    if not _since("0.5.23"):
+        return {"device_pool": pool}
+    return {
+        "dtype": pool.store_dtype,
+        "device_capacity_tokens": pool.size,
+        "size_per_token": token_bytes,
+        "start_layer": pool.start_layer,
+        "end_layer": pool.end_layer,
+    }
+
+
+def host_memory_function(device_type: str) -> Any:
+    """Return SGLang's function that allocates memory of the host, page-locked for copies of a device of that type."""
+    return resolve("sglang.srt.mem_cache.pool_host.common.ALLOC_MEMORY_FUNCS")[device_type]
+
+
+def reserve_no_host_memory() -> None:
+    """Let host pools of this process take all memory that is free."""
+    resolve("sglang.srt.mem_cache.pool_host.base").HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
 
 
 def is_plain_attention(module: Any) -> bool:

@@ -12,6 +12,7 @@ from sglang_kvarn import (
     budget,
     compat,
     drafts,
+    fences,
     hook,
     refusals,
     refused,
@@ -30,6 +31,15 @@ def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **k
 
     tokens = kwargs["sizes"].max_total_num_tokens
     return pool.build(configurator, max_total_num_tokens=tokens, req_to_token_pool=kwargs["req_to_token_pool"])
+
+
+def _choose_host_pool(original: Callable[..., Any], source: Any) -> Any:
+    """Name the class of host memory for a pool, or, from 0.5.23 on, for what its `get_device_pool_infos` returns."""
+    if rings.of_pool(getattr(source, "pool", source)) is None:
+        return original(source)
+    from sglang_kvarn.host_pool import KVarNHostPool
+
+    return KVarNHostPool
 
 
 def _resolve(server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -209,6 +219,27 @@ HOOKS = (
         ("self", "kvcache"),
         rings.attach_allocator,
         why="Rings would not know whose pages they take.",
+    ),
+    Hook(
+        "mem_cache.pool_host.mha.get_mha_host_pool_cls",
+        "around",
+        (),
+        _choose_host_pool,
+        why="HiCache would copy the row of each slot, and a slot has none.",
+    ),
+    Hook(
+        "managers.cache_controller.HiCacheController.start_writing",
+        "before",
+        ("self",),
+        fences.before_writing,
+        why="Before 0.5.23 a page could be copied to the host before the step that encodes it has run.",
+    ),
+    Hook(
+        "managers.cache_controller.HiCacheController.start_loading",
+        "before",
+        ("self",),
+        fences.before_loading,
+        why="Before 0.5.20 a page could be loaded while a step of its last owner still writes to it.",
     ),
     Hook(
         "mem_cache.memory_pool.ReqToTokenPool.alloc",

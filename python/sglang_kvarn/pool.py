@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +21,22 @@ from sglang_kvarn.settings import PAGE_SIZE
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class HostSource:
+    """Name the pool for which host memory is to be made, among the facts that SGLang asks of a pool of slots.
+
+    A slot has no row here; rows of one byte are too short for the buffer through which SGLang copies rows.
+    """
+
+    pool: KVarNTokenToKVPool
+    device: Any
+    head_num: int = 1
+    head_dim: int = 1
+    v_head_dim: int = 1
+    dtype: torch.dtype = torch.uint8
+    scales: None = None
+
+
 class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     """Hold the records of every layer. A subclass, because SGLang recognises multi-head caches by class.
 
@@ -27,7 +45,9 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     Attributes:
         config: the preset; shape: of the attention of every layer.
         layer_ids: of the layers with attention, as the whole model counts them; the others keep no tokens.
-        records: per layer uint8 [pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
+        slab: uint8 [layers, pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
+        records: the slab by layer.
+        forward_stream: on which the pool is read and written, None on a CPU.
         rings: which pages hold the exact tokens of which request.
     """
 
@@ -72,10 +92,13 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         if self.size % PAGE_SIZE:
             raise ValueError(f"expected whole pages of {PAGE_SIZE} tokens, got {self.size} tokens")
         pages = self.size // PAGE_SIZE + 1
-        size = (pages, self.head_num, self.config.record_bytes(self.head_dim))
-        self.records = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(self.layer_num)]
+        size = (self.layer_num, pages, self.head_num, self.config.record_bytes(self.head_dim))
+        self.slab = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        self.records = list(self.slab.unbind())
+        self.forward_stream: Any = None
         caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]
         self._layer_caches = dict(zip(self.layer_ids, caches, strict=True))
+        self._layer_numbers = {layer: n for n, layer in enumerate(self.layer_ids)}
         hit_reads_as_miss = self.config.window_pages == 0
         ring_pages = capacity.ring_pages(self.shape, self.config, self._draft_tokens)
         self.rings = Rings(self._rows, ring_pages, self.device, hit_reads_as_miss=hit_reads_as_miss)
@@ -85,12 +108,21 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self.v_buffer: list[torch.Tensor] = []
 
     def layer_cache(self, layer_id: int) -> LayerCache:
-        """Return the memory of a layer with attention, by its id in the whole model."""
+        """Return the memory of a layer with attention, by its id in the whole model.
+
+        What is queued from now on finds the pages of the layer that a load from host memory brings, if one runs.
+        """
+        if self.layer_transfer_counter is not None:
+            self.layer_transfer_counter.wait_until(self._layer_numbers[layer_id])
         return self._layer_caches[layer_id]
 
     def get_kv_size_bytes(self) -> int:
         """Return the bytes of all pages."""
         return sum(r.nbytes for r in self.records)
+
+    def get_device_pool_infos(self) -> tuple[Any, ...]:
+        """Return what SGLang from 0.5.23 on hands to the maker of a host pool."""
+        return (SimpleNamespace(buffer_info=HostSource(self, device=self.device)),)
 
     def facts(self) -> dict[str, Any]:
         """Return preset and sizes, JSON types."""
@@ -118,7 +150,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         """Prepare nothing: no slot is ever copied."""
 
     def _clear_buffers(self) -> None:
-        del self.records, self.rings, self._layer_caches
+        del self.records, self.slab, self.rings, self._layer_caches
 
     def set_kv_buffer(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: only the kvarn attention backend writes, it knows the request rows."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +16,9 @@ from sglang_kvarn import capacity, compat, settings
 from sglang_kvarn.drafts import NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
+UNTESTED_HICACHE_ENV = "KVARN_UNTESTED_HICACHE"
+# what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
+HOST_LAYOUTS = ("page_first", "layer_first")
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
 
 _NOT_A_SLOT = f"it copies single tokens, and {settings.PAGE_SIZE} tokens share one record"
@@ -90,6 +94,54 @@ def _other_drafts(name: str | None, why: str) -> Refusal:
     way_out = f"set it to {', '.join(CHAINS[:-1])} or {CHAINS[-1]}"
     return Refusal(applies, _text("--speculative-algorithm {args.speculative_algorithm}", why, way_out))
 
+
+def _host_memory(applies: Callable[[Any], bool], what: str, why: str, way_out: str, typed: bool = True) -> Refusal:
+    """Return a refusal beside --enable-hierarchical-cache."""
+    return Refusal(lambda args: args.enable_hierarchical_cache and applies(args), _text(what, why, way_out), typed)
+
+
+_HICACHE = "--enable-hierarchical-cache"
+_HOST_MEMORY = (
+    _host_memory(
+        lambda args: not compat.fences_host_copies(),
+        _HICACHE,
+        "this version of SGLang may copy a page to host memory before its record is written",
+        f"drop {_HICACHE}, or use SGLang 0.5.23",
+    ),
+    _host_memory(
+        lambda args: args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1",
+        _HICACHE,
+        "it is tested on a CPU and has not run on a GPU yet",
+        f"drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it",
+        typed=False,
+    ),
+    _host_memory(
+        lambda args: args.hicache_storage_backend is not None,
+        "--hicache-storage-backend",
+        "records from a storage are not checked yet",
+        "drop --hicache-storage-backend",
+    ),
+    _host_memory(
+        lambda args: args.hicache_io_backend != "kernel",
+        "--hicache-io-backend {args.hicache_io_backend}",
+        "only copies by a kernel are tested",
+        "drop --hicache-io-backend, or set it to kernel",
+        typed=False,
+    ),
+    _host_memory(
+        lambda args: args.hicache_mem_layout not in HOST_LAYOUTS,
+        "--hicache-mem-layout {args.hicache_mem_layout}",
+        "pages of records lie in one order only, whose names are page_first and layer_first",
+        "drop --hicache-mem-layout",
+        typed=False,
+    ),
+    _host_memory(
+        lambda args: algorithm_of(args) not in ("", NGRAM),
+        f"{_HICACHE} beside the draft model of --speculative-algorithm",
+        "the cache of a draft model in host memory is not tested yet",
+        f"drop {_HICACHE}, or set --speculative-algorithm NGRAM",
+    ),
+)
 
 ARGUMENTS = (
     Refusal(
@@ -170,7 +222,7 @@ ARGUMENTS = (
     _flag("enable_multi_layer_eagle", "drafts of several layers are not tested yet"),
     _flag("disaggregation_mode", "the ring with the newest tokens of a request is not transferred", off="null"),
     _flag("encoder_only", "an encoder has no KV cache"),
-    _flag("enable_hierarchical_cache", "its transfers may copy a page before its record is written"),
+    *_HOST_MEMORY,
     _flag("enable_hisparse", _NOT_A_SLOT),
     _flag("enable_lmcache", _NOT_A_SLOT),
     _flag("enable_flexkv", _NOT_A_SLOT),

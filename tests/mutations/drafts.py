@@ -6,7 +6,6 @@ from __future__ import annotations
 from .mutation import Mutation
 from .paths import (
     ADMISSION,
-    ATTENTION,
     BUDGET,
     CAPACITY,
     CONFIG,
@@ -218,10 +217,10 @@ MUTATIONS = (
         (SHARED_SPLITS,),
     ),
     Mutation(
-        "drafts of another request merged",
-        ATTENTION,
-        "out.view(-1, workspace.drafts * self.shape.num_qo_heads, self.shape.head_dim)",
-        "out.view(-1, self.shape.num_qo_heads, self.shape.head_dim)",
+        "drafts and KV heads of a request change places",
+        DECODE_SM90,
+        "return ((of * DRAFTS + draft) * HK + head) * GROUP + c - draft * GROUP;",
+        "return ((of * HK + head) * DRAFTS + draft) * GROUP + c - draft * GROUP;",
         (SHARED_SPLITS,),
     ),
 )

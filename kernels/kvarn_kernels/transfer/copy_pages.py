@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of whole pages between the memory of a device and that of its host."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvarn_kernels.device.launch import TritonLauncher
+
+# programs of a copy: so few leave the multiprocessors to the forward pass beside it. Not measured yet
+PROGRAMS = 16
+# 32-bit words that a program has in flight at once: 4 vectors of 16 bytes for each of 256 threads
+BLOCK = 4096
+# bytes of a vector, to which rows must be aligned
+ALIGNMENT = 16
+
+
+@triton.jit(do_not_specialize=["num_pages"])
+def _copy_kernel(
+    source_ptr,  # int32 words of [P, L, row]
+    target_ptr,  # the same of another number of pages, written
+    source_pages_ptr,  # [N] int64
+    target_pages_ptr,  # [N] int64
+    num_pages,
+    num_layers,
+    source_page,  # strides in words
+    source_layer,
+    target_page,
+    target_layer,
+    WORDS: tl.constexpr,  # of a row
+    BLOCK: tl.constexpr,
+):
+    blocks: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
+    for item in range(tl.program_id(0), num_pages * num_layers * blocks, tl.num_programs(0)):
+        row = item // blocks
+        page, layer = row // num_layers, (row % num_layers).to(tl.int64)
+        source = source_ptr + tl.load(source_pages_ptr + page) * source_page + layer * source_layer
+        target = target_ptr + tl.load(target_pages_ptr + page) * target_page + layer * target_layer
+        words = item % blocks * BLOCK + tl.arange(0, BLOCK)
+        tl.store(target + words, tl.load(source + words, mask=words < WORDS), mask=words < WORDS)
+
+
+_launcher = TritonLauncher(_copy_kernel)
+
+
+def copy_pages(
+    source: torch.Tensor, target: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
+) -> None:
+    """Copy page source_pages[n], all its layers, to page target_pages[n], on the current stream.
+
+    Args:
+        source, target: uint8 [P, L, row_bytes], rows contiguous, any strides between pages and between layers, of
+            multiples of 16 bytes as row_bytes is. One of them may be page-locked memory of the host.
+        source_pages, target_pages: int64 [N], page ids, no target twice; on the device that copies.
+
+    Raises:
+        ValueError: rows that are not of one size, or not aligned.
+    """
+    _check(source, target)
+    if not len(source_pages):
+        return
+    words = [x.view(torch.int32) for x in (source, target)]
+    _launcher(
+        (PROGRAMS, 1, 1),
+        source_ptr=words[0],
+        target_ptr=words[1],
+        source_pages_ptr=source_pages,
+        target_pages_ptr=target_pages,
+        num_pages=len(source_pages),
+        num_layers=source.shape[1],
+        source_page=words[0].stride(0),
+        source_layer=words[0].stride(1),
+        target_page=words[1].stride(0),
+        target_layer=words[1].stride(1),
+        WORDS=words[0].shape[2],
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+
+
+def copy_pages_by_torch(
+    source: torch.Tensor, target: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
+) -> None:
+    """Do the same in torch, where both are in the memory of a CPU."""
+    _check(source, target)
+    target[target_pages] = source[source_pages]
+
+
+def _check(source: torch.Tensor, target: torch.Tensor) -> None:
+    if source.shape[1:] != target.shape[1:]:
+        raise ValueError(f"expected rows of one size, got {tuple(source.shape[1:])} and {tuple(target.shape[1:])}")
+    for x in (source, target):
+        if x.stride(2) != 1 or any(n % ALIGNMENT for n in (x.data_ptr(), x.stride(0), x.stride(1), x.shape[2])):
+            raise ValueError(
+                f"expected rows of whole multiples of {ALIGNMENT} bytes, got {x.shape[2]} with strides {x.stride()}"
+            )

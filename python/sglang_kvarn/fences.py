@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HiCache: what copies between device and host wait for. Hooks into SGLang's controller of these copies.
+
+    written out  A page enters the prefix cache when its last token is known, while the step that encodes it may still
+                 run: the copy waits for the forward pass.
+    loaded       A page that was freed may still be written by a step of its last owner, as a record or as a ring: the
+                 copy waits for the forward pass; and a layer waits for its pages before it reads (`pool.layer_cache`).
+
+SGLang waits for the forward pass itself from 0.5.23 on. In 0.5.16 a copy to the host waits for an event that a decode
+graph records before it runs, and a copy from it for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvarn import rings
+
+
+def _wait_for_forward(controller: Any, name: str) -> None:
+    pool = controller.mem_pool_device
+    if rings.of_pool(pool) is None or pool.forward_stream is None:
+        return
+    # from 0.5.23 on the streams are not the controller's
+    if (stream := getattr(controller, name, None)) is not None:
+        stream.wait_stream(pool.forward_stream)
+
+
+def before_writing(controller: Any, *args: Any, **kwargs: Any) -> None:
+    """Let pages be copied after the step that encodes them. Hook before ``HiCacheController.start_writing``."""
+    _wait_for_forward(controller, "write_stream")
+
+
+def before_loading(controller: Any, *args: Any, **kwargs: Any) -> None:
+    """Let pages be overwritten after what may write them. Hook before ``HiCacheController.start_loading``."""
+    _wait_for_forward(controller, "load_stream")

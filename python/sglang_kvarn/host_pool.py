@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HiCache: pages of records in host memory.
+
+A page is copied when it enters the prefix cache or leaves the device, by the write policy, and copied back when a
+request finds it again. SGLang decides when, on streams of its own; `fences` says what its copies wait for. Pages of
+rings are not in the prefix cache, so they never leave the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from kvarn_kernels.transfer.copy_pages import copy_pages, copy_pages_by_torch
+
+from sglang_kvarn import compat
+from sglang_kvarn.pool import HostSource, KVarNTokenToKVPool
+
+
+class KVarNHostPool(compat.HostKVCache):
+    """Hold pages in the memory of the host: uint8 [host pages, layers, Hk * record_bytes].
+
+    A page of all layers is contiguous, whatever layout SGLang asks for: one object for a storage, one run of memory for
+    a copy to the host. SGLang counts in slots, 128 to a page; slots of a page come together and in order.
+    """
+
+    def __init__(
+        self,
+        source: KVarNTokenToKVPool | HostSource,
+        host_to_device_ratio: float,
+        host_size: float,
+        page_size: int,
+        layout: str,
+        **kwargs: Any,
+    ) -> None:
+        """Allocate it.
+
+        Args:
+            source: the pool of the device, until 0.5.20 itself; host_to_device_ratio: tokens here for each of its own,
+                unless host_size gives GB.
+
+        Raises:
+            ValueError: the memory is not there.
+        """
+        pool = source.pool if isinstance(source, HostSource) else source
+        self._pool = self.device_pool = pool
+        self.layer_num = self.target_layer_num = pool.layer_num
+        self._row_bytes = pool.slab[0, 0].nbytes
+        self.page_bytes = pool.layer_num * self._row_bytes
+        self._copy = copy_pages if pool.slab.is_cuda else copy_pages_by_torch
+        self.can_use_jit = False
+        if not pool.slab.is_cuda:
+            # SGLang leaves 10 GB free, for the other processes of a machine with GPUs
+            compat.reserve_no_host_memory()
+        super().__init__(
+            **compat.host_pool_arguments(pool, self.page_bytes // page_size),
+            host_to_device_ratio=host_to_device_ratio,
+            host_size=host_size,
+            page_size=page_size,
+            layout=layout,
+            pin_memory=pool.slab.is_cuda,
+            device="cpu",
+            allocator_type=kwargs.get("allocator_type") or "default",
+        )
+
+    def get_size_per_token(self) -> int:
+        """Return the bytes of a token in all layers."""
+        return self.page_bytes // self._pool.page_size
+
+    def init_kv_buffer(self) -> torch.Tensor:
+        """Allocate the pages, page-locked where a GPU copies them."""
+        size = (self.page_num, self.layer_num, self._row_bytes)
+        allocate = compat.host_memory_function(self._pool.slab.device.type)
+        return allocate(
+            size, dtype=torch.uint8, device=self.device, pin_memory=self.pin_memory, allocator=self.allocator
+        )
+
+    def _pages(self, slots: torch.Tensor) -> torch.Tensor:
+        return slots[:: self.page_size].to(self._pool.slab.device, non_blocking=True) // self.page_size
+
+    @property
+    def _device_pages(self) -> torch.Tensor:
+        # [P, layers, Hk * record_bytes]
+        return self._pool.slab.flatten(2).transpose(0, 1)
+
+    def backup_from_device_all_layer(
+        self, device_pool: Any, host_indices: torch.Tensor, device_indices: torch.Tensor, io_backend: str
+    ) -> None:
+        """Copy the pages of slots of the device to those of slots of the host, on the current stream."""
+        self._copy(self._device_pages, self.kv_buffer, self._pages(device_indices), self._pages(host_indices))
+
+    def load_to_device_per_layer(
+        self,
+        device_pool: Any,
+        host_indices: torch.Tensor,
+        device_indices: torch.Tensor,
+        layer_id: int,
+        io_backend: str,
+        **kwargs: Any,
+    ) -> None:
+        """Copy one layer of the pages of slots of the host, on the current stream.
+
+        Args:
+            layer_id: among the layers of the pool.
+        """
+        one = slice(layer_id, layer_id + 1)
+        pages = self._pages(host_indices), self._pages(device_indices)
+        self._copy(self.kv_buffer[:, one], self._device_pages[:, one], *pages)
+
+    def get_data_page(self, index: Any, flat: bool = True) -> torch.Tensor:
+        """Return the bytes of the page that a slot begins, for a storage."""
+        page = self.kv_buffer[int(index) // self.page_size]
+        return page.flatten() if flat else page
+
+    def get_dummy_flat_data_page(self) -> torch.Tensor:
+        """Return room for the bytes of a page."""
+        return torch.zeros(self.page_bytes, dtype=torch.uint8, pin_memory=self.pin_memory)
+
+    def set_from_flat_data_page(self, index: int, data_page: torch.Tensor) -> None:
+        """Refuse: no storage is served yet."""
+        raise ValueError("expected no storage behind the host memory of a kvarn cache: drop --hicache-storage-backend")

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hierarchical cache in a real engine: pages that left the device come back from host memory, and answers stay right."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.common.tiny_model import expected, flush, prompt
+
+NEW = 8
+# the ring of a request takes 19 pages, and a prompt of 300 tokens 3, 2 of which stay in the prefix cache
+SMALL = {
+    "max_total_tokens": 27 * 128,
+    "enable_hierarchical_cache": True,
+    "hicache_ratio": 2.0,
+    "enable_cache_report": True,
+}
+KVARN, CANONICAL = "kvarn", "kvarn_canonical"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strict_checks():
+    with pytest.MonkeyPatch.context() as patch:
+        # SGLang counts every page of every step
+        patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
+        yield
+
+
+def ask(engine, model: str, preset: str, tokens: list[int]) -> dict[str, int]:
+    """Return where the prefix came from, after comparing the answer with the oracle's."""
+    sampling = {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}
+    output = engine.generate(input_ids=tokens, sampling_params=sampling)
+    found = output["meta_info"]
+    assert output["output_ids"] == expected(
+        model, tokens, preset, cached=found["cached_tokens"], new_tokens=NEW
+    ), found["cached_tokens_details"]
+    return {"device": 0, "host": 0} | (found["cached_tokens_details"] or {}) | {"all": found["cached_tokens"]}
+
+
+@pytest.mark.parametrize(
+    ("preset", "policy"),
+    [
+        (KVARN, "write_through"),
+        (KVARN, "write_back"),
+        pytest.param(KVARN, "write_through_selective", marks=pytest.mark.long),
+        pytest.param(CANONICAL, "write_through", marks=pytest.mark.long),
+        pytest.param(CANONICAL, "write_back", marks=pytest.mark.long),
+    ],
+)
+def test_a_prefix_that_left_the_device_is_found_in_host_memory(start_engine, model, preset, policy):
+    prompts = [prompt(300, seed) for seed in range(7)]
+    with start_engine(kv_cache_dtype=preset, hicache_write_policy=policy, **SMALL) as engine:
+        for tokens in prompts:
+            # the selective policy copies a page at its second hit
+            for _ in range(3 if policy == "write_through_selective" else 1):
+                ask(engine, model, preset, tokens)
+        from_host = [ask(engine, model, preset, tokens)["host"] for tokens in prompts]
+        print("FROM HOST", from_host)
+        # a turn on top of a loaded prefix, and a branch in the middle of one
+        turn = prompts[0] + prompt(40, seed=50)
+        assert ask(engine, model, preset, turn)["all"] == 256
+        branch = prompts[1][:128] + prompt(150, seed=51)
+        assert ask(engine, model, preset, branch)["all"] == 128
+        flush(engine)
+        assert ask(engine, model, preset, prompts[0])["host"] == 0
+    assert set(from_host) <= {0, 128, 256} and sum(n == 256 for n in from_host) >= 3, from_host
