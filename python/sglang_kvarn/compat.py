@@ -375,9 +375,14 @@ def fences_host_copies() -> bool:
     return _since("0.5.23") or not _since("0.5.18")
 
 
+def has_host_sources() -> bool:
+    """Whether host memory is made for what a pool says of itself, not for the pool."""
+    return _since("0.5.23")
+
+
 def host_pool_arguments(pool: Any, token_bytes: int) -> dict[str, Any]:
     """Return what SGLang's HostKVCache is told of a pool of the device: itself, from 0.5.23 on its numbers."""
-    if not _since("0.5.23"):
+    if not has_host_sources():
         return {"device_pool": pool}
     return {
         "dtype": pool.store_dtype,

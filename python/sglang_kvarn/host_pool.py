@@ -62,6 +62,7 @@ class KVarNHostPool(compat.HostKVCache):
             device="cpu",
             allocator_type=kwargs.get("allocator_type") or "default",
         )
+        pool.attach_host(self)
 
     def get_size_per_token(self) -> int:
         """Return the bytes of a token in all layers."""

@@ -48,6 +48,8 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         slab: uint8 [layers, pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
         records: the slab by layer.
         forward_stream: on which the pool is read and written, None on a CPU.
+        host: the host pool beside it, None without a hierarchical cache.
+        exports_facts: whether its sizes are among the metrics of the server.
         rings: which pages hold the exact tokens of which request.
     """
 
@@ -96,6 +98,8 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self.slab = torch.zeros(size, dtype=torch.uint8, device=self.device)
         self.records = list(self.slab.unbind())
         self.forward_stream: Any = None
+        self.host: Any = None
+        self.exports_facts = False
         caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]
         self._layer_caches = dict(zip(self.layer_ids, caches, strict=True))
         self._layer_numbers = {layer: n for n, layer in enumerate(self.layer_ids)}
@@ -116,6 +120,12 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             self.layer_transfer_counter.wait_until(self._layer_numbers[layer_id])
         return self._layer_caches[layer_id]
 
+    def attach_host(self, host: Any) -> None:
+        """Note the host pool that was made for this one."""
+        self.host = host
+        if self.exports_facts:
+            report.export(self.facts())
+
     def get_kv_size_bytes(self) -> int:
         """Return the bytes of all pages."""
         return sum(r.nbytes for r in self.records)
@@ -132,6 +142,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             "pool_tokens": self.size,
             "max_requests": self.rings.max_requests,
             "ring_tokens": self.rings.tokens_per_ring,
+            "host_tokens": 0 if self.host is None else self.host.size,
             **({} if self.states is None else self._state_facts(self.states)),
         }
 
@@ -214,6 +225,7 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
         if pool.states is not None:
             _log_states(pool, pool.states, configurator)
         if configurator.server_args.enable_metrics:
+            pool.exports_facts = True
             report.export(pool.facts())
     return pool
 

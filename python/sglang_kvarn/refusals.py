@@ -446,6 +446,11 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because states would be saved at "
             "other tokens than pages end, which is not tested yet: drop --enable-mixed-chunk"
         )
+    if args.enable_hierarchical_cache:
+        raise Refused(
+            f"--enable-hierarchical-cache cannot be combined with a kvarn cache of {model}, because states in host "
+            "memory beside pages of records are not tested yet: drop --enable-hierarchical-cache"
+        )
     if args.disable_radix_cache:
         return
     if not compat.saves_states_at_page_ends():

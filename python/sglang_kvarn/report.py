@@ -14,20 +14,24 @@ GAUGES = {
     "pool_tokens": "Tokens that the pool has room for",
     "max_requests": "Requests that can run at a time, as long as the pool has pages for their rings",
     "ring_tokens": "Tokens of the pool that the exact newest tokens of a running request take the place of",
+    "host_tokens": "Tokens that host memory has room for, 0 without a hierarchical cache",
 }
 
 
 def add_to_server_info(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """Add "kvarn" to the internal state of a scheduler with our pool. Hook after ``get_internal_state``.
 
-    "pages_in_use" counts the pages that requests and the prefix cache hold, those of rings included.
+    "pages_in_use" counts the pages that requests and the prefix cache hold, those of rings included, and
+    "host_pages_in_use" those of the prefix cache in host memory.
     """
     if settings.preset_of(scheduler.server_args) is None:
         return result
     allocator = scheduler.token_to_kv_pool_allocator
     pool = allocator.get_kvcache()
     used = (allocator.size - allocator.available_size()) // settings.PAGE_SIZE
-    result.internal_state["kvarn"] = pool.facts() | {"pages_in_use": used, "rings_in_use": pool.rings.out}
+    host = 0 if pool.host is None else (pool.host.size - pool.host.available_size()) // settings.PAGE_SIZE
+    used = {"pages_in_use": used, "host_pages_in_use": host, "rings_in_use": pool.rings.out}
+    result.internal_state["kvarn"] = pool.facts() | used
     return result
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hierarchical cache in a real engine: pages that left the device come back from host memory, and answers stay right."""
+"""A hierarchical cache in a real engine: pages that left the device come back, and answers stay right."""
 
 from __future__ import annotations
 
+import drafts_on_cpu
 import pytest
 
 from benchmarks.common.tiny_model import expected, flush, prompt
 
-NEW = 8
+NEW = 4
 # the ring of a request takes 19 pages, and a prompt of 300 tokens 3, 2 of which stay in the prefix cache
 SMALL = {
     "max_total_tokens": 27 * 128,
@@ -48,19 +49,42 @@ def ask(engine, model: str, preset: str, tokens: list[int]) -> dict[str, int]:
     ],
 )
 def test_a_prefix_that_left_the_device_is_found_in_host_memory(start_engine, model, preset, policy):
-    prompts = [prompt(300, seed) for seed in range(7)]
+    prompts = [prompt(300, seed) for seed in range(4)]
     with start_engine(kv_cache_dtype=preset, hicache_write_policy=policy, **SMALL) as engine:
         for tokens in prompts:
             # the selective policy copies a page at its second hit
             for _ in range(3 if policy == "write_through_selective" else 1):
                 ask(engine, model, preset, tokens)
         from_host = [ask(engine, model, preset, tokens)["host"] for tokens in prompts]
-        print("FROM HOST", from_host)
         # a turn on top of a loaded prefix, and a branch in the middle of one
         turn = prompts[0] + prompt(40, seed=50)
         assert ask(engine, model, preset, turn)["all"] == 256
         branch = prompts[1][:128] + prompt(150, seed=51)
         assert ask(engine, model, preset, branch)["all"] == 128
         flush(engine)
-        assert ask(engine, model, preset, prompts[0])["host"] == 0
+        assert ask(engine, model, preset, prompts[0])["all"] == 0
     assert set(from_host) <= {0, 128, 256} and sum(n == 256 for n in from_host) >= 3, from_host
+
+
+@pytest.mark.long
+def test_a_host_pool_that_is_full_forgets_prefixes_and_nothing_else(start_engine, model):
+    # 30 pages of host memory, and 16 prompts of two pages each
+    few = SMALL | {"hicache_ratio": 1.1}
+    with start_engine(kv_cache_dtype=KVARN, hicache_write_policy="write_through", **few) as engine:
+        for seed in (*range(16), 0, 15, 3, 14):
+            ask(engine, model, KVARN, prompt(300, seed))
+
+
+def test_drafts_verify_on_a_prefix_from_host_memory(start_engine, model, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
+    ngram = {
+        "speculative_algorithm": "NGRAM",
+        "speculative_ngram_max_bfs_breadth": 1,
+        "speculative_num_draft_tokens": 4,
+    }
+    prompts = [prompt(300, seed) for seed in range(4)]
+    with start_engine(kv_cache_dtype=KVARN, **SMALL | {"max_total_tokens": 29 * 128}, **ngram) as engine:
+        for tokens in prompts:
+            ask(engine, model, KVARN, tokens)
+        assert sum(ask(engine, model, KVARN, tokens)["host"] for tokens in prompts) >= 256

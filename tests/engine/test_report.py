@@ -14,6 +14,7 @@ from benchmarks.common.tiny_model import prompt
 
 FLAGS = "--kv-cache-dtype kvarn_k2v2_g128 --dtype float32 --skip-tokenizer-init --skip-server-warmup --enable-metrics"
 FLAGS += " --max-total-tokens 8192 --max-running-requests 3 --log-level warning"
+FLAGS += " --enable-hierarchical-cache --hicache-ratio 3"
 
 
 def test_server_info_and_metrics_carry_the_sizes_of_the_cache(model):
@@ -33,7 +34,8 @@ def test_server_info_and_metrics_carry_the_sizes_of_the_cache(model):
         metrics = dict(re.findall(r'sglang:kvarn_(\w+)\{preset="kvarn_k2v2_g128"\} (\S+)', get("metrics").text))
     finally:
         server.stop()
-    # 300 tokens: two full pages stay in the prefix cache
+    # 300 tokens: two full pages stay in the prefix cache, and are copied to host memory
+    assert facts.pop("host_pages_in_use") == 2 and facts["host_tokens"] == 3 * 8192 + 128
     assert facts.pop("pages_in_use") == 2 and facts.pop("preset") == "kvarn_k2v2_g128"
     assert facts["pool_tokens"] == 8192 and facts["max_requests"] == 3
     assert facts["bytes_per_token"] > 0 and facts["ring_tokens"] > 0

@@ -148,6 +148,8 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     # rings of requests, which are pages of the pool
     kept += [f"mem_cache.memory_pool.ReqToTokenPool.{name}" for name in ("alloc", "free", "clear")]
     kept += ["mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__"]
+    kept.append("mem_cache.pool_host.mha.get_mha_host_pool_cls")
+    kept += [f"managers.cache_controller.HiCacheController.start_{what}" for what in ("writing", "loading")]
     kept += ["managers.schedule_policy.PrefillAdder.add_one_req", "managers.scheduler.Scheduler.init_model_worker"]
     kept.append(
         "managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._get_total_uncached_sizes"

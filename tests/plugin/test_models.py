@@ -202,11 +202,12 @@ def test_launch_refuses_a_hybrid_whose_code_in_sglang_is_wrong(launch, checkpoin
     [
         ({"mamba_radix_cache_strategy": "no_buffer"}, "no_buffer needs pages of one token"),
         ({"enable_mixed_chunk": True}, "not tested yet: drop --enable-mixed-chunk"),
+        ({"enable_hierarchical_cache": True}, "not tested yet: drop --enable-hierarchical-cache"),
         ({"mamba_track_interval": 192}, "--mamba-track-interval that is a multiple of the page size 128, not 192"),
         ({"linear_attn_backend": "cutedsl"}, "with --linear-attn-backend cutedsl needs pages of one token"),
         ({"speculative_algorithm": "NEXTN"}, "not tested yet: drop --speculative-algorithm"),
     ],
-    ids=["strategy", "mixed", "interval", "backend", "drafts"],
+    ids=["strategy", "mixed", "host", "interval", "backend", "drafts"],
 )
 def test_launch_refuses_arguments_of_a_hybrid(launch, checkpoints, arguments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):

@@ -28,7 +28,6 @@ CASES = [
     ("enable_multi_layer_eagle", True, "--enable-multi-layer-eagle"),
     ("disaggregation_mode", "prefill", "--disaggregation-mode"),
     ("encoder_only", True, "--encoder-only"),
-    ("enable_hierarchical_cache", True, "--enable-hierarchical-cache"),
     ("enable_hisparse", True, "--enable-hisparse"),
     ("enable_lmcache", True, "--enable-lmcache"),
     ("enable_flexkv", True, "--enable-flexkv"),
@@ -57,6 +56,14 @@ CASES = [
     ("kv_canary", "raise", "--kv-canary"),
     ("enable_nvidia_megakernel", True, "--enable-nvidia-megakernel"),
     ("use_ray", True, "--use-ray"),
+]
+# beside --enable-hierarchical-cache; on the platform of these tests it is served itself
+HOST_MEMORY = [
+    ({"device": "cuda"}, "--enable-hierarchical-cache cannot", "set KVARN_UNTESTED_HICACHE=1 to try it"),
+    ({"hicache_storage_backend": "file"}, "--hicache-storage-backend", "drop --hicache-storage-backend"),
+    ({"hicache_io_backend": "direct"}, "--hicache-io-backend direct", "set it to kernel"),
+    ({"hicache_mem_layout": "page_head"}, "--hicache-mem-layout page_head", "drop --hicache-mem-layout"),
+    ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "--enable-hierarchical-cache beside", "NGRAM"),
 ]
 INSTALLED = [case for case in CASES if compat.has_argument(case[0])]
 GRAPHS = [
@@ -194,9 +201,44 @@ def test_check_arguments_refuses_drafts_that_are_planned_on_another_stream(serve
     assert "unset the variable" in refused(Changed(served, **drafts))
 
 
+@pytest.mark.parametrize(("changes", "word", "way_out"), HOST_MEMORY, ids=[word for _, word, _ in HOST_MEMORY])
+def test_check_arguments_says_what_is_not_served_in_host_memory(served, changes, word, way_out):
+    # without host memory there is nothing to refuse
+    if "device" not in changes:
+        refusals.check_arguments(Changed(served, **changes))
+    message = refused(Changed(served, enable_hierarchical_cache=True, **changes))
+    assert message.startswith(word) and message.endswith(way_out) and "--kv-cache-dtype kvarn" in message
+
+
+@pytest.mark.parametrize("layout", refusals.HOST_LAYOUTS)
+def test_check_arguments_takes_host_memory(served, monkeypatch, layout):
+    taken = {"enable_hierarchical_cache": True, "hicache_mem_layout": layout}
+    refusals.check_arguments(Changed(served, **taken))
+    drafts = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
+    refusals.check_arguments(Changed(served, **drafts, **taken))
+    monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
+    refusals.check_arguments(Changed(served, device="cuda", **taken))
+
+
+@pytest.mark.parametrize(
+    ("version", "fenced"), [("0.5.16", True), ("0.5.18", False), ("0.5.20", False), ("0.5.23", True)]
+)
+def test_check_arguments_takes_host_memory_where_copies_wait(served, monkeypatch, version, fenced):
+    monkeypatch.setattr(compat, "version", lambda: version)
+    assert compat.fences_host_copies() is fenced
+    monkeypatch.undo()
+    monkeypatch.setattr(compat, "fences_host_copies", lambda: fenced)
+    args = Changed(served, enable_hierarchical_cache=True)
+    if fenced:
+        refusals.check_arguments(args)
+    else:
+        assert refused(args).endswith(": drop --enable-hierarchical-cache, or use SGLang 0.5.23")
+
+
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts
-    cases = len(CASES) - 1 + len(VARIABLES) + 8
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, one for the
+    # version beside host memory
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 9
     assert len(refusals.ARGUMENTS) == cases
 
 

@@ -63,6 +63,10 @@ STOCK = {
         ((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)), Unread()), {}),
     ],
     "balanced_layers.balance_loaded": [((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)),), {})],
+    # a pool, and what it says of itself
+    "plugin._choose_host_pool": [((SimpleNamespace(size=4),), {}), ((SimpleNamespace(head_num=4),), {})],
+    "fences.before_writing": [((SimpleNamespace(mem_pool_device=SimpleNamespace(size=4)),), {})],
+    "fences.before_loading": [((SimpleNamespace(mem_pool_device=SimpleNamespace(size=4)),), {})],
     "rings.attach_allocator": [((SimpleNamespace(get_kvcache=SimpleNamespace),), {"kvcache": Unread()})],
     "rings.alloc_rows": [((SimpleNamespace(size=4), [Unread()]), {})],
     "rings.free_row": [((SimpleNamespace(size=4), Unread()), {})],
@@ -100,7 +104,7 @@ def test_a_hook_passes_arguments_and_result_of_a_stock_server_on(declared, args,
     caplog.set_level("DEBUG")
     # as on a machine with a GPU; on a CPU the platform that comes with the plugin has defaults of its own
     monkeypatch.setattr("sglang_kvarn.cpu.platform._has_accelerator", lambda: True)
-    for module in ("pool", "backend"):
+    for module in ("pool", "backend", "host_pool"):
         monkeypatch.setitem(sys.modules, f"sglang_kvarn.{module}", None)
         monkeypatch.delattr(sglang_kvarn, module, raising=False)
     before = [copy.copy(vars(x)) for x in args if isinstance(x, SimpleNamespace)]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HiCache: the host pool of records, who chooses it, and what copies wait for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.shape import AttentionShape
+from sglang_kvarn import compat, fences, plugin
+
+PAGE, PAGES, LAYERS = 128, 6, (3, 7, 11)
+SHAPE = AttentionShape(4, 2, 64, torch.float32)
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """Return a token pool of random bytes, of layers 3, 7 and 11 of a model."""
+    monkeypatch.setattr("sglang_kvarn.hook.verify_hooks", lambda: None)
+    config = KVarNConfig.from_preset("kvarn")
+    made = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
+        PAGES * PAGE, SHAPE, list(LAYERS), config=config, rows=3, device="cpu"
+    )
+    made.slab.random_(256, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+@pytest.fixture
+def make(pool):
+    """Return a function that makes the host pool as SGLang does: by class, from what the hook gets."""
+
+    def make(**sizes):
+        source = pool.get_device_pool_infos()[0].buffer_info if compat.has_host_sources() else pool
+        chosen = plugin._choose_host_pool(lambda source: "another", source)
+        given = {"host_to_device_ratio": 2.0, "host_size": 0, "page_size": PAGE, "layout": "page_first"} | sizes
+        return chosen(source, **given, allocator_type=None)
+
+    return make
+
+
+def slots(*pages: int) -> torch.Tensor:
+    return torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in pages])
+
+
+def test_a_host_pool_holds_so_many_times_the_tokens_or_so_many_bytes(pool, make):
+    token_bytes = pool.facts()["bytes_per_token"]
+    host = make()
+    # SGLang adds a page
+    assert (host.size, host.size_per_token) == ((2 * PAGES + 1) * PAGE, token_bytes)
+    assert host.kv_buffer.nbytes == host.size * token_bytes and not host.kv_buffer.is_pinned()
+    size = 40 * PAGE * token_bytes / 1e9
+    assert make(host_size=size).page_num in (40, 41)
+
+
+def test_pages_come_back_layer_by_layer_wherever_they_are_needed(pool, make):
+    host, before = make(), pool.slab.clone()
+    host.backup_from_device_all_layer(pool, slots(9, 0), slots(5, 2), "kernel")
+    for number in range(len(LAYERS)):
+        at = slots(1, 4)
+        host.load_to_device_per_layer(pool, slots(0, 9), at, number, "kernel")
+        expected = before.clone()
+        expected[: number + 1, [1, 4]] = before[: number + 1, [2, 5]]
+        assert torch.equal(pool.slab, expected), number
+    # all layers of a page are one run of bytes
+    assert torch.equal(host.get_data_page(9 * PAGE), before[:, 5].flatten())
+    assert len(host.get_dummy_flat_data_page()) == len(host.get_data_page(0))
+
+
+def test_bytes_of_a_storage_are_not_taken(make):
+    host = make()
+    with pytest.raises(ValueError, match="drop --hicache-storage-backend"):
+        host.set_from_flat_data_page(0, host.get_dummy_flat_data_page())
+
+
+def test_a_layer_waits_for_its_own_pages(pool):
+    waited = []
+    pool.register_layer_transfer_counter(SimpleNamespace(wait_until=waited.append))
+    for layer in (11, 3, 7):
+        assert pool.layer_cache(layer).records.data_ptr() == pool.records[LAYERS.index(layer)].data_ptr()
+    assert waited == [2, 0, 1]
+
+
+@pytest.mark.parametrize(("fence", "stream"), [("before_writing", "write_stream"), ("before_loading", "load_stream")])
+def test_copies_wait_for_the_forward_pass(pool, fence, stream):
+    waits = {name: [] for name in ("write_stream", "load_stream")}
+    streams = {name: SimpleNamespace(wait_stream=of.append) for name, of in waits.items()}
+    pool.forward_stream = object()
+    getattr(fences, fence)(SimpleNamespace(mem_pool_device=pool, **streams))
+    assert waits.pop(stream) == [pool.forward_stream] and list(waits.values()) == [[]]
+    # from 0.5.23 on the streams are elsewhere, and wait by themselves
+    getattr(fences, fence)(SimpleNamespace(mem_pool_device=pool))
+
+
+def test_the_host_pool_of_another_cache_is_sglangs():
+    assert plugin._choose_host_pool(lambda source: "another", SimpleNamespace(size=4)) == "another"
