@@ -143,6 +143,8 @@ def add_sweep(to: argparse.ArgumentParser, default: Sequence[int], folder: str) 
     to.add_argument("--only-the-flag", action="store_true", help=text)
     text = "Tokens of a prefill step of every server."
     to.add_argument("--chunked-prefill-size", type=int, default=8192, metavar="N", help=text)
+    text = "GB of host memory behind the cache of every server (HiCache). Without it none."
+    to.add_argument("--hicache", type=int, metavar="GB", help=text)
     to.add_argument("--server-args", default="", help="More flags of every server; without it none.")
     text = "More flags for bf16 and fp8_e4m3, such as --attention-backend fa3; without it none."
     to.add_argument("--stock-args", default="", help=text)

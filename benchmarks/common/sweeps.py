@@ -15,7 +15,7 @@ from benchmarks.common.launch import CONSOLE
 # flags of `cli.add_sweep` without which results are not comparable
 SIZES = ("mem_fraction_static", "chunked_prefill_size", "max_running_requests")
 SETTINGS = (
-    *("model", *SIZES),
+    *("model", "hicache", *SIZES),
     *("server_args", "stock_args", "kvarn_args"),
 )
 
@@ -23,7 +23,8 @@ SETTINGS = (
 def settings(args: argparse.Namespace) -> dict:
     """Return what makes results comparable, for the result files; sizes that are left to SGLang are empty."""
     empty = SIZES if args.only_the_flag else ()
-    return {name: "" if name in empty else getattr(args, name) for name in SETTINGS}
+    found = {name: "" if name in empty else getattr(args, name) for name in SETTINGS}
+    return {name: "" if value is None else value for name, value in found.items()}
 
 
 def flags(cache: str, args: argparse.Namespace) -> list[str]:
@@ -42,6 +43,8 @@ def flags(cache: str, args: argparse.Namespace) -> list[str]:
         if torch.cuda.is_available():
             found["mem_fraction_static"] = args.mem_fraction_static
             found["cuda_graph_max_bs_decode"] = args.max_running_requests
+    if args.hicache is not None:
+        found |= {"enable_hierarchical_cache": True, "hicache_size": args.hicache}
     if args.model == models.TINY:
         found["dtype"] = "float32"
     more = args.stock_args if cache in caches.STOCK else args.kvarn_args
