@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +178,33 @@ def prompt(length: int, seed: int) -> list[int]:
     return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def expected(folder: str, token_ids: list[int], preset: str, *, cached: int = 0, new_tokens: int) -> list[int]:
+def expected(
+    folder: str,
+    token_ids: list[int],
+    preset: str,
+    *,
+    cached: int = 0,
+    new_tokens: int,
+    allowed: Callable[[int], Sequence[int]] | None = None,
+) -> list[int]:
     """Return the greedy answer by the position rule.
 
     Args:
         cached: tokens of the prompt that come from the prefix cache.
+        allowed: which tokens a grammar allows as the n-th of the answer, from 0 on; None for all.
     """
-    return expected_with_margin(folder, token_ids, preset, cached=cached, new_tokens=new_tokens)[0]
+    options = {"cached": cached, "new_tokens": new_tokens, "allowed": allowed}
+    return expected_with_margin(folder, token_ids, preset, **options)[0]
 
 
 def expected_with_margin(
-    folder: str, token_ids: list[int], preset: str, *, cached: int = 0, new_tokens: int
+    folder: str,
+    token_ids: list[int],
+    preset: str,
+    *,
+    cached: int = 0,
+    new_tokens: int,
+    allowed: Callable[[int], Sequence[int]] | None = None,
 ) -> tuple[list[int], float]:
     """Return `expected` and by how much the best logit was above the second best, at the closest step."""
     config = KVarNConfig.from_preset(preset)
@@ -215,6 +232,9 @@ def expected_with_margin(
     with torch.inference_mode():
         for _ in range(new_tokens):
             logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            if allowed is not None:
+                ids = list(allowed(len(tokens) - len(token_ids)))
+                logits = torch.full_like(logits, -torch.inf).index_copy_(0, torch.tensor(ids), logits[ids])
             best, second = logits.topk(2).values.tolist()
             margins.append(best - second)
             tokens.append(int(logits.argmax()))
@@ -235,10 +255,17 @@ def flush(engine: Any) -> None:
     raise AssertionError("the engine did not become idle within 10 s")
 
 
-def answers(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
-    """Generate greedily; return one dict per prompt with `tokens`, `cached`, `retractions` and `drafts_accepted`."""
+def answers(
+    engine: Any, prompts: list[list[int]], new_tokens: int, *, regexes: list[str | None] | None = None
+) -> list[dict[str, Any]]:
+    """Generate greedily; return one dict per prompt with `tokens`, `cached`, `retractions` and `drafts_accepted`.
+
+    Args:
+        regexes: what the texts of the answers are to match, None for no grammar.
+    """
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
+    each = [sampling | {"regex": regex} for regex in regexes or [None] * len(prompts)]
+    outputs = engine.generate(input_ids=prompts, sampling_params=each)
     return [
         {
             "tokens": output["output_ids"],

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import drafts_on_cpu
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers, expected, flush, prompt
@@ -33,9 +36,29 @@ def stand_ins(tmp_path_factory):
         yield
 
 
+# six letters, a digit behind each; the tokens of both are those of `with_texts`, behind them the end
+REGEX, LETTERS, DIGITS, END = "([a-f][0-9]){6}", range(6), range(26, 36), tiny_model.VOCABULARY - 1
+
+
+def by_the_regex(n: int) -> list[int]:
+    """Return what REGEX allows as the n-th token of an answer."""
+    return [END] if n == 12 else list(DIGITS if n % 2 else LETTERS)
+
+
+def with_texts(folder: str) -> str:
+    """Put texts of the tokens beside a model, a letter or digit each of the first 36, and return its folder."""
+    texts = [*string.ascii_lowercase, *string.digits]
+    texts += [f"<{token}>" for token in range(len(texts), tiny_model.VOCABULARY)]
+    words = tokenizers.models.WordLevel({text: token for token, text in enumerate(texts)}, unk_token=texts[-2])
+    options = {"tokenizer_object": tokenizers.Tokenizer(words), "eos_token": texts[END]}
+    transformers.PreTrainedTokenizerFast(**options).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=[KVARN, pytest.param(CANONICAL, marks=pytest.mark.long)])
-def engine(request, start_engine):
-    with start_engine(kv_cache_dtype=request.param, **NGRAM) as engine:
+def engine(request, start_engine, model):
+    options = {"model_path": with_texts(model), "skip_tokenizer_init": False, **NGRAM}
+    with start_engine(kv_cache_dtype=request.param, **options) as engine:
         engine.preset = request.param
         yield engine
 
@@ -98,14 +121,35 @@ def test_a_token_that_fills_up_a_short_chain_is_not_accepted_out_of_its_place(en
     assert got["tokens"] == expected(model, tokens, engine.preset, new_tokens=NEW)
 
 
+def test_an_answer_with_a_grammar_is_the_oracles_beside_one_without(engine, model):
+    flush(engine)
+    tokens = prompt(120, seed=5)
+    wanted = [
+        expected(model, tokens, engine.preset, new_tokens=13, allowed=by_the_regex),
+        expected(model, tokens, engine.preset, new_tokens=NEW),
+    ]
+    # what was answered to the same prompt without a grammar is a draft that it forbids, and the other way round
+    for _ in range(3):
+        got = answers(engine, [tokens] * 2, NEW, regexes=[REGEX, None])
+        assert [answer["tokens"] for answer in got] == wanted
+    assert all(answer["drafts_accepted"] > 6 for answer in got)
+    # the answer ended, amid accepted drafts, in a page that it had filled
+    turn = tokens + wanted[0][:-1] + prompt(30, seed=2)
+    (hit,) = answers(engine, [turn], NEW, regexes=[REGEX])
+    assert hit["cached"] == 128
+    assert hit["tokens"] == expected(model, turn, engine.preset, cached=128, new_tokens=13, allowed=by_the_regex)
+
+
 def test_overlap_retraction_and_pages_that_end_while_drafts_are_verified(start_engine, model, monkeypatch):
     monkeypatch.setenv("SGLANG_TEST_RETRACT", "1")
     monkeypatch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "3")
     drafts_on_cpu.allow_overlap(monkeypatch)
-    prompts = [prompt(length, seed=length) for length in (370, 120, 60, 250)]
-    with start_engine(kv_cache_dtype=CANONICAL, **NGRAM) as engine:
-        rounds = [answers(engine, prompts, NEW) for _ in range(2)]
+    prompts, regexes = [prompt(length, seed=length) for length in (370, 120, 60, 250)], [None, REGEX, None, None]
+    options = {"model_path": with_texts(model), "skip_tokenizer_init": False, **NGRAM}
+    with start_engine(kv_cache_dtype=CANONICAL, **options) as engine:
+        rounds = [answers(engine, prompts, NEW, regexes=regexes) for _ in range(2)]
     wanted = [expected(model, tokens, CANONICAL, new_tokens=NEW) for tokens in prompts]
+    wanted[1] = expected(model, prompts[1], CANONICAL, new_tokens=13, allowed=by_the_regex)
     for got in rounds:
         assert [answer["tokens"] for answer in got] == wanted
     assert sum(answer["retractions"] for got in rounds for answer in got) > 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xgrammar
 from engine_plugin import add_to_engines
 from sglang_kvarn import compat
 
@@ -55,6 +56,8 @@ def install() -> None:
     eagle.sgl_build_tree_kernel_efficient = eagle.build_tree_kernel_efficient_func = link_chain
     corpus = compat.resolve("sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus")
     corpus.batch_get = with_a_draft(corpus.batch_get)
+    # 0.5.16 has none for a CPU
+    compat.resolve("sglang.srt.constrained.xgrammar_backend.XGrammarGrammar").apply_vocab_mask = forbid
     if OVERLAP in os.environ:
         _arguments()._disable_overlap_schedule_for_cpu = nothing_to_do
     compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool").move_kv_cache = nothing_moves
@@ -88,6 +91,11 @@ def _arguments():
 
 def nothing_to_do(server_args) -> None:
     """Leave the arguments as they are."""
+
+
+def forbid(grammar, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+    """Let no token be chosen that the bits of `vocab_mask` rule out."""
+    xgrammar.apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
 
 
 def nothing_moves(pool, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
