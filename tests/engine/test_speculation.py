@@ -156,6 +156,22 @@ def test_overlap_retraction_and_pages_that_end_while_drafts_are_verified(start_e
     assert sum(answer["cached"] for answer in rounds[1]) > 0
 
 
+def test_two_ranks_accept_the_same_drafts(start_engine, model, monkeypatch):
+    # the plugin sets it for this number of ranks; the next engine of this process has another
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    prompts = [prompt(length, seed=length) for length in (120, 250)]
+    wanted = [expected(model, tokens, CANONICAL, new_tokens=NEW) for tokens in prompts]
+    turn = prompts[0] + wanted[0] + prompt(30, seed=2)
+    with start_engine(kv_cache_dtype=CANONICAL, tp_size=2, **NGRAM) as engine:
+        rounds = [answers(engine, prompts, NEW) for _ in range(2)]
+        (hit,) = answers(engine, [turn], NEW)
+    for got in rounds:
+        assert [answer["tokens"] for answer in got] == wanted
+    assert all(answer["drafts_accepted"] > NEW // 2 for answer in rounds[1])
+    # of a page that accepted drafts filled, on both ranks
+    assert hit["cached"] == 128 and hit["tokens"] == expected(model, turn, CANONICAL, new_tokens=NEW)
+
+
 def eagle_head(folder: Path, architecture: str) -> str:
     """Write the configuration of a head for the tiny model and return its folder; its weights are dummies."""
     config = {
