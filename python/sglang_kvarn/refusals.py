@@ -209,15 +209,6 @@ ARGUMENTS = (
             "drop --speculative-draft-attention-backend",
         ),
     ),
-    Refusal(
-        # SGLang turns mixed chunks off for NGRAM, and until 0.5.18 for all
-        lambda args: algorithm_of(args) not in ("", NGRAM) and args.enable_mixed_chunk,
-        _text(
-            "--enable-mixed-chunk with --speculative-algorithm",
-            "requests that decode in the step of a prompt, without drafts, are not tested yet",
-            "drop --enable-mixed-chunk",
-        ),
-    ),
     _flag("speculative_adaptive", "steps with a changing number of drafts are not tested yet"),
     _flag("enable_multi_layer_eagle", "drafts of several layers are not tested yet"),
     _flag("disaggregation_mode", "the ring with the newest tokens of a request is not transferred", off="null"),

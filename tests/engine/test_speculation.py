@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import string
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from sglang_kvarn import compat
 
 from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers, expected, flush, prompt
@@ -23,6 +25,8 @@ NGRAM = {
     "speculative_num_draft_tokens": 8,
 }
 KVARN, CANONICAL = "kvarn", "kvarn_canonical"
+# whether SGLang lets a request that drafts by EAGLE decode in the step of a prompt
+MIXES = hasattr(compat.resolve("sglang.srt.speculative.spec_info.SpeculativeAlgorithm"), "supports_mixed_chunk")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -215,3 +219,45 @@ def test_a_draft_model_keeps_a_cache_of_its_own(start_engine, model, tmp_path, a
     # a draft that is the same model, with a cache that is not quantised, is mostly right
     assert (first["drafts_accepted"] > NEW // 4) == accepts
     assert hit["cached"] == 128 and hit["tokens"] == expected(model, turn, KVARN, cached=128, new_tokens=8)
+
+
+def answers_amid(engine, first: list[int], second: list[int], new_tokens: int) -> list[dict]:
+    """Return the outputs for two prompts, the second of which comes when the first one is being answered."""
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+
+    async def generate():
+        late, output = None, None
+        async for output in await engine.async_generate(input_ids=first, sampling_params=sampling, stream=True):
+            if late is None and output["meta_info"]["completion_tokens"] > 2:
+                late = asyncio.ensure_future(engine.async_generate(input_ids=second, sampling_params=sampling))
+        return [output, await late]
+
+    return engine.loop.run_until_complete(generate())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("preset", "overlap"), [(KVARN, False), (CANONICAL, True)])
+def test_a_request_goes_on_with_drafts_after_steps_that_it_shared_with_a_prompt(
+    start_engine, model, tmp_path, monkeypatch, preset, overlap
+):
+    if overlap:
+        drafts_on_cpu.allow_overlap(monkeypatch)
+    eagle = {
+        "speculative_algorithm": "EAGLE",
+        "speculative_draft_model_path": eagle_head(tmp_path, "LlamaForCausalLMEagle"),
+        "speculative_draft_load_format": "dummy",
+        "enable_mixed_chunk": True,
+    }
+    # the page of the first ends in a step of the second, which has eight of them
+    prompts, new = [prompt(length, seed=length) for length in (119, 2000)], 30
+    wanted = [expected(model, tokens, preset, new_tokens=new) for tokens in prompts]
+    turn = prompts[0] + wanted[0] + prompt(30, seed=2)
+    with start_engine(kv_cache_dtype=preset, **eagle) as engine:
+        got = answers_amid(engine, *prompts, new)
+        (hit,) = answers(engine, [turn], 8)
+    assert [output["output_ids"] for output in got] == wanted
+    facts = got[0]["meta_info"]
+    # what neither the prompt's own step nor those with drafts gave; 0.5.16 shares no step
+    shared = new - 1 - facts["spec_verify_ct"] - facts["spec_num_correct_drafts"]
+    assert (shared >= 6) == MIXES and facts["spec_verify_ct"] > 6
+    assert hit["cached"] == 128 and hit["tokens"] == expected(model, turn, preset, cached=128, new_tokens=8)

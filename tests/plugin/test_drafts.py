@@ -47,6 +47,18 @@ def test_what_the_user_chose_of_drafts_stays(server_args, model_dir):
     assert {name: getattr(args, name) for name in chosen} == chosen and compat.draft_tokens(made) == 6
 
 
+@pytest.mark.parametrize("algorithm", ["NGRAM", "STANDALONE", "EAGLE", "EAGLE3"])
+def test_mixed_chunks_are_left_to_sglang(server_args, model_dir, algorithm):
+    """SGLang turns them off for algorithms whose requests cannot go on with drafts after a step without."""
+    model, kind = model_dir(), compat.resolve("sglang.srt.speculative.spec_info.SpeculativeAlgorithm")
+    chosen = {"speculative_algorithm": algorithm, "speculative_ngram_max_bfs_breadth": 1, "enable_mixed_chunk": True}
+    if algorithm != "NGRAM":
+        chosen["speculative_draft_model_path"] = model
+    args = compat.resolved_arguments(server_args(model_path=model, kv_cache_dtype="kvarn", **chosen))
+    mixes = hasattr(kind, "supports_mixed_chunk") and kind.from_string(algorithm).supports_mixed_chunk()
+    assert args.enable_mixed_chunk == mixes == (compat.version() == "0.5.23" and algorithm.startswith("EAGLE"))
+
+
 def test_a_server_without_drafts_has_one_new_token_per_request(server_args, model_dir):
     args = server_args(model_path=model_dir(), kv_cache_dtype="kvarn")
     assert compat.draft_tokens(args) == 1

@@ -188,12 +188,6 @@ def test_check_arguments_takes_a_chain_of_drafts(served, device):
     refusals.check_arguments(Changed(served, device=device, **drafts))
 
 
-def test_check_arguments_refuses_mixed_chunks_beside_drafts(served):
-    drafts = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1, "enable_mixed_chunk": True}
-    assert refused(Changed(served, **drafts)).endswith(": drop --enable-mixed-chunk")
-    refusals.check_arguments(Changed(served, enable_mixed_chunk=True))
-
-
 def test_check_arguments_refuses_drafts_that_are_planned_on_another_stream(served, monkeypatch):
     monkeypatch.setenv("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "1")
     refusals.check_arguments(served)
@@ -236,9 +230,9 @@ def test_check_arguments_takes_host_memory_where_copies_wait(served, monkeypatch
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, one for the
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, four for drafts, one for the
     # version beside host memory
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 9
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 8
     assert len(refusals.ARGUMENTS) == cases
 
 
