@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch in the place of SGLang's kernels for Mamba-2 gives what the kernels give, in Triton's interpreter."""
+"""Torch in the place of SGLang's kernels for states gives what the kernels give, in Triton's interpreter."""
 
 from __future__ import annotations
 
 import contextlib
 
+import gdn_on_cpu
 import mamba2_on_cpu
 import pytest
+import states_on_cpu
 import torch
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
 
 CHUNK, HEADS, P, GROUPS, N = 32, 4, 16, 2, 16
+REQUESTS, DRAFTS, SLOTS = 3, 4, torch.tensor([4, 0, 2], dtype=torch.int32)
 pytestmark = pytest.mark.skipif(not platform.is_active(), reason="for a machine without a GPU")
 
 
@@ -24,6 +27,76 @@ def interpreted(monkeypatch):
         for kernel in vars(module).values():
             if hasattr(kernel, "configs"):
                 monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
+
+
+@pytest.mark.parametrize("with_drafts", [False, True], ids=["token", "drafts"])
+def test_convolution_gives_the_output_and_every_state_of_the_kernel(interpreted, with_drafts):
+    kernel = compat.resolve("sglang.kernels.ops.mamba.causal_conv1d_triton.causal_conv1d_update")
+    channels, width, before = 24, 4, torch.randn(6, 24, 3)
+    x, weight, bias = torch.randn(REQUESTS, channels, DRAFTS), torch.randn(channels, width), torch.randn(channels)
+    found = []
+    for function in (kernel, states_on_cpu.convolve_new):
+        states, options = before.clone(), {"conv_state_indices": SLOTS}
+        # as SGLang keeps them for drafts: those of a request overlap
+        kept = torch.zeros(REQUESTS, channels, DRAFTS + width - 2)
+        windows = kept.unfold(-1, width - 1, 1).transpose(1, 2)
+        if with_drafts:
+            options |= {"intermediate_conv_window": windows, "intermediate_state_indices": torch.arange(3).int()}
+        out = function(x if with_drafts else x[..., 0], states, weight, bias, "silu", **options)
+        found.append((out, states, kept))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_verified_drafts_of_gated_delta_nets_have_the_outputs_and_states_of_the_kernel(interpreted):
+    kernel = compat.resolve("sglang.srt.layers.attention.linear.kernels.gdn_triton.TritonGDNKernel")
+    tokens, heads = REQUESTS * DRAFTS, 2
+    q, k = torch.randn(2, 1, tokens, heads, 32)
+    v, a, b = torch.randn(1, tokens, HEADS, P), *torch.randn(2, tokens, HEADS)
+    states = torch.randn(6, HEADS, P, 32)
+    found = []
+    for function in (kernel.target_verify, gdn_on_cpu.verify):
+        read, after = states.clone(), torch.zeros(REQUESTS, DRAFTS, HEADS, P, 32)
+        out = function(
+            None,
+            A_log=torch.linspace(-1, 1, HEADS),
+            dt_bias=torch.linspace(-3, 0, HEADS),
+            q=q,
+            k=k,
+            v=v,
+            a=a,
+            b=b,
+            ssm_states=read,
+            cache_indices=SLOTS,
+            query_start_loc=torch.arange(0, tokens + 1, DRAFTS).int(),
+            intermediate_states_buffer=after,
+            intermediate_state_indices=torch.arange(REQUESTS).int(),
+            cache_steps=DRAFTS,
+            retrieve_parent_token=None,
+        )
+        assert torch.equal(read, states)
+        found.append((out, after))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_committed_states_are_those_of_the_kernels(interpreted, monkeypatch):
+    module = compat.resolve("sglang.kernels.ops.mamba.mamba_state_scatter_triton")
+    # they ask for tensors of a GPU
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    before, steps = torch.randn(2, 6, 8, 3), torch.tensor([1, -1, 3])
+    drafted = torch.randn(2, REQUESTS, DRAFTS, 8, 3)
+    windows = torch.randn(2, REQUESTS, 8, DRAFTS + 2).unfold(-1, 3, 1).transpose(2, 3)
+    for source, name in (
+        (drafted, "fused_mamba_state_scatter_with_mask"),
+        (windows, "fused_conv_window_scatter_with_mask"),
+    ):
+        found = []
+        for function in (getattr(module, name), states_on_cpu.commit):
+            states = before.clone()
+            function(states, source, SLOTS, steps)
+            found.append(states)
+        assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("lengths", [[70], [20, 65, 1, 31], [32, 32, 40]], ids=str)
@@ -65,18 +138,23 @@ def test_scan_gives_the_outputs_and_every_state_of_the_kernel(interpreted, lengt
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_advance_gives_the_output_and_the_state_of_the_kernel(interpreted):
+@pytest.mark.parametrize("with_drafts", [False, True], ids=["token", "drafts"])
+def test_advance_gives_the_output_and_every_state_of_the_kernel(interpreted, with_drafts):
     kernel = compat.resolve("sglang.kernels.ops.mamba.triton_ops.mamba_ssm.selective_state_update")
-    x, dt = torch.randn(3, HEADS, P), torch.randn(3, HEADS, 1).expand(-1, -1, P)
-    b, c, slots = torch.randn(3, GROUPS, N), torch.randn(3, GROUPS, N), torch.tensor([4, 0, 2], dtype=torch.int32)
+    size = (REQUESTS, DRAFTS) if with_drafts else (REQUESTS,)
+    x, dt = torch.randn(*size, HEADS, P), torch.randn(*size, HEADS, 1).expand(*size, HEADS, P)
+    b, c = torch.randn(2, *size, GROUPS, N)
     a = (-torch.rand(HEADS) - 0.5)[:, None, None].expand(-1, P, N)
     d, bias = (torch.randn(HEADS)[:, None].expand(-1, P) for _ in range(2))
     before, found = torch.randn(6, HEADS, P, N), []
     for function in (kernel, mamba2_on_cpu.advance):
-        states, out = before.clone(), torch.empty_like(x)
-        function(
-            states, x, dt, a, b, c, d, z=None, dt_bias=bias, dt_softplus=True, state_batch_indices=slots, out=out
-        )
-        found.append((states, out))
+        states, out, after = before.clone(), torch.empty_like(x), torch.zeros(REQUESTS, DRAFTS, HEADS, P, N)
+        options = {"z": None, "dt_bias": bias, "dt_softplus": True, "state_batch_indices": SLOTS, "out": out}
+        if with_drafts:
+            options |= {"disable_state_update": True, "cache_steps": DRAFTS, "intermediate_states_buffer": after}
+            options |= {"intermediate_state_indices": torch.arange(REQUESTS).int()}
+        function(states, x, dt, a, b, c, d, **options)
+        assert torch.equal(states, before) == with_drafts
+        found.append((states, out, after))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from sglang_kvarn import compat
-from states_on_cpu import convolve, convolve_one, requests
+from states_on_cpu import convolve, convolve_new, requests
 
 # tokens between two states that SGLang may keep of a prefill
 CHUNK = 64
@@ -18,10 +18,10 @@ CHUNK = 64
 def install() -> None:
     """Put the torch forms in place, for good."""
     backend = compat.resolve("sglang.srt.layers.attention.linear.gdn_backend")
-    backend.causal_conv1d_fn, backend.causal_conv1d_update = convolve, convolve_one
+    backend.causal_conv1d_fn, backend.causal_conv1d_update = convolve, convolve_new
     backend.fused_gdn_gating = gates
     kernel = compat.resolve("sglang.srt.layers.attention.linear.kernels.gdn_triton.TritonGDNKernel")
-    kernel.extend, kernel.packed_decode = extend, packed_decode
+    kernel.extend, kernel.packed_decode, kernel.target_verify = extend, packed_decode, verify
     kernel.supports_track_state_snapshot = False
     compat.resolve("sglang.kernels.ops.attention.fla.layernorm_gated.RMSNorm").forward = gated_norm
 
@@ -84,3 +84,39 @@ def packed_decode(
     state, y = _step(ssm_states[slots].float(), q * scale, k, v.view(size, num_v_heads, head_v_dim), g[0], beta[0])
     ssm_states[slots] = state.to(ssm_states.dtype)
     return y.to(mixed_qkv.dtype)[None]
+
+
+def verify(
+    self,
+    A_log,
+    dt_bias,
+    q,
+    k,
+    v,
+    a,
+    b,
+    *,
+    ssm_states,
+    cache_indices,
+    query_start_loc,
+    intermediate_states_buffer,
+    intermediate_state_indices,
+    **kwargs,
+):
+    """Run as many drafts in a chain per request, q and k [1, B * D, Hk, K], v [1, B * D, Hv, V]; leave the states.
+
+    The state after each draft goes to intermediate_states_buffer [slots, D, Hv, V, K].
+
+    Returns:
+        The outputs [1, B * D, Hv, V].
+    """
+    size, group, out = len(query_start_loc) - 1, v.shape[2] // q.shape[2], torch.empty_like(v)
+    q, k = (_unit(x[0].float()).repeat_interleave(group, 1) for x in (q, k))
+    g, beta = gates(A_log, a.reshape(v.shape[1], -1), b.reshape(v.shape[1], -1), dt_bias)
+    by_request = [x.unflatten(0, (size, -1)) for x in (q * q.shape[-1] ** -0.5, k, v[0].float(), g[0], beta[0])]
+    state, rows = ssm_states[cache_indices[:size].long()].float(), intermediate_state_indices[:size].long()
+    outputs = out[0].unflatten(0, (size, -1))
+    for draft in range(outputs.shape[1]):
+        state, outputs[:, draft] = _step(state, *(x[:, draft] for x in by_request))
+        intermediate_states_buffer[rows, draft] = state.to(intermediate_states_buffer.dtype)
+    return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from sglang_kvarn import compat
-from states_on_cpu import convolve, convolve_one, requests
+from states_on_cpu import convolve, convolve_new, requests
 
 
 def install() -> None:
@@ -19,7 +19,7 @@ def install() -> None:
     mixer.mamba_chunk_scan_combined, mixer.selective_state_update = scan, advance
     # without CUDA the module has no names for these
     mixer.causal_conv1d_fn = mixer.causal_conv1d_fn_triton = convolve
-    mixer.causal_conv1d_update = mixer.causal_conv1d_update_triton = convolve_one
+    mixer.causal_conv1d_update = mixer.causal_conv1d_update_triton = convolve_new
 
 
 def _step(h, x, dt, a, b, c, d):
@@ -71,10 +71,38 @@ def scan(
     return grid, ends, torch.stack([before[t] for t in tracked]).to(state_dtype)[None] if tracked else None
 
 
-def advance(states, x, dt, a, b, c, D, *, dt_bias, state_batch_indices, out, **kwargs):
-    """Run one new token per request, x [B, H, P], b and c [B, G, N]; dt, a, D and dt_bias are repeated over P and N."""
+def advance(
+    states,
+    x,
+    dt,
+    a,
+    b,
+    c,
+    D,
+    *,
+    dt_bias,
+    state_batch_indices,
+    out,
+    disable_state_update=False,
+    intermediate_states_buffer=None,
+    intermediate_state_indices=None,
+    **kwargs,
+):
+    """Run one new token per request, x [B, H, P], b and c [B, G, N]; dt, a, D and dt_bias are repeated over P and N.
+
+    Or drafts in a chain, x [B, D, H, P], b and c [B, D, G, N]: the state after each draft goes to
+    intermediate_states_buffer [slots, D, H, P, N], and the states are left.
+    """
     slots = state_batch_indices.long()
+    if x.dim() == 3:
+        x, dt, b, c, out = (y[:, None] for y in (x, dt, b, c, out))
     dt = torch.nn.functional.softplus(dt[..., 0].float() + dt_bias[:, 0])
-    h, y = _step(states[slots].float(), x.float(), dt, a[:, 0, 0], b, c, D[:, 0])
-    states[slots] = h.to(states.dtype)
-    out.copy_(y)
+    h = states[slots].float()
+    for draft in range(x.shape[1]):
+        h, y = _step(h, x[:, draft].float(), dt[:, draft], a[:, 0, 0], b[:, draft], c[:, draft], D[:, 0])
+        out[:, draft] = y
+        if intermediate_states_buffer is not None:
+            rows = intermediate_state_indices.long()
+            intermediate_states_buffer[rows, draft] = h.to(intermediate_states_buffer.dtype)
+    if not disable_state_update:
+        states[slots] = h.to(states.dtype)

@@ -37,6 +37,8 @@ def install() -> None:
     import mamba2_on_cpu
 
     _stand_in_for_a_device()
+    scatter = compat.resolve("sglang.kernels.ops.mamba.mamba_state_scatter_triton")
+    scatter.fused_mamba_state_scatter_with_mask = scatter.fused_conv_window_scatter_with_mask = commit
     gdn_on_cpu.install()
     mamba2_on_cpu.install()
 
@@ -81,10 +83,42 @@ def convolve(x, weight, bias, *, activation, conv_states, has_initial_state, cac
     return out
 
 
-def convolve_one(x, conv_states, weight, bias, activation, *, conv_state_indices, **kwargs):
-    """Convolve one new token per request, x [B, C]."""
-    slots = conv_state_indices.long()
-    whole = torch.cat([conv_states[slots].to(x.dtype), x[..., None]], -1)
-    y = (whole * weight.to(x.dtype)).sum(-1)
-    conv_states[slots] = whole[..., 1:].to(conv_states.dtype)
-    return _activated(y if bias is None else y + bias, activation)
+def convolve_new(
+    x,
+    conv_states,
+    weight,
+    bias,
+    activation,
+    *,
+    conv_state_indices,
+    intermediate_conv_window=None,
+    intermediate_state_indices=None,
+    **kwargs,
+):
+    """Convolve one new token per request, x [B, C], or drafts in a chain, x [B, C, D]; the states move on by all.
+
+    Args:
+        intermediate_conv_window: where the state after each draft goes, [slots, D, C, w - 1], None without drafts.
+    """
+    slots, drafts = conv_state_indices.long(), x if x.dim() == 3 else x[..., None]
+    whole = torch.cat([conv_states[slots].to(x.dtype), drafts], -1)
+    # [B, C, D, w]
+    windows = whole.unfold(-1, weight.shape[1], 1)
+    y = (windows * weight.to(x.dtype)[:, None]).sum(-1)
+    conv_states[slots] = windows[:, :, -1, 1:].to(conv_states.dtype)
+    if intermediate_conv_window is not None:
+        after = windows[..., 1:].transpose(1, 2).to(intermediate_conv_window.dtype)
+        intermediate_conv_window[intermediate_state_indices.long(), : after.shape[1]] = after
+    y = _activated(y if bias is None else y + bias[:, None], activation)
+    return y if x.dim() == 3 else y[..., 0]
+
+
+def commit(states, drafted, slots, steps, rows=None):
+    """Take the state after an accepted draft, of each request i with steps[i] >= 0, as that of its slot.
+
+    Args:
+        states: [layers, slots, ...]; drafted: after each draft of each request, [layers, B, D, ...].
+    """
+    assert rows is None, "states of other rows are for pipelines"
+    kept = steps >= 0
+    states[:, slots[kept].long()] = drafted[:, kept.nonzero()[:, 0], steps[kept].long()]
