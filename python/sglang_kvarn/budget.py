@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sglang_kvarn import capacity, compat, settings
-from sglang_kvarn.capacity import MIB, STATES_PER_SESSION, TYPICAL_SESSION, Bounds, ModelShape, States
+from sglang_kvarn.capacity import GIB, MIB, STATES_PER_SESSION, TYPICAL_SESSION, Bounds, ModelShape, States
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,15 @@ def model_shape(configurator: Any) -> ModelShape:
     """Read the shape of the rank's model from SGLang's KVCacheConfigurator."""
     layers, tp_size = len(layer_ids(configurator)), compat.get_parallel().attn_tp_size
     return capacity.rank_shape(configurator.model_config, configurator.model_dtype, tp_size, layers)
+
+
+def draft_token_bytes(configurator: Any) -> int:
+    """Return the bytes of a token in the cache of the draft model, 0 without one; from a KVCacheConfigurator."""
+    if (draft := compat.draft_model(configurator)) is None:
+        return 0
+    model_config, layers, itemsize = draft
+    ranks = compat.get_parallel().attn_tp_size
+    return capacity.rank_shape(model_config, model_config.dtype, ranks, layers).full_token_bytes(itemsize)
 
 
 def bounds(server_args: Any, context_len: int, states: int | None = None) -> Bounds:
@@ -70,6 +79,9 @@ def split_memory(configurator: Any, total_rest_memory: float) -> None:
     """Split the memory of a hybrid model between states and tokens. Hook before ``_handle_max_mamba_cache``.
 
     SGLang's ratio is made for tokens of 16 bits. What the user chose stays.
+
+    Args:
+        total_rest_memory: for both, GiB.
     """
     config = settings.target_preset(configurator)
     if config is None or not compat.is_state_ratio_open(configurator.server_args):
@@ -80,9 +92,16 @@ def split_memory(configurator: Any, total_rest_memory: float) -> None:
         return
     state = compat.state_bytes(compat.hybrid_config(configurator.model_config))
     # without a prefix cache a session is there only while it runs
-    per_session = _states_per_session(configurator) or compat.states_per_request(configurator)
+    per_request = compat.states_per_request(configurator)
+    per_session = _states_per_session(configurator) or per_request
     token = model_shape(configurator).token_bytes(config)
-    ratio = round(capacity.state_ratio(state, per_session, token), 3)
+    if (drafts := compat.draft_tokens(configurator.server_args)) == 1:
+        ratio = capacity.state_ratio(state, per_session, token)
+    else:
+        share = capacity.state_ratio(state, per_session, token + draft_token_bytes(configurator))
+        running = args.max_running_requests * drafts * state
+        ratio = capacity.state_ratio_with_drafts(share, total_rest_memory * GIB, drafts / per_request, running)
+    ratio = round(ratio, 3)
     compat.override_argument(configurator.server_args, mamba_full_memory_ratio=ratio)
     logger.info(
         "KVarN: --mamba-full-memory-ratio %s, with which states and tokens run out at the same number of sessions of "

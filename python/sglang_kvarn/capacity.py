@@ -20,13 +20,15 @@ MAX_ROWS, WORKSPACE_SHARE = 4096, 0.02
 # Of a hybrid model. A session that waits for its next turn keeps, in the order in which SGLang evicts states, the one
 # that its last turn started from and those at the end of the prompt and of the answer.
 STATES_PER_SESSION = 3
+# of the memory for states and tokens, the most that SGLang is told to take for states
+MOST_STATES = 0.9
 # tokens of the sessions for which memory is split between states and tokens
 TYPICAL_SESSION = 32_768
 # lengths for which a server says how many sessions stay
 SESSIONS = (8192, 32_768, 102_400)
 # pages of the smallest pool: one for the prompt, one for the answer, one that SGLang keeps free
 MIN_PAGES = 3
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,28 @@ class States:
 def state_ratio(state_bytes: int, per_session: int, token_bytes: int) -> float:
     """Return bytes of states for each byte of tokens with which both run out at the same number of typical sessions."""
     return per_session * state_bytes / (TYPICAL_SESSION * token_bytes)
+
+
+def state_ratio_with_drafts(share: float, available: float, drafts_per_state: float, running: float) -> float:
+    """Return the ratio at which SGLang keeps as many bytes of states for each byte of tokens as `share` says.
+
+    In a verify step a running request has a state after each of its drafts besides. SGLang takes these out of the bytes
+    of states, as if all states were those of running requests, and returns to the tokens what it does not need.
+
+    Args:
+        share: as `state_ratio` returns it; available: bytes for states and tokens.
+        drafts_per_state: drafts of a request, for each state that it takes.
+        running: bytes of the states after the drafts of all requests that may run at a time.
+
+    Example: with 4 drafts, and 5 states of a request, SGLang takes 1.8 states for one that it keeps, so that 1.0
+    becomes 1.8. Where requests take a tenth of the memory for their drafts at most, (1 - 0.1) / 2 of the memory is for
+    states that are kept, SGLang takes 1.8 times as much, and 1.0 becomes 4.26.
+    """
+    taken = 1 + drafts_per_state
+    # either all states are of running requests, or no more requests may run
+    kept = max(available / (taken + 1 / share), (available - running) / (1 + 1 / share))
+    states = min(kept * taken, MOST_STATES * available)
+    return states / (available - states)
 
 
 def describe_sessions(states: States, pool_tokens: int) -> str:

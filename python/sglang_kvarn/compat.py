@@ -176,18 +176,20 @@ def draft_tokens(server_args: Any) -> int:
 
 def draft_model(configurator: Any) -> tuple[Any, int, int] | None:
     """Return of a KVCacheConfigurator's draft model (ModelConfig, its layers, bytes of a key's channel), or None."""
-    found, server_args = configurator.spec_aux_config, configurator.server_args
-    # the last one is of a head that comes with the target; 0.5.16 does not have it
+    found, args = configurator.spec_aux_config, resolved_arguments(configurator.server_args)
+    # the last one is of a head that comes with the target, of which 0.5.16 counts no layers
     layers = found.eagle_draft_num_layers or getattr(found, "draft_kv_num_layers", None)
-    if not layers:
+    is_head = args.speculative_algorithm == "EAGLE" and args.speculative_draft_model_path is None
+    if not layers and not is_head:
         return None
-    args = resolved_arguments(server_args)
     model_config = resolve(_NAMES["ModelConfig"]).from_server_args(
-        server_args,
+        configurator.server_args,
         model_path=args.speculative_draft_model_path,
         model_revision=args.speculative_draft_model_revision,
         is_draft_model=True,
     )
+    if (layers := layers or model_config.num_nextn_predict_layers) is None:
+        return None
     name = argument(args, "speculative_draft_kv_cache_dtype", None)
     return model_config, layers, 1 if name and name.startswith("fp8") else model_config.dtype.itemsize
 

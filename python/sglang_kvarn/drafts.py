@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_kvarn import budget, capacity, compat, settings
+from sglang_kvarn import budget, compat, settings
 
 # drafts of a verify step where nobody chose their number: each costs about as much as a token of a decode step
 DRAFT_TOKENS = 4
@@ -64,14 +64,5 @@ def charge_draft(result: None, configurator: Any, kvc: Any) -> None:
     SGLang scales the bytes of a token in the target by the layers of both, which is right for caches of one kind.
     """
     config = settings.target_preset(kvc)
-    if config is not None and (drafted := token_bytes(kvc)):
+    if config is not None and (drafted := budget.draft_token_bytes(kvc)):
         configurator._cell_size = budget.model_shape(kvc).token_bytes(config) + drafted
-
-
-def token_bytes(configurator: Any) -> int:
-    """Return the bytes of a token in the cache of the draft model, 0 without one; from a KVCacheConfigurator."""
-    if (draft := compat.draft_model(configurator)) is None:
-        return 0
-    model_config, layers, itemsize = draft
-    ranks = compat.get_parallel().attn_tp_size
-    return capacity.rank_shape(model_config, model_config.dtype, ranks, layers).full_token_bytes(itemsize)

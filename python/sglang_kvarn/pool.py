@@ -13,7 +13,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.shape import AttentionShape
 
-from sglang_kvarn import budget, capacity, compat, drafts, hook, refusals, report, settings
+from sglang_kvarn import budget, capacity, compat, hook, refusals, report, settings
 from sglang_kvarn.capacity import MIB, ModelShape, States
 from sglang_kvarn.rings import ATTRIBUTE, Rings
 from sglang_kvarn.settings import PAGE_SIZE
@@ -51,6 +51,8 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         host: the host pool beside it, None without a hierarchical cache.
         exports_facts: whether its sizes are among the metrics of the server.
         rings: which pages hold the exact tokens of which request.
+        states: that SGLang keeps for the other layers, None where there are none.
+        draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         """
         hook.verify_hooks()
         self.config, self._rows, self.shape, self.layer_ids = config, rows, shape, layer_ids
-        self.states, self._draft_tokens = states, draft_tokens
+        self.states, self.draft_tokens = states, draft_tokens
         super().__init__(
             tokens,
             page_size=PAGE_SIZE,
@@ -104,7 +106,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self._layer_caches = dict(zip(self.layer_ids, caches, strict=True))
         self._layer_numbers = {layer: n for n, layer in enumerate(self.layer_ids)}
         hit_reads_as_miss = self.config.window_pages == 0
-        ring_pages = capacity.ring_pages(self.shape, self.config, self._draft_tokens)
+        ring_pages = capacity.ring_pages(self.shape, self.config, self.draft_tokens)
         self.rings = Rings(self._rows, ring_pages, self.device, hit_reads_as_miss=hit_reads_as_miss)
         setattr(self, ATTRIBUTE, self.rings)
         # SGLang's transfer code walks these lists. They stay empty: a slot has no row of its own to transfer
@@ -220,7 +222,7 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
     setattr(req_to_token_pool, ATTRIBUTE, pool.rings)
     if compat.get_parallel().tp_rank == 0:
         _log(pool, shape)
-        if drafted := drafts.token_bytes(configurator):
+        if drafted := budget.draft_token_bytes(configurator):
             _log_draft(drafted, shape.token_bytes(config), configurator)
         if pool.states is not None:
             _log_states(pool, pool.states, configurator)
@@ -257,7 +259,7 @@ def _log_draft(drafted: int, token: int, configurator: Any) -> None:
 
 def _log_states(pool: KVarNTokenToKVPool, states: States, configurator: Any) -> None:
     logger.info(
-        "KVarN: of %d layers %d keep tokens and %d states: %s of %.1f MiB, %d for a running request%s. A higher "
+        "KVarN: of %d layers %d keep tokens and %d states: %s of %.1f MiB, %d for a running request%s%s. A higher "
         "--mamba-full-memory-ratio than %s gives memory of tokens to states, --mamba-ssm-dtype bfloat16 halves most of "
         "a state",
         configurator.model_config.num_hidden_layers,
@@ -266,6 +268,7 @@ def _log_states(pool: KVarNTokenToKVPool, states: States, configurator: Any) -> 
         f"{states.number:,}",
         states.nbytes / MIB,
         states.per_request,
+        f" (and in a verify step one after each of {pool.draft_tokens} drafts)" if pool.draft_tokens > 1 else "",
         capacity.describe_sessions(states, pool.size),
         compat.scheduler_argument(configurator.server_args, "mamba_full_memory_ratio"),
     )

@@ -76,6 +76,8 @@ def _flag(name: str, why: str, *, off: Any = False) -> Refusal:
 MAX_DRAFT_TOKENS = settings.PAGE_SIZE - 2
 # algorithms whose drafts follow one another, in SGLang's one way of verifying and accepting them
 CHAINS = (NGRAM, "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+# those of a head that comes with the model; SGLang calls the first one by the name of the second
+_HEADS = ("NEXTN", "EAGLE")
 _OTHER_DRAFTS = {
     "DFLASH": "its blocks of drafts are not tested yet",
     "DSPARK": "its requests have different numbers of drafts in a step",
@@ -424,13 +426,14 @@ def check_states(server_args: Any, model_config: Any) -> None:
     Raises:
         Refused: one sentence: what is expected, what came, why, what to do.
     """
-    if compat.hybrid_config(model_config) is None:
+    if (states := compat.hybrid_config(model_config)) is None:
         return
     args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
-    if algorithm := algorithm_of(args):
+    tested = (NGRAM, *_HEADS) if compat.has_gated_delta_nets(states) else (NGRAM,)
+    if (algorithm := algorithm_of(args)) not in ("", *tested):
         raise Refused(
-            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because taking "
-            "states of rejected drafts back is not tested yet: drop --speculative-algorithm"
+            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
+            f"that kind are not tested beside states yet: set it to {' or '.join(tested[:2])}"
         )
     if args.enable_mixed_chunk:
         raise Refused(

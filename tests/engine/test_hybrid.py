@@ -3,33 +3,21 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 
+import hybrids
 import pytest
 import states_on_cpu
-from sglang_kvarn import compat
+from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2, OPTIONS, PRESET, STEP
 
 from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers, flush, prompt
 
-PRESET = "kvarn_canonical"
 NEW = 8
-# A layer of states sums in another order than transformers does, so that a key can fall on the other side of a rounding
-# edge: a logit moves by up to 2e-3. Prompts are those whose answer does not hang on as little.
-MARGIN = 0.02
-# dense layers, which 0.5.16 knows only as a part of a model that sees; a mixture of experts in every layer
-DELTA = "qwen3_5_text" if compat.has_argument("attn_dp_size") else "qwen3_next"
-# state spaces; SGLang's code of the last one is wrong until 0.5.20
-MAMBA2 = ["nemotron_h", "falcon_h1", *(["granitemoehybrid"] if compat.has_argument("attn_dp_size") else [])]
 FAMILIES = list(dict.fromkeys([DELTA, *MAMBA2, "qwen3_next"]))
-# tokens of a step, so that a prompt can end amid one; of a step SGLang keeps one state, that of its last whole chunk
-STEP, CHUNKS = 384, {"falcon_h1": 256, "granitemoehybrid": 256}
-HAS_PREFIX_CACHE = compat.saves_states_at_page_ends()
-OPTIONS = {
-    "max_mamba_cache_size": 40,
-    "chunked_prefill_size": STEP,
-    "disable_radix_cache": not HAS_PREFIX_CACHE,
-}
+# of a step SGLang keeps one state, that of its last whole chunk
+CHUNKS = {"falcon_h1": 256, "granitemoehybrid": 256}
+steady = functools.partial(hybrids.steady, new_tokens=NEW)
 needs_prefix_cache = pytest.mark.skipif(not HAS_PREFIX_CACHE, reason="this SGLang saves states of other tokens")
 
 
@@ -51,17 +39,6 @@ def hybrid(request, start_engine, tmp_path_factory):
     folder = tiny_model.save(tmp_path_factory.mktemp(request.param), request.param)
     with start_engine(model_path=folder, kv_cache_dtype=PRESET, **OPTIONS) as engine:
         yield engine, folder, request.param
-
-
-def steady(
-    folder: str, length: int, *, after: list[int] = (), cached: int = 0, preset: str = PRESET
-) -> tuple[list[int], list[int]]:
-    """Return a prompt of so many tokens that begins with others, and the oracle's answer by a wide enough margin."""
-    for seed in itertools.count(length):
-        tokens = [*after, *prompt(length - len(after), seed)]
-        found, margin = tiny_model.expected_with_margin(folder, tokens, preset, cached=cached, new_tokens=NEW)
-        if margin > MARGIN:
-            return tokens, found
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 300, 520])

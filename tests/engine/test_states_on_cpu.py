@@ -33,7 +33,9 @@ def interpreted(monkeypatch):
 def test_convolution_gives_the_output_and_every_state_of_the_kernel(interpreted, with_drafts):
     kernel = compat.resolve("sglang.kernels.ops.mamba.causal_conv1d_triton.causal_conv1d_update")
     channels, width, before = 24, 4, torch.randn(6, 24, 3)
-    x, weight, bias = torch.randn(REQUESTS, channels, DRAFTS), torch.randn(channels, width), torch.randn(channels)
+    weight, bias = torch.randn(channels, width), torch.randn(channels)
+    # as they come out of a projection
+    x = torch.randn(REQUESTS, DRAFTS, channels).transpose(1, 2)
     found = []
     for function in (kernel, states_on_cpu.convolve_new):
         states, options = before.clone(), {"conv_state_indices": SLOTS}
@@ -45,7 +47,7 @@ def test_convolution_gives_the_output_and_every_state_of_the_kernel(interpreted,
         out = function(x if with_drafts else x[..., 0], states, weight, bias, "silu", **options)
         found.append((out, states, kept))
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, check_stride=True)
 
 
 def test_verified_drafts_of_gated_delta_nets_have_the_outputs_and_states_of_the_kernel(interpreted):

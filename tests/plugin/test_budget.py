@@ -253,6 +253,28 @@ def test_the_split_of_a_hybrid_serves_the_most_typical_sessions(name):
     assert bf16[1] == "tokens" and chosen >= 2.5 * bf16[0]
 
 
+@pytest.mark.parametrize("requests", [48, 8], ids=["as many as states allow", "fewer"])
+def test_the_split_of_a_hybrid_with_drafts_serves_the_most_typical_sessions(requests):
+    token, memory, drafts, per_request = HYBRID.token_bytes(KVarNConfig.from_preset("kvarn")), 40 * GIB, 4, 5
+
+    def sessions(ratio: float) -> int:
+        # as SGLang counts: all states are of running requests; what these do not need is for tokens
+        number = int(memory * ratio / (1 + ratio) / (STATE * (1 + drafts / per_request)))
+        verified = min(requests, number // per_request) * drafts
+        states = capacity.States(number, STATE, per_request, per_session=3)
+        return states.sessions((memory - (number + verified) * STATE) // token, capacity.TYPICAL_SESSION)[0]
+
+    share = capacity.state_ratio(STATE, 3, token)
+    running = requests * drafts * STATE
+    chosen = sessions(capacity.state_ratio_with_drafts(share, memory, drafts / per_request, running))
+    assert chosen >= max(sessions(ratio / 100) for ratio in range(10, 900)) - 1
+    assert chosen > 1.2 * sessions(share)
+
+
+def test_most_of_the_memory_is_left_to_states_where_tokens_cost_next_to_nothing():
+    assert capacity.state_ratio_with_drafts(100, 1.0, 4.0, 0.1) == pytest.approx(0.9 / 0.1)
+
+
 def hybrid(monkeypatch, *, chosen=None, **arguments):
     """Return a configurator of the model above, and what it was told to override."""
     kvc, changes = configurator("kvarn", requested=None), {}
@@ -274,6 +296,19 @@ def test_the_share_of_states_is_set_where_nobody_chose_it(monkeypatch):
     budget.split_memory(kvc, 40.0)
     token = budget.model_shape(kvc).token_bytes(KVarNConfig.from_preset("kvarn"))
     assert changes == {"mamba_full_memory_ratio": round(3 * (1 << 20) / (32768 * token), 3)}
+
+
+def test_the_share_of_states_counts_those_after_drafts_and_the_tokens_of_the_draft_model(monkeypatch):
+    kvc, changes = hybrid(monkeypatch)
+    kvc.server_args.max_running_requests = 2
+    monkeypatch.setattr(compat, "draft_tokens", lambda args: 4)
+    monkeypatch.setattr(budget, "draft_token_bytes", lambda kvc: 1000)
+    budget.split_memory(kvc, 0.5)
+    token = budget.model_shape(kvc).token_bytes(KVarNConfig.from_preset("kvarn")) + 1000
+    # 512 MiB: 2 requests take 8 for their drafts; SGLang takes 1.8 states for one
+    share = 3 * (1 << 20) / (32768 * token)
+    states = 1.8 * (512 - 8) * share / (1 + share)
+    assert changes == {"mamba_full_memory_ratio": round(states / (512 - states), 3)}
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,18 @@ def test_a_token_is_charged_its_bytes_in_the_draft_cache(monkeypatch, server_arg
     kvc.is_draft_worker = True
     drafts.charge_draft(None, configurator, kvc)
     assert configurator._cell_size == 7
+
+
+def test_a_head_that_comes_with_the_model_is_charged_a_layer(monkeypatch, server_args, model_dir):
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1), raising=False)
+    model = model_dir(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_hidden_layers=2)
+    args = server_args(model_path=model, kv_cache_dtype="kvarn", speculative_algorithm="NEXTN", dtype="float16")
+    # 0.5.16 counts no layers of a head without a path of its own
+    kvc = SimpleNamespace(server_args=args, spec_aux_config=SimpleNamespace(eagle_draft_num_layers=None))
+    config = compat.model_config(args)
+    assert budget.draft_token_bytes(kvc) == 2 * config.num_key_value_heads * config.head_dim * 2
+    ngram = server_args(
+        model_path=model, kv_cache_dtype="kvarn", speculative_algorithm="NGRAM", speculative_ngram_max_bfs_breadth=1
+    )
+    kvc.server_args = ngram
+    assert budget.draft_token_bytes(kvc) == 0

@@ -205,13 +205,35 @@ def test_launch_refuses_a_hybrid_whose_code_in_sglang_is_wrong(launch, checkpoin
         ({"enable_hierarchical_cache": True}, "not tested yet: drop --enable-hierarchical-cache"),
         ({"mamba_track_interval": 192}, "--mamba-track-interval that is a multiple of the page size 128, not 192"),
         ({"linear_attn_backend": "cutedsl"}, "with --linear-attn-backend cutedsl needs pages of one token"),
-        ({"speculative_algorithm": "NEXTN"}, "not tested yet: drop --speculative-algorithm"),
     ],
-    ids=["strategy", "mixed", "host", "interval", "backend", "drafts"],
+    ids=["strategy", "mixed", "host", "interval", "backend"],
 )
 def test_launch_refuses_arguments_of_a_hybrid(launch, checkpoints, arguments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         launch("Qwen3NextForCausalLM", "qwen3_next", CHANGES["Qwen3NextForCausalLM"], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "algorithm", "way_out"),
+    [
+        ("Qwen3NextForCausalLM", "qwen3_next", "NGRAM", None),
+        ("Qwen3NextForCausalLM", "qwen3_next", "NEXTN", None),
+        ("Qwen3NextForCausalLM", "qwen3_next", "EAGLE", None),
+        ("Qwen3NextForCausalLM", "qwen3_next", "STANDALONE", "set it to NGRAM or NEXTN"),
+        ("Qwen3NextForCausalLM", "qwen3_next", "EAGLE3", "set it to NGRAM or NEXTN"),
+        ("NemotronHForCausalLM", "nemotron_h", "NGRAM", None),
+        ("NemotronHForCausalLM", "nemotron_h", "NEXTN", "set it to NGRAM"),
+    ],
+    ids=lambda value: value,
+)
+def test_launch_takes_drafts_that_are_tested_beside_states(
+    launch, checkpoints, monkeypatch, architecture, model_type, algorithm, way_out
+):
+    platform = type(compat.resolve("sglang.srt.platforms.current_platform"))
+    monkeypatch.setattr(platform, "supports_speculative_algorithm", lambda self, algorithm: True, raising=False)
+    chosen = {"speculative_algorithm": algorithm, "speculative_ngram_max_bfs_breadth": 1, **HYBRID_ARGUMENTS}
+    with pytest.raises(ValueError, match=f": {way_out}$") if way_out else contextlib.nullcontext():
+        launch(architecture, model_type, CHANGES.get(architecture, {}), **chosen)
 
 
 @pytest.mark.parametrize(

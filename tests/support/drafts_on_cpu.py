@@ -20,6 +20,8 @@ from sglang_kvarn import compat
 
 # where this is set, engines run their steps one ahead; SGLang does that for drafts on a GPU only
 OVERLAP = "KVARN_TEST_OVERLAP"
+# where this is set, a flush of the prefix cache leaves the n-grams that drafts are made of
+KEEP = "KVARN_TEST_KEEP_NGRAMS"
 WRONG = 7
 
 
@@ -56,8 +58,12 @@ def install() -> None:
     eagle.sgl_build_tree_kernel_efficient = eagle.build_tree_kernel_efficient_func = link_chain
     corpus = compat.resolve("sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus")
     corpus.batch_get = with_a_draft(corpus.batch_get)
+    if KEEP in os.environ:
+        corpus.reset = nothing_to_do
     # 0.5.16 has none for a CPU
     compat.resolve("sglang.srt.constrained.xgrammar_backend.XGrammarGrammar").apply_vocab_mask = forbid
+    # heads of 0.5.16 that share the embeddings of the target call these
+    torch.cuda.empty_cache = torch.cuda.synchronize = lambda: None
     if OVERLAP in os.environ:
         _arguments()._disable_overlap_schedule_for_cpu = nothing_to_do
     compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool").move_kv_cache = nothing_moves
@@ -89,8 +95,13 @@ def _arguments():
     return compat.resolve("sglang.srt.arg_groups.speculative_hook")
 
 
-def nothing_to_do(server_args) -> None:
-    """Leave the arguments as they are."""
+def keep_ngrams(patch: pytest.MonkeyPatch) -> None:
+    """Let a prompt be answered with drafts of its answer, and without the prefix cache, in engines started now."""
+    patch.setenv(KEEP, "1")
+
+
+def nothing_to_do(self) -> None:
+    """Leave arguments or n-grams as they are."""
 
 
 def forbid(grammar, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:

@@ -45,7 +45,7 @@ def install() -> None:
 
 def _stand_in_for_a_device() -> None:
     """Answer what SGLang asks of CUDA around these layers, where torch was built for CUDA and finds no driver."""
-    device_module, tensor = torch.get_device_module, torch.tensor
+    device_module, tensor, zeros = torch.get_device_module, torch.tensor, torch.zeros
 
     @functools.wraps(device_module)
     def get_device_module(device=None):
@@ -55,7 +55,12 @@ def _stand_in_for_a_device() -> None:
     def unpinned(*args, pin_memory=False, **kwargs):
         return tensor(*args, **kwargs)
 
-    torch.get_device_module, torch.tensor = get_device_module, unpinned
+    @functools.wraps(zeros)
+    def on_cpu(*args, device=None, **kwargs):
+        # 0.5.16 puts the states of drafts there, whatever the device of the server
+        return zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+    torch.get_device_module, torch.tensor, torch.zeros = get_device_module, unpinned, on_cpu
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
 
 
@@ -110,7 +115,8 @@ def convolve_new(
         after = windows[..., 1:].transpose(1, 2).to(intermediate_conv_window.dtype)
         intermediate_conv_window[intermediate_state_indices.long(), : after.shape[1]] = after
     y = _activated(y if bias is None else y + bias[:, None], activation)
-    return y if x.dim() == 3 else y[..., 0]
+    # as x lies in memory, which SGLang relies on
+    return torch.empty_like(x).copy_(y if x.dim() == 3 else y[..., 0])
 
 
 def commit(states, drafted, slots, steps, rows=None):
