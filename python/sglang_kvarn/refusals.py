@@ -16,7 +16,7 @@ from sglang_kvarn import capacity, compat, settings
 from sglang_kvarn.drafts import NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
-UNTESTED_HICACHE_ENV = "KVARN_UNTESTED_HICACHE"
+UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNTESTED_DRAFTS"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
@@ -434,6 +434,12 @@ def check_states(server_args: Any, model_config: Any) -> None:
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
             f"that kind are not tested beside states yet: set it to {' or '.join(tested[:2])}"
+        )
+    if algorithm and args.device != "cpu" and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
+        raise Refused(
+            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts "
+            f"beside states have not run on a GPU yet: drop --speculative-algorithm, or set {UNTESTED_DRAFTS_ENV}=1 to "
+            "try it"
         )
     if args.enable_mixed_chunk:
         raise Refused(

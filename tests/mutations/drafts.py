@@ -134,7 +134,7 @@ MUTATIONS = (
     ),
     Mutation(
         "draft model's tokens charged as 16-bit ones whatever its cache",
-        DRAFTS,
+        BUDGET,
         ".full_token_bytes(itemsize)",
         ".full_token_bytes(model_config.dtype.itemsize)",
         (TEST_DRAFTS,),

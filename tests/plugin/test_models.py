@@ -10,6 +10,7 @@ import os
 import re
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -234,6 +235,21 @@ def test_launch_takes_drafts_that_are_tested_beside_states(
     chosen = {"speculative_algorithm": algorithm, "speculative_ngram_max_bfs_breadth": 1, **HYBRID_ARGUMENTS}
     with pytest.raises(ValueError, match=f": {way_out}$") if way_out else contextlib.nullcontext():
         launch(architecture, model_type, CHANGES.get(architecture, {}), **chosen)
+
+
+def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
+    monkeypatch.setattr(compat, "hybrid_config", lambda model_config: object())
+    monkeypatch.setattr(compat, "has_gated_delta_nets", lambda states: True)
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3NextForCausalLM"]))
+    off = dict.fromkeys(("enable_mixed_chunk", "enable_hierarchical_cache"), False) | {"disable_radix_cache": True}
+    args = SimpleNamespace(speculative_algorithm="NGRAM", device="cpu", **off)
+    refusals.check_states(args, model_config)
+    args.device = "cuda"
+    with pytest.raises(ValueError, match="have not run on a GPU yet: drop --speculative-algorithm, or set KVARN_"):
+        refusals.check_states(args, model_config)
+    monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
+    refusals.check_states(args, model_config)
 
 
 @pytest.mark.parametrize(
