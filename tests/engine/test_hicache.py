@@ -3,19 +3,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import drafts_on_cpu
 import pytest
+from kvarn_kernels.config import KVarNConfig
 
 from benchmarks.common.tiny_model import expected, flush, prompt
 
 NEW = 4
-# the ring of a request takes 19 pages, and a prompt of 300 tokens 3, 2 of which stay in the prefix cache
-SMALL = {
-    "max_total_tokens": 27 * 128,
-    "enable_hierarchical_cache": True,
-    "hicache_ratio": 2.0,
-    "enable_cache_report": True,
-}
+# a prompt of 300 tokens takes 3 pages, 2 of which stay in the prefix cache
+PAGES = 8
+
+
+def small(preset: str, ratio: float = 2.0, drafts: int = 1) -> dict[str, Any]:
+    """Return the options of an engine with a pool of one ring and `PAGES`, and host memory."""
+    ring = KVarNConfig.from_preset(preset).ring_pages(64, 4, drafts)
+    return {
+        "kv_cache_dtype": preset,
+        "max_total_tokens": (ring + PAGES) * 128,
+        "enable_hierarchical_cache": True,
+        "hicache_ratio": ratio,
+        "enable_cache_report": True,
+    }
+
+
 KVARN, CANONICAL = "kvarn", "kvarn_canonical"
 
 
@@ -50,7 +62,7 @@ def ask(engine, model: str, preset: str, tokens: list[int]) -> dict[str, int]:
 )
 def test_a_prefix_that_left_the_device_is_found_in_host_memory(start_engine, model, preset, policy):
     prompts = [prompt(300, seed) for seed in range(4)]
-    with start_engine(kv_cache_dtype=preset, hicache_write_policy=policy, **SMALL) as engine:
+    with start_engine(hicache_write_policy=policy, **small(preset)) as engine:
         for tokens in prompts:
             # the selective policy copies a page at its second hit
             for _ in range(3 if policy == "write_through_selective" else 1):
@@ -69,8 +81,7 @@ def test_a_prefix_that_left_the_device_is_found_in_host_memory(start_engine, mod
 @pytest.mark.long
 def test_a_host_pool_that_is_full_forgets_prefixes_and_nothing_else(start_engine, model):
     # 30 pages of host memory, and 16 prompts of two pages each
-    few = SMALL | {"hicache_ratio": 1.1}
-    with start_engine(kv_cache_dtype=KVARN, hicache_write_policy="write_through", **few) as engine:
+    with start_engine(hicache_write_policy="write_through", **small(KVARN, ratio=1.1)) as engine:
         for seed in (*range(16), 0, 15, 3, 14):
             ask(engine, model, KVARN, prompt(300, seed))
 
@@ -84,7 +95,7 @@ def test_drafts_verify_on_a_prefix_from_host_memory(start_engine, model, monkeyp
         "speculative_num_draft_tokens": 4,
     }
     prompts = [prompt(300, seed) for seed in range(4)]
-    with start_engine(kv_cache_dtype=KVARN, **SMALL | {"max_total_tokens": 29 * 128}, **ngram) as engine:
+    with start_engine(**small(KVARN, drafts=4), **ngram) as engine:
         for tokens in prompts:
             ask(engine, model, KVARN, tokens)
         assert sum(ask(engine, model, KVARN, tokens)["host"] for tokens in prompts) >= 256
