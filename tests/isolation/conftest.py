@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -21,3 +23,14 @@ def sglang() -> None:
     from prefix_cache import calls
 
     calls.publish_arguments()
+
+
+@pytest.fixture(autouse=True)
+def streams_of_torch() -> Iterator[None]:
+    """Give SGLang torch's streams back, in whose place worlds with host memory put their own."""
+    from host_tier import users_of_streams
+
+    before = {module: module.device_module for module in users_of_streams()}
+    yield
+    for module, streams in before.items():
+        module.device_module = streams

@@ -2,7 +2,8 @@
 """Random lives of requests in SGLang's pools: every read is what the request's own history says.
 
 A failure prints the seed and a short script of the actions that lead to it. KVARN_FUZZ_SEED repeats a run,
-KVARN_FUZZ_STEPS makes it longer, KVARN_FUZZ_SHRINK=0 reports the first failure as it is.
+KVARN_FUZZ_STEPS makes it longer, KVARN_FUZZ_SHRINK=0 reports the first failure as it is, and KVARN_FUZZ_HOST=1 gives
+every world host memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import ClassVar
 import hypothesis
 import pytest
 import torch
+from host_tier import HostOptions
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -40,6 +42,8 @@ SEGMENTS = ((256, 130), (127, 128), (129, 40))
 TAILS = st.sampled_from((0, 1, 2, 5, 60, 126, 127, 128, 129, 200))
 CHUNKS = st.sampled_from((1, 33, 100, 127, 128, 129, 256, 300, 1000))
 LONGEST = CONTEXT - PAGE
+# of the pages of host memory; none, fewer than the tree has at times, and enough. KVARN_FUZZ_HOST=1: always some
+HOST_PAGES = (6, 20, 60) if os.environ.get("KVARN_FUZZ_HOST") == "1" else (0, 0, 6, 40)
 
 
 def prompt(branches: list[int], tail: int, author: int) -> list[int]:
@@ -60,12 +64,23 @@ class Lives(RuleBasedStateMachine):
     total: ClassVar[dict[str, int]]
 
     @initialize(
-        poison=st.booleans(), checkpoint=st.sampled_from((0, 0, 2 * PAGE)), drafts=st.sampled_from((0, 0, 2, 5, 16))
+        poison=st.booleans(),
+        checkpoint=st.sampled_from((0, 0, 2 * PAGE)),
+        drafts=st.sampled_from((0, 0, 2, 5, 16)),
+        host_pages=st.sampled_from(HOST_PAGES),
+        policy=st.sampled_from(("write_through", "write_back")),
+        order=st.integers(0, 1 << 16),
     )
-    def start(self, poison: bool, checkpoint: int, drafts: int) -> None:
+    def start(self, poison: bool, checkpoint: int, drafts: int, host_pages: int, policy: str, order: int) -> None:
         self.world = World(
-            self.preset, poison=poison, kernels_every=self.kernels_every, checkpoint=checkpoint, drafts=drafts
+            self.preset,
+            poison=poison,
+            kernels_every=self.kernels_every,
+            checkpoint=checkpoint,
+            drafts=drafts,
+            host=HostOptions(host_pages, policy, order) if host_pages else None,
         )
+        self.total["worlds with host memory"] += bool(host_pages)
         self.total["worlds with checkpoints"] += bool(checkpoint)
         self.total["worlds with drafts"] += bool(drafts)
         self.total["worlds"] += 1
@@ -74,6 +89,7 @@ class Lives(RuleBasedStateMachine):
         if hasattr(self, "world"):
             self.total["steps"] += self.world.steps
             self.total["forwards"] += self.world.forwards
+            self.total["host hits"] += self.world.host_hits
             self.total["kernel forwards"] += self.world.kernel_forwards
 
     def pick(self, index: int):
@@ -156,6 +172,16 @@ class Lives(RuleBasedStateMachine):
     def evict(self, pages: int) -> None:
         self.world.evict(pages * PAGE)
 
+    @precondition(lambda self: self.world.tier and self.world.running)
+    @rule(index=st.integers(0, ROWS - 1), settled=st.booleans(), tail=TAILS, chunk=st.sampled_from((0, 100, 1000)))
+    def come_back_from_the_host(self, index: int, settled: bool, tail: int, chunk: int) -> None:
+        """End a request, evict all that can be evicted, and let its next turn come."""
+        # of those that leave something in the prefix cache, if there are any
+        long = [request for request in self.world.running if request.cached >= PAGE] or self.world.running
+        self.world.come_back(long[index % len(long)], [7] * tail, settled=settled)
+        if chunk:
+            self.world.extend(chunk)
+
     def check_invariants(self, *args, **kwargs) -> None:
         """Every page has one owner; requests that get too long end. Not an invariant, which a script would list."""
         super().check_invariants(*args, **kwargs)
@@ -182,8 +208,8 @@ OPTIONS = settings(
 
 def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str, int]:
     """Run lives until so many steps are done; return the counts."""
-    kinds = ("worlds", "worlds with checkpoints", "worlds with drafts")
-    total = dict.fromkeys(("steps", "forwards", "kernel forwards", *kinds), 0)
+    kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory")
+    total = dict.fromkeys(("steps", "forwards", "kernel forwards", "host hits", *kinds), 0)
     machine = type("Lives", (Lives,), {"preset": preset, "total": total, "kernels_every": kernels_every})
     while total["steps"] < steps:
         print(f"KVARN_FUZZ_SEED={seed} {preset}", flush=True)
@@ -204,6 +230,8 @@ def test_every_read_is_of_the_requests_own_history(preset, monkeypatch, record_p
     for name, count in total.items():
         record_property(name, count)
     assert total["steps"] >= steps
+    if steps >= 3000:
+        assert total["host hits"], "no request found its prompt in host memory"
 
 
 def test_plain_allocation_kernels_are_sglangs():

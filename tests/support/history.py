@@ -60,6 +60,10 @@ class Pages:
         self._known.move_to_end(key)
         return self._known[key]
 
+    def find(self, key: int) -> torch.Tensor | None:
+        """Return the record of the page that ends a prefix if it was computed, and not too long ago."""
+        return self._known[key][0] if key in self._known else None
+
 
 class History:
     """Hold the tokens of one request, their rows and the records of their full pages; it only grows.

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,9 +30,78 @@ class RadixCalls:
         arguments = compat.resolve("sglang.srt.runtime_context.get_server_args")()
         arguments.speculative_algorithm = "NGRAM" if drafts else None
 
-    def make_tree(self, rows, allocator):
-        """Return an empty prefix cache over these pools."""
-        return compat.resolve("sglang.srt.mem_cache.radix_cache.RadixCache")(self._parameters(rows, allocator))
+    # SGLang may begin a load for a request and then not add the request to the batch
+    rejects_after_load = True
+
+    def make_tree(self, rows, allocator, host=None):
+        """Return an empty prefix cache over these pools, and over host memory if there is any (HostOptions)."""
+        if host is None:
+            return compat.resolve("sglang.srt.mem_cache.radix_cache.RadixCache")(self._parameters(rows, allocator))
+        one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+        parameters = self._parameters(rows, allocator, tp_cache_group=one_rank)
+        arguments = SimpleNamespace(**self._host_arguments(allocator, host), served_model_name="world")
+        return compat.resolve("sglang.srt.mem_cache.hiradix_cache.HiRadixCache")(parameters, arguments)
+
+    def _host_arguments(self, allocator, host) -> dict[str, object]:
+        return {
+            # the host pool has a page more than the ratio gives
+            "hicache_ratio": (host.pages - 0.5) * PAGE / allocator.size,
+            "hicache_size": 0,
+            "hicache_mem_layout": "page_first",
+            "hicache_io_backend": "kernel",
+            "hicache_write_policy": host.policy,
+            "hicache_storage_backend": None,
+            "hicache_storage_backend_extra_config": None,
+            "hicache_storage_prefetch_policy": "best_effort",
+            "extra_metric_labels": None,
+        }
+
+    def controller(self, tree):
+        """Return what copies pages between the device and the host."""
+        return tree.cache_controller
+
+    def host_pool(self, tree):
+        """Return our host pool."""
+        return tree.cache_controller.mem_pool_host
+
+    def set_fences(self, controller, stream) -> None:
+        """Do what SGLang's scheduler does so that copies wait for the forward pass."""
+
+    def queued_copies(self, controller) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the memory and the slots to which copies go that SGLang has planned and not begun."""
+        for operation in controller.load_queue:
+            yield "device", operation.device_indices
+        for operation in controller.write_queue:
+            yield "host", operation.host_indices
+
+    def nodes(self, tree) -> Iterator[tuple[list[int], int, torch.Tensor | None, torch.Tensor | None]]:
+        """Yield of every node the tokens from the root to its end, how many are before it, and its slots in both."""
+        stack = [(child, []) for child in tree.root_node.children.values()]
+        while stack:
+            node, before = stack.pop()
+            path = before + list(node.key.token_ids)
+            stack += [(child, path) for child in node.children.values()]
+            yield path, len(before), *self._values(node)
+
+    def _values(self, node) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return node.value, node.host_value
+
+    def host_hit(self, req) -> int:
+        """Return the tokens of a matched prefix that are in host memory only."""
+        return req.host_hit_length
+
+    def load_back(self, adder, req) -> int:
+        """Plan to load what a request found in host memory, as PrefillAdder.add_one_req does; return the tokens."""
+        params = compat.resolve("sglang.srt.mem_cache.base_prefix_cache.InitLoadBackParams")
+        slots, req.last_node = adder.tree_cache.init_load_back(
+            params(best_match_node=req.best_match_node, host_hit_length=req.host_hit_length, req=req)
+        )
+        req.prefix_indices = torch.cat([req.prefix_indices, slots])
+        req.cache_protected_len = len(req.prefix_indices)
+        return len(slots)
+
+    def flush_copies(self, tree) -> None:
+        """Begin the copies to the host that the result of a step has planned."""
 
     def _parameters(self, rows, allocator, **more):
         return compat.resolve("sglang.srt.mem_cache.cache_init_params.CacheInitParams")(
@@ -44,6 +114,8 @@ class RadixCalls:
 
     def cached_slots(self, tree) -> torch.Tensor:
         """Return the slots that the tree holds."""
+        if hasattr(tree, "cache_controller"):
+            return torch.cat([torch.empty(0), *(device for _, _, device, _ in self.nodes(tree) if device is not None)])
         return tree.all_values_flatten() if tree.root_node.children else torch.empty(0)
 
     def row(self, req) -> int | None:

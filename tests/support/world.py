@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from builders import poison
 from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History, Pages, extend_hash
+from host_tier import HostOptions, HostTier, of_layer
 from kvarn_kernels.attention import TORCH, TRITON, Attention, Kernels, Limits
 from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
@@ -107,6 +108,8 @@ class Step:
         spans: new tokens of each request; of a verify step those that will be accepted.
         drafts: tokens of each request in a verify step; what is behind the accepted ones is rejected.
         padding: padded requests.
+        consumer: SGLang's number of the loads from host memory that the step waits for, -1 for none.
+        new: the rows that it feeds, None until it is launched.
     """
 
     requests: list[Request]
@@ -114,9 +117,17 @@ class Step:
     batch: DecodeBatch | ExtendBatch
     padding: int = 0
     drafts: int = 0
-    # slots of each request and pages of its ring as they were when the step was prepared
+    consumer: int = -1
+    new: QKV | None = None
+    # slots and exact start of each request and pages of its ring as they were when the step was prepared
     slots: list[torch.Tensor] = field(default_factory=list)
+    exact_starts: list[int] = field(default_factory=list)
     rings: torch.Tensor | None = None
+
+    @property
+    def is_extend(self) -> bool:
+        """Whether it is no decode and no verify step, which SGLang runs as graphs."""
+        return isinstance(self.batch, ExtendBatch)
 
 
 class World:
@@ -126,8 +137,10 @@ class World:
         pool_pages: as many as `rings` rings take, and 16; by default so few that not every row finds a ring.
         checkpoint: tokens between the states of a hybrid model, where a match of the prefix cache may end; 0: anywhere.
         drafts: the most tokens of a request in a verify step; 0: requests decode.
+        host: host memory behind the prefix cache, with two layers instead of one and a device that runs late.
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
+        host_hits: requests that found some of their prompt in host memory only, and loaded it.
     """
 
     def __init__(
@@ -139,6 +152,7 @@ class World:
         rings: int = ROWS - 1,
         checkpoint: int = 0,
         drafts: int = 0,
+        host: HostOptions | None = None,
     ) -> None:
         self.config = KVarNConfig.from_preset(preset)
         self.pages = pages_of(self.config)
@@ -147,7 +161,13 @@ class World:
         self.poison, self.kernels_every, self.checkpoint, self.drafts = poison, kernels_every, checkpoint, drafts
         calls.set_drafts(drafts)
         self.pool = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
-            self.pool_pages * PAGE, SHAPE, [0], config=self.config, rows=ROWS + 1, device="cpu", draft_tokens=each
+            self.pool_pages * PAGE,
+            SHAPE,
+            [1, 3] if host else [0],
+            config=self.config,
+            rows=ROWS + 1,
+            device="cpu",
+            draft_tokens=each,
         )
         memory_pool = compat.resolve("sglang.srt.mem_cache.memory_pool")
         self.rows = memory_pool.ReqToTokenPool(
@@ -156,17 +176,20 @@ class World:
         self.allocator = compat.PagedTokenToKVPoolAllocator(
             self.pool_pages * PAGE, PAGE, torch.uint8, "cpu", self.pool, need_sort=False
         )
-        self.tree = calls.make_tree(self.rows, self.allocator)
+        make_tree = partial(calls.make_tree, self.rows, self.allocator)
+        self.tier = HostTier(host, self.pool, make_tree, self.pages) if host else None
+        self.tree = self.tier.tree if self.tier else make_tree()
         self.rings = self.pool.rings
         setattr(self.rows, ATTRIBUTE, self.rings)
         self.most_rows = (ROWS + PADDING) * each
         self.buffers = DecodeBuffers(self.most_rows, self.rows.req_to_token, self.rings)
-        self.cache: LayerCache = self.pool.layer_cache(0)
+        self.caches: list[LayerCache] = [self.pool.layer_cache(layer) for layer in self.pool.layer_ids]
+        self.cache = self.caches[0]
         self.attention = attention_with(TORCH, self.config, self.most_rows)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.chunked: Request | None = None
-        self.steps = self.forwards = self.kernel_forwards = self.admitted = 0
+        self.steps = self.forwards = self.kernel_forwards = self.admitted = self.host_hits = 0
         self._poisoned: list[int] = []
         self._poison_free_memory()
 
@@ -174,11 +197,14 @@ class World:
         """Fill every free page with NaN, as soon as no prepared step may still write it."""
         if not self.poison:
             return
+        if self.tier:
+            self.tier.poison()
         free = self.allocator.free_pages.tolist()
         if free == self._poisoned:
             return
         self._poisoned = free
-        self.cache.records[torch.tensor(free, dtype=torch.int64)] = 0xFF
+        for cache in self.caches:
+            cache.records[torch.tensor(free, dtype=torch.int64)] = 0xFF
 
     def free_tokens(self) -> int:
         """Tokens that can be allocated, evicting the whole tree if need be."""
@@ -193,7 +219,10 @@ class World:
         self._poison_free_memory()
 
     def check_accounts(self) -> None:
-        """Every page is free, or in the tree, or one request's own, or in its ring; no page is two of these."""
+        """Every page is free, or in the tree, or one request's own, or in its ring; no page is two of these.
+
+        Pages of host memory are free or in the tree, and what the tree has here and there is what it should be.
+        """
         free = self.allocator.free_pages.tolist()
         cached = (calls.cached_slots(self.tree)[::PAGE] // PAGE).long().tolist()
         own, in_rings = [], []
@@ -204,6 +233,8 @@ class World:
         pages = free + cached + own + in_rings
         assert sorted(pages) == list(range(1, self.pool_pages + 1)), (free, cached, own, in_rings)
         assert self.rings.out == len(self.holders()), "a ring is out for every row, and no other"
+        if self.tier:
+            self.tier.check()
 
     def holders(self) -> list[Request]:
         """Requests that have a row."""
@@ -225,6 +256,8 @@ class World:
     def release(self, request: Request, *, insert: bool) -> None:
         """Give back row and pages, as a request that finished, was aborted (insert) or is retracted does."""
         calls.release(self.tree, request.req, insert=insert)
+        if self.tier:
+            calls.flush_copies(self.tree)
 
     def finish(self, request: Request) -> None:
         """End a running request; its pages stay cached."""
@@ -232,6 +265,22 @@ class World:
         self.running.remove(request)
         self.release(request, insert=True)
         self._poison_free_memory()
+
+    def come_back(self, request: Request, more: list[int], *, settled: bool = True) -> Request:
+        """End a running request, evict what can be evicted, and let the next turn be the first to wait.
+
+        Args:
+            more: tokens of that turn after what the request has said; settled: whether the copies to the host are done
+                by then, and known to be.
+        """
+        self.finish(request)
+        if settled:
+            self.tier.device.synchronize()
+            self._note_copies()
+        self.evict(self.pool_pages * PAGE)
+        following = self.admit([*request.history.tokens, *more][: CONTEXT - 2 * PAGE], request.salt)
+        self.waiting.insert(0, self.waiting.pop())
+        return following
 
     def abort_chunked(self) -> None:
         """End the request that is between two chunks."""
@@ -255,6 +304,11 @@ class World:
             self.retract(self.running[-1])
         return self.free_tokens() >= pages * PAGE
 
+    def _note_copies(self) -> None:
+        """Let SGLang see which copies are done, as its scheduler does before every batch."""
+        if self.tier:
+            self.tree.check_hicache_events()
+
     def _evict_for(self, tokens: int) -> None:
         compat.resolve("sglang.srt.mem_cache.common.evict_from_tree_cache")(self.tree, tokens)
 
@@ -272,6 +326,7 @@ class World:
 
     def prepare_decode(self, padding: int = 0) -> Step:
         """Allocate and describe one decode step of all running requests, padded as a CUDA graph would be."""
+        self._note_copies()
         requests = list(self.running)
         slots = self._allocate_decode(requests)
         zeros = torch.zeros(padding, dtype=torch.int64)
@@ -327,6 +382,7 @@ class World:
         Args:
             drafts: tokens of each request; accepted: how many of them the target will agree with, at least 1.
         """
+        self._note_copies()
         requests = list(self.running)
         self._allocate_drafts(requests)
         zeros = torch.zeros(padding, dtype=torch.int64)
@@ -369,6 +425,8 @@ class World:
             wasted = self.prepare_verify(self.drafts, [1] * len(self.running))
         else:
             wasted = self.prepare_decode()
+        if self.tier:
+            self.launch(wasted)
         self.running.remove(request)
         self.release(request, insert=True)
         following = self.allocate_extend(chunk) if reuse and self.waiting else None
@@ -381,6 +439,7 @@ class World:
 
         Returns None if nothing fits, else the arguments of `describe_extend`.
         """
+        self._note_copies()
         fresh, budget = [], chunk
         decoding = list(self.running) if mixed else []
         if decoding and not self.make_room(len(decoding)):
@@ -394,15 +453,18 @@ class World:
                 break
             self._limit_to_checkpoints(request.req)
             request.req.init_next_round_input(None if request is self.chunked else self.tree)
-            new = min(budget, len(request.history.tokens) - calls.prefix_len(request.req))
-            if not self._add(request, fresh, new, reserved):
+            new = self._add(request, fresh, budget, reserved)
+            if not new:
                 break
             reserved += new + PAGE
             budget -= new
         if not fresh:
             return None
-        decode_slots = self._allocate_decode(decoding) if decoding else None
-        return fresh, decoding, self._allocate_fresh(fresh), decode_slots
+        consumer = self.tree.ready_to_load_host_cache() if self.tier else -1
+        if decoding:
+            self._allocate_decode(decoding)
+        self._allocate_fresh(fresh)
+        return fresh, decoding, consumer
 
     def _limit_to_checkpoints(self, req) -> None:
         """Let a request find no more of its prompt than a state is kept for, which can be less than its cached pages.
@@ -414,34 +476,42 @@ class World:
         most, every = type(req)._compute_max_prefix_len, self.checkpoint
         req._compute_max_prefix_len = lambda length: most(req, length) // every * every
 
-    def _add(self, request: Request, fresh: list[Request], new: int, reserved: int) -> bool:
-        """Choose a request and its next tokens if they and a ring fit, by the hook on SGLang's PrefillAdder."""
-        continued = request is self.chunked
+    def _add(self, request: Request, fresh: list[Request], budget: int, reserved: int) -> int:
+        """Choose a request and its next tokens if they and a ring fit, by the hook on SGLang's PrefillAdder.
 
-        @contextmanager
-        def lock_node(node) -> Iterator[None]:
-            calls.lock(self.tree, request.req)
-            yield
-            calls.unlock(self.tree, request.req)
+        Returns:
+            How many tokens, 0 if the request was not chosen.
+        """
+        continued = request is self.chunked
+        adder = SimpleNamespace(tree_cache=self.tree, can_run_list=[])
+        lock_node = compat.resolve("sglang.srt.managers.schedule_policy.PrefillAdder")._lock_node
+        adder._lock_node = partial(lock_node, adder)
+        taken = 0
 
         def add_one_req(adder, req) -> None:
-            if not continued:
-                calls.lock(self.tree, req)
-            # SGLang counts every request as if it began a page
-            if self.free_tokens() < reserved + new + PAGE:
+            nonlocal taken
+            with nullcontext() if continued else adder._lock_node(req.last_node):
+                hit = calls.host_hit(req) if self.tier and not continued else 0
+                new = min(budget, len(request.history.tokens) - calls.prefix_len(req) - hit)
+                # SGLang counts every request as if it began a page
+                if self.free_tokens() < reserved + hit + new + PAGE:
+                    return
+                if hit:
+                    self.host_hits += bool(calls.load_back(adder, req))
+                    if calls.rejects_after_load and budget < PAGE:
+                        return
+                start = calls.prefix_len(req)
+                taken = min(budget, len(request.history.tokens) - start)
+                calls.set_extend_range(req, start, start + taken)
+                fresh.append(request)
+                adder.can_run_list.append(req)
                 if not continued:
-                    calls.unlock(self.tree, req)
-                return
-            prefix = calls.prefix_len(req)
-            calls.set_extend_range(req, prefix, prefix + new)
-            fresh.append(request)
-            adder.can_run_list.append(req)
+                    calls.lock(self.tree, req)
 
-        adder = SimpleNamespace(tree_cache=self.tree, can_run_list=[], _lock_node=lock_node)
         admission.add_with_ring(add_one_req, adder, request.req)
-        return bool(adder.can_run_list)
+        return taken
 
-    def _allocate_fresh(self, fresh: list[Request]) -> torch.Tensor:
+    def _allocate_fresh(self, fresh: list[Request]) -> None:
         for request in fresh:
             if request.row is None:
                 request.exact_start = calls.prefix_len(request.req)
@@ -466,9 +536,8 @@ class World:
             done += end - start
             calls.note_extend(request.req, end)
             request.req.inflight_middle_chunks = int(end < len(request.history.tokens))
-        return slots
 
-    def describe_extend(self, fresh, decoding, slots, decode_slots) -> Step:
+    def describe_extend(self, fresh, decoding, consumer) -> Step:
         """Describe an extend step, or a mixed one, when the device comes to it."""
         requests = fresh + decoding
         spans = [calls.extend_range(r.req) for r in fresh] + [(r.cached - 1, r.cached) for r in decoding]
@@ -481,7 +550,7 @@ class World:
             extend_seq_lens_cpu=[end - start for start, end in spans],
         )
         batch = extend_batch(forward_batch, self.rows.req_to_token, self.rings)
-        return self._note(Step(requests, spans, batch))
+        return self._note(Step(requests, spans, batch, consumer=consumer))
 
     def extend(self, chunk: int, *, limit: int = 4, mixed: bool = False) -> None:
         """Run one extend step if anything fits."""
@@ -491,14 +560,13 @@ class World:
 
     def _note(self, step: Step) -> Step:
         step.rings = self.rings.pages[[r.row for r in step.requests]].clone()
+        step.exact_starts = [r.exact_start for r in step.requests]
         table, rows = self.rows.req_to_token, [r.row for r in step.requests]
         step.slots = [table[row, :end].clone() for row, (_, end) in zip(rows, step.spans, strict=True)]
         return step
 
-    def run(self, step: Step) -> None:
-        """Run a step on the device, check it, and let SGLang process its result."""
-        self.steps += 1
-        self.forwards += 1
+    def launch(self, step: Step) -> None:
+        """Hand a step to the device, which runs and checks it now, or late if there is host memory."""
         q, k, v = (
             torch.cat(
                 [self._rows_of(step, r.history, n, *span) for r, span in zip(step.requests, step.spans, strict=True)]
@@ -509,15 +577,34 @@ class World:
             # SGLang leaves whatever is in the buffers of padded rows
             padded = step.padding * max(step.drafts, 1)
             q, k, v = (torch.cat([x, x.new_full((padded, *x.shape[1:]), 1e4)]) for x in (q, k, v))
-        new = QKV(q, k, v)
+        step.new = QKV(q, k, v)
+        layers = [partial(self._forward, step, n) for n in range(len(self.caches))]
+        if self.tier:
+            self.tier.launch_forward(layers, step.consumer, graph=not step.is_extend)
+        else:
+            for layer, cache in zip(layers, self.caches, strict=True):
+                layer(cache)
+
+    def _forward(self, step: Step, n: int, cache: LayerCache) -> None:
+        """Run a layer of a step; check its output and the memory that the next step will read."""
+        new = QKV(*(of_layer(n, x, 1) for x in (step.new.q, step.new.k, step.new.v)))
+        self._check(step, of_layer(n, attend(self.attention, new, cache, step.batch), 1), BOUND)
+        for index in range(len(step.requests)):
+            self._check_memory(step, index, n)
+
+    def run(self, step: Step) -> None:
+        """Run a step on the device, check it, and let SGLang process its result."""
+        self.steps += 1
+        self.forwards += 1
         before = None
         if self._repeats_in_kernels(step):
             before = dataclasses.replace(self.cache, records=self.cache.records.clone())
-        self._check(step, attend(self.attention, new, self.cache, step.batch), BOUND)
+        if step.new is None:
+            self.launch(step)
+        if self.tier:
+            self.tier.finish_forward()
         if before:
-            self._run_kernels(step, new, before)
-        for n, (request, (start, end)) in enumerate(zip(step.requests, step.spans, strict=True)):
-            self._check_memory(request, step.rings[n], step.slots[n], start, end, step.drafts)
+            self._run_kernels(step, step.new, before)
         self._process(step)
         self._poison_free_memory()
 
@@ -531,27 +618,27 @@ class World:
 
     def _check(self, step: Step, out: torch.Tensor, bound: float) -> None:
         done = 0
-        for request, (start, end) in zip(step.requests, step.spans, strict=True):
-            expected = request.history.output(start, end, request.exact_start)
+        for request, (start, end), exact in zip(step.requests, step.spans, step.exact_starts, strict=True):
+            expected = request.history.output(start, end, exact)
             got = out[done : done + end - start].double()
             done += step.drafts or end - start
             error = (got - expected).square().mean(-1).sqrt() / expected.square().mean(-1).sqrt()
             worst = error.max().item()
             assert worst < bound, f"request {request.req.rid}, positions {start} to {end}: error {worst:.2e}"
 
-    def _check_memory(
-        self, request: Request, ring: torch.Tensor, slots: torch.Tensor, start: int, end: int, drafts: int
-    ) -> None:
+    def _check_memory(self, step: Step, index: int, layer: int) -> None:
         """The memory that the request's next step reads is, byte for byte, what its history says."""
+        request, (start, end), cache = step.requests[index], step.spans[index], self.caches[layer]
         full = end // PAGE
-        if full and (end - start > 1 or end % PAGE < 2 or (start + drafts) // PAGE > start // PAGE):
-            pages = (slots[::PAGE] // PAGE)[:full].long()
-            wrong = (self.cache.records[pages] != request.history.records(full)).flatten(1).any(1)
+        if full and (end - start > 1 or end % PAGE < 2 or (start + step.drafts) // PAGE > start // PAGE):
+            pages = (step.slots[index][::PAGE] // PAGE)[:full].long()
+            wrong = (cache.records[pages] != of_layer(layer, request.history.records(full), 1)).flatten(1).any(1)
             assert not wrong.any(), f"request {request.req.rid}: records of pages {wrong.nonzero().tolist()}"
-        first = max(request.exact_start, (end // PAGE - self.config.window_pages) * PAGE, 0)
+        ring = step.rings[index]
+        first = max(step.exact_starts[index], (end // PAGE - self.config.window_pages) * PAGE, 0)
         expected = (request.history.rotated_k, request.history.rotated_v)
-        for stored, rows in zip(ring_tokens(self.cache, ring, first, end), expected, strict=True):
-            own = torch.equal(stored, rows[first:end])
+        for stored, rows in zip(ring_tokens(cache, ring, first, end), expected, strict=True):
+            own = torch.equal(stored, of_layer(layer, rows[first:end], 1))
             assert own, f"request {request.req.rid}: ring in pages {ring.tolist()}, positions {first} to {end}"
 
     def _process(self, step: Step) -> None:
@@ -572,6 +659,8 @@ class World:
             else:
                 self.running.append(request)
             calls.cache_unfinished(self.tree, request.req, chunked=request is self.chunked)
+        if self.tier:
+            calls.flush_copies(self.tree)
 
     def _sample(self, request: Request) -> None:
         token = request.history.next_token(request.salt)
@@ -581,7 +670,7 @@ class World:
     def _repeats_in_kernels(self, step: Step) -> bool:
         # some of the steps, by what they are, so that a repeated or shortened run takes the same
         what = extend_hash(self.forwards, sum(end for _, end in step.spans))
-        return bool(self.kernels_every) and what % self.kernels_every == 0 and what not in _AGREED
+        return bool(self.kernels_every) and not self.tier and what % self.kernels_every == 0 and what not in _AGREED
 
     def _run_kernels(self, step: Step, new: QKV, cache: LayerCache) -> None:
         """Run the step once more, in the interpreted kernels, on the memory as it was before."""
@@ -624,10 +713,13 @@ def ring_token(cache: LayerCache, ring: torch.Tensor, position: int) -> tuple[to
 
 def ring_tokens(cache: LayerCache, ring: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values at positions start .. end - 1 of a ring, each [n, Hk, D]."""
-    found = [ring_token(cache, ring, position) for position in range(start, end)]
-    empty = torch.empty(0, cache.num_kv_heads, cache.head_dim, dtype=cache.dtype)
-    k, v = (torch.stack(x) for x in zip(*found, strict=True)) if found else (empty, empty)
-    return k, v
+    tokens = cache.exact.shape[2] // (2 * cache.head_dim)
+    positions = torch.arange(start, end)
+    pages = ring[positions // tokens % len(ring)].long()
+    # [P, Hk, tokens of a page, 2, D]
+    view = cache.exact[..., : tokens * 2 * cache.head_dim].unflatten(2, (tokens, 2, cache.head_dim))
+    # [n, Hk, 2, D]
+    return tuple(view[pages, :, positions % tokens].unbind(2))
 
 
 def pages_of(config: KVarNConfig) -> Pages:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory behind a world's prefix cache: SGLang's hierarchical cache over our host pool, on a device that is late.
+
+The copies are operations of simulated streams (`streams`), and so are the forward passes of a world. What a page of the
+prefix cache must hold is known from the tokens of its path in the tree. A page is checked when nothing that is queued
+will still write it.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+from history import History, Pages, extend_hash
+from prefix_cache import PAGE, calls
+from sglang_kvarn import compat
+from streams import Device
+
+# where SGLang takes streams and events from
+_USERS = ("sglang.srt.managers.cache_controller", "sglang.srt.mem_cache.l2_transfer")
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """Describe the host memory of a world.
+
+    Attributes:
+        pages: of the host; policy: SGLang's --hicache-write-policy; seed: of the order in which the device works.
+    """
+
+    pages: int
+    policy: str = "write_through"
+    seed: int = 0
+
+
+def users_of_streams() -> list[ModuleType]:
+    """Return the modules of the installed SGLang that take streams from `device_module`."""
+    modules = []
+    for name in _USERS:
+        try:
+            module = compat.resolve(name)
+        except (ImportError, AttributeError):
+            continue
+        if hasattr(module, "device_module"):
+            modules.append(module)
+    return modules
+
+
+def of_layer(n: int, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return what layer n has of this: layers differ in that odd ones have their heads in reverse order."""
+    return x.flip(dim) if n % 2 else x
+
+
+class HostTier:
+    """Hold the simulated device of one world, and know what its host memory must hold.
+
+    Attributes:
+        device: the streams; host: our host pool.
+    """
+
+    def __init__(self, options: HostOptions, pool, tree_maker: Callable, pages: Pages) -> None:
+        self.device = Device(options.seed)
+        for module in users_of_streams():
+            module.device_module = self.device
+        self._pool, self._pages = pool, pages
+        pool.forward_stream = self.device.Stream()
+        self.tree = tree_maker(options)
+        # SGLang keeps every such cache until the process ends, for its storage
+        atexit.unregister(self.tree.shutdown)
+        self.controller = calls.controller(self.tree)
+        calls.set_fences(self.controller, pool.forward_stream)
+        self.host = calls.host_pool(self.tree)
+        assert self.host.page_num == options.pages, "the pages that were asked for"
+        self._copy, self.host._copy = self.host._copy, self._launch_copy
+
+    def _launch_copy(self, source, target, source_pages, target_pages) -> None:
+        kind = "host" if target.data_ptr() == self.host.kv_buffer.data_ptr() else "device"
+        run = partial(self._copy, source, target, source_pages, target_pages)
+        self.device.launch(run, kind, frozenset(target_pages.tolist()))
+
+    def launch_forward(self, operations: list[Callable], consumer: int, *, graph: bool) -> None:
+        """Queue the layers of a forward pass, each behind what the pool has it wait for.
+
+        Args:
+            operations: of each layer, called with its LayerCache; consumer: what SGLang's controller returned for the
+                loads of this step; graph: whether SGLang's next calls wait for it only until it has read its inputs.
+        """
+        forward, schedule = self._pool.forward_stream, self.device.current_stream()
+        self.controller.layer_done_counter.set_consumer(consumer)
+        with self.device.stream(forward):
+            forward.wait_stream(schedule)
+            for layer_id, operation in zip(self._pool.layer_ids, operations, strict=True):
+                self.device.launch(partial(operation, self._pool.layer_cache(layer_id)), "forward")
+        if not graph:
+            schedule.wait_stream(forward)
+
+    def finish_forward(self) -> None:
+        """Let the device run until the forward passes are done."""
+        self._pool.forward_stream.synchronize()
+
+    def _free_pages(self) -> list[int]:
+        slots = torch.cat([self.host.free_slots, *self.host.release_slots])
+        assert (slots.view(-1, PAGE) % PAGE == torch.arange(PAGE)).all(), "whole pages are given back"
+        return (slots[::PAGE] // PAGE).tolist()
+
+    def poison(self) -> None:
+        """Fill free pages of the host with NaN."""
+        self.host.kv_buffer[self._free_pages()] = 0xFF
+
+    def check(self) -> None:
+        """Every page of the host is free or in the tree, once; pages hold the record of the tokens of their path."""
+        in_tree: dict[str, list[int]] = {"host": [], "device": []}
+        waiting = {"host": self.device.pending("host"), "device": self.device.pending("device")}
+        for kind, slots in calls.queued_copies(self.controller):
+            waiting[kind] |= set((slots[::PAGE] // PAGE).tolist())
+        buffers = {"host": self.host.kv_buffer, "device": self._pool.slab.flatten(2).transpose(0, 1)}
+        found: dict[str, list[torch.Tensor]] = {"host": [], "device": []}
+        pages: dict[str, list[int]] = {"host": [], "device": []}
+        for records, slots in self._nodes():
+            for kind, of_kind in slots.items():
+                if of_kind is None:
+                    continue
+                ids = (of_kind[::PAGE] // PAGE).tolist()
+                in_tree[kind] += ids
+                known = [n for n, page in enumerate(ids) if page not in waiting[kind]]
+                pages[kind] += [ids[n] for n in known]
+                found[kind] += [records[n] for n in known]
+        for kind, ids in pages.items():
+            if ids:
+                wrong = (buffers[kind][ids] != torch.stack(found[kind])).flatten(1).any(1)
+                assert not wrong.any(), f"{kind} memory: pages {torch.tensor(ids)[wrong].tolist()} of {sorted(ids)}"
+        free = self._free_pages()
+        assert sorted(free + in_tree["host"]) == list(range(self.host.page_num)), (free, in_tree["host"])
+
+    def _nodes(self):
+        """Yield the records of the pages of every node, each [layers, Hk * bytes], and the node's slots by memory."""
+        for path, start, device, host in calls.nodes(self.tree):
+            yield self._records(path, start), {"device": device, "host": host}
+
+    def _records(self, path: list[int], start: int) -> list[torch.Tensor]:
+        assert start % PAGE == len(path) % PAGE == 0, "nodes are whole pages"
+        records, state = [], 0
+        for n, token in enumerate(path):
+            state = extend_hash(state, token)
+            if n >= start and (n + 1) % PAGE == 0:
+                record = self._pages.find(state)
+                if record is None:
+                    record = History(path[: n + 1], self._pages).records((n + 1) // PAGE)[-1]
+                layers = range(self._pool.layer_num)
+                records.append(torch.stack([of_layer(layer, record, 0).flatten() for layer in layers]))
+        return records
