@@ -27,6 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from sglang_kvarn import compat
+from streams import COPIES_FIRST, FORWARD_FIRST
 from world import (
     CONTEXT,
     PAGE,
@@ -69,9 +70,11 @@ class Lives(RuleBasedStateMachine):
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
         host_pages=st.sampled_from(HOST_PAGES),
         policy=st.sampled_from(("write_through", "write_back")),
-        order=st.integers(0, 1 << 16),
+        order=st.sampled_from((COPIES_FIRST, FORWARD_FIRST)) | st.integers(0, 1 << 16),
     )
-    def start(self, poison: bool, checkpoint: int, drafts: int, host_pages: int, policy: str, order: int) -> None:
+    def start(
+        self, poison: bool, checkpoint: int, drafts: int, host_pages: int, policy: str, order: int | str
+    ) -> None:
         self.world = World(
             self.preset,
             poison=poison,

@@ -29,12 +29,13 @@ class HostOptions:
     """Describe the host memory of a world.
 
     Attributes:
-        pages: of the host; policy: SGLang's --hicache-write-policy; seed: of the order in which the device works.
+        pages: of the host; policy: SGLang's --hicache-write-policy; seed: of the order in which the device works, see
+            `streams.Device`.
     """
 
     pages: int
     policy: str = "write_through"
-    seed: int = 0
+    seed: int | str = 0
 
 
 def users_of_streams() -> list[ModuleType]:
@@ -67,7 +68,7 @@ class HostTier:
         for module in users_of_streams():
             module.device_module = self.device
         self._pool, self._pages = pool, pages
-        pool.forward_stream = self.device.Stream()
+        pool.forward_stream = self.device.Stream(computes=True)
         self.tree = tree_maker(options)
         # SGLang keeps every such cache until the process ends, for its storage
         atexit.unregister(self.tree.shutdown)
@@ -107,6 +108,14 @@ class HostTier:
         assert (slots.view(-1, PAGE) % PAGE == torch.arange(PAGE)).all(), "whole pages are given back"
         return (slots[::PAGE] // PAGE).tolist()
 
+    def pages(self, memory: str) -> torch.Tensor:
+        """Return what pages of the prefix cache hold, of "host" or of "device" memory, in the order of the tree."""
+        slots = [both[memory] for _, both in self._nodes() if both[memory] is not None]
+        return self._buffers()[memory][torch.cat(slots)[::PAGE] // PAGE] if slots else torch.empty(0)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {"host": self.host.kv_buffer, "device": self._pool.slab.flatten(2).transpose(0, 1)}
+
     def poison(self) -> None:
         """Fill free pages of the host with NaN."""
         self.host.kv_buffer[self._free_pages()] = 0xFF
@@ -117,7 +126,7 @@ class HostTier:
         waiting = {"host": self.device.pending("host"), "device": self.device.pending("device")}
         for kind, slots in calls.queued_copies(self.controller):
             waiting[kind] |= set((slots[::PAGE] // PAGE).tolist())
-        buffers = {"host": self.host.kv_buffer, "device": self._pool.slab.flatten(2).transpose(0, 1)}
+        buffers = self._buffers()
         found: dict[str, list[torch.Tensor]] = {"host": [], "device": []}
         pages: dict[str, list[int]] = {"host": [], "device": []}
         for records, slots in self._nodes():

@@ -67,6 +67,9 @@ class RadixCalls:
     def set_fences(self, controller, stream) -> None:
         """Do what SGLang's scheduler does so that copies wait for the forward pass."""
 
+    def set_fence(self, controller, stream, left_out: str) -> None:
+        """Do so, but not for the copies of one direction, "write" or "load"."""
+
     def queued_copies(self, controller) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the memory and the slots to which copies go that SGLang has planned and not begun."""
         for operation in controller.load_queue:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+COPIES_FIRST, FORWARD_FIRST = "copies first", "forward first"
 # operations that run on their own after one was queued
-_HEADWAY = (0, 0, 0, 1, 3, 100)
+_HEADWAY = (0, 0, 0, 0, 1, 3, 100)
 
 
 @dataclass(eq=False)
@@ -77,9 +78,14 @@ class Event:
 
 @dataclass(eq=False)
 class Stream:
-    """As torch.cuda.Stream."""
+    """As torch.cuda.Stream.
+
+    Attributes:
+        computes: whether forward passes run here.
+    """
 
     device: Device
+    computes: bool = False
     queue: deque = field(default_factory=deque)
 
     def mark(self) -> Mark:
@@ -116,12 +122,15 @@ class Device:
 
     Attributes:
         schedule: the stream that is current outside of any other.
+        seed: of the order in which streams go on, or COPIES_FIRST or FORWARD_FIRST: these go on as early as they may,
+            and the others only when they must.
     """
 
     # SGLang names it in warnings
     __name__ = "streams"
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | str) -> None:
+        self._first = seed if isinstance(seed, str) else None
         self._random = random.Random(seed)
         self._streams: list[Stream] = []
         self.schedule = self.Stream()
@@ -129,9 +138,9 @@ class Device:
         # the order in which streams that could go on do so
         self._order: list[Stream] = []
 
-    def Stream(self, *args, **kwargs) -> Stream:
+    def Stream(self, *args, computes: bool = False, **kwargs) -> Stream:
         """Return a further stream."""
-        self._streams.append(Stream(self))
+        self._streams.append(Stream(self, computes))
         return self._streams[-1]
 
     def Event(self, *args, **kwargs) -> Event:
@@ -154,9 +163,13 @@ class Device:
     def launch(self, run: Callable[[], None], kind: str, pages: frozenset[int] = frozenset()) -> None:
         """Queue an operation on the current stream; by chance, some of what is queued runs now."""
         self.current_stream().queue.append(Operation(run, kind, pages))
+        if self._first:
+            while self._advance([stream for stream in self._streams if self._is_first(stream)]):
+                pass
+            return
         self._shuffle()
         for _ in range(self._random.choice(_HEADWAY)):
-            if not self._advance():
+            if not self._advance(self._order):
                 break
 
     def pending(self, kind: str) -> set[int]:
@@ -168,11 +181,12 @@ class Device:
         """Run operations, not only those that the mark waits for, until it is reached."""
         self._shuffle()
         while not mark.reached:
-            assert self._advance(), "a stream waits for what never comes"
+            assert self._advance(self._order), "a stream waits for what never comes"
 
     def synchronize(self) -> None:
         """Run all that is queued."""
-        while self._advance():
+        self._shuffle()
+        while self._advance(self._order):
             pass
 
     def settle(self) -> None:
@@ -194,10 +208,15 @@ class Device:
 
     def _shuffle(self) -> None:
         self._order = self._random.sample(self._streams, len(self._streams))
+        if self._first:
+            self._order.sort(key=self._is_first, reverse=True)
 
-    def _advance(self) -> bool:
-        """Run the first operation of the first stream that is not standing still; return whether there was one."""
-        for stream in [*self._order, *self._streams]:
+    def _is_first(self, stream: Stream) -> bool:
+        return stream.computes == (self._first == FORWARD_FIRST)
+
+    def _advance(self, streams: list[Stream]) -> bool:
+        """Run the first operation of the first of these streams that can go on; return whether there was one."""
+        for stream in streams:
             if stream.queue and isinstance(stream.queue[0], Operation):
                 stream.queue.popleft().run()
                 self.settle()
