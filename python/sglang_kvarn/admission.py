@@ -2,8 +2,9 @@
 """No request is admitted without a ring: hooks into SGLang's scheduler.
 
 SGLang looks for the prefix of a waiting request, then adds the request to the next batch if its tokens fit. A ring is
-taken just before that, while the prefix is locked, so that no eviction for the ring can take the prefix away. SGLang
-then counts the tokens that are left, and no allocation can fail later for the sake of a ring.
+taken just before that, while the prefix is locked, on the device and in host memory, so that no eviction for the ring
+can take the prefix away. SGLang then counts the tokens that are left, and no allocation can fail later for the sake of
+a ring.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def add_with_ring(original: Callable[..., Any], adder: Any, req: Any, *args: Any
     found = rings.of_pool(adder.tree_cache.req_to_token_pool)
     if found is None or compat.request_row(req) is not None:
         return original(adder, req, *args, **kwargs)
-    with adder._lock_node(req.last_node):
+    with adder._lock_node(req.last_node), compat.lock_host_prefix(adder, req):
         has_ring = found.promise(req, adder.tree_cache)
     if not has_ring:
         return compat.AddReqResult.NO_TOKEN

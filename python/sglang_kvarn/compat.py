@@ -13,6 +13,8 @@ import logging
 import os
 import pkgutil
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -370,6 +372,22 @@ def free_pages(allocator: Any, pages: Any) -> None:
         allocator.release_pages = torch.cat((pages, allocator.release_pages))
     else:
         allocator.free_pages = torch.cat((pages, allocator.free_pages))
+
+
+@contextmanager
+def lock_host_prefix(adder: Any, req: Any) -> Iterator[None]:
+    """Keep what a request found in host memory from eviction there, until SGLang loads it."""
+    if getattr(adder.tree_cache, "cache_controller", None) is None:
+        yield
+    elif _since("0.5.23"):
+        with adder._lock_node(req.best_match_node, lock_host=True):
+            yield
+    else:
+        req.best_match_node.protect_host()
+        try:
+            yield
+        finally:
+            req.best_match_node.release_host()
 
 
 def fences_host_copies() -> bool:

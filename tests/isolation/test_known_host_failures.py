@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Failures of a cache with host memory: each must not happen, and is found by the world where the guard is taken away.
+
+The device of a world works in an order that is given: at random, or copies or forward passes as early as they may. A
+test that takes a guard away shows that one of ORDERS finds the failure, so that the test that keeps the guard, in the
+same orders, is no empty promise.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from history import PAGE
+from host_tier import HostOptions
+from prefix_cache import calls
+from sglang_kvarn import compat, fences, pool
+from streams import COPIES_FIRST, FORWARD_FIRST
+from world import ROWS, World, use_plain_allocation_kernels
+
+ORDERS = [COPIES_FIRST, FORWARD_FIRST, 0, 1, 2]
+POLICIES = ["write_through", "write_back"]
+
+
+@pytest.fixture(autouse=True)
+def plain_allocation(monkeypatch) -> None:
+    use_plain_allocation_kernels(monkeypatch)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(1000) for _ in range(count)]
+
+
+def prefill(world: World, prompt: list[int], salt: int = 0):
+    """Admit a request and run its prompt; return it."""
+    request = world.admit(prompt, salt)
+    for _ in range(10):
+        if request not in world.running:
+            world.extend(1000)
+    return request
+
+
+def hosted(order: int | str, policy: str = "write_through", pages: int = 60, **more) -> World:
+    return World("kvarn", host=HostOptions(pages, policy, order), **more)
+
+
+def without_fence(monkeypatch, name: str) -> None:
+    """Let copies of one direction wait for no forward pass: "write" to the host, "load" from it."""
+    wait = fences._wait_for_forward
+    others = lambda controller, stream: None if stream == f"{name}_stream" else wait(controller, stream)  # noqa: E731
+    monkeypatch.setattr(fences, "_wait_for_forward", others)
+    monkeypatch.setattr(calls, "set_fences", lambda controller, stream: calls.set_fence(controller, stream, name))
+
+
+def write_a_page_that_a_wasted_step_fills(order: int | str) -> None:
+    """The page enters the prefix cache, and is copied, when the step that encodes it was launched and has not run."""
+    world = hosted(order)
+    leave = prefill(world, tokens(2 * PAGE - 2, 1))
+    world.decode()
+    assert leave.cached == 2 * PAGE - 1
+    world.decode_with_wasted_step(leave, reuse=False)
+    world.tier.device.synchronize()
+    world.check_accounts()
+    assert torch.equal(world.tier.pages("host"), world.tier.pages("device")), "both pages are in both memories"
+    assert len(world.tier.pages("host")) == 2
+
+
+def load_into_a_page_that_a_wasted_step_writes(order: int | str) -> None:
+    """A page of the ring of a request that has ended is where the prefix of the next one is loaded."""
+    world = hosted(order, rings=ROWS)
+    again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(20, 2))
+    world.waiting.remove(again)
+    stay, leave = prefill(world, tokens(40, 3)), prefill(world, tokens(50, 4))
+    ring, tokens_of_page = world.rings.pages[leave.row].tolist(), world.cache.exact.shape[2] // (2 * 64)
+    wasted = world.prepare_decode()
+    world.launch(wasted)
+    world.running.remove(leave)
+    world.release(leave, insert=True)
+    # what the step writes; behind the pages of the next ring, which are handed out first
+    written = ring[(leave.cached - 1) // tokens_of_page % len(ring)]
+    others = [page for page in world.allocator.free_pages.tolist() if page != written]
+    world.allocator.free_pages = torch.tensor(others[: len(ring)] + [written] + others[len(ring) :])
+    world.waiting.append(again)
+    following = world.allocate_extend(1000)
+    assert written in (world.rows.req_to_token[again.row, : 3 * PAGE : PAGE] // PAGE).tolist()
+    world.run(wasted)
+    world.run(world.describe_extend(*following))
+    assert again.exact_start == 3 * PAGE and {again, stay} <= set(world.running)
+    world.tier.device.synchronize()
+    world.check_accounts()
+
+
+def read_a_prefix_from_the_host(order: int | str, policy: str = "write_through") -> None:
+    """A prompt is found in host memory alone; a branch of it, and its next turn, are found on the device again."""
+    world = hosted(order, policy)
+    again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(PAGE, 2))
+    world.extend(1000)
+    assert (again.exact_start, world.host_hits) == (3 * PAGE, 1)
+    branch = prefill(world, tokens(3 * PAGE, 1)[: 2 * PAGE] + tokens(40, 3))
+    assert branch.exact_start == 2 * PAGE
+    for _ in range(3):
+        world.decode()
+    branch = world.come_back(again, tokens(9, 4))
+    world.extend(1000)
+    assert branch.exact_start >= 4 * PAGE
+    world.tier.device.synchronize()
+    world.check_accounts()
+
+
+def test_a_page_is_copied_to_the_host_after_the_step_that_encodes_it():
+    for order in ORDERS:
+        write_a_page_that_a_wasted_step_fills(order)
+
+
+def test_a_copy_that_does_not_wait_for_the_step_that_encodes_its_page_is_found(monkeypatch):
+    without_fence(monkeypatch, "write")
+    with pytest.raises(AssertionError, match="host memory: pages"):
+        for order in ORDERS:
+            write_a_page_that_a_wasted_step_fills(order)
+
+
+def test_a_page_is_loaded_after_a_wasted_step_of_its_last_owner():
+    for order in ORDERS:
+        load_into_a_page_that_a_wasted_step_writes(order)
+
+
+def test_a_load_that_does_not_wait_for_a_wasted_step_is_found(monkeypatch):
+    without_fence(monkeypatch, "load")
+    with pytest.raises(AssertionError, match="error"):
+        for order in ORDERS:
+            load_into_a_page_that_a_wasted_step_writes(order)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prefix_from_the_host_is_read_as_one_that_never_left(policy):
+    for order in ORDERS:
+        read_a_prefix_from_the_host(order, policy)
+
+
+def test_a_layer_that_does_not_wait_for_its_pages_is_found(monkeypatch):
+    monkeypatch.setattr(pool.KVarNTokenToKVPool, "layer_cache", lambda self, layer: self._layer_caches[layer])
+    with pytest.raises(AssertionError, match="error"):
+        for order in ORDERS:
+            read_a_prefix_from_the_host(order)
+
+
+def test_a_layer_that_waits_for_the_pages_of_the_layer_before_it_is_found(monkeypatch):
+    def layer_cache(self, layer: int):
+        self.layer_transfer_counter and self.layer_transfer_counter.wait_until(0)
+        return self._layer_caches[layer]
+
+    monkeypatch.setattr(pool.KVarNTokenToKVPool, "layer_cache", layer_cache)
+    with pytest.raises(AssertionError, match="error"):
+        for order in ORDERS:
+            read_a_prefix_from_the_host(order)
+
+
+def test_an_exact_start_without_what_the_host_had_is_found(monkeypatch):
+    prefix_len = compat.prefix_len
+    monkeypatch.setattr(compat, "prefix_len", lambda req: prefix_len(req) - calls.host_hit(req))
+    with pytest.raises(AssertionError, match="error"):
+        read_a_prefix_from_the_host(0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prefix_in_host_memory_stays_while_memory_is_made_for_the_ring_of_its_request(policy):
+    """The ring takes pages from the prefix cache, which go to host memory that is full of the prefix itself.
+
+    Its pages were given away between the moment when the request found them and the moment when it loaded them.
+    """
+    world = hosted(0, policy, pages=3, rings=ROWS)
+    again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(20, 2))
+    world.waiting.remove(again)
+    running = [prefill(world, tokens(40, seed)) for seed in (3, 4)]
+    for seed in range(5, 11):
+        world.finish(prefill(world, tokens(3 * PAGE + 5, seed)))
+    running.append(prefill(world, tokens(40, 11)))
+    assert world.allocator.available_size() < world.rings.tokens_per_ring < world.free_tokens()
+    world.waiting.append(again)
+    world.extend(1000)
+    assert {again, *running} <= set(world.running)
+    world.check_accounts()
