@@ -26,6 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from prefix_cache import calls
 from sglang_kvarn import compat
 from streams import COPIES_FIRST, FORWARD_FIRST
 from world import (
@@ -70,10 +71,11 @@ class Lives(RuleBasedStateMachine):
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
         host_pages=st.sampled_from(HOST_PAGES),
         policy=st.sampled_from(("write_through", "write_back")),
+        core=st.sampled_from(calls.cores),
         order=st.sampled_from((COPIES_FIRST, FORWARD_FIRST)) | st.integers(0, 1 << 16),
     )
     def start(
-        self, poison: bool, checkpoint: int, drafts: int, host_pages: int, policy: str, order: int | str
+        self, poison: bool, checkpoint: int, drafts: int, host_pages: int, policy: str, core: str, order: int | str
     ) -> None:
         self.world = World(
             self.preset,
@@ -81,7 +83,7 @@ class Lives(RuleBasedStateMachine):
             kernels_every=self.kernels_every,
             checkpoint=checkpoint,
             drafts=drafts,
-            host=HostOptions(host_pages, policy, order) if host_pages else None,
+            host=HostOptions(host_pages, policy, order, core) if host_pages else None,
         )
         self.total["worlds with host memory"] += bool(host_pages)
         self.total["worlds with checkpoints"] += bool(checkpoint)

@@ -9,6 +9,7 @@ same orders, is no empty promise.
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -42,8 +43,10 @@ def prefill(world: World, prompt: list[int], salt: int = 0):
     return request
 
 
-def hosted(order: int | str, policy: str = "write_through", pages: int = 60, **more) -> World:
-    return World("kvarn", host=HostOptions(pages, policy, order), **more)
+def hosted(
+    order: int | str, policy: str = "write_through", core: str = "python", *, pages: int = 60, rings: int = ROWS
+) -> World:
+    return World("kvarn", host=HostOptions(pages, policy, order, core), rings=rings)
 
 
 def without_fence(monkeypatch, name: str) -> None:
@@ -69,7 +72,7 @@ def write_a_page_that_a_wasted_step_fills(order: int | str) -> None:
 
 def load_into_a_page_that_a_wasted_step_writes(order: int | str) -> None:
     """A page of the ring of a request that has ended is where the prefix of the next one is loaded."""
-    world = hosted(order, rings=ROWS)
+    world = hosted(order)
     again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(20, 2))
     world.waiting.remove(again)
     stay, leave = prefill(world, tokens(40, 3)), prefill(world, tokens(50, 4))
@@ -92,9 +95,9 @@ def load_into_a_page_that_a_wasted_step_writes(order: int | str) -> None:
     world.check_accounts()
 
 
-def read_a_prefix_from_the_host(order: int | str, policy: str = "write_through") -> None:
+def read_a_prefix_from_the_host(order: int | str, policy: str = "write_through", core: str = "python") -> None:
     """A prompt is found in host memory alone; a branch of it, and its next turn, are found on the device again."""
-    world = hosted(order, policy)
+    world = hosted(order, policy, core)
     again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(PAGE, 2))
     world.extend(1000)
     assert (again.exact_start, world.host_hits) == (3 * PAGE, 1)
@@ -133,10 +136,11 @@ def test_a_load_that_does_not_wait_for_a_wasted_step_is_found(monkeypatch):
             load_into_a_page_that_a_wasted_step_writes(order)
 
 
+@pytest.mark.parametrize("core", calls.cores)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_prefix_from_the_host_is_read_as_one_that_never_left(policy):
+def test_a_prefix_from_the_host_is_read_as_one_that_never_left(policy, core):
     for order in ORDERS:
-        read_a_prefix_from_the_host(order, policy)
+        read_a_prefix_from_the_host(order, policy, core)
 
 
 def test_a_layer_that_does_not_wait_for_its_pages_is_found(monkeypatch):
@@ -164,13 +168,13 @@ def test_an_exact_start_without_what_the_host_had_is_found(monkeypatch):
         read_a_prefix_from_the_host(0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_prefix_in_host_memory_stays_while_memory_is_made_for_the_ring_of_its_request(policy):
+def make_a_ring_out_of_what_goes_to_the_host(policy: str, core: str) -> None:
     """The ring takes pages from the prefix cache, which go to host memory that is full of the prefix itself.
 
-    Its pages were given away between the moment when the request found them and the moment when it loaded them.
+    The pages of the prefix there were given away between the moment when the request found them and the moment when
+    SGLang loaded them, and the request read what another one had said.
     """
-    world = hosted(0, policy, pages=3, rings=ROWS)
+    world = hosted(0, policy, core, pages=3)
     again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(20, 2))
     world.waiting.remove(again)
     running = [prefill(world, tokens(40, seed)) for seed in (3, 4)]
@@ -181,4 +185,20 @@ def test_a_prefix_in_host_memory_stays_while_memory_is_made_for_the_ring_of_its_
     world.waiting.append(again)
     world.extend(1000)
     assert {again, *running} <= set(world.running)
+    # with write_through the pages of others went to the host earlier, and took the place there
+    assert again.exact_start == world.host_hits * 3 * PAGE
     world.check_accounts()
+
+
+@pytest.mark.parametrize("core", calls.cores)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prefix_in_host_memory_stays_while_memory_is_made_for_the_ring_of_its_request(policy, core):
+    make_a_ring_out_of_what_goes_to_the_host(policy, core)
+
+
+@pytest.mark.parametrize("core", calls.cores)
+def test_a_prefix_that_the_ring_of_its_request_drops_from_host_memory_is_found(core, monkeypatch):
+    monkeypatch.setattr(compat, "lock_host_prefix", lambda adder, req: nullcontext())
+    with pytest.raises(Exception) as raised:
+        make_a_ring_out_of_what_goes_to_the_host("write_back", core)
+    print(repr(raised.value)[:300])

@@ -31,11 +31,14 @@ class HostOptions:
     Attributes:
         pages: of the host; policy: SGLang's --hicache-write-policy; seed: of the order in which the device works, see
             `streams.Device`.
+        core: which of SGLang's two trees, from 0.5.23 on; "rust", its default, does not show its nodes, so that only
+            what requests read is checked there.
     """
 
     pages: int
     policy: str = "write_through"
     seed: int | str = 0
+    core: str = "python"
 
 
 def users_of_streams() -> list[ModuleType]:
@@ -129,6 +132,8 @@ class HostTier:
         buffers = self._buffers()
         found: dict[str, list[torch.Tensor]] = {"host": [], "device": []}
         pages: dict[str, list[int]] = {"host": [], "device": []}
+        if not calls.shows_nodes(self.tree):
+            return
         for records, slots in self._nodes():
             for kind, of_kind in slots.items():
                 if of_kind is None:

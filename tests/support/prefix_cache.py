@@ -32,15 +32,21 @@ class RadixCalls:
 
     # SGLang may begin a load for a request and then not add the request to the batch
     rejects_after_load = True
+    # trees with host memory that SGLang has
+    cores = ("python",)
 
     def make_tree(self, rows, allocator, host=None):
         """Return an empty prefix cache over these pools, and over host memory if there is any (HostOptions)."""
         if host is None:
             return compat.resolve("sglang.srt.mem_cache.radix_cache.RadixCache")(self._parameters(rows, allocator))
-        one_rank = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-        parameters = self._parameters(rows, allocator, tp_cache_group=one_rank)
+        parameters = self._parameters(rows, allocator, tp_cache_group=self._one_rank())
         arguments = SimpleNamespace(**self._host_arguments(allocator, host), served_model_name="world")
         return compat.resolve("sglang.srt.mem_cache.hiradix_cache.HiRadixCache")(parameters, arguments)
+
+    @staticmethod
+    def _one_rank() -> SimpleNamespace:
+        """Return what stands for a group of processes that is this process alone."""
+        return SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 
     def _host_arguments(self, allocator, host) -> dict[str, object]:
         return {
@@ -77,14 +83,21 @@ class RadixCalls:
         for operation in controller.write_queue:
             yield "host", operation.host_indices
 
+    def shows_nodes(self, tree) -> bool:
+        """Return whether `nodes` can be called."""
+        return True
+
     def nodes(self, tree) -> Iterator[tuple[list[int], int, torch.Tensor | None, torch.Tensor | None]]:
         """Yield of every node the tokens from the root to its end, how many are before it, and its slots in both."""
-        stack = [(child, []) for child in tree.root_node.children.values()]
+        stack = [(child, []) for child in self._root(tree).children.values()]
         while stack:
             node, before = stack.pop()
             path = before + list(node.key.token_ids)
             stack += [(child, path) for child in node.children.values()]
             yield path, len(before), *self._values(node)
+
+    def _root(self, tree):
+        return tree.root_node
 
     def _values(self, node) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return node.value, node.host_value
@@ -200,10 +213,56 @@ class UnifiedCalls(RadixCalls):
             args.resolve_once()
         compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(args)
 
-    def make_tree(self, rows, allocator):
+    rejects_after_load = False
+    cores = ("python", "rust")
+
+    def make_tree(self, rows, allocator, host=None):
         full = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").FULL
-        parameters = self._parameters(rows, allocator, tree_components=(full,))
-        return compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")(parameters)
+        cache = compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
+        if host is None:
+            return cache(self._parameters(rows, allocator, tree_components=(full,)))
+        parameters = self._parameters(
+            rows, allocator, tree_components=(full,), tp_cache_group=self._one_rank(), tree_core_backend=host.core
+        )
+        compat.override_argument(None, **self._host_arguments(allocator, host))
+        tree = cache(parameters)
+        tree.init_hicache(compat.resolve("sglang.srt.runtime_context.get_server_args")(), parameters)
+        return tree
+
+    def host_pool(self, tree):
+        return tree.cache_controller.mem_pool_host.anchor_entry.host_pool
+
+    def set_fences(self, controller, stream) -> None:
+        controller.write_fence_stream = controller.load_fence_stream = stream
+
+    def set_fence(self, controller, stream, left_out: str) -> None:
+        name = {"write": "load", "load": "write"}[left_out]
+        setattr(controller, f"{name}_fence_stream", stream)
+
+    def shows_nodes(self, tree) -> bool:
+        return "rust" not in type(tree.tree_core).__module__
+
+    def _root(self, tree):
+        return tree.tree_core.root_node
+
+    def _values(self, node) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        full = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").FULL
+        data = node.component_data[full]
+        return data.value, data.host_value
+
+    def load_back(self, adder, req) -> int:
+        with adder._lock_node(req.best_match_node, lock_host=True):
+            params = compat.resolve("sglang.srt.mem_cache.base_prefix_cache.InitLoadBackParams")
+            loaded, req.last_node = adder.tree_cache.init_load_back(
+                params(best_match_node=req.best_match_node, host_hit_length=req.host_hit_length, req=req)
+            )
+        req.host_loaded_length = loaded
+        req.prefix_len += loaded
+        req.kv.cache_protected_len = req.prefix_len
+        return loaded
+
+    def flush_copies(self, tree) -> None:
+        tree.flush_pending_backups()
 
     def cached_slots(self, tree) -> torch.Tensor:
         return tree.all_values_flatten()
