@@ -11,7 +11,15 @@ from kvarn_kernels.attention import TORCH, TRITON
 from kvarn_kernels.shape import AttentionShape
 
 from benchmarks.common.rows import Rows, read
-from benchmarks.kernels import bench_decode, bench_prefill, decode_providers, parts, prefill_providers, timing
+from benchmarks.kernels import (
+    bench_copy_pages,
+    bench_decode,
+    bench_prefill,
+    decode_providers,
+    parts,
+    prefill_providers,
+    timing,
+)
 from benchmarks.kernels.attention_problem import DTYPE, check
 from benchmarks.kernels.decode_problem import Problem as DecodeProblem
 from benchmarks.kernels.decode_problem import Shape as DecodeShape
@@ -140,3 +148,14 @@ def test_chosen_providers_come_baselines_first(script):
     assert names[0].startswith("flashinfer_bf16") and names[-1].startswith("kvarn_canonical")
     # sums in a fixed order have no FlashInfer
     assert "kvarn_canonical_flashinfer" not in names
+
+
+def test_pages_are_copied_right_before_they_are_timed(monkeypatch):
+    pages = bench_copy_pages.Pages(layers=3, row_bytes=64, count=4, device="cpu")
+    pages.check()
+    monkeypatch.setattr(pages, "load", lambda: None)
+    with pytest.raises(AssertionError, match="pages on the device"):
+        pages.check()
+    monkeypatch.setattr(pages, "write", lambda: None)
+    with pytest.raises(AssertionError, match="pages in host memory"):
+        pages.check()

@@ -120,7 +120,8 @@ def test_more_requests_than_rows_are_all_answered_as_alone(hybrid):
     assert [answer["tokens"] for answer in together] == list(expected)
 
 
-@pytest.mark.parametrize("family", families(DELTA))
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
 def test_retraction_changes_no_token_and_a_hit_reads_the_window_preset_from_records(
     family, start_engine, tmp_path, monkeypatch
 ):

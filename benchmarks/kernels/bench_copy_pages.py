@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of pages between a GPU and page-locked memory of its host: our kernel against the copy engines.
+
+    python -m benchmarks.kernels.bench_copy_pages --output benchmarks/results/copy_pages.csv
+
+The pages of --tokens tokens of one request, all layers, scattered over both memories: to the host all layers at once, as
+HiCache copies them, and from it layer by layer. "memcpy" copies as many bytes in one piece by the copy engine. Every
+copy is compared with its source before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.transfer import copy_pages as module
+
+from benchmarks.common import cli
+from benchmarks.common.rows import Figure, Rows
+from benchmarks.kernels import timing
+from benchmarks.kernels.attention_problem import PAGE
+
+
+class Pages:
+    """Hold device and host memory of twice the pages that are copied, and which pages these are.
+
+    Attributes:
+        device: uint8 [P, L, row] of a slab whose layers are apart; host: the same with pages apart.
+    """
+
+    def __init__(self, layers: int, row_bytes: int, count: int, device: str) -> None:
+        slab = torch.randint(256, (layers, 2 * count, row_bytes), dtype=torch.uint8, device=device)
+        self.device = slab.transpose(0, 1)
+        self.host = torch.zeros(2 * count, layers, row_bytes, dtype=torch.uint8, pin_memory=device == "cuda")
+        self.source_pages, self.target_pages = (torch.randperm(2 * count, device=device)[:count] for _ in range(2))
+        self.num_bytes = count * layers * row_bytes
+
+    def write(self) -> None:
+        """Copy to the host."""
+        module.copy_pages(self.device, self.host, self.source_pages, self.target_pages)
+
+    def load(self) -> None:
+        """Copy back from it, layer by layer."""
+        for n in range(self.device.shape[1]):
+            one = slice(n, n + 1)
+            module.copy_pages(self.host[:, one], self.device[:, one], self.target_pages, self.source_pages)
+
+    def check(self) -> None:
+        """Compare both ways with the source.
+
+        Raises:
+            AssertionError: a page differs.
+        """
+        before = self.device[self.source_pages].cpu()
+        self.write()
+        _synchronize()
+        assert torch.equal(self.host[self.target_pages.cpu()], before), "pages in host memory"
+        self.device[self.source_pages] = 0
+        self.load()
+        _synchronize()
+        assert torch.equal(self.device[self.source_pages].cpu(), before), "pages on the device"
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> list[float]:
+    """Return the times of a call by CUDA events, after two more."""
+    times = []
+    for n in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        if n >= 2:
+            times.append(start.elapsed_time(end))
+    return times
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--layers", type=int, default=36, metavar="N", help="Layers with attention.")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="N", help="KV heads of a rank.")
+    parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128, 256), help="Channels of a head.")
+    parser.add_argument("--tokens", type=int, default=32_768, metavar="N", help="Tokens whose pages are copied.")
+    text = "Programs of our kernel; each number is measured."
+    parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 64, 132], metavar="N", help=text)
+    cli.add_preset(parser)
+    cli.add_repeats(parser, 7, "Timed copies, whose median counts.")
+    cli.add_output(parser)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    rows = Rows(args.output, "copy_pages")
+    timing.require_gpu("bench_copy_pages")
+    row_bytes = args.kv_heads * KVarNConfig.from_preset(args.preset).record_bytes(args.head_dim)
+    pages = Pages(args.layers, row_bytes, args.tokens // PAGE, "cuda")
+    pages.check()
+    one = torch.empty(pages.num_bytes, dtype=torch.uint8, pin_memory=True)
+    other = one.to("cuda")
+    settings = {"tokens": args.tokens, "layers": args.layers, "kv_heads": args.kv_heads, "head_dim": args.head_dim}
+
+    def report(provider: str, direction: str, run: Callable[[], object], **more: int) -> None:
+        times = milliseconds(run, args.repeats)
+        taken = Figure.of("time", times, "ms")
+        speed = Figure("bandwidth", pages.num_bytes / float(taken.value) / 1e6, "GB/s")
+        rows.append(provider, settings | {"direction": direction} | more, [taken, speed])
+        print(f"{provider:24} {direction:10} {more} {taken.value:8.2f} ms {speed.value:7.1f} GB/s", flush=True)
+
+    report("memcpy", "write", lambda: one.copy_(other, non_blocking=True))
+    report("memcpy", "load", lambda: other.copy_(one, non_blocking=True))
+    for programs in args.programs:
+        module.PROGRAMS = programs
+        report(args.preset, "write", pages.write, programs=programs)
+        report(args.preset, "load", pages.load, programs=programs)
+
+
+if __name__ == "__main__":
+    main()
