@@ -3,7 +3,7 @@
 
     python -m benchmarks.kernels.bench_copy_pages --output benchmarks/results/copy_pages.csv
 
-The pages of --tokens tokens of one request, all layers, scattered over both memories: to the host all layers at once, as
+The pages of --tokens tokens, all layers, scattered over both memories: to the host all layers at once, as
 HiCache copies them, and from it layer by layer. "memcpy" copies as many bytes in one piece by the copy engine. Every
 copy is compared with its source before it is timed.
 """
