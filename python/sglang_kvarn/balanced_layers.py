@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -68,6 +69,18 @@ def output_bias(layer: Any) -> torch.Tensor | None:
     """Return what to add to the output of an attention layer, [Hk, D] for the query heads of each KV head."""
     chosen: Balance | None = getattr(layer, _STATE, None)
     return None if chosen is None else chosen.output_bias
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return 12 hexadecimal digits that stand for the factors and biases with which the model fills its cache."""
+    found = hashlib.sha256()
+    for name, layer in model.named_modules():
+        if (chosen := getattr(layer, _STATE, None)) is None or layer is model:
+            continue
+        found.update(name.encode())
+        for part in (chosen.keys, chosen.values, chosen.output_bias):
+            found.update(b"-" if part is None else part.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def with_plain_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -395,6 +395,11 @@ def fences_host_copies() -> bool:
     return _since("0.5.23") or not _since("0.5.18")
 
 
+def salts_storage_keys() -> bool:
+    """Whether the keys of a storage behind host memory hold the salt and the adapter of a request."""
+    return _since("0.5.23")
+
+
 def has_host_sources() -> bool:
     """Whether host memory is made for what a pool says of itself, not for the pool."""
     return _since("0.5.23")

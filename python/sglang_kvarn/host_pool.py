@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvarn_kernels.record import tile
+from kvarn_kernels.record.format import first_token_dtype
 from kvarn_kernels.transfer.copy_pages import copy_pages, copy_pages_by_torch
 
 from sglang_kvarn import compat
@@ -49,6 +51,11 @@ class KVarNHostPool(compat.HostKVCache):
         self.page_bytes = pool.layer_num * self._row_bytes
         self._copy = copy_pages if pool.slab.is_cuda else copy_pages_by_torch
         self.can_use_jit = False
+        first_tokens = first_token_dtype(pool.shape.dtype)
+        self._header = int(tile.header(first_tokens == torch.bfloat16))
+        # part of the keys of a storage: pages of other formats, and of weights that were balanced otherwise, are misses
+        dtype = str(pool.shape.dtype).removeprefix("torch.")
+        self.storage_format_tag = f"{pool.config.name}-v{tile.VERSION}-{dtype}-{pool.balance_tag}"
         if not pool.slab.is_cuda:
             # SGLang leaves 10 GB free, for the other processes of a machine with GPUs
             compat.reserve_no_host_memory()
@@ -118,5 +125,15 @@ class KVarNHostPool(compat.HostKVCache):
         return torch.zeros(self.page_bytes, dtype=torch.uint8, pin_memory=self.pin_memory)
 
     def set_from_flat_data_page(self, index: int, data_page: torch.Tensor) -> None:
-        """Refuse: no storage is served yet."""
-        raise ValueError("expected no storage behind the host memory of a kvarn cache: drop --hicache-storage-backend")
+        """Write the bytes of a page from a storage to the page that a slot begins.
+
+        Raises:
+            ValueError: they are not of a page that was ever encoded; SGLang counts that as a miss.
+        """
+        if data_page.numel() != self.page_bytes:
+            raise ValueError(f"expected a page of {self.page_bytes} bytes from the storage, got {data_page.numel()}")
+        page = data_page.view(self.layer_num, self._row_bytes)
+        # the header is in the lowest 4 bits of a record
+        if not bool((page[:, :: self._pool.slab.shape[3]] & 0xF == self._header).all()):
+            raise ValueError("expected a page of records from the storage, got bytes without their headers")
+        self.kv_buffer[int(index) // self.page_size] = page

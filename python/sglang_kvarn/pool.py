@@ -48,6 +48,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         slab: uint8 [layers, pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
         records: the slab by layer.
         forward_stream: on which the pool is read and written, None on a CPU.
+        balance_tag: stands for what the balance of channels makes of keys and values.
         host: the host pool beside it, None without a hierarchical cache.
         exports_facts: whether its sizes are among the metrics of the server.
         rings: which pages hold the exact tokens of which request.
@@ -100,6 +101,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self.slab = torch.zeros(size, dtype=torch.uint8, device=self.device)
         self.records = list(self.slab.unbind())
         self.forward_stream: Any = None
+        self.balance_tag = ""
         self.host: Any = None
         self.exports_facts = False
         caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]

@@ -118,10 +118,16 @@ _HOST_MEMORY = (
         typed=False,
     ),
     _host_memory(
-        lambda args: args.hicache_storage_backend is not None,
+        lambda args: args.hicache_storage_backend is not None and not compat.salts_storage_keys(),
         "--hicache-storage-backend",
-        "records from a storage are not checked yet",
-        "drop --hicache-storage-backend",
+        "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages",
+        "drop --hicache-storage-backend, or use SGLang 0.5.23",
+    ),
+    _host_memory(
+        lambda args: args.hicache_storage_backend not in (None, "file"),
+        "--hicache-storage-backend {args.hicache_storage_backend}",
+        "only files are tested",
+        "drop --hicache-storage-backend, or set it to file",
     ),
     _host_memory(
         lambda args: args.hicache_io_backend != "kernel",

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import drafts_on_cpu
 import pytest
 from kvarn_kernels.config import KVarNConfig
+from sglang_kvarn import compat
 
 from benchmarks.common.tiny_model import expected, flush, prompt
 
@@ -99,3 +102,36 @@ def test_drafts_verify_on_a_prefix_from_host_memory(start_engine, model, monkeyp
         for tokens in prompts:
             ask(engine, model, KVARN, tokens)
         assert sum(ask(engine, model, KVARN, tokens)["host"] for tokens in prompts) >= 256
+
+
+@pytest.mark.skipif(not compat.salts_storage_keys(), reason="storage is refused in this SGLang")
+def test_pages_come_back_from_files_and_damaged_ones_are_misses(start_engine, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "pages"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    stored = {"hicache_storage_backend": "file", "hicache_storage_prefetch_policy": "wait_complete"}
+    prompts = [prompt(300, seed) for seed in range(4)]
+
+    def found(engine) -> list[int]:
+        return [ask(engine, model, KVARN, tokens).get("storage", 0) for tokens in prompts]
+
+    with start_engine(**small(KVARN), **stored) as engine:
+        assert found(engine) == [0] * 4
+        files = wait_for_files(tmp_path / "pages", 8)
+    assert all("kvarn_k4v2_g128-v1-float32-" in file.name for file in files)
+    # two pages of each prompt, in the order in which they were written; those of one stay whole
+    whole = [file.read_bytes() for file in files]
+    # cut short, empty, a first record without its header
+    bad = [whole[2][:-1], b"", bytes([whole[6][0] & 0xF0]) + whole[6][1:]]
+    for file, content in zip(files[2::2], bad, strict=True):
+        file.write_bytes(content)
+    with start_engine(**small(KVARN), **stored) as engine:
+        assert sorted(found(engine)) == [0, 0, 0, 256]
+
+
+def wait_for_files(folder: Path, count: int) -> list[Path]:
+    """Return the files of pages, oldest first, once there are so many."""
+    for _ in range(100):
+        if len(files := list(folder.glob("*.bin"))) >= count:
+            return sorted(files, key=lambda file: file.stat().st_mtime_ns)
+        time.sleep(0.1)
+    raise AssertionError(f"expected {count} files of pages within 10 s, got {len(files)}")

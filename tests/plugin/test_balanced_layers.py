@@ -154,6 +154,22 @@ def test_balance_can_be_switched_off(runner, monkeypatch):
     assert not changed(made, before)
 
 
+def test_the_fingerprint_is_of_what_enters_the_cache(runner):
+    plain, made, other = model(), model(), model(factor=8.0)
+    for balanced in (made, other):
+        balanced_layers.balance_layers(runner(balanced))
+    tags = [balanced_layers.fingerprint(each) for each in (plain, made, other)]
+    assert len(set(tags)) == 3 and all(len(tag) == 12 for tag in tags)
+    # a checkpoint that is read or written meanwhile changes the weights, not the factors of what is cached
+    assert balanced_layers.fingerprint(made) == tags[1]
+    state = made[0].self_attn.attn.kvarn_balance
+    for part in (state.keys, state.values, state.output_bias):
+        before = part.clone()
+        part.view(-1)[0] += 1
+        assert balanced_layers.fingerprint(made) != tags[1]
+        part.copy_(before)
+
+
 def test_an_ordinary_model_stays_as_it_is_and_says_nothing(runner, caplog):
     caplog.set_level("INFO")
     made = model(factor=1.0, bias=False)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.record import tile
 from kvarn_kernels.shape import AttentionShape
 from sglang_kvarn import compat, fences, plugin
 
@@ -68,10 +69,39 @@ def test_pages_come_back_layer_by_layer_wherever_they_are_needed(pool, make):
     assert len(host.get_dummy_flat_data_page()) == len(host.get_data_page(0))
 
 
-def test_bytes_of_a_storage_are_not_taken(make):
+def test_a_page_comes_back_from_a_storage(pool, make):
     host = make()
-    with pytest.raises(ValueError, match="drop --hicache-storage-backend"):
-        host.set_from_flat_data_page(0, host.get_dummy_flat_data_page())
+    # float32 has first tokens in float16
+    pool.slab[..., 0] = pool.slab[..., 0] & 0xF0 | tile.HEADER
+    host.backup_from_device_all_layer(pool, slots(9), slots(5), "kernel")
+    stored = host.get_data_page(9 * PAGE).clone()
+    host.kv_buffer.zero_()
+    host.set_from_flat_data_page(2 * PAGE, stored)
+    assert torch.equal(host.kv_buffer[2], pool.slab[:, 5].flatten(1)) and not host.kv_buffer[[1, 3]].any()
+
+
+@pytest.mark.parametrize("layer", range(len(LAYERS)))
+@pytest.mark.parametrize("head", range(SHAPE.num_kv_heads))
+def test_bytes_of_a_storage_that_are_no_page_of_records_are_not_taken(pool, make, layer, head):
+    host = make()
+    pool.slab[..., 0] = pool.slab[..., 0] & 0xF0 | tile.HEADER
+    page = pool.slab[:, 5].clone()
+    # a record that was never encoded; one whose first tokens are bfloat16
+    for header in (0, tile.HEADER | tile.HEADER_BF16):
+        page[layer, head, 0] = header
+        with pytest.raises(ValueError, match="without their headers"):
+            host.set_from_flat_data_page(0, page.flatten())
+    for size in (0, page.numel() - 1, page.numel() + 16):
+        with pytest.raises(ValueError, match=f"a page of {page.numel()} bytes from the storage, got {size}"):
+            host.set_from_flat_data_page(0, torch.full((size,), tile.HEADER, dtype=torch.uint8))
+    assert not host.kv_buffer[0].any()
+
+
+def test_the_keys_of_a_storage_name_format_and_balance(pool, make):
+    tags = [make().storage_format_tag]
+    pool.balance_tag = "0123456789ab"
+    tags.append(make().storage_format_tag)
+    assert tags[0] != tags[1] == "kvarn_k4v2_g128-v1-float32-0123456789ab"
 
 
 def test_a_layer_waits_for_its_own_pages(pool):

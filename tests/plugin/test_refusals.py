@@ -60,7 +60,7 @@ CASES = [
 # beside --enable-hierarchical-cache; on the platform of these tests it is served itself
 HOST_MEMORY = [
     ({"device": "cuda"}, "--enable-hierarchical-cache cannot", "set KVARN_UNTESTED_HICACHE=1 to try it"),
-    ({"hicache_storage_backend": "file"}, "--hicache-storage-backend", "drop --hicache-storage-backend"),
+    ({"hicache_storage_backend": "nixl"}, "--hicache-storage-backend", "--hicache-storage-backend, or"),
     ({"hicache_io_backend": "direct"}, "--hicache-io-backend direct", "set it to kernel"),
     ({"hicache_mem_layout": "page_head"}, "--hicache-mem-layout page_head", "drop --hicache-mem-layout"),
     ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "--enable-hierarchical-cache beside", "NGRAM"),
@@ -201,7 +201,8 @@ def test_check_arguments_says_what_is_not_served_in_host_memory(served, changes,
     if "device" not in changes:
         refusals.check_arguments(Changed(served, **changes))
     message = refused(Changed(served, enable_hierarchical_cache=True, **changes))
-    assert message.startswith(word) and message.endswith(way_out) and "--kv-cache-dtype kvarn" in message
+    assert message.startswith(word) and way_out in message.rpartition(": ")[2]
+    assert "--kv-cache-dtype kvarn" in message
 
 
 @pytest.mark.parametrize("layout", refusals.HOST_LAYOUTS)
@@ -229,10 +230,18 @@ def test_check_arguments_takes_host_memory_where_copies_wait(served, monkeypatch
         assert refused(args).endswith(": drop --enable-hierarchical-cache, or use SGLang 0.5.23")
 
 
+def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(served, monkeypatch):
+    args = Changed(served, enable_hierarchical_cache=True, hicache_storage_backend="file")
+    monkeypatch.setattr(compat, "salts_storage_keys", lambda: True)
+    refusals.check_arguments(args)
+    monkeypatch.setattr(compat, "salts_storage_keys", lambda: False)
+    assert refused(args).endswith(": drop --hicache-storage-backend, or use SGLang 0.5.23")
+
+
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, four for drafts, one for the
-    # version beside host memory
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 8
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, four for drafts, two for the
+    # version beside host memory and storage
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 9
     assert len(refusals.ARGUMENTS) == cases
 
 

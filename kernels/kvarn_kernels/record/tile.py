@@ -53,6 +53,8 @@ import triton.language as tl  # noqa: F401  (the interpreter looks for it beside
 
 # tokens of a tile, and of SGLang's page: the only place that says so
 TILE_SIZE = 128
+# of the bytes above and of what they mean; a record of another version is not to be read
+VERSION = 1
 HEADER = 0x2
 HEADER_BF16 = 0x01
 
