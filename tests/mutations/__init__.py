@@ -10,6 +10,7 @@ from . import (
     dequantise,
     drafts,
     extend,
+    host,
     metadata,
     plugin,
     record,
@@ -21,6 +22,6 @@ from . import (
 
 _ROOMS = (
     *(record, write, decode, decode_plan, extend, dense, dequantise, attention, torch_form),
-    *(balance, plugin, rings, metadata, drafts, states),
+    *(balance, plugin, rings, metadata, drafts, states, host),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

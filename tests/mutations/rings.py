@@ -50,8 +50,8 @@ MUTATIONS = (
     Mutation(
         "prefix of a request evicted for its own ring",
         ADMISSION,
-        "    with adder._lock_node(req.last_node):\n        has_ring",
-        "    if True:\n        has_ring",
+        "with adder._lock_node(req.last_node), compat.lock_host_prefix",
+        "with compat.lock_host_prefix",
         (TEST_ADMISSION,),
     ),
     Mutation(

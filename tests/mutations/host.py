@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs of host memory behind the prefix cache: copies of the wrong pages, copies that wait for too little."""
+
+from __future__ import annotations
+
+from .mutation import Mutation
+from .paths import (
+    ADMISSION,
+    COMPAT,
+    COPY_PAGES,
+    FENCES,
+    HOST_POOL,
+    PLUGIN,
+    POOL,
+    RINGS,
+    TEST_COPY_PAGES,
+    TEST_KNOWN_HOST,
+)
+
+# a controller as SGLang 0.5.16 has it, in every version
+_FENCE = f"{TEST_KNOWN_HOST}::test_a_controller_with_streams_of_its_own_copies_after_the_forward_pass"
+_WRITTEN = f"{TEST_KNOWN_HOST}::test_a_page_is_copied_to_the_host_after_the_step_that_encodes_it"
+_READ = f"{TEST_KNOWN_HOST}::test_a_prefix_from_the_host_is_read_as_one_that_never_left"
+_RING = f"{TEST_KNOWN_HOST}::test_a_prefix_in_host_memory_stays_while_memory_is_made_for_the_ring_of_its_request"
+
+MUTATIONS = (
+    Mutation(
+        "copies to the host that wait for no forward pass",
+        FENCES,
+        """_wait_for_forward(controller, "write_stream")""",
+        """_wait_for_forward(controller, "written_stream")""",
+        (_FENCE,),
+    ),
+    Mutation(
+        "copies from the host that wait for no forward pass",
+        FENCES,
+        """_wait_for_forward(controller, "load_stream")""",
+        """_wait_for_forward(controller, "loaded_stream")""",
+        (_FENCE,),
+    ),
+    Mutation(
+        "loads behind which the copies to the host wait",
+        FENCES,
+        """_wait_for_forward(controller, "load_stream")""",
+        """_wait_for_forward(controller, "write_stream")""",
+        (_FENCE,),
+    ),
+    Mutation(
+        "a forward pass that waits for the copies",
+        FENCES,
+        "stream.wait_stream(pool.forward_stream)",
+        "pool.forward_stream.wait_stream(stream)",
+        (_FENCE,),
+    ),
+    Mutation(
+        "copies of another cache that wait",
+        FENCES,
+        "if rings.of_pool(pool) is None or pool.forward_stream is None:",
+        "if pool.forward_stream is None:",
+        (_FENCE,),
+    ),
+    Mutation(
+        "a layer that is read before its pages are loaded",
+        POOL,
+        "if self.layer_transfer_counter is not None:",
+        "if False:",
+        (_READ,),
+    ),
+    Mutation(
+        "a layer that waits for the pages of the first one",
+        POOL,
+        "wait_until(self._layer_numbers[layer_id])",
+        "wait_until(0)",
+        (_READ,),
+    ),
+    Mutation(
+        "a page copied to and from the page before it",
+        HOST_POOL,
+        "non_blocking=True) // self.page_size",
+        "non_blocking=True) // self.page_size - 1",
+        (_WRITTEN,),
+    ),
+    Mutation(
+        "the first page of a node copied in the place of all",
+        HOST_POOL,
+        "return slots[:: self.page_size].to(",
+        "return slots[: len(slots) // self.page_size].to(",
+        (_WRITTEN,),
+    ),
+    Mutation(
+        "pages copied to the host from where they go",
+        HOST_POOL,
+        "self._pages(device_indices), self._pages(host_indices))",
+        "self._pages(host_indices), self._pages(device_indices))",
+        (_WRITTEN,),
+    ),
+    Mutation(
+        "pages loaded from where they go",
+        HOST_POOL,
+        "pages = self._pages(host_indices), self._pages(device_indices)",
+        "pages = self._pages(device_indices), self._pages(host_indices)",
+        (_READ,),
+    ),
+    Mutation(
+        "every load that of the first layer",
+        HOST_POOL,
+        "one = slice(layer_id, layer_id + 1)",
+        "one = slice(0, 1)",
+        (_READ,),
+    ),
+    Mutation(
+        "a load that puts the last layer in the place of all",
+        HOST_POOL,
+        "self._copy(self.kv_buffer[:, one], self._device_pages[:, one], *pages)",
+        "self._copy(self.kv_buffer[:, -1:], self._device_pages[:, one], *pages)",
+        (_READ,),
+    ),
+    Mutation(
+        "a tenth of the pages forgotten",
+        HOST_POOL,
+        "size = (self.page_num, self.layer_num, self._row_bytes)",
+        "size = (self.page_num * 9 // 10, self.layer_num, self._row_bytes)",
+        (_READ,),
+    ),
+    Mutation(
+        "host memory of slots, not of pages",
+        PLUGIN,
+        """if rings.of_pool(getattr(source, "pool", source)) is None:""",
+        "if True:",
+        (_READ,),
+    ),
+    Mutation(
+        "exact start without what came from the host",
+        RINGS,
+        "[compat.prefix_len(req) for req in reqs]",
+        "[compat.prefix_len(req) - req.host_hit_length for req in reqs]",
+        (_READ,),
+    ),
+    Mutation(
+        "a ring that drops the prefix of its request from host memory",
+        ADMISSION,
+        "with adder._lock_node(req.last_node), compat.lock_host_prefix(adder, req):",
+        "with adder._lock_node(req.last_node):",
+        (_RING,),
+    ),
+    Mutation(
+        "no lock of a prefix in host memory",
+        COMPAT,
+        """if getattr(adder.tree_cache, "cache_controller", None) is None:""",
+        "if True:",
+        (_RING,),
+    ),
+    Mutation(
+        "layers of the target taken for layers of the source (copy kernel)",
+        COPY_PAGES,
+        "source_pages_ptr + page) * source_page + layer * source_layer",
+        "source_pages_ptr + page) * source_page + layer * target_layer",
+        (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "the last words of a row not copied (copy kernel)",
+        COPY_PAGES,
+        "(WORDS + BLOCK - 1) // BLOCK",
+        "WORDS // BLOCK",
+        (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "the next row written over (copy kernel)",
+        COPY_PAGES,
+        "tl.store(target + words, tl.load(source + words, mask=words < WORDS), mask=words < WORDS)",
+        "tl.store(target + words, tl.load(source + words, mask=words < WORDS))",
+        (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "pages of the target in the order of the source (torch form of the copy)",
+        COPY_PAGES,
+        "target[target_pages] = source[source_pages]",
+        "target[target_pages.sort().values] = source[source_pages]",
+        (TEST_COPY_PAGES,),
+    ),
+)
