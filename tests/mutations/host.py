@@ -85,7 +85,7 @@ MUTATIONS = (
         HOST_POOL,
         "return slots[:: self.page_size].to(",
         "return slots[: len(slots) // self.page_size].to(",
-        (_WRITTEN,),
+        (_READ,),
     ),
     Mutation(
         "pages copied to the host from where they go",

@@ -125,6 +125,10 @@ class HostTier:
 
     def check(self) -> None:
         """Every page of the host is free or in the tree, once; pages hold the record of the tokens of their path."""
+        free = self._free_pages()
+        assert len(set(free)) == len(free), "no page is free twice"
+        if not calls.shows_nodes(self.tree):
+            return
         in_tree: dict[str, list[int]] = {"host": [], "device": []}
         waiting = {"host": self.device.pending("host"), "device": self.device.pending("device")}
         for kind, slots in calls.queued_copies(self.controller):
@@ -132,8 +136,6 @@ class HostTier:
         buffers = self._buffers()
         found: dict[str, list[torch.Tensor]] = {"host": [], "device": []}
         pages: dict[str, list[int]] = {"host": [], "device": []}
-        if not calls.shows_nodes(self.tree):
-            return
         for records, slots in self._nodes():
             for kind, of_kind in slots.items():
                 if of_kind is None:
@@ -147,7 +149,6 @@ class HostTier:
             if ids:
                 wrong = (buffers[kind][ids] != torch.stack(found[kind])).flatten(1).any(1)
                 assert not wrong.any(), f"{kind} memory: pages {torch.tensor(ids)[wrong].tolist()} of {sorted(ids)}"
-        free = self._free_pages()
         assert sorted(free + in_tree["host"]) == list(range(self.host.page_num)), (free, in_tree["host"])
 
     def _nodes(self):

@@ -166,10 +166,6 @@ class RadixCalls:
         """Keep the matched prefix of a request from eviction."""
         tree.inc_lock_ref(req.last_node)
 
-    def unlock(self, tree, req) -> None:
-        """Undo `lock`."""
-        tree.dec_lock_ref(req.last_node)
-
     def set_extend_range(self, req, start: int, end: int) -> None:
         """Choose the tokens of a request's next chunk."""
         req.set_extend_range(start, end)
@@ -286,10 +282,6 @@ class UnifiedCalls(RadixCalls):
 
     def lock(self, tree, req) -> None:
         req.lock = tree.lock(req.last_node)
-
-    def unlock(self, tree, req) -> None:
-        tree.unlock(req.lock)
-        req.lock = None
 
     def set_extend_range(self, req, start: int, end: int) -> None:
         assert start == req.prefix_len, "a chunk begins where the last one ended"
