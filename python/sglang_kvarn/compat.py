@@ -85,6 +85,8 @@ MAMBA2 = {"FalconH1Config", "GraniteMoeHybridConfig", "NemotronHConfig"}
 # The first version whose model computes what the checkpoint was trained for: until 0.5.20 the residual of the last
 # layer is added a second time.
 _RIGHT_SINCE = {"GraniteMoeHybridConfig": "0.5.23"}
+# the first version, of those that are tested, whose model runs a verify step
+_VERIFIES_SINCE = {"FalconH1Config": "0.5.23"}
 
 
 def __getattr__(name: str) -> Any:
@@ -257,6 +259,11 @@ def has_gated_delta_nets(config: Any) -> bool:
 def adds_last_residual_twice(config: Any) -> bool:
     """Whether SGLang's own code of the model of a `hybrid_config` has this error."""
     return not _since(_RIGHT_SINCE.get(type(config).__name__, "0"))
+
+
+def verifies_drafts(config: Any) -> bool:
+    """Whether SGLang's layers of a `hybrid_config` keep the state after each draft; the others stop there."""
+    return _since(_VERIFIES_SINCE.get(type(config).__name__, "0"))
 
 
 def saves_states_at_page_ends() -> bool:

@@ -447,6 +447,11 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"beside states have not run on a GPU yet: drop --speculative-algorithm, or set {UNTESTED_DRAFTS_ENV}=1 to "
             "try it"
         )
+    if algorithm and not compat.verifies_drafts(states):
+        raise Refused(
+            f"--speculative-algorithm {algorithm} cannot be combined with {model} in SGLang {compat.version()}, whose "
+            "layers with states stop at drafts: take SGLang 0.5.23 or drop --speculative-algorithm"
+        )
     if args.enable_mixed_chunk:
         raise Refused(
             f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because states would be saved at "

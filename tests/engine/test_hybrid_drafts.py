@@ -22,6 +22,10 @@ NGRAM = {
 }
 # the model itself, whose checkpoint has no head: its weights are dummies
 MTP = {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
+# layers of Falcon-H1 in 0.5.16 stop at drafts
+STATE_SPACES = [
+    pytest.param(name, marks=pytest.mark.long) for name in MAMBA2 if HAS_PREFIX_CACHE or name != "falcon_h1"
+]
 steady = functools.partial(hybrids.steady, new_tokens=NEW)
 
 
@@ -38,7 +42,7 @@ def stand_ins(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", params=[DELTA, *(pytest.param(name, marks=pytest.mark.long) for name in MAMBA2)])
+@pytest.fixture(scope="module", params=[DELTA, *STATE_SPACES])
 def hybrid(request, start_engine, tmp_path_factory):
     """Return (engine, folder of its model)."""
     folder = tiny_model.save(tmp_path_factory.mktemp(request.param), request.param)
@@ -83,7 +87,7 @@ def test_more_requests_than_rows_are_all_answered_as_alone(hybrid):
         assert [answer["tokens"] for answer in together] == list(expected)
 
 
-@pytest.mark.parametrize("family", [DELTA, *(pytest.param(name, marks=pytest.mark.long) for name in MAMBA2)])
+@pytest.mark.parametrize("family", [DELTA, *STATE_SPACES])
 def test_overlap_and_retraction_change_no_token(family, start_engine, tmp_path, monkeypatch):
     monkeypatch.setenv("SGLANG_TEST_RETRACT", "1")
     monkeypatch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "3")

@@ -192,6 +192,13 @@ MUTATIONS = (
         (f"{TEST_MODELS}::test_launch_takes_drafts_that_are_tested_beside_states",),
     ),
     Mutation(
+        "drafts beside states at which SGLang stops",
+        REFUSALS,
+        "if algorithm and not compat.verifies_drafts(states):",
+        "if False:",
+        (f"{TEST_MODELS}::test_launch_refuses_drafts_where_the_layers_of_sglang_stop_at_them",),
+    ),
+    Mutation(
         "draft reads a page as a record that it reads exactly too",
         DECODE_SM90,
         "      if (DRAFTS > 1 && !sees[c][0]) own[0] = own[2] = MINUS_INF;\n",

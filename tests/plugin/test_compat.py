@@ -115,6 +115,14 @@ def test_a_model_with_an_error_is_known_by_its_version(monkeypatch, name, found,
     assert not compat.adds_last_residual_twice(None)
 
 
+def test_layers_that_stop_at_drafts_are_known_by_their_version(monkeypatch):
+    falcon, other = type("FalconH1Config", (), {})(), type("NemotronHConfig", (), {})()
+    monkeypatch.setattr(compat, "version", lambda: "0.5.16")
+    assert not compat.verifies_drafts(falcon) and compat.verifies_drafts(other)
+    monkeypatch.setattr(compat, "version", lambda: "0.5.23")
+    assert compat.verifies_drafts(falcon)
+
+
 # published shapes, the states in 32 bits and the inputs of convolutions in 16: layers, heads, channels of a head and of
 # its state, channels of the convolution
 STATES = {

@@ -241,6 +241,7 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     monkeypatch.setattr(compat, "hybrid_config", lambda model_config: object())
     monkeypatch.setattr(compat, "has_gated_delta_nets", lambda states: True)
+    monkeypatch.setattr(compat, "verifies_drafts", lambda states: True)
     model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3NextForCausalLM"]))
     off = dict.fromkeys(("enable_mixed_chunk", "enable_hierarchical_cache"), False) | {"disable_radix_cache": True}
     args = SimpleNamespace(speculative_algorithm="NGRAM", device="cpu", **off)
@@ -250,6 +251,13 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
         refusals.check_states(args, model_config)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
     refusals.check_states(args, model_config)
+
+
+def test_launch_refuses_drafts_where_the_layers_of_sglang_stop_at_them(launch, checkpoints, monkeypatch):
+    monkeypatch.setattr(compat, "_VERIFIES_SINCE", {"FalconH1Config": "99.0"})
+    chosen = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1, **HYBRID_ARGUMENTS}
+    with pytest.raises(ValueError, match=r"stop at drafts: take SGLang 0\.5\.23 or drop --speculative-algorithm$"):
+        launch("FalconH1ForCausalLM", "falcon_h1", CHANGES.get("FalconH1ForCausalLM", {}), **chosen)
 
 
 @pytest.mark.parametrize(
