@@ -187,6 +187,25 @@ class Lives(RuleBasedStateMachine):
         if chunk:
             self.world.extend(chunk)
 
+    @precondition(lambda self: self.world.tier and self.world.running and not self.world.drafts)
+    @rule(index=st.integers(0, ROWS - 1), reuse=st.booleans())
+    def finish_as_a_page_fills(self, index: int, reuse: bool) -> None:
+        """End a request whose last page is filled, and goes to the host, by the step that was launched already."""
+        request = self.pick(index)
+        for _ in range(PAGE):
+            if request not in self.world.running or request.cached % PAGE == PAGE - 1:
+                break
+            self.world.decode()
+        if request in self.world.running:
+            self.world.decode_with_wasted_step(request, reuse=reuse, chunk=1000)
+
+    @precondition(lambda self: self.world.tier and len(self.world.running) > 1)
+    @rule(index=st.integers(0, ROWS - 1), other=st.integers(0, ROWS - 1), tail=TAILS)
+    def come_back_while_a_step_is_wasted(self, index: int, other: int, tail: int) -> None:
+        """Load a prompt while the step of a request that has ended still runs."""
+        self.world.come_back(self.pick(index), [7] * tail)
+        self.world.decode_with_wasted_step(self.pick(other), reuse=True, chunk=1000)
+
     def check_invariants(self, *args, **kwargs) -> None:
         """Every page has one owner; requests that get too long end. Not an invariant, which a script would list."""
         super().check_invariants(*args, **kwargs)

@@ -165,13 +165,6 @@ MUTATIONS = (
         (TEST_COPY_PAGES,),
     ),
     Mutation(
-        "the next row written over (copy kernel)",
-        COPY_PAGES,
-        "tl.store(target + words, tl.load(source + words, mask=words < WORDS), mask=words < WORDS)",
-        "tl.store(target + words, tl.load(source + words, mask=words < WORDS))",
-        (TEST_COPY_PAGES,),
-    ),
-    Mutation(
         "pages of the target in the order of the source (torch form of the copy)",
         COPY_PAGES,
         "target[target_pages] = source[source_pages]",

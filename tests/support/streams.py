@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 COPIES_FIRST, FORWARD_FIRST = "copies first", "forward first"
 # operations that run on their own after one was queued
 _HEADWAY = (0, 0, 0, 0, 1, 3, 100)
@@ -171,6 +173,10 @@ class Device:
         for _ in range(self._random.choice(_HEADWAY)):
             if not self._advance(self._order):
                 break
+
+    def shuffled(self, pages: torch.Tensor) -> torch.Tensor:
+        """Return pages in an order that the seed decides."""
+        return pages[self._random.sample(range(len(pages)), len(pages))]
 
     def pending(self, kind: str) -> set[int]:
         """Return the pages that operations of a kind are still to write."""

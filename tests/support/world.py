@@ -429,6 +429,9 @@ class World:
             self.launch(wasted)
         self.running.remove(request)
         self.release(request, insert=True)
+        if self.tier:
+            # so that pages which the step writes are not only those of the next ring
+            self.allocator.free_pages = self.tier.device.shuffled(self.allocator.free_pages)
         following = self.allocate_extend(chunk) if reuse and self.waiting else None
         self.run(wasted)
         if following:
