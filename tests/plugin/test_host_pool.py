@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+from kvarn_kernels.batch import Limits
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.record import tile
 from kvarn_kernels.shape import AttentionShape
-from sglang_kvarn import compat, fences, plugin
+from sglang_kvarn import balanced_layers, compat, fences, plugin
 
 PAGE, PAGES, LAYERS = 128, 6, (3, 7, 11)
 SHAPE = AttentionShape(4, 2, 64, torch.float32)
@@ -121,6 +124,34 @@ def test_copies_wait_for_the_forward_pass(pool, fence, stream):
     assert waits.pop(stream) == [pool.forward_stream] and list(waits.values()) == [[]]
     # from 0.5.23 on the streams are elsewhere, and wait by themselves
     getattr(fences, fence)(SimpleNamespace(mem_pool_device=pool))
+
+
+def test_the_backend_names_the_stream_of_the_forward_pass_and_the_balance(pool, monkeypatch):
+    backend = importlib.import_module("sglang_kvarn.backend")
+    for name in ("check_device", "check_states_on_device", "check_layers"):
+        monkeypatch.setattr(backend.refusals, name, lambda *args: None)
+    monkeypatch.setattr(backend.scales, "log_unused", lambda model_runner: None)
+    monkeypatch.setattr(backend.compat, "unread_verify_mask", lambda *args: None)
+    limits = Limits(2, 4, extend_requests=2, chunk_pages=4)
+    monkeypatch.setattr(backend.KVarNAttentionBackend, "_limits", lambda self, model_runner: limits)
+    runner = SimpleNamespace(
+        token_to_kv_pool=pool,
+        device="cpu",
+        dtype=torch.float32,
+        model=torch.nn.Module(),
+        model_config=SimpleNamespace(context_len=512),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(3, 512, dtype=torch.int32)),
+        forward_stream=object(),
+    )
+    backend.KVarNAttentionBackend(runner)
+    assert pool.forward_stream is runner.forward_stream
+    assert pool.balance_tag == balanced_layers.fingerprint(runner.model)
+
+
+@pytest.mark.skipif(compat.has_host_sources(), reason="this SGLang fences its copies itself")
+def test_the_model_runner_of_sglang_has_that_stream():
+    source = inspect.getsource(compat.resolve("sglang.srt.model_executor.model_runner.ModelRunner.__init__"))
+    assert "self.forward_stream = " in source
 
 
 def test_the_host_pool_of_another_cache_is_sglangs():
