@@ -6,6 +6,8 @@ from __future__ import annotations
 from .mutation import Mutation
 from .paths import (
     ADMISSION,
+    BACKEND,
+    BALANCED_LAYERS,
     COMPAT,
     COPY_PAGES,
     FENCES,
@@ -13,7 +15,9 @@ from .paths import (
     PLUGIN,
     POOL,
     RINGS,
+    TEST_BALANCED_LAYERS,
     TEST_COPY_PAGES,
+    TEST_HOST_POOL,
     TEST_KNOWN_HOST,
 )
 
@@ -170,5 +174,40 @@ MUTATIONS = (
         "target[target_pages] = source[source_pages]",
         "target[target_pages.sort().values] = source[source_pages]",
         (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "stream of the forward pass not handed to the pool",
+        BACKEND,
+        'pool.forward_stream = getattr(model_runner, "forward_stream", None)',
+        "pool.forward_stream = None",
+        (TEST_HOST_POOL,),
+    ),
+    Mutation(
+        "pages of a storage taken without their headers",
+        HOST_POOL,
+        "& 0xF == self._header).all()",
+        "& 0xF == self._header).any()",
+        (TEST_HOST_POOL,),
+    ),
+    Mutation(
+        "keys of a storage without the balance of channels",
+        HOST_POOL,
+        "-{dtype}-{pool.balance_tag}",
+        "-{dtype}",
+        (TEST_HOST_POOL,),
+    ),
+    Mutation(
+        "keys of a storage without the preset",
+        HOST_POOL,
+        "{pool.config.name}-v{tile.VERSION}",
+        "v{tile.VERSION}",
+        (TEST_HOST_POOL,),
+    ),
+    Mutation(
+        "factors of values left out of what keys of a storage name",
+        BALANCED_LAYERS,
+        "for part in (chosen.keys, chosen.values, chosen.output_bias):",
+        "for part in (chosen.keys, chosen.output_bias):",
+        (TEST_BALANCED_LAYERS,),
     ),
 )
