@@ -30,12 +30,18 @@ def test_a_request_that_is_preempted_gives_its_ring_back_and_goes_on_with_anothe
     preset, low, high = "kvarn", prompt(330, seed=1), prompt(200, seed=2)
 
     async def both(engine) -> list:
+        runs = asyncio.Event()
+
         async def ask(tokens: list[int], priority: int, new_tokens: int):
             sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-            return await engine.async_generate(input_ids=tokens, sampling_params=sampling, priority=priority)
+            given = {"input_ids": tokens, "sampling_params": sampling, "priority": priority}
+            async for answer in await engine.async_generate(stream=True, **given):
+                runs.set()
+                last = answer
+            return last
 
         waiting = asyncio.create_task(ask(low, 0, 80))
-        await asyncio.sleep(1)
+        await runs.wait()
         assert not waiting.done(), "the first request was over before the second came"
         return [await ask(high, 100, 12), await waiting]
 

@@ -242,6 +242,17 @@ def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str
     return total
 
 
+def test_kernels_agree_on_a_page_that_rejected_drafts_fill(monkeypatch):
+    use_plain_allocation_kernels(monkeypatch)
+    world = World("kvarn", drafts=2)
+    world.admit(prompt([], PAGE - 2, author=1))
+    world.extend(PAGE)
+    # the next step is repeated in the kernels
+    world.kernels_every = 1
+    world.verify(2, [1])
+    assert world.kernel_forwards == 1
+
+
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
 def test_every_read_is_of_the_requests_own_history(preset, monkeypatch, record_property):
     use_plain_allocation_kernels(monkeypatch)

@@ -617,7 +617,9 @@ class World:
         own = getattr(history, name)[start:end]
         if not step.drafts:
             return own
-        return torch.cat([own, 100 * torch.randn(step.drafts - len(own), *own.shape[1:])])
+        # multiples of 25/16: every order of summation rotates them alike, as it does the rows of a history
+        rejected = torch.randn(step.drafts - len(own), *own.shape[1:]).mul(64).round().div(64)
+        return torch.cat([own, 100 * rejected])
 
     def _check(self, step: Step, out: torch.Tensor, bound: float) -> None:
         done = 0
