@@ -253,6 +253,8 @@ def test_kernels_agree_on_a_page_that_rejected_drafts_fill(monkeypatch):
     assert world.kernel_forwards == 1
 
 
+# 10,000 steps take minutes on a busy machine
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
 def test_every_read_is_of_the_requests_own_history(preset, monkeypatch, record_property):
     use_plain_allocation_kernels(monkeypatch)
