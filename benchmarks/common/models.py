@@ -54,6 +54,14 @@ def _made(name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"sglang-kvarn-bench-{name}"
 
 
+def _described(name: str, config: dict[str, Any]) -> Path:
+    """Return the folder of a model that is a configuration and no weights."""
+    made = _made(name)
+    made.mkdir(exist_ok=True)
+    (made / "config.json").write_text(json.dumps(config))
+    return made
+
+
 def _tiny() -> Path:
     """Return the folder of the tiny model; it appears whole, so that several processes may ask at once."""
     from benchmarks.common import tiny_model
@@ -78,10 +86,7 @@ def folder(model: str) -> Path:
     if model == TINY:
         return _tiny()
     if model in DUMMIES:
-        made = _made(model)
-        made.mkdir(exist_ok=True)
-        (made / "config.json").write_text(json.dumps(DUMMIES[model]))
-        return made
+        return _described(model, DUMMIES[model])
     if model == SMOLLM2:
         from sglang_kvarn.demo.model import prepare
 
@@ -115,9 +120,7 @@ def draft_arguments(model: str, algorithm: str, drafts: int) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
         "draft_vocab_size": 32000, "num_aux_hidden_states": 3,
     }  # fmt: skip
-    made = _made(f"{model}-{algorithm.lower()}")
-    made.mkdir(exist_ok=True)
-    (made / "config.json").write_text(json.dumps(head))
+    made = _described(f"{model}-{algorithm.lower()}", head)
     chosen |= {"speculative_draft_model_path": str(made), "speculative_draft_load_format": "dummy"}
     return chosen | {"speculative_eagle_topk": 1, "speculative_num_steps": drafts - 1}
 

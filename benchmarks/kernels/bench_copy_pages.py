@@ -68,20 +68,6 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(run: Callable[[], object], repeats: int) -> list[float]:
-    """Return the times of a call by CUDA events, after two more."""
-    times = []
-    for n in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if n >= 2:
-            times.append(start.elapsed_time(end))
-    return times
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = cli.parser(__doc__)
@@ -109,7 +95,7 @@ def main() -> None:
     settings = {"tokens": args.tokens, "layers": args.layers, "kv_heads": args.kv_heads, "head_dim": args.head_dim}
 
     def report(provider: str, direction: str, run: Callable[[], object], **more: int) -> None:
-        times = milliseconds(run, args.repeats)
+        times = timing.milliseconds(run, args.repeats, skipped=2)
         taken = Figure.of("time", times, "ms")
         speed = Figure("bandwidth", pages.num_bytes / float(taken.value) / 1e6, "GB/s")
         rows.append(provider, settings | {"direction": direction} | more, [taken, speed])

@@ -90,15 +90,20 @@ def copy_bandwidth() -> float:
     """Return bytes per second of a device copy, read and written bytes counted."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
+    return 2 * source.numel() / (statistics.median(milliseconds(lambda: target.copy_(source), 8)) * 1e-3)
+
+
+def milliseconds(run: Callable[[], object], repeats: int, skipped: int = 0) -> list[float]:
+    """Return the time of each of so many calls by CUDA events, after calls that are skipped."""
     times = []
-    for _ in range(8):
+    for _ in range(skipped + repeats):
         start, end = _events()
         start.record()
-        target.copy_(source)
+        run()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return 2 * source.numel() / statistics.median(times)
+        times.append(start.elapsed_time(end))
+    return times[skipped:]
 
 
 # from a candidate to its figures, the time first

@@ -90,7 +90,6 @@ def test_a_host_pool_that_is_full_forgets_prefixes_and_nothing_else(start_engine
 
 
 def test_drafts_verify_on_a_prefix_from_host_memory(start_engine, model, monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
     ngram = {
         "speculative_algorithm": "NGRAM",

@@ -34,8 +34,6 @@ def stand_ins(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # SGLang counts every page of every step
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
-        # compiling a function of the draft model for a CPU takes longer than the tests
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
         drafts_on_cpu.prepare(patch, tmp_path_factory.mktemp("plugin"))
         yield
 

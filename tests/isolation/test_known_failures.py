@@ -6,19 +6,12 @@ Sources: SGLang pull request 31967 and its regression tests, the trackers of the
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from history import PAGE
-from world import CONTEXT, ROWS, World, use_plain_allocation_kernels
+from world import CONTEXT, ROWS, World, prefill, tokens, use_plain_allocation_kernels
 
 PRESETS = ["kvarn", "kvarn_canonical"]
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(1000) for _ in range(count)]
 
 
 @pytest.fixture
@@ -34,15 +27,6 @@ def pages_in(world: World, request) -> list[int]:
 
 def ring_of(world: World, request) -> list[int]:
     return world.rings.pages[request.row].tolist()
-
-
-def prefill(world: World, prompt: list[int], salt: int = 0):
-    """Admit a request and run its prompt; return it."""
-    request = world.admit(prompt, salt)
-    for _ in range(10):
-        if request not in world.running:
-            world.extend(1000)
-    return request
 
 
 @pytest.mark.parametrize("world", PRESETS, indirect=True)

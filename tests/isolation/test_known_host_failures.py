@@ -8,7 +8,6 @@ same orders, is no empty promise.
 
 from __future__ import annotations
 
-import random
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from prefix_cache import calls
 from sglang_kvarn import compat, fences, pool
 from sglang_kvarn.rings import ATTRIBUTE
 from streams import COPIES_FIRST, FORWARD_FIRST, Device
-from world import ROWS, World, use_plain_allocation_kernels
+from world import ROWS, World, prefill, tokens, use_plain_allocation_kernels
 
 ORDERS = [COPIES_FIRST, FORWARD_FIRST, 0, 1, 2]
 POLICIES = ["write_through", "write_back"]
@@ -29,20 +28,6 @@ POLICIES = ["write_through", "write_back"]
 @pytest.fixture(autouse=True)
 def plain_allocation(monkeypatch) -> None:
     use_plain_allocation_kernels(monkeypatch)
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(1000) for _ in range(count)]
-
-
-def prefill(world: World, prompt: list[int], salt: int = 0):
-    """Admit a request and run its prompt; return it."""
-    request = world.admit(prompt, salt)
-    for _ in range(10):
-        if request not in world.running:
-            world.extend(1000)
-    return request
 
 
 def hosted(

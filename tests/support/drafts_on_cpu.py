@@ -28,6 +28,8 @@ WRONG = 7
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Put the torch forms in place in the processes of the engines that this one starts, and take the arguments."""
     add_to_engines(patch, folder, "drafts_on_cpu:install")
+    # compiling a function of the draft model for a CPU takes longer than the tests
+    patch.setenv("TORCHDYNAMO_DISABLE", "1")
     patch.setattr(_platform(), "supports_speculative_algorithm", lambda self, algorithm: True, raising=False)
     if compat.version() == "0.5.16":
         # a header of the n-gram corpus lacks an include that newer compilers ask for

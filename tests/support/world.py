@@ -9,6 +9,7 @@ token, and the memory that the next step would read, against `history`.
 from __future__ import annotations
 
 import dataclasses
+import random
 from array import array
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -684,6 +685,21 @@ class World:
         self._check(step, attend(kernels, new, cache, step.batch), KERNEL_BOUND)
         assert torch.equal(cache.records[1:], self.cache.records[1:]), "pages of kernels and torch form"
         _AGREED.add(extend_hash(self.forwards, sum(end for _, end in step.spans)))
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    """Return random tokens."""
+    generator = random.Random(seed)
+    return [generator.randrange(1000) for _ in range(count)]
+
+
+def prefill(world: World, prompt: list[int], salt: int = 0) -> Request:
+    """Admit a request and run its prompt; return it."""
+    request = world.admit(prompt, salt)
+    for _ in range(10):
+        if request not in world.running:
+            world.extend(1000)
+    return request
 
 
 def attention_with(kernels: Kernels, config: KVarNConfig, max_batch: int, max_pages: int = 24) -> Attention:

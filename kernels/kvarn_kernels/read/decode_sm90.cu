@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention over records, first tokens and ring for sm_90 and newer; the same contract as decode.py.
 //
-// One block per split (decode_plan.py), KV head and COLUMN_TILES x 8 columns: query heads or, where drafts are verified,
-// the query heads of each draft, one draft after the other. Codes are unpacked once for all columns of a block. Whole
-// records arrive by bulk copy. A team of
-// TILE_WARPS warps shares a tile, each with its own tokens and its own softmax state, so warps meet only at the end of a
-// split; the last warp that leaves a buffer orders the next record into it. Every team has a ring of STAGES buffers of
-// its own: a barrier tells only odd phases from even ones, so whoever waits for it must see every phase of it, and
-// nobody may be left behind by two. The layout of `tile.py` makes every shared-memory load a 16-byte read of one
-// matrix-instruction fragment:
+// One block per split (decode_plan.py), KV head and COLUMN_TILES x 8 columns: query heads or, where drafts are
+// verified, the query heads of each draft, one draft after the other. Codes are unpacked once for all columns of a
+// block. Whole records arrive by bulk copy. A team of TILE_WARPS warps shares a tile, each with its own tokens and
+// its own softmax state, so warps meet only at the end of a split; the last warp that leaves a buffer orders the
+// next record into it. Every team has a ring of STAGES buffers of its own: a barrier tells only odd phases from even
+// ones, so whoever waits for it must see every phase of it, and nobody may be left behind by two. The layout of
+// `tile.py` makes every shared-memory load a 16-byte read of one matrix-instruction fragment:
 //
 //     scores^T [tokens, heads]   = codes [tokens, channels] x folded query [channels, heads]
 //     out^T    [channels, heads] = codes^T [channels, tokens] x folded weights [tokens, heads]
@@ -213,7 +212,6 @@ struct State {
 struct Query {
   u32 words[COLUMN_TILES == 1 ? PAIRS : 1];
   u32 at;
-  static constexpr int BYTES = COLUMN_TILES == 1 ? 0 : 4 * PAIRS * COLUMN_TILES * 32;
   __device__ __forceinline__ u32 address(int tile, int n) const { return at + 512 * (PAIRS / 4 * tile + n / 4); }
   __device__ __forceinline__ void load(u32 (&x)[4], int tile, int n) const {
     if (COLUMN_TILES == 1) {

@@ -16,11 +16,10 @@ from kvarn_kernels.config import KVarNConfig, preset_names
 from kvarn_kernels.device.gpu import H100
 
 from sglang_kvarn import capacity, compat, refusals
-from sglang_kvarn.capacity import Bounds, ModelShape, States
+from sglang_kvarn.capacity import GIB, Bounds, ModelShape, States
 from sglang_kvarn.refused import Refused
 from sglang_kvarn.settings import PAGE_SIZE
 
-GIB = 1 << 30
 # GPU memory in GiB up to which SGLang takes them: new tokens of an extend step, and the largest batch of a decode graph
 # for less than 4 ranks and for more (`_handle_gpu_memory_settings` of 0.5.16 and 0.5.23)
 DEFAULTS = ((20, 2048, 8, 8), (35, 4096, 48, 160), (60, 4096, 32, 160), (160, 8192, 256, 512), (10**9, 16384, 512, 512))
