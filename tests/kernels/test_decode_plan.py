@@ -72,9 +72,26 @@ def test_splits_follow_each_other_and_fit_the_workspace(preset, lengths):
 def test_no_smaller_share_fits(lengths):
     config = KVarNConfig.from_preset("kvarn")
     counts, workspace = plan(lengths, config)
-    work, wanted = [units(n, config) for n in lengths], workspace.wanted_splits[len(lengths) - 1]
-    share = next(s for s in range(decode_plan.MIN_SPLIT_UNITS, 10**6) if sum(-(-u // s) for u in work) <= wanted)
-    assert counts == [-(-u // share) for u in work]
+    size, work = len(lengths), [units(n, config) for n in lengths]
+
+    def splits(mean: float) -> list[int]:
+        wanted = decode_plan.wanted_splits(size, workspace.programs, workspace.resident, mean)
+        wanted = min(wanted, workspace.max_splits[size - 1])
+        share = next(s for s in range(decode_plan.MIN_SPLIT_UNITS, 10**6) if sum(-(-u // s) for u in work) <= wanted)
+        return [-(-u // share) for u in work]
+
+    # where two numbers of waves are estimated alike, the float32 of the device may prefer the other
+    assert counts in [splits(sum(work) / size * (1 + error)) for error in (0, -1e-5, 1e-5)]
+
+
+def test_short_requests_that_fill_the_gpu_are_not_cut():
+    """2,048 programs of 256 requests are 5.2 waves; twice as many would pay what a split costs besides once more."""
+    config = KVarNConfig.from_preset("kvarn")
+    counts, workspace = plan([236] * 256, config)
+    assert counts == [1] * 256
+    assert decode_plan.wanted_splits(256, workspace.programs, workspace.resident) > 2 * 256
+    counts, _ = plan([236] * 255 + [200 * PAGE], config)
+    assert counts[:255] == [1] * 255 and counts[255] > 20
 
 
 def test_splits_of_canonical_presets_depend_on_the_request_only():
@@ -101,7 +118,7 @@ def test_waves_are_full_or_as_many_as_requests(heads, head_dim):
     workspace = make_workspace(300, heads, head_dim, MAX_PAGES, config, torch.device("meta"))
     programs = heads[1] * -(-heads[0] // heads[1] // 8)
     resident = decode_sm90.resident_programs(head_dim, 1, H100)
-    for size, wanted in enumerate(workspace.wanted_splits, 1):
+    for size, wanted in enumerate(workspace.max_splits, 1):
         last = wanted * programs % resident
         assert wanted == size or last == 0 or last > resident - programs, size
     assert len(workspace.partial_lse) == max(workspace.max_splits)

@@ -20,6 +20,7 @@ struct Phase {
 struct Copy {
   u8* target;
   const u8* source;
+  int bytes;
   u64* barrier;
   int due;
 };
@@ -34,9 +35,9 @@ inline void land() {
       n++;
       continue;
     }
-    std::memcpy(copy.target, copy.source, RECORD);
+    std::memcpy(copy.target, copy.source, copy.bytes);
     Phase& phase = phases[copy.barrier];
-    phase.bytes -= RECORD;
+    phase.bytes -= copy.bytes;
     if (phase.armed && phase.bytes == 0) {
       phase.armed = false;
       phase.number++;
@@ -55,13 +56,15 @@ inline void mbarrier_wait(u64* bar, u32 parity) {
   }
 }
 
-inline void load_record(u8* target, const u8* source, u64* bar) {
+inline void bulk_copy(u8* target, const u8* source, int bytes, u64* bar) {
   Phase& phase = phases[bar];
   if (phase.armed) fail("orders a record into a buffer that waits for another");
+  assert(bytes % 16 == 0);
   phase.armed = true;
-  phase.bytes += RECORD;
-  std::memset(target, 0xFF, RECORD);
-  copies.push_back({target, source, bar, schedule_seed ? (int)(delays() % 3000) : 0});
+  phase.bytes += bytes;
+  const int before = (target - dynamic_shared) % RECORD;
+  std::memset(target - before, 0xFF, RECORD);  // the whole buffer
+  copies.push_back({target, source, bytes, bar, schedule_seed ? (int)(delays() % 3000) : 0});
 }
 
 inline u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic_shared); }

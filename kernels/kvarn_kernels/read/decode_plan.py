@@ -5,8 +5,8 @@ The work of a request is counted in units: one for each page that it reads as a 
 RING_CHUNK tokens of its ring. A split is a run of units of one request; it serves all KV heads, one program each.
 
     default     Every request is cut evenly into splits of at most `share` units, the smallest share that needs no more
-                splits than wanted_splits(batch size): whole waves of programs, long requests in more splits than short
-                ones.
+                splits than `wanted_splits` of the step: whole waves of programs, long requests in more splits than
+                short ones, none cut where a request is as short as what a split costs besides.
     fixed order A split is FIXED_SPLIT_UNITS units, counted from position 0: the plan of a request depends on its
                 position only, never on the other requests.
 
@@ -37,10 +37,11 @@ MIN_SPLIT_UNITS = 2
 # the ring is planned in chunks of this many tokens (4 warps of decode_sm90.cu attend one at once), each of RING_UNITS
 RING_CHUNK = tl.constexpr(64)
 RING_UNITS = tl.constexpr(2)
-# what wanted_splits plans with: units of a request, and units of time that a split takes besides its own
+# what wanted_splits plans with: units of time that a split takes besides its own, and the most waves
+SPLIT_OVERHEAD = tl.constexpr(4)
+MAX_WAVES = tl.constexpr(16)
+# units of a request for which the workspace is made; longer ones get as many splits
 TYPICAL_UNITS = 64
-SPLIT_OVERHEAD = 4
-MAX_WAVES = 16
 # columns, query heads of a KV head for each draft, that are the narrow side of one matrix instruction
 TILE_COLUMNS = 8
 
@@ -58,7 +59,8 @@ class DecodeWorkspace:
         partial_lse: float32 [S_max, drafts * Hq], base-2 log sum of exp; -inf where a split holds no key.
         split_requests: int32 [S_max], the request of each split.
         split_indptr: int32 [B_max + 1], the first split of each request.
-        wanted_splits, max_splits: for each batch size from 1 to B_max.
+        max_splits: for each batch size from 1 to B_max.
+        programs, resident: programs of a split; programs that the GPU runs at once.
         drafts: rows of a request that a split serves together; 1 where every row is planned as a request.
     """
 
@@ -67,8 +69,9 @@ class DecodeWorkspace:
     partial_lse: torch.Tensor
     split_requests: torch.Tensor
     split_indptr: torch.Tensor
-    wanted_splits: tuple[int, ...]
     max_splits: tuple[int, ...]
+    programs: int
+    resident: int
     drafts: int
 
     @property
@@ -96,8 +99,7 @@ def make_workspace(
         columns: query heads of a KV head for each draft that a program serves.
     """
     programs = programs_per_split(shape, drafts, columns)
-    wanted = tuple(wanted_splits(b, programs, resident) for b in range(1, max_batch + 1))
-    most = tuple(max_splits(b, splits, max_pages, config) for b, splits in enumerate(wanted, 1))
+    most = tuple(max_splits(b, programs, resident, max_pages, config) for b in range(1, max_batch + 1))
     splits, heads, head_dim = max(most), shape.num_qo_heads, shape.head_dim
     return DecodeWorkspace(
         rotated_q=torch.empty(max_batch * drafts, heads, head_dim, dtype=torch.float32, device=device),
@@ -105,8 +107,9 @@ def make_workspace(
         partial_lse=torch.empty(splits, drafts * heads, dtype=torch.float32, device=device),
         split_requests=torch.empty(splits, dtype=torch.int32, device=device),
         split_indptr=torch.zeros(max_batch + 1, dtype=torch.int32, device=device),
-        wanted_splits=wanted,
         max_splits=most,
+        programs=programs,
+        resident=resident,
         drafts=drafts,
     )
 
@@ -126,34 +129,46 @@ def max_units(max_pages: int, config: KVarNConfig) -> int:
     return max_pages + RING_UNITS.value * (config.ring_len // RING_CHUNK.value)
 
 
-def wanted_splits(batch_size: int, programs_per_split: int, resident: int) -> int:
+def wanted_splits(batch_size: int, programs_per_split: int, resident: int, units: float = TYPICAL_UNITS) -> int:
     """Return the most splits of a step without a fixed order: what fills a whole number of waves of programs.
 
     More waves cut the work finer, but every split costs something. Estimated for requests of equal length, which fill
-    the waves the worst, plus half a split for the uneven end of requests of different lengths.
+    the waves the worst, plus half a split for the uneven end of requests of different lengths. `_wanted_splits` does
+    the same on the device, with the step's own mean.
 
     Args:
         programs_per_split: from the function of that name; resident: programs that the GPU runs at once.
+        units: of a request, the mean of the step.
     """
-    # one split each fills all waves that are considered
-    if batch_size >= MAX_WAVES * resident // programs_per_split:
-        return batch_size
 
     def cost(waves: int) -> float:
         per_request = waves * resident // programs_per_split // batch_size
         if not per_request:
             return float("inf")
-        return waves * (TYPICAL_UNITS / per_request + SPLIT_OVERHEAD) + TYPICAL_UNITS / per_request / 2
+        split = units / per_request
+        return waves * (split + SPLIT_OVERHEAD.value) + split / 2
 
-    waves = min(range(1, MAX_WAVES + 1), key=cost)
+    waves = min(range(1, MAX_WAVES.value + 1), key=cost)
     return max(batch_size, waves * resident // programs_per_split)
 
 
-def max_splits(batch_size: int, wanted: int, max_pages: int, config: KVarNConfig) -> int:
+def max_splits(batch_size: int, programs_per_split: int, resident: int, max_pages: int, config: KVarNConfig) -> int:
     """Return the most splits of a step, whatever its lengths."""
     if config.fixed_order:
         return batch_size * triton.cdiv(max_units(max_pages, config), FIXED_SPLIT_UNITS)
-    return wanted
+    return wanted_splits(batch_size, programs_per_split, resident)
+
+
+@triton.jit
+def _wanted_splits(units, batch_size, PROGRAMS: tl.constexpr, RESIDENT: tl.constexpr):
+    """Return `wanted_splits` of a step of so many units in all."""
+    waves = 1 + tl.arange(0, MAX_WAVES)
+    splits = waves * RESIDENT // PROGRAMS
+    per_request = splits // batch_size
+    split = units.to(tl.float32) / tl.maximum(batch_size * per_request, 1)
+    cost = tl.where(per_request > 0, waves * (split + SPLIT_OVERHEAD) + split / 2, float("inf"))
+    best = tl.min(tl.where(cost == tl.min(cost, 0), waves, MAX_WAVES), 0)
+    return tl.maximum(batch_size, best * RESIDENT // PROGRAMS)
 
 
 @triton.jit
@@ -182,14 +197,16 @@ def ring_start(unit, exact_page, G: tl.constexpr):
     return exact_page * G + (tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK
 
 
-@triton.jit(do_not_specialize=["batch_size", "wanted"])
+@triton.jit(do_not_specialize=["batch_size", "most"])
 def _plan_kernel(
     seq_lens_ptr,  # [B * DRAFTS] int32
     exact_starts_ptr,  # [B * DRAFTS] int32
     requests_ptr,  # [S] int32, written: request of each split
     indptr_ptr,  # [B + 1] int32, written: first split of each request
     batch_size,
-    wanted,
+    most,  # splits that the workspace holds for this batch size
+    PROGRAMS: tl.constexpr,
+    RESIDENT: tl.constexpr,
     WINDOW: tl.constexpr,
     G: tl.constexpr,
     DRAFTS: tl.constexpr,
@@ -204,6 +221,7 @@ def _plan_kernel(
     units = tl.where(valid, units, 0)
     share = tl.full([], SPLIT_UNITS, tl.int32)
     if SPLIT_UNITS == 0:
+        wanted = tl.minimum(_wanted_splits(tl.sum(units, 0), batch_size, PROGRAMS, RESIDENT), most)
         share = tl.maximum(tl.cdiv(tl.sum(units, 0), wanted), MIN_UNITS)
         enough = tl.maximum(tl.max(units, 0), share)
         while share < enough:
@@ -230,7 +248,9 @@ def plan_decode(batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNCon
         requests_ptr=workspace.split_requests,
         indptr_ptr=workspace.split_indptr,
         batch_size=batch_size,
-        wanted=workspace.wanted_splits[batch_size - 1],
+        most=workspace.max_splits[batch_size - 1],
+        PROGRAMS=workspace.programs,
+        RESIDENT=workspace.resident,
         WINDOW=config.window_pages,
         G=TILE_SIZE,
         DRAFTS=workspace.drafts,

@@ -68,11 +68,11 @@ __device__ __forceinline__ void mbarrier_wait(u64* bar, u32 parity) {
       "@!p bra again; }" ::"r"(shared_address(bar)), "r"(parity) : "memory");
 }
 
-__device__ __forceinline__ void load_record(u8* target, const u8* source, u64* bar) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(RECORD) : "memory");
+__device__ __forceinline__ void bulk_copy(u8* target, const u8* source, int bytes, u64* bar) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(target)), "l"(source), "r"(RECORD), "r"(shared_address(bar)) : "memory");
+          shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(bar)) : "memory");
 }
 
 __device__ __forceinline__ uint4 lds128(u32 a) {
@@ -463,15 +463,16 @@ __device__ __forceinline__ void attend_exact(State (&st)[COLUMN_TILES], Rows row
 #pragma unroll
   for (int n = 0; n < PAIRS; n += 4) {
     uint4 zero4 = make_uint4(0, 0, 0, 0);
-    uint4 x = in0 ? *(const uint4*)(k0 + 2 * (D / 4 * q + 2 * n)) : zero4;
-    uint4 y = in1 ? *(const uint4*)(k1 + 2 * (D / 4 * q + 2 * n)) : zero4;
+    const int channel = 8 * (n + q);  // the lanes of a row read 64 bytes in one piece
+    uint4 x = in0 ? *(const uint4*)(k0 + 2 * channel) : zero4;
+    uint4 y = in1 ? *(const uint4*)(k1 + 2 * channel) : zero4;
     u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
     for (int c = 0; c < COLUMN_TILES; c++) {
       u32 high[4], low[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        float2 f = query.row[c] ? *(const float2*)(query.row[c] + D / 4 * q + 2 * (n + k)) : make_float2(0.f, 0.f);
+        float2 f = query.row[c] ? *(const float2*)(query.row[c] + channel + 2 * k) : make_float2(0.f, 0.f);
         f.x *= query.down[c];
         f.y *= query.down[c];
 #if BF16
@@ -566,8 +567,9 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   __shared__ float warp_m[WARPS][BLOCK_COLUMNS], warp_l[WARPS][BLOCK_COLUMNS];
   const int split = blockIdx.x, head = blockIdx.y / COLUMN_BLOCKS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int b = requests[split];  // read before it is known to be one, so that the two reads are one wait
   if (split >= indptr[batch_size]) return;
-  const int b = requests[split], first_split = indptr[b];
+  const int first_split = indptr[b];
   // of the first draft; the tables of a request are those of its first row
   const int position = seq_lens[b * DRAFTS] - 1, exact_start = exact_starts[b * DRAFTS];
   auto exact_page_of = [&](int draft) {
@@ -595,14 +597,36 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
     return ((of * DRAFTS + draft) * HK + head) * GROUP + c - draft * GROUP;
   };
   const int* pages = page_table + (long long)b * DRAFTS * stride_page_table;
-  auto record_of = [&](int p) { return records + ((long long)pages[p] * HK + head) * RECORD; };
-  if (threadIdx.x == 0) {
-    for (int n = 0; n < BUFFERS; n++) { mbarrier_init(&bars.full[n]); bars.left[n] = 0; }
-    fence_init();
-    for (int n = 0; n < BUFFERS && begin + n < end; n++) {
-      const int buffer = n % TEAMS * STAGES + n / TEAMS;
-      load_record(shared + buffer * RECORD, record_of(begin + n), &bars.full[buffer]);
+  ring_pages += b * DRAFTS * RING_PAGES;
+  auto page_at = [&](int page) { return records + ((long long)page * HK + head) * RECORD; };
+  auto record_of = [&](int p) { return page_at(pages[p]); };
+  // what arrives by bulk copy: the records, then the pages of the ring, of which only the tokens of this split
+  const int num_records = max(end - begin, 0), first_ring_page = ring_begin / RING_TOKENS;
+  const int arrivals = num_records + (ring_begin < ring_end ? (ring_end - 1) / RING_TOKENS - first_ring_page + 1 : 0);
+  auto ring_tokens = [&](int n, int& from, int& to) {
+    const int first = (first_ring_page + n - num_records) * RING_TOKENS;
+    from = max(ring_begin, first);
+    to = min(ring_end, first + RING_TOKENS);
+    return first;
+  };
+  auto order = [&](int n) {
+    const int buffer = n % TEAMS * STAGES + n / TEAMS % STAGES;
+    u8* target = shared + buffer * RECORD;
+    if (n < num_records) {
+      bulk_copy(target, record_of(begin + n), RECORD, &bars.full[buffer]);
+    } else {
+      int from, to;
+      const int first = ring_tokens(n, from, to), skipped = (from - first) * (4 * D);
+      const u8* page = page_at(ring_pages[first / RING_TOKENS % RING_PAGES]);
+      bulk_copy(target + skipped, page + skipped, (to - from) * (4 * D), &bars.full[buffer]);
     }
+  };
+  if (threadIdx.x < BUFFERS) {
+    mbarrier_init(&bars.full[threadIdx.x]);
+    bars.left[threadIdx.x] = 0;
+    fence_init();
+    const int n = threadIdx.x % STAGES * TEAMS + threadIdx.x / STAGES;
+    if (n < arrivals) order(n);
   }
   __syncthreads();
 
@@ -648,19 +672,6 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       newest[c][h] = position + draft;
       exact_from[c][h] = exact_page_of(draft);
     }
-  const u8* head_records = records + head * RECORD;
-  ring_pages += b * DRAFTS * RING_PAGES;
-  for (int start = ring_begin + 16 * warp; start < ring_end; start += 16 * WARPS) {
-    auto row = [&](int n, const u8*& k, const u8*& v) {
-      const int j = start + n;
-      const long long page = ring_pages[j / RING_TOKENS % RING_PAGES];
-      k = head_records + page * (HK * RECORD) + j % RING_TOKENS * (4 * D);
-      v = k + 2 * D;
-      return j < ring_end;
-    };
-    auto sees = [&](int n, int c, int h) { return start + n <= newest[c][h] && start + n >= exact_from[c][h] * G; };
-    attend_exact(st, row, sees, exact_query, scale, g, q);
-  }
   for (int start = begin + 16 * warp; start < end; start += 16 * WARPS) {
     auto row = [&](int n, const u8*& k, const u8*& v) {
       const bool exists = start + n < end;
@@ -696,27 +707,49 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   if (COLUMN_TILES > 1) __syncthreads();
   const Exponents e((u32)batch_size >> 31);
   const int team = warp / TILE_WARPS;
-  int stage = 0;
+  int stage = 0, n = team;
   u32 parity = 0;
-  for (int p = begin + team; p < end; p += TEAMS) {
+  auto arrive = [&]() {
     const int buffer = team * STAGES + stage;
     mbarrier_wait(&bars.full[buffer], parity);
-    bool sees[COLUMN_TILES][2];
-#pragma unroll
-    for (int c = 0; c < COLUMN_TILES; c++) {
-      sees[c][0] = p < exact_from[c][0];
-      sees[c][1] = p < exact_from[c][1];
-    }
-    attend_record(st, shared_address(shared + buffer * RECORD), query, scale, sees, e, warp % TILE_WARPS, g, q);
+    return shared + buffer * RECORD;
+  };
+  auto leave = [&]() {
     __syncwarp();
     if (lane == 0) {
       __threadfence_block();
-      // the last of the team to leave the buffer orders the next record into it
-      if (atomicAdd(&bars.left[buffer], 1) % TILE_WARPS == TILE_WARPS - 1 && p + BUFFERS < end)
-        load_record(shared + buffer * RECORD, record_of(p + BUFFERS), &bars.full[buffer]);
+      // the last of the team to leave the buffer orders what comes into it next
+      if (atomicAdd(&bars.left[team * STAGES + stage], 1) % TILE_WARPS == TILE_WARPS - 1 && n + BUFFERS < arrivals)
+        order(n + BUFFERS);
     }
     __syncwarp();
     if (++stage == STAGES) { stage = 0; parity ^= 1; }
+  };
+  for (; n < num_records; n += TEAMS) {
+    const u8* record = arrive();
+    bool sees[COLUMN_TILES][2];
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++) {
+      sees[c][0] = begin + n < exact_from[c][0];
+      sees[c][1] = begin + n < exact_from[c][1];
+    }
+    attend_record(st, shared_address(record), query, scale, sees, e, warp % TILE_WARPS, g, q);
+    leave();
+  }
+  for (; n < arrivals; n += TEAMS) {
+    const u8* page = arrive();
+    int from, to;
+    const int first = ring_tokens(n, from, to);
+    for (int start = from + 16 * (warp % TILE_WARPS); start < to; start += 16 * TILE_WARPS) {
+      auto row = [&](int i, const u8*& k, const u8*& v) {
+        k = page + (start + i - first) * (4 * D);
+        v = k + 2 * D;
+        return start + i < to;
+      };
+      auto sees = [&](int i, int c, int h) { return start + i <= newest[c][h] && start + i >= exact_from[c][h] * G; };
+      attend_exact(st, row, sees, exact_query, scale, g, q);
+    }
+    leave();
   }
 
 #pragma unroll
