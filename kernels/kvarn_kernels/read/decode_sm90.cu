@@ -443,9 +443,35 @@ __device__ __forceinline__ void attend_record(State (&st)[COLUMN_TILES], u32 rec
 }
 
 // The queries of column g of each tile, float32, null where a tile has no such column; each is divided by a power of two.
-struct ExactQuery {
+struct QueryRows {
   const float* row[COLUMN_TILES];
   float down[COLUMN_TILES];
+};
+
+// The same in the model's dtype, for exact keys: channels 8 (n + q) ... for n = 0, 4, ..., so that the lanes of a key
+// read 64 bytes in one piece. Two bfloat16 stand for a float32: 8 bits of the rotated query are fewer than the model's own
+// query had.
+struct ExactQuery {
+  u32 high[COLUMN_TILES][PAIRS], low[COLUMN_TILES][PAIRS];
+  __device__ __forceinline__ ExactQuery(const QueryRows& from, int q) {
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+      for (int n = 0; n < PAIRS; n += 2) {
+        const int channel = 8 * (n / 4 * 4 + q) + 2 * (n % 4);
+        float4 f = from.row[c] ? *(const float4*)(from.row[c] + channel) : make_float4(0.f, 0.f, 0.f, 0.f);
+        set(c, n, f.x * from.down[c], f.y * from.down[c]);
+        set(c, n + 1, f.z * from.down[c], f.w * from.down[c]);
+      }
+  }
+  __device__ __forceinline__ void set(int c, int n, float x, float y) {
+#if BF16
+    high[c][n] = pack_bf16(x, y);
+    low[c][n] = pack_bf16(x - __int_as_float(high[c][n] << 16), y - __int_as_float(high[c][n] & 0xffff0000u));
+#else
+    high[c][n] = pack_half(x, y);
+#endif
+  }
 };
 
 // 16 exact tokens; k, v: rows of D elements of 16 bits for token n = 0 .. 15 by `rows`, which returns false beyond the
@@ -463,31 +489,17 @@ __device__ __forceinline__ void attend_exact(State (&st)[COLUMN_TILES], Rows row
 #pragma unroll
   for (int n = 0; n < PAIRS; n += 4) {
     uint4 zero4 = make_uint4(0, 0, 0, 0);
-    const int channel = 8 * (n + q);  // the lanes of a row read 64 bytes in one piece
+    const int channel = 8 * (n + q);
     uint4 x = in0 ? *(const uint4*)(k0 + 2 * channel) : zero4;
     uint4 y = in1 ? *(const uint4*)(k1 + 2 * channel) : zero4;
     u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
     for (int c = 0; c < COLUMN_TILES; c++) {
-      u32 high[4], low[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        float2 f = query.row[c] ? *(const float2*)(query.row[c] + channel + 2 * k) : make_float2(0.f, 0.f);
-        f.x *= query.down[c];
-        f.y *= query.down[c];
-#if BF16
-        high[k] = pack_bf16(f.x, f.y);
-        // 8 bits of the rotated query are fewer than the model's own query had
-        low[k] = pack_bf16(f.x - __int_as_float(high[k] << 16), f.y - __int_as_float(high[k] & 0xffff0000u));
-#else
-        high[k] = pack_half(f.x, f.y);
-#endif
-      }
 #pragma unroll
       for (int k = 0; k < 4; k += 2) {
-        mma_exact(s[c], xs[k], ys[k], xs[k + 1], ys[k + 1], high[k], high[k + 1]);
+        mma_exact(s[c], xs[k], ys[k], xs[k + 1], ys[k + 1], query.high[c][n + k], query.high[c][n + k + 1]);
 #if BF16
-        mma_exact(s[c], xs[k], ys[k], xs[k + 1], ys[k + 1], low[k], low[k + 1]);
+        mma_exact(s[c], xs[k], ys[k], xs[k + 1], ys[k + 1], query.low[c][n + k], query.low[c][n + k + 1]);
 #endif
       }
     }
@@ -631,7 +643,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   __syncthreads();
 
   // the query of column g of each tile, channels D / 4 * q ..., divided by a power of two
-  ExactQuery exact_query;
+  QueryRows query_rows;
   float scale[COLUMN_TILES][2];
 #pragma unroll
   for (int c = 0; c < COLUMN_TILES; c++) {
@@ -645,8 +657,8 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
     const int exponent = min(max(((__float_as_int(largest) >> 23) & 0xFF) - 126, -100), 100);
     const float row_scale = row ? __int_as_float((127 + exponent) << 23) * sm_scale_log2 : 0.f;
-    exact_query.row[c] = row;
-    exact_query.down[c] = __int_as_float((127 - exponent) << 23);
+    query_rows.row[c] = row;
+    query_rows.down[c] = __int_as_float((127 - exponent) << 23);
     scale[c][0] = __shfl_sync(0xffffffffu, row_scale, 8 * q);
     scale[c][1] = __shfl_sync(0xffffffffu, row_scale, 8 * q + 4);
   }
@@ -673,6 +685,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       exact_from[c][h] = exact_page_of(draft);
     }
   for (int start = begin + 16 * warp; start < end; start += 16 * WARPS) {
+    const ExactQuery first_query(query_rows, q);
     auto row = [&](int n, const u8*& k, const u8*& v) {
       const bool exists = start + n < end;
       k = record_of(exists ? start + n : begin) + SCALES_OFFSET + 2 * K_FIRST;
@@ -680,7 +693,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       return exists;
     };
     auto sees = [&](int n, int c, int h) { return start + n < exact_from[c][h]; };
-    attend_exact(st, row, sees, exact_query, scale, g, q);
+    attend_exact(st, row, sees, first_query, scale, g, q);
   }
   Query query;
   query.at = shared_address(shared + BUFFERS * RECORD + 16 * lane);
@@ -692,9 +705,9 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       u32 words[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const float* row = exact_query.row[c];
+        const float* row = query_rows.row[c];
         float2 f = row ? *(const float2*)(row + D / 4 * q + 2 * (n + k)) : make_float2(0.f, 0.f);
-        words[k] = pack_half(f.x * exact_query.down[c], f.y * exact_query.down[c]);
+        words[k] = pack_half(f.x * query_rows.down[c], f.y * query_rows.down[c]);
       }
       if (COLUMN_TILES == 1) {
 #pragma unroll
@@ -736,6 +749,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
     attend_record(st, shared_address(record), query, scale, sees, e, warp % TILE_WARPS, g, q);
     leave();
   }
+  const ExactQuery exact_query(query_rows, q);
   for (; n < arrivals; n += TEAMS) {
     const u8* page = arrive();
     int from, to;
