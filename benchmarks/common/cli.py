@@ -129,6 +129,12 @@ def add_layer(to: argparse.ArgumentParser, shapes: list[str], of: str, repeats: 
     add_output(to)
 
 
+def add_hicache(to: argparse.ArgumentParser) -> None:
+    """Add the size of the host memory."""
+    text = "GB of host memory behind the cache of every server (HiCache). Without it none."
+    to.add_argument("--hicache", type=int, metavar="GB", help=text)
+
+
 def add_sweep(to: argparse.ArgumentParser, default: Sequence[int], folder: str) -> None:
     """Add what sweeps over servers share: numbers of clients, a folder that keeps results, and the servers' flags."""
     text = "Clients at a time; each number is measured."
@@ -143,8 +149,7 @@ def add_sweep(to: argparse.ArgumentParser, default: Sequence[int], folder: str) 
     to.add_argument("--only-the-flag", action="store_true", help=text)
     text = "Tokens of a prefill step of every server."
     to.add_argument("--chunked-prefill-size", type=int, default=8192, metavar="N", help=text)
-    text = "GB of host memory behind the cache of every server (HiCache). Without it none."
-    to.add_argument("--hicache", type=int, metavar="GB", help=text)
+    add_hicache(to)
     to.add_argument("--server-args", default="", help="More flags of every server; without it none.")
     text = "More flags for bf16 and fp8_e4m3, such as --attention-backend fa3; without it none."
     to.add_argument("--stock-args", default="", help=text)

@@ -10,7 +10,8 @@ shape BATCHxCONTEXT feeds BATCH random prompts of CONTEXT tokens to the first to
 again (all full pages cached), and to 65 tokens; the time per token is the difference of the last two over 64. Shapes of
 up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED
 ones that the prefix cache holds, --repeats times, each time other new tokens: one request at a time, to its first
-token. Dummy weights give true speeds and sizes, not texts. --answers adds three chats and one long prompt with a second
+token. --reloads NEW+CACHED does so on prefixes that only host memory holds (--hicache GB), because the device has room
+for two of them. Dummy weights give true speeds and sizes, not texts. --answers adds three chats and one long prompt with a second
 turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache. --drafts NGRAM=D
 or EAGLE3=D speculates with chains of D drafts. Hardly a draft of EAGLE3 is accepted, as its head has random weights:
 what it shows is the time of a step.
@@ -47,6 +48,8 @@ DECODED = 64
 TRIES = 3
 # tokens of a shape up to which it runs once before it is measured; what a larger one needs has run by then
 WARMED_UP = 100_000
+# prefixes of --reloads that the device has room for, with what is new
+RELOADED = 2
 # ids of random tokens are below this, or below the vocabulary
 TOKENS = 30_000
 
@@ -69,6 +72,10 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         chosen["disable_prefill_cuda_graph"] = True
     if args.drafts:
         chosen |= models.draft_arguments(args.model, *args.drafts)
+    if args.hicache is not None:
+        chosen |= {"enable_hierarchical_cache": True, "hicache_size": args.hicache}
+    if args.reloads:
+        chosen["max_total_tokens"] = RELOADED * max(sum(shape) for shape in args.reloads)
     return chosen | caches.engine_arguments(args.one, args.bf16_backend)
 
 
@@ -132,6 +139,27 @@ def measure_prefill(engine: Any, new: int, cached: int, repeats: int, tokens: in
     return [({"new": new, "cached": cached}, [Figure.of("time_to_first_token", times, "ms")])]
 
 
+def measure_reload(engine: Any, new: int, cached: int, repeats: int, tokens: int) -> Measured:
+    """Return the figures of requests of `new` tokens on `cached` ones in host memory; tokens: as above."""
+    draw = random.Random(new + cached)
+    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+    prefixes = [[draw.randrange(3, tokens) for _ in range(cached)] for _ in range(max(repeats, RELOADED) + 1)]
+    for prefix in prefixes:
+        engine.generate(input_ids=prefix, sampling_params=sampling)
+    times, loaded = [], []
+    # the prefix that was used the longest ago comes next, so none is on the device any more
+    for n in range(repeats + 1):
+        prompt = prefixes[n] + [draw.randrange(3, tokens) for _ in range(new)]
+        started = time.perf_counter()
+        answer = engine.generate(input_ids=prompt, sampling_params=sampling)
+        if n:
+            times.append((time.perf_counter() - started) * 1e3)
+            loaded.append(answer["meta_info"]["cached_tokens_details"]["host"])
+    figures = [Figure.of("time_to_first_token_reloaded", times, "ms")]
+    figures.append(Figure("tokens_from_host_memory", statistics.median(loaded), "tokens"))
+    return [({"new": new, "cached": cached}, figures)]
+
+
 def greedy_answers(engine: Any, folder: str) -> dict[str, list[int]]:
     """Return greedy tokens of three chats, a long prompt and a turn on top of it (a prefix hit)."""
     from transformers import AutoTokenizer
@@ -170,7 +198,7 @@ def run_one(args: argparse.Namespace) -> None:
         whole.append(Figure("memory_before_the_first_request", used, "MiB"))
     measured: Measured = []
     tokens = min(TOKENS, models.vocabulary(Path(arguments["model_path"])))
-    if args.shapes or args.prefills:
+    if args.shapes or args.prefills or args.reloads:
         # builds and first launches are no part of any figure
         engine.generate(input_ids=[[5] * 300], sampling_params={"temperature": 0, "max_new_tokens": 4})
     for seed, shape in enumerate(args.shapes):
@@ -179,7 +207,9 @@ def run_one(args: argparse.Namespace) -> None:
             measure_shape(engine, batch, context, 1000 + seed, tokens)
         measured += measure_shape(engine, batch, context, seed, tokens)
     for shape in args.prefills:
-        measured += measure_prefill(engine, *(int(n) for n in shape.split("+")), args.repeats, tokens)
+        measured += measure_prefill(engine, *shape, args.repeats, tokens)
+    for shape in args.reloads:
+        measured += measure_reload(engine, *shape, args.repeats, tokens)
     if used := memory_used():
         whole.append(Figure("memory_after_all_requests", used, "MiB"))
     answers = greedy_answers(engine, arguments["model_path"]) if args.answers else {}
@@ -200,6 +230,18 @@ def drafts(text: str) -> tuple[str, int]:
     return algorithm, int(number)
 
 
+def turn(text: str) -> tuple[int, int]:
+    """Return new and cached tokens of --prefills or --reloads.
+
+    Raises:
+        argparse.ArgumentTypeError: it is spelt otherwise.
+    """
+    new, _, cached = text.partition("+")
+    if not (new.isdecimal() and cached.isdecimal() and int(new) and int(cached) % 128 == 0):
+        raise argparse.ArgumentTypeError(f"expected NEW+CACHED, CACHED a multiple of 128, got {text!r}")
+    return int(new), int(cached)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = cli.parser(__doc__)
@@ -207,8 +249,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_caches(parser, [caches.BF16, "kvarn"])
     parser.add_argument("--shapes", nargs="*", default=[], metavar="S", help="Requests x tokens of their context.")
     text = "New tokens + cached tokens, which are a multiple of 128, of one request at a time."
-    parser.add_argument("--prefills", nargs="*", default=[], metavar="S", help=text)
-    cli.add_repeats(parser, 7, "Timed requests of each of --prefills, whose median counts.")
+    parser.add_argument("--prefills", nargs="*", type=turn, default=[], metavar="S", help=text)
+    text = "The same on cached tokens that only host memory holds; needs --hicache. The pool has room for two of them."
+    parser.add_argument("--reloads", nargs="*", type=turn, default=[], metavar="S", help=text)
+    cli.add_hicache(parser)
+    cli.add_repeats(parser, 7, "Timed requests of each of --prefills and --reloads, whose median counts.")
     parser.add_argument("--answers", action="store_true", help="Compare greedy answers with those of the first cache.")
     parser.add_argument("--dtype", default="bfloat16", help="Data type of the model on a GPU.")
     cli.add_mem_fraction(parser)
@@ -221,7 +266,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_timeout(parser, 900, "one cache")
     cli.add_output(parser)
     cli.add_one(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.reloads and args.hicache is None:
+        parser.error("--reloads needs host memory: add --hicache GB")
+    return args
 
 
 def compare(first: dict[str, list[int]], own: dict[str, list[int]]) -> Measured:
@@ -243,6 +291,8 @@ def main() -> None:
     common["max_running_requests"] = args.max_running_requests
     if args.drafts:
         common["drafts"] = "=".join(map(str, args.drafts))
+    if args.hicache is not None:
+        common["hicache"] = args.hicache
     first: dict[str, list[int]] | None = None
     for cache in args.caches:
         result = launch.run_alone(MODULE, cache, args.timeout)

@@ -5,7 +5,8 @@
 
 The pages of --tokens tokens, all layers, scattered over both memories: to the host all layers at once, as
 HiCache copies them, and from it layer by layer. "memcpy" copies as many bytes in one piece by the copy engine. Every
-copy is compared with its source before it is timed.
+copy is compared with its source before it is timed. --beside REQUESTSxCONTEXT times a decode layer of that shape while
+copies run on a stream beside it, against the same layer alone.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.shape import AttentionShape
 from kvarn_kernels.transfer import copy_pages as module
 
 from benchmarks.common import cli
 from benchmarks.common.rows import Figure, Rows
-from benchmarks.kernels import timing
+from benchmarks.kernels import decode_providers, timing
 from benchmarks.kernels.attention_problem import PAGE
+from benchmarks.kernels.decode_problem import Problem, Shape
+
+# copies that are queued before each timed replay: more than it takes
+COPIES_BESIDE = 4
 
 
 class Pages:
@@ -63,6 +69,22 @@ class Pages:
         assert torch.equal(self.device[self.source_pages].cpu(), before), "pages on the device"
 
 
+def beside(problem: Problem, preset: str, copy: Callable[[], object] | None, repeats: int) -> list[float]:
+    """Return microseconds of a decode layer, of CUDA graphs that run while copies do; copy: None for none."""
+    (candidate,) = decode_providers.kvarn(problem, preset)
+    stream = torch.cuda.Stream()
+
+    def start() -> None:
+        if copy is not None:
+            with torch.cuda.stream(stream):
+                for _ in range(COPIES_BESIDE):
+                    copy()
+
+    times = timing.graph_times(candidate, repeats, before=start)
+    torch.cuda.synchronize()
+    return times
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -77,6 +99,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32_768, metavar="N", help="Tokens whose pages are copied.")
     text = "Programs of our kernel; each number is measured."
     parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 64, 132], metavar="N", help=text)
+    text = "Also time a decode layer of so many requests x tokens beside copies."
+    parser.add_argument("--beside", metavar="S", help=text)
     cli.add_preset(parser)
     cli.add_repeats(parser, 7, "Timed copies, whose median counts.")
     cli.add_output(parser)
@@ -107,6 +131,23 @@ def main() -> None:
         module.PROGRAMS = programs
         report(args.preset, "write", pages.write, programs=programs)
         report(args.preset, "load", pages.load, programs=programs)
+    if args.beside:
+        batch, context = (int(n) for n in args.beside.split("x"))
+        shape = AttentionShape(4 * args.kv_heads, args.kv_heads, args.head_dim, torch.bfloat16)
+        problem = Problem.make(Shape(batch, context - PAGE // 2, shape))
+        settings |= {"batch": batch, "context": context - PAGE // 2}
+
+        def slowed(direction: str, copy: Callable[[], object] | None, **more: int) -> None:
+            taken = Figure.of("decode_time", beside(problem, args.preset, copy, args.repeats), "us")
+            rows.append(args.preset, settings | {"direction": direction} | more, [taken])
+            print(f"decode beside {direction:10} {more} {taken.value:8.2f} us", flush=True)
+
+        slowed("none", None)
+        for programs in args.programs:
+            module.PROGRAMS = programs
+            slowed("write", pages.write, programs=programs)
+            slowed("load", pages.load, programs=programs)
+        slowed("none", None)
 
 
 if __name__ == "__main__":

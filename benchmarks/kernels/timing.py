@@ -26,8 +26,12 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def graph_times(candidate: Candidate, repeats: int) -> list[float]:
-    """Return microseconds of one layer, one number per replay of a CUDA graph over all layers."""
+def graph_times(candidate: Candidate, repeats: int, before: Callable[[], object] | None = None) -> list[float]:
+    """Return microseconds of one layer, one number per replay of a CUDA graph over all layers.
+
+    Args:
+        before: starts what is to run beside a replay.
+    """
     for layer in range(candidate.layers):
         candidate.run(layer)
     torch.cuda.synchronize()
@@ -40,6 +44,8 @@ def graph_times(candidate: Candidate, repeats: int) -> list[float]:
     times = []
     for n in range(repeats + 3):
         start, end = _events()
+        if before is not None:
+            before()
         start.record()
         graph.replay()
         end.record()
