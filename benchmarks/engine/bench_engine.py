@@ -11,10 +11,10 @@ again (all full pages cached), and to 65 tokens; the time per token is the diffe
 up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED
 ones that the prefix cache holds, --repeats times, each time other new tokens: one request at a time, to its first
 token. --reloads NEW+CACHED does so on prefixes that only host memory holds (--hicache GB), because the device has room
-for two of them. Dummy weights give true speeds and sizes, not texts. --answers adds three chats and one long prompt with a second
-turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache. --drafts NGRAM=D
-or EAGLE3=D speculates with chains of D drafts. Hardly a draft of EAGLE3 is accepted, as its head has random weights:
-what it shows is the time of a step.
+for two of them. Dummy weights give true speeds and sizes, not texts. --answers adds three chats and one long prompt
+with a second turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache.
+--drafts NGRAM=D or EAGLE3=D speculates with chains of D drafts. Hardly a draft of EAGLE3 is accepted, as its head has
+random weights: what it shows is the time of a step.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32_768, metavar="N", help="Tokens whose pages are copied.")
     text = "Programs of our kernel; each number is measured."
     parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 64, 132], metavar="N", help=text)
-    text = "Also time a decode layer of so many requests x tokens beside copies."
+    text = "Also time a decode layer of so many requests x tokens beside copies. Without it none."
     parser.add_argument("--beside", metavar="S", help=text)
     cli.add_preset(parser)
     cli.add_repeats(parser, 7, "Timed copies, whose median counts.")
