@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         self.pool = pool
         # copies to and from host memory wait for it
         pool.forward_stream = getattr(model_runner, "forward_stream", None)
-        pool.balance_tag = balanced_layers.fingerprint(model_runner.model)
+        pool.balance_tag = partial(balanced_layers.fingerprint, model_runner.model)
         # SGLang sizes masks of drafts by it, where it has no `verify_mask`
         self.max_context_len = model_runner.model_config.context_len
         # SGLang's HybridLinearAttnBackend takes them from here

@@ -53,9 +53,6 @@ class KVarNHostPool(compat.HostKVCache):
         self.can_use_jit = False
         first_tokens = first_token_dtype(pool.shape.dtype)
         self._header = int(tile.header(first_tokens == torch.bfloat16))
-        # part of the keys of a storage: pages of other formats, and of weights that were balanced otherwise, are misses
-        dtype = str(pool.shape.dtype).removeprefix("torch.")
-        self.storage_format_tag = f"{pool.config.name}-v{tile.VERSION}-{dtype}-{pool.balance_tag}"
         if not pool.slab.is_cuda:
             # SGLang leaves 10 GB free, for the other processes of a machine with GPUs
             compat.reserve_no_host_memory()
@@ -70,6 +67,12 @@ class KVarNHostPool(compat.HostKVCache):
             allocator_type=kwargs.get("allocator_type") or "default",
         )
         pool.attach_host(self)
+
+    @property
+    def storage_format_tag(self) -> str:
+        """Return a part of the keys of a storage: pages of other formats, or balanced otherwise, are misses."""
+        pool, dtype = self._pool, str(self._pool.shape.dtype).removeprefix("torch.")
+        return f"{pool.config.name}-v{tile.VERSION}-{dtype}-{pool.balance_tag()}"
 
     def get_size_per_token(self) -> int:
         """Return the bytes of a token in all layers."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         slab: uint8 [layers, pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
         records: the slab by layer.
         forward_stream: on which the pool is read and written, None on a CPU.
-        balance_tag: stands for what the balance of channels makes of keys and values.
+        balance_tag: returns what stands for the balance of channels in keys and values; only a storage asks.
         host: the host pool beside it, None without a hierarchical cache.
         exports_facts: whether its sizes are among the metrics of the server.
         rings: which pages hold the exact tokens of which request.
@@ -101,7 +102,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self.slab = torch.zeros(size, dtype=torch.uint8, device=self.device)
         self.records = list(self.slab.unbind())
         self.forward_stream: Any = None
-        self.balance_tag = ""
+        self.balance_tag: Callable[[], str] = str
         self.host: Any = None
         self.exports_facts = False
         caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]

@@ -192,7 +192,7 @@ MUTATIONS = (
     Mutation(
         "keys of a storage without the balance of channels",
         HOST_POOL,
-        "-{dtype}-{pool.balance_tag}",
+        "-{dtype}-{pool.balance_tag()}",
         "-{dtype}",
         (TEST_HOST_POOL,),
     ),

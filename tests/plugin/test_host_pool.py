@@ -101,9 +101,10 @@ def test_bytes_of_a_storage_that_are_no_page_of_records_are_not_taken(pool, make
 
 
 def test_the_keys_of_a_storage_name_format_and_balance(pool, make):
-    tags = [make().storage_format_tag]
-    pool.balance_tag = "0123456789ab"
-    tags.append(make().storage_format_tag)
+    host = make()
+    tags = [host.storage_format_tag]
+    pool.balance_tag = lambda: "0123456789ab"
+    tags.append(host.storage_format_tag)
     assert tags[0] != tags[1] == "kvarn_k4v2_g128-v1-float32-0123456789ab"
 
 
@@ -143,9 +144,22 @@ def test_the_backend_names_the_stream_of_the_forward_pass_and_the_balance(pool, 
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(3, 512, dtype=torch.int32)),
         forward_stream=object(),
     )
-    backend.KVarNAttentionBackend(runner)
+    with monkeypatch.context() as patch:
+        patch.setattr(balanced_layers, "fingerprint", lambda model: "of " + type(model).__name__)
+        backend.KVarNAttentionBackend(runner)
     assert pool.forward_stream is runner.forward_stream
-    assert pool.balance_tag == balanced_layers.fingerprint(runner.model)
+    assert pool.balance_tag() == "of Module"
+
+
+def test_factors_are_not_hashed_before_a_storage_asks(pool, make):
+    def balance_tag() -> str:
+        raise AssertionError("no storage has asked")
+
+    pool.balance_tag = balance_tag
+    host = make()
+    host.backup_from_device_all_layer(pool, slots(1), slots(1), "kernel")
+    with pytest.raises(AssertionError, match="no storage"):
+        _ = host.storage_format_tag
 
 
 @pytest.mark.skipif(compat.has_host_sources(), reason="this SGLang fences its copies itself")
