@@ -41,17 +41,22 @@ class Pages:
         self.device = slab.transpose(0, 1)
         self.host = torch.zeros(2 * count, layers, row_bytes, dtype=torch.uint8, pin_memory=device == "cuda")
         self.source_pages, self.target_pages = (torch.randperm(2 * count, device=device)[:count] for _ in range(2))
+        # as SGLang gives them: of each page the first of its slots
+        self.source_slots, self.target_slots = (
+            (pages[:, None] * PAGE + torch.arange(PAGE, device=device)).flatten()[::PAGE]
+            for pages in (self.source_pages, self.target_pages)
+        )
         self.num_bytes = count * layers * row_bytes
 
     def write(self) -> None:
         """Copy to the host."""
-        module.copy_pages(self.device, self.host, self.source_pages, self.target_pages)
+        module.copy_pages(self.device, self.host, self.source_slots, self.target_slots, PAGE)
 
     def load(self) -> None:
         """Copy back from it, layer by layer."""
         for n in range(self.device.shape[1]):
             one = slice(n, n + 1)
-            module.copy_pages(self.host[:, one], self.device[:, one], self.target_pages, self.source_pages)
+            module.copy_pages(self.host[:, one], self.device[:, one], self.target_slots, self.source_slots, PAGE)
 
     def check(self) -> None:
         """Compare both ways with the source.

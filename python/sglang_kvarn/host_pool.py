@@ -86,8 +86,9 @@ class KVarNHostPool(compat.HostKVCache):
             size, dtype=torch.uint8, device=self.device, pin_memory=self.pin_memory, allocator=self.allocator
         )
 
-    def _pages(self, slots: torch.Tensor) -> torch.Tensor:
-        return slots[:: self.page_size].to(self._pool.slab.device, non_blocking=True) // self.page_size
+    def _firsts(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return the first slot of each page, a view where SGLang has them on the device already."""
+        return slots[:: self.page_size].to(self._pool.slab.device, non_blocking=True)
 
     @property
     def _device_pages(self) -> torch.Tensor:
@@ -98,7 +99,8 @@ class KVarNHostPool(compat.HostKVCache):
         self, device_pool: Any, host_indices: torch.Tensor, device_indices: torch.Tensor, io_backend: str
     ) -> None:
         """Copy the pages of slots of the device to those of slots of the host, on the current stream."""
-        self._copy(self._device_pages, self.kv_buffer, self._pages(device_indices), self._pages(host_indices))
+        slots = self._firsts(device_indices), self._firsts(host_indices)
+        self._copy(self._device_pages, self.kv_buffer, *slots, self.page_size)
 
     def load_to_device_per_layer(
         self,
@@ -115,8 +117,8 @@ class KVarNHostPool(compat.HostKVCache):
             layer_id: among the layers of the pool.
         """
         one = slice(layer_id, layer_id + 1)
-        pages = self._pages(host_indices), self._pages(device_indices)
-        self._copy(self.kv_buffer[:, one], self._device_pages[:, one], *pages)
+        slots = self._firsts(host_indices), self._firsts(device_indices)
+        self._copy(self.kv_buffer[:, one], self._device_pages[:, one], *slots, self.page_size)
 
     def get_data_page(self, index: Any, flat: bool = True) -> torch.Tensor:
         """Return the bytes of the page that a slot begins, for a storage."""

@@ -22,8 +22,10 @@ def memory(row_bytes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return device, host.pin_memory() if DEVICE.type == "cuda" else host
 
 
-def ids(*pages: int) -> torch.Tensor:
-    return torch.tensor(pages, dtype=torch.int64, device=DEVICE)
+def slots(*pages: int, page_size: int = 128, place: int = 0) -> torch.Tensor:
+    """Return of each page the slot at a place, a view of all slots of the pages."""
+    ids = torch.tensor(pages, dtype=torch.int64, device=DEVICE)
+    return (ids[:, None] * page_size + torch.arange(page_size, device=DEVICE)).flatten()[place::page_size]
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -33,8 +35,8 @@ def test_named_pages_are_copied_both_ways_and_no_others(form, preset, head_dim, 
     row_bytes = heads * KVarNConfig.from_preset(preset).record_bytes(head_dim)
     device, host = memory(row_bytes, seed=head_dim)
     before_device, before_host = device.clone(), host.clone()
-    form(device, host, ids(5, 0, 3), ids(10, 2, 0))
-    form(host[:, 1:2], device[:, 1:2], ids(4, 2), ids(6, 1))
+    form(device, host, slots(5, 0, 3), slots(10, 2, 0), 128)
+    form(host[:, 1:2], device[:, 1:2], slots(4, 2), slots(6, 1), 128)
     expected_host = before_host.clone()
     expected_host[[10, 2, 0]] = before_device[[5, 0, 3]].cpu()
     assert torch.equal(host, expected_host)
@@ -45,10 +47,27 @@ def test_named_pages_are_copied_both_ways_and_no_others(form, preset, head_dim, 
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("page_size", "places"), [(128, (0, 0)), (128, (127, 64)), (1, (0, 0)), (96, (95, 1))])
+def test_any_slot_of_a_page_names_it(form, page_size, places):
+    device, host = memory(64, seed=2)
+    expected = host.clone()
+    expected[[1, 9]] = device[[6, 2]].cpu()
+    source, target = (
+        slots(*pages, page_size=page_size, place=place) for pages, place in zip([(6, 2), (1, 9)], places, strict=True)
+    )
+    form(device, host, source, target, page_size)
+    assert torch.equal(host, expected)
+    # contiguous, as they come from another device
+    host[[1, 9]] = 0
+    form(device, host, source.clone(), target.clone(), page_size)
+    assert torch.equal(host, expected)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_nothing_is_copied_where_no_page_is_named(form):
     device, host = memory(64, seed=1)
     before = host.clone()
-    form(device, host, ids(), ids())
+    form(device, host, slots(), slots(), 128)
     assert torch.equal(host, before)
 
 
@@ -63,4 +82,4 @@ def test_nothing_is_copied_where_no_page_is_named(form):
 def test_rows_that_do_not_fit_are_refused(form, source, target, message):
     source, target = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for size in (source, target))
     with pytest.raises(ValueError, match=message):
-        form(source, target, ids(0), ids(1))
+        form(source, target, slots(0), slots(1), 128)

@@ -78,10 +78,10 @@ MUTATIONS = (
         (_READ,),
     ),
     Mutation(
-        "a page copied to and from the page before it",
+        "a page copied to the page before its own",
         HOST_POOL,
-        "non_blocking=True) // self.page_size",
-        "non_blocking=True) // self.page_size - 1",
+        "self._device_pages, self.kv_buffer, *slots, self.page_size)",
+        "self._device_pages, self.kv_buffer, slots[0], slots[1] - self.page_size, self.page_size)",
         (_WRITTEN,),
     ),
     Mutation(
@@ -94,15 +94,15 @@ MUTATIONS = (
     Mutation(
         "pages copied to the host from where they go",
         HOST_POOL,
-        "self._pages(device_indices), self._pages(host_indices))",
-        "self._pages(host_indices), self._pages(device_indices))",
+        "self._firsts(device_indices), self._firsts(host_indices)\n",
+        "self._firsts(host_indices), self._firsts(device_indices)\n",
         (_WRITTEN,),
     ),
     Mutation(
         "pages loaded from where they go",
         HOST_POOL,
-        "pages = self._pages(host_indices), self._pages(device_indices)",
-        "pages = self._pages(device_indices), self._pages(host_indices)",
+        "slots = self._firsts(host_indices), self._firsts(device_indices)",
+        "slots = self._firsts(device_indices), self._firsts(host_indices)",
         (_READ,),
     ),
     Mutation(
@@ -115,8 +115,8 @@ MUTATIONS = (
     Mutation(
         "a load that puts the last layer in the place of all",
         HOST_POOL,
-        "self._copy(self.kv_buffer[:, one], self._device_pages[:, one], *pages)",
-        "self._copy(self.kv_buffer[:, -1:], self._device_pages[:, one], *pages)",
+        "self._copy(self.kv_buffer[:, one], self._device_pages[:, one], *slots",
+        "self._copy(self.kv_buffer[:, -1:], self._device_pages[:, one], *slots",
         (_READ,),
     ),
     Mutation(
@@ -157,8 +157,8 @@ MUTATIONS = (
     Mutation(
         "layers of the target taken for layers of the source (copy kernel)",
         COPY_PAGES,
-        "source_pages_ptr + page) * source_page + layer * source_layer",
-        "source_pages_ptr + page) * source_page + layer * target_layer",
+        "source_id * source_page + layer * source_layer",
+        "source_id * source_page + layer * target_layer",
         (TEST_COPY_PAGES,),
     ),
     Mutation(
@@ -171,8 +171,22 @@ MUTATIONS = (
     Mutation(
         "pages of the target in the order of the source (torch form of the copy)",
         COPY_PAGES,
-        "target[target_pages] = source[source_pages]",
-        "target[target_pages.sort().values] = source[source_pages]",
+        "target[target_slots // page_size]",
+        "target[target_slots.sort().values // page_size]",
+        (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "slots of the target taken as if they lay like those of the source (copy kernel)",
+        COPY_PAGES,
+        "page.to(tl.int64) * stride_target_slots",
+        "page.to(tl.int64)",
+        (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "pages of any other size (copy kernel)",
+        COPY_PAGES,
+        "PAGE=page_size,",
+        "PAGE=128,",
         (TEST_COPY_PAGES,),
     ),
     Mutation(

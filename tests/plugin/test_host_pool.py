@@ -83,6 +83,20 @@ def test_a_page_comes_back_from_a_storage(pool, make):
     assert torch.equal(host.kv_buffer[2], pool.slab[:, 5].flatten(1)) and not host.kv_buffer[[1, 3]].any()
 
 
+def test_a_load_computes_no_page_ids_on_the_device(pool, make):
+    host, given = make(), []
+    host._copy = lambda source, target, *slots: given.append(slots)
+    whole = slots(3, 9), slots(1, 4)
+    for number in range(len(LAYERS)):
+        host.load_to_device_per_layer(pool, *whole, number, "kernel")
+    for *firsts, page_size in given:
+        assert page_size == PAGE
+        for first, of in zip(firsts, whole, strict=True):
+            # a view of what SGLang gave
+            assert first.data_ptr() == of.data_ptr() and first.tolist() == of[::PAGE].tolist()
+    assert len(given) == len(LAYERS)
+
+
 @pytest.mark.parametrize("layer", range(len(LAYERS)))
 @pytest.mark.parametrize("head", range(SHAPE.num_kv_heads))
 def test_bytes_of_a_storage_that_are_no_page_of_records_are_not_taken(pool, make, layer, head):

@@ -81,10 +81,10 @@ class HostTier:
         assert self.host.page_num == options.pages, "the pages that were asked for"
         self._copy, self.host._copy = self.host._copy, self._launch_copy
 
-    def _launch_copy(self, source, target, source_pages, target_pages) -> None:
+    def _launch_copy(self, source, target, source_slots, target_slots, page_size) -> None:
         kind = "host" if target.data_ptr() == self.host.kv_buffer.data_ptr() else "device"
-        run = partial(self._copy, source, target, source_pages, target_pages)
-        self.device.launch(run, kind, frozenset(target_pages.tolist()))
+        run = partial(self._copy, source, target, source_slots, target_slots, page_size)
+        self.device.launch(run, kind, frozenset((target_slots // page_size).tolist()))
 
     def launch_forward(self, operations: list[Callable], consumer: int, *, graph: bool) -> None:
         """Queue the layers of a forward pass, each behind what the pool has it wait for.

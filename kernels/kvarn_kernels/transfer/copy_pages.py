@@ -21,8 +21,10 @@ ALIGNMENT = 16
 def _copy_kernel(
     source_ptr,  # int32 words of [P, L, row]
     target_ptr,  # the same of another number of pages, written
-    source_pages_ptr,  # [N] int64
-    target_pages_ptr,  # [N] int64
+    source_slots_ptr,  # [N] int64
+    target_slots_ptr,  # [N] int64
+    stride_source_slots,
+    stride_target_slots,
     num_pages,
     num_layers,
     source_page,  # strides in words
@@ -30,14 +32,17 @@ def _copy_kernel(
     target_page,
     target_layer,
     WORDS: tl.constexpr,  # of a row
+    PAGE: tl.constexpr,  # slots of a page
     BLOCK: tl.constexpr,
 ):
     blocks: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
     for item in range(tl.program_id(0), num_pages * num_layers * blocks, tl.num_programs(0)):
         row = item // blocks
         page, layer = row // num_layers, (row % num_layers).to(tl.int64)
-        source = source_ptr + tl.load(source_pages_ptr + page) * source_page + layer * source_layer
-        target = target_ptr + tl.load(target_pages_ptr + page) * target_page + layer * target_layer
+        source_id = tl.load(source_slots_ptr + page.to(tl.int64) * stride_source_slots) // PAGE
+        target_id = tl.load(target_slots_ptr + page.to(tl.int64) * stride_target_slots) // PAGE
+        source = source_ptr + source_id * source_page + layer * source_layer
+        target = target_ptr + target_id * target_page + layer * target_layer
         words = item % blocks * BLOCK + tl.arange(0, BLOCK)
         tl.store(target + words, tl.load(source + words, mask=words < WORDS), mask=words < WORDS)
 
@@ -46,46 +51,60 @@ _launcher = TritonLauncher(_copy_kernel)
 
 
 def copy_pages(
-    source: torch.Tensor, target: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
+    source: torch.Tensor,
+    target: torch.Tensor,
+    source_slots: torch.Tensor,
+    target_slots: torch.Tensor,
+    page_size: int,
 ) -> None:
-    """Copy page source_pages[n], all its layers, to page target_pages[n], on the current stream.
+    """Copy the page of source_slots[n], all its layers, to the page of target_slots[n], on the current stream.
+
+    A slot of a page stands for the page, slot // page_size, so that a load of many layers computes no page ids.
 
     Args:
         source, target: uint8 [P, L, row_bytes], rows contiguous, any strides between pages and between layers, of
             multiples of 16 bytes as row_bytes is. One of them may be page-locked memory of the host.
-        source_pages, target_pages: int64 [N], page ids, no target twice; on the device that copies.
+        source_slots, target_slots: int64 [N], any stride, no page of the target twice; on the device that copies.
+        page_size: slots of a page.
 
     Raises:
         ValueError: rows that are not of one size, or not aligned.
     """
     _check(source, target)
-    if not len(source_pages):
+    if not len(source_slots):
         return
     words = [x.view(torch.int32) for x in (source, target)]
     _launcher(
         (PROGRAMS, 1, 1),
         source_ptr=words[0],
         target_ptr=words[1],
-        source_pages_ptr=source_pages,
-        target_pages_ptr=target_pages,
-        num_pages=len(source_pages),
+        source_slots_ptr=source_slots,
+        target_slots_ptr=target_slots,
+        stride_source_slots=source_slots.stride(0),
+        stride_target_slots=target_slots.stride(0),
+        num_pages=len(source_slots),
         num_layers=source.shape[1],
         source_page=words[0].stride(0),
         source_layer=words[0].stride(1),
         target_page=words[1].stride(0),
         target_layer=words[1].stride(1),
         WORDS=words[0].shape[2],
+        PAGE=page_size,
         BLOCK=BLOCK,
         num_warps=8,
     )
 
 
 def copy_pages_by_torch(
-    source: torch.Tensor, target: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
+    source: torch.Tensor,
+    target: torch.Tensor,
+    source_slots: torch.Tensor,
+    target_slots: torch.Tensor,
+    page_size: int,
 ) -> None:
     """Do the same in torch, where both are in the memory of a CPU."""
     _check(source, target)
-    target[target_pages] = source[source_pages]
+    target[target_slots // page_size] = source[source_slots // page_size]
 
 
 def _check(source: torch.Tensor, target: torch.Tensor) -> None:
