@@ -4,7 +4,8 @@
     python -m benchmarks.kernels.bench_copy_pages --output benchmarks/results/copy_pages.csv
 
 The pages of --tokens tokens, all layers, scattered over both memories: to the host all layers at once, as
-HiCache copies them, and from it layer by layer. "memcpy" copies as many bytes in one piece by the copy engine. Every
+HiCache copies them, and from it layer by layer. "memcpy" copies as many bytes in one piece by the copy engine, "kernel"
+writes as a load reads, which a server does not. Every
 copy is compared with its source before it is timed. --beside REQUESTSxCONTEXT times a decode layer of that shape while
 copies run on a stream beside it, against the same layer alone.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from kvarn_kernels.config import KVarNConfig
@@ -47,16 +49,22 @@ class Pages:
             for pages in (self.source_pages, self.target_pages)
         )
         self.num_bytes = count * layers * row_bytes
+        self._write = module.StagedWrite(layers, row_bytes, torch.device(device))
+        self._host_slots = self.target_slots.cpu()
 
     def write(self) -> None:
         """Copy to the host."""
-        module.copy_pages(self.device, self.host, self.source_slots, self.target_slots, PAGE)
+        self._write(self.device, self.host, self.source_slots, self._host_slots, PAGE)
 
-    def load(self) -> None:
+    def write_by_kernel(self, programs: int) -> None:
+        """Copy to the host as a load copies."""
+        module.copy_pages(self.device, self.host, self.source_slots, self.target_slots, PAGE, programs)
+
+    def load(self, programs: int = 0) -> None:
         """Copy back from it, layer by layer."""
         for n in range(self.device.shape[1]):
             one = slice(n, n + 1)
-            module.copy_pages(self.host[:, one], self.device[:, one], self.target_slots, self.source_slots, PAGE)
+            module.copy_pages(self.host[:, one], self.device[:, one], self.target_slots, self.source_slots, PAGE, programs)
 
     def check(self) -> None:
         """Compare both ways with the source.
@@ -102,7 +110,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=8, metavar="N", help="KV heads of a rank.")
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128, 256), help="Channels of a head.")
     parser.add_argument("--tokens", type=int, default=32_768, metavar="N", help="Tokens whose pages are copied.")
-    text = "Programs of our kernel; each number is measured."
+    text = "Programs of our kernel; each number is measured, a server takes 8."
     parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 64, 132], metavar="N", help=text)
     text = "Also time a decode layer of so many requests x tokens beside copies. Without it none."
     parser.add_argument("--beside", metavar="S", help=text)
@@ -132,10 +140,10 @@ def main() -> None:
 
     report("memcpy", "write", lambda: one.copy_(other, non_blocking=True))
     report("memcpy", "load", lambda: other.copy_(one, non_blocking=True))
+    report(args.preset, "write", pages.write)
     for programs in args.programs:
-        module.PROGRAMS = programs
-        report(args.preset, "write", pages.write, programs=programs)
-        report(args.preset, "load", pages.load, programs=programs)
+        report("kernel", "write", partial(pages.write_by_kernel, programs), programs=programs)
+        report(args.preset, "load", partial(pages.load, programs), programs=programs)
     if args.beside:
         batch, context = (int(n) for n in args.beside.split("x"))
         shape = AttentionShape(4 * args.kv_heads, args.kv_heads, args.head_dim, torch.bfloat16)
@@ -148,10 +156,11 @@ def main() -> None:
             print(f"decode beside {direction:10} {more} {taken.value:8.2f} us", flush=True)
 
         slowed("none", None)
+        slowed("write", pages.write)
+        slowed("memcpy write", lambda: one.copy_(other, non_blocking=True))
         for programs in args.programs:
-            module.PROGRAMS = programs
-            slowed("write", pages.write, programs=programs)
-            slowed("load", pages.load, programs=programs)
+            slowed("kernel write", partial(pages.write_by_kernel, programs), programs=programs)
+            slowed("load", partial(pages.load, programs), programs=programs)
         slowed("none", None)
 
 

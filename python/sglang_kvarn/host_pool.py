@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from kvarn_kernels.record import tile
 from kvarn_kernels.record.format import first_token_dtype
-from kvarn_kernels.transfer.copy_pages import copy_pages, copy_pages_by_torch
+from kvarn_kernels.transfer.copy_pages import StagedWrite, copy_pages, copy_pages_by_torch
 
 from sglang_kvarn import compat
 from sglang_kvarn.pool import HostSource, KVarNTokenToKVPool
+
+# what SGLang calls pages that are contiguous
+LAYOUT = "page_first"
 
 
 class KVarNHostPool(compat.HostKVCache):
@@ -49,7 +52,10 @@ class KVarNHostPool(compat.HostKVCache):
         self.layer_num = self.target_layer_num = pool.layer_num
         self._row_bytes = pool.slab[0, 0].nbytes
         self.page_bytes = pool.layer_num * self._row_bytes
-        self._copy = copy_pages if pool.slab.is_cuda else copy_pages_by_torch
+        self._load = self._write = copy_pages_by_torch
+        if pool.slab.is_cuda:
+            self._load = copy_pages
+            self._write = StagedWrite(pool.layer_num, self._row_bytes, pool.slab.device)
         self.can_use_jit = False
         first_tokens = first_token_dtype(pool.shape.dtype)
         self._header = int(tile.header(first_tokens == torch.bfloat16))
@@ -61,11 +67,13 @@ class KVarNHostPool(compat.HostKVCache):
             host_to_device_ratio=host_to_device_ratio,
             host_size=host_size,
             page_size=page_size,
-            layout=layout,
+            layout=LAYOUT,
             pin_memory=pool.slab.is_cuda,
             device="cpu",
             allocator_type=kwargs.get("allocator_type") or "default",
         )
+        # SGLang then leaves the slots of the host on the host when it writes, as a copy engine needs them
+        self.can_use_write_back_jit = True
         pool.attach_host(self)
 
     @property
@@ -99,8 +107,8 @@ class KVarNHostPool(compat.HostKVCache):
         self, device_pool: Any, host_indices: torch.Tensor, device_indices: torch.Tensor, io_backend: str
     ) -> None:
         """Copy the pages of slots of the device to those of slots of the host, on the current stream."""
-        slots = self._firsts(device_indices), self._firsts(host_indices)
-        self._copy(self._device_pages, self.kv_buffer, *slots, self.page_size)
+        slots = self._firsts(device_indices), host_indices[:: self.page_size]
+        self._write(self._device_pages, self.kv_buffer, *slots, self.page_size)
 
     def load_to_device_per_layer(
         self,
@@ -118,7 +126,7 @@ class KVarNHostPool(compat.HostKVCache):
         """
         one = slice(layer_id, layer_id + 1)
         slots = self._firsts(host_indices), self._firsts(device_indices)
-        self._copy(self.kv_buffer[:, one], self._device_pages[:, one], *slots, self.page_size)
+        self._load(self.kv_buffer[:, one], self._device_pages[:, one], *slots, self.page_size)
 
     def get_data_page(self, index: Any, flat: bool = True) -> torch.Tensor:
         """Return the bytes of the page that a slot begins, for a storage."""

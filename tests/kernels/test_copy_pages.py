@@ -5,7 +5,7 @@ import pytest
 import torch
 from builders import DEVICE
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.transfer.copy_pages import copy_pages, copy_pages_by_torch
+from kvarn_kernels.transfer.copy_pages import StagedWrite, copy_pages, copy_pages_by_torch
 
 FORMS = {"triton": copy_pages, "torch": copy_pages_by_torch}
 if torch.cuda.is_available():
@@ -61,6 +61,33 @@ def test_any_slot_of_a_page_names_it(form, page_size, places):
     host[[1, 9]] = 0
     form(device, host, source.clone(), target.clone(), page_size)
     assert torch.equal(host, expected)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 9])
+@pytest.mark.parametrize(
+    "targets", [(10, 2, 0), (4, 5, 6), (0, 1, 9), (8, 2, 3), (3, 2, 1), (7,), ()], ids=lambda pages: str(pages)
+)
+def test_staged_writes_copy_the_named_pages_whatever_fits(room, targets):
+    row_bytes = 48
+    device, host = memory(row_bytes, seed=room)
+    expected, sources = host.clone(), (5, 0, 3)[: len(targets)]
+    if targets:
+        expected[list(targets)] = device[list(sources)].cpu()
+    write = StagedWrite(LAYERS, row_bytes, DEVICE, staging_bytes=room * LAYERS * row_bytes + 1)
+    write(device, host, slots(*sources), slots(*targets, place=5).cpu(), 128)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(host, expected)
+
+
+def test_staged_writes_need_room_for_one_page_at_least():
+    device, host = memory(64, seed=3)
+    before = device.cpu()
+    write = StagedWrite(LAYERS, 64, DEVICE, staging_bytes=1)
+    write(device, host, slots(1, 4), slots(8, 9).cpu(), 128)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(host[[8, 9]], before[[1, 4]])
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

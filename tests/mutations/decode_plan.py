@@ -43,6 +43,20 @@ MUTATIONS = (
         (f"{TEST_KNOWN_KERNELS}::test_decode_writes_nothing_behind_the_split_buffer",),
     ),
     Mutation(
+        "more splits planned than the workspace holds",
+        DECODE_PLAN,
+        "tl.minimum(_wanted_splits(tl.sum(units, 0), batch_size, PROGRAMS, RESIDENT), most)",
+        "_wanted_splits(tl.sum(units, 0), batch_size, PROGRAMS, RESIDENT)",
+        (TEST_DECODE_PLAN,),
+    ),
+    Mutation(
+        "waves chosen by the sum of a step instead of its mean",
+        DECODE_PLAN,
+        "tl.maximum(batch_size * per_request, 1)",
+        "tl.maximum(per_request, 1)",
+        (TEST_DECODE_PLAN,),
+    ),
+    Mutation(
         "splits of a fixed order planned by the batch",
         DECODE_PLAN,
         "return FIXED_SPLIT_UNITS if config.fixed_order else 0",

@@ -208,14 +208,14 @@ MUTATIONS = (
     Mutation(
         "draft sees those after it",
         DECODE_SM90,
-        "start + n <= newest[c][h] && ",
+        "start + i <= newest[c][h] && ",
         "",
         (SHARED_SPLITS,),
     ),
     Mutation(
         "draft reads a page exactly that it reads as a record too",
         DECODE_SM90,
-        " && start + n >= exact_from[c][h] * G",
+        " && start + i >= exact_from[c][h] * G",
         "",
         (SHARED_SPLITS,),
     ),
@@ -250,8 +250,8 @@ MUTATIONS = (
     Mutation(
         "second tile of columns reads the pages of the first as records",
         DECODE_SM90,
-        "sees[c][0] = p < exact_from[c][0];",
-        "sees[c][0] = p < exact_from[0][0];",
+        "sees[c][0] = begin + n < exact_from[c][0];",
+        "sees[c][0] = begin + n < exact_from[0][0];",
         (SHARED_SPLITS,),
     ),
     Mutation(

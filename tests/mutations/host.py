@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "pages copied to the host from where they go",
         HOST_POOL,
-        "self._firsts(device_indices), self._firsts(host_indices)\n",
-        "self._firsts(host_indices), self._firsts(device_indices)\n",
+        "self._firsts(device_indices), host_indices[:: self.page_size]\n",
+        "self._firsts(host_indices), device_indices[:: self.page_size]\n",
         (_WRITTEN,),
     ),
     Mutation(
@@ -115,8 +115,8 @@ MUTATIONS = (
     Mutation(
         "a load that puts the last layer in the place of all",
         HOST_POOL,
-        "self._copy(self.kv_buffer[:, one], self._device_pages[:, one], *slots",
-        "self._copy(self.kv_buffer[:, -1:], self._device_pages[:, one], *slots",
+        "self._load(self.kv_buffer[:, one], self._device_pages[:, one], *slots",
+        "self._load(self.kv_buffer[:, -1:], self._device_pages[:, one], *slots",
         (_READ,),
     ),
     Mutation(
@@ -180,6 +180,27 @@ MUTATIONS = (
         COPY_PAGES,
         "page.to(tl.int64) * stride_target_slots",
         "page.to(tl.int64)",
+        (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "a run of pages that goes on where it ended (staged write)",
+        COPY_PAGES,
+        "pages[n] != pages[n - 1] + 1",
+        "pages[n] < pages[n - 1]",
+        (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "every part of a write to the pages of the first (staged write)",
+        COPY_PAGES,
+        "at = pages[start + first]",
+        "at = pages[first]",
+        (TEST_COPY_PAGES,),
+    ),
+    Mutation(
+        "every part of a write from the pages of the first (staged write)",
+        COPY_PAGES,
+        "own = source_slots[some]",
+        "own = source_slots[: len(source_slots[some])]",
         (TEST_COPY_PAGES,),
     ),
     Mutation(

@@ -85,7 +85,7 @@ def test_a_page_comes_back_from_a_storage(pool, make):
 
 def test_a_load_computes_no_page_ids_on_the_device(pool, make):
     host, given = make(), []
-    host._copy = lambda source, target, *slots: given.append(slots)
+    host._load = lambda source, target, *slots: given.append(slots)
     whole = slots(3, 9), slots(1, 4)
     for number in range(len(LAYERS)):
         host.load_to_device_per_layer(pool, *whole, number, "kernel")

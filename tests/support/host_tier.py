@@ -79,7 +79,9 @@ class HostTier:
         calls.set_fences(self.controller, pool.forward_stream)
         self.host = calls.host_pool(self.tree)
         assert self.host.page_num == options.pages, "the pages that were asked for"
-        self._copy, self.host._copy = self.host._copy, self._launch_copy
+        # one function on a CPU
+        self._copy = self.host._load
+        self.host._load = self.host._write = self._launch_copy
 
     def _launch_copy(self, source, target, source_slots, target_slots, page_size) -> None:
         kind = "host" if target.data_ptr() == self.host.kv_buffer.data_ptr() else "device"

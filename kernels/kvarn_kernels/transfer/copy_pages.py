@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of whole pages between the memory of a device and that of its host."""
+"""Copies of whole pages between the memory of a device and that of its host.
+
+A load is a kernel that reads the memory of the host. A write is not: programs that write there fill the queues of the
+GPU's own memory, and decode beside them takes 1.15 to 3.7 times as long (H200, 64 requests of 16,384 tokens, 4 to 16
+programs at 52 GB/s; benchmarks/results/copy_pages.csv). So pages are gathered in device memory, from where the copy
+engine takes them, page by page or several that follow each other at once.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -9,8 +17,13 @@ import triton.language as tl
 
 from kvarn_kernels.device.launch import TritonLauncher
 
-# programs of a copy: so few leave the multiprocessors to the forward pass beside it. Not measured yet
-PROGRAMS = 16
+# programs of a load, the fewest that reach the speed of the link: 50 of 55 GB/s on an H200, where 4 reach 33; decode
+# beside it takes 1.03 times as long
+LOAD_PROGRAMS = 8
+# programs that gather what the copy engine takes: several times as fast as the link
+GATHER_PROGRAMS = 32
+# bytes of device memory in which pages are gathered, if a page is not larger
+STAGING_BYTES = 16 << 20
 # 32-bit words that a program has in flight at once: 4 vectors of 16 bytes for each of 256 threads
 BLOCK = 4096
 # bytes of a vector, to which rows must be aligned
@@ -56,6 +69,7 @@ def copy_pages(
     source_slots: torch.Tensor,
     target_slots: torch.Tensor,
     page_size: int,
+    programs: int = 0,
 ) -> None:
     """Copy the page of source_slots[n], all its layers, to the page of target_slots[n], on the current stream.
 
@@ -65,7 +79,7 @@ def copy_pages(
         source, target: uint8 [P, L, row_bytes], rows contiguous, any strides between pages and between layers, of
             multiples of 16 bytes as row_bytes is. One of them may be page-locked memory of the host.
         source_slots, target_slots: int64 [N], any stride, no page of the target twice; on the device that copies.
-        page_size: slots of a page.
+        page_size: slots of a page; programs: 0 for LOAD_PROGRAMS.
 
     Raises:
         ValueError: rows that are not of one size, or not aligned.
@@ -75,7 +89,7 @@ def copy_pages(
         return
     words = [x.view(torch.int32) for x in (source, target)]
     _launcher(
-        (PROGRAMS, 1, 1),
+        (programs or LOAD_PROGRAMS, 1, 1),
         source_ptr=words[0],
         target_ptr=words[1],
         source_slots_ptr=source_slots,
@@ -93,6 +107,49 @@ def copy_pages(
         BLOCK=BLOCK,
         num_warps=8,
     )
+
+
+class StagedWrite:
+    """Copies of pages of a device to page-locked memory of its host, through memory of the device."""
+
+    def __init__(self, layers: int, row_bytes: int, device: torch.device, staging_bytes: int = STAGING_BYTES) -> None:
+        """Allocate that memory: as many pages as fit staging_bytes, at least one."""
+        pages = max(1, staging_bytes // (layers * row_bytes))
+        self._staging = torch.empty(pages, layers, row_bytes, dtype=torch.uint8, device=device)
+        self._places = torch.arange(pages, device=device)
+
+    def __call__(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        source_slots: torch.Tensor,
+        target_slots: torch.Tensor,
+        page_size: int,
+    ) -> None:
+        """Do what `copy_pages` does, on the current stream.
+
+        Args:
+            source_slots: on the device; target_slots: on the host, which orders the copies. Pages of the target are
+                contiguous.
+        """
+        pages, room = (target_slots // page_size).tolist(), len(self._staging)
+        for start in range(0, len(pages), room):
+            some = slice(start, start + room)
+            own = source_slots[some]
+            places = self._places[: len(own)] * page_size
+            copy_pages(source, self._staging, own, places, page_size, GATHER_PROGRAMS)
+            for first, end in _runs(pages[some]):
+                at = pages[start + first]
+                target[at : at + end - first].copy_(self._staging[first:end], non_blocking=True)
+
+
+def _runs(pages: list[int]) -> Iterator[tuple[int, int]]:
+    """Return (first, end) of the longest runs of pages that follow each other."""
+    first = 0
+    for n in range(1, len(pages) + 1):
+        if n == len(pages) or pages[n] != pages[n - 1] + 1:
+            yield first, n
+            first = n
 
 
 def copy_pages_by_torch(
