@@ -64,7 +64,8 @@ class Pages:
         """Copy back from it, layer by layer."""
         for n in range(self.device.shape[1]):
             one = slice(n, n + 1)
-            module.copy_pages(self.host[:, one], self.device[:, one], self.target_slots, self.source_slots, PAGE, programs)
+            host, device = self.host[:, one], self.device[:, one]
+            module.copy_pages(host, device, self.target_slots, self.source_slots, PAGE, programs)
 
     def check(self) -> None:
         """Compare both ways with the source.
