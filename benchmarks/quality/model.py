@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from kvarn_kernels import balance
-from sglang_kvarn import compat
 
 from benchmarks.quality import caches
 from benchmarks.quality.frames import UNTOUCHED, Frame
 
 ATTENTION = "bench_quality"
+# classes of transformers that compute what SGLang's class of this name does, with RoPE over whole heads
+BALANCED = {
+    *("LlamaAttention", "MixtralAttention", "Qwen2Attention", "Qwen2MoeAttention"),
+    *("Qwen3Attention", "Qwen3MoeAttention"),
+}
 
 
 class Model:
@@ -85,16 +89,15 @@ class Model:
                 layer.self_attn = module
 
     def _balance(self, module: Any, norm: Any) -> None:
-        # transformers names its classes as SGLang does
-        if type(module).__name__ not in {path.rpartition(".")[2] for path in compat.PLAIN_ATTENTION}:
+        if type(module).__name__ not in BALANCED:
             return
+        projections = [(linear.weight, linear.bias) for linear in (module.q_proj, module.k_proj, module.v_proj)]
         weights = balance.attention_weights(
-            module.head_dim,
-            [(projection.weight, projection.bias) for projection in (module.q_proj, module.k_proj, module.v_proj)],
+            [tuple(None if x is None else x.unflatten(0, (-1, module.head_dim)) for x in pair) for pair in projections],
             module.o_proj.weight,
             balance.rope_partners(module.head_dim, module.head_dim, neox=True),
             inputs=norm.weight.detach(),
-            norms=[norm.weight for norm in (module.q_norm, module.k_norm)] if hasattr(module, "q_norm") else (),
+            norms=balance.Norms(module.q_norm.weight, module.k_norm.weight) if hasattr(module, "q_norm") else None,
         )
         if (chosen := balance.choose(weights)) is None:
             return

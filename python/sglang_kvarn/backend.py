@@ -125,11 +125,10 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         q = q.reshape(-1, layer.tp_q_head_num, head_dim)
         k = k.reshape(-1, layer.tp_k_head_num, head_dim)
         v = v.reshape(-1, layer.tp_v_head_num, head_dim)
+        q, k = balanced_layers.multiplied(layer, q, k)
         # a prefill graph pads the tokens; zeros, so that nothing undefined flows on through their rows
         out = torch.zeros_like(q) if q.shape[0] > step.batch.num_tokens else torch.empty_like(q)
         cache = self.pool.layer_cache(layer.layer_id)
         self.attention.attend(QKV(q, k, v), out, cache, step, layer.scaling)
-        if (bias := balanced_layers.output_bias(layer)) is not None:
-            # [T, Hk, M, D] += [Hk, 1, D]
-            out.unflatten(1, (layer.tp_k_head_num, -1)).add_(bias[:, None])
+        balanced_layers.add_output_bias(layer, out)
         return out.view(-1, layer.tp_q_head_num * head_dim)

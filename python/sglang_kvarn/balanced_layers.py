@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention modules of SGLang that `balance` can rewrite, and their state while a server runs."""
+"""Attention modules of SGLang that `balance` rewrites, and their state while a server runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from kvarn_kernels import balance
 from kvarn_kernels.balance import AttentionWeights, Balance
 
-from sglang_kvarn import compat, settings
+from sglang_kvarn import attention_modules, compat, settings
 
 logger = logging.getLogger(__name__)
 
@@ -38,37 +38,58 @@ def balance_layers(model_runner: Any) -> None:
     if sharer := compat.sharer_of_weights(model_runner.server_args):
         logger.info("KVarN leaves the channels of the weights as they are: %s is in use", sharer)
         return
-    balanced = []
-    for module, layer in _attention_modules(model_runner.model):
-        if hasattr(module.attn, _STATE) or (weights := _weights(module, layer)) is None:
+    balanced, packed = [], []
+    for module, parent in attention_modules.known(model_runner.model):
+        if hasattr(module.attn, _STATE):
             continue
-        if (chosen := balance.choose(weights)) is not None:
+        if (weights := attention_modules.weights(module, parent)) is None:
+            packed.append(type(module).__name__)
+        elif (chosen := balance.choose(weights)) is not None:
             chosen.put_in(weights)
             setattr(module.attn, _STATE, chosen)
             balanced.append(chosen)
     if balanced:
         setattr(model_runner.model, _STATE, True)
-        logger.info(
-            "KVarN balanced the channels of %d heads, by up to %g, and keeps a bias of the values out of the cache in "
-            "%d layers; %d layers have other weights",
-            sum(chosen.heads for chosen in balanced),
-            max(chosen.largest for chosen in balanced),
-            sum(chosen.output_bias is not None for chosen in balanced),
-            len(balanced),
-        )
-    if unknown := _unknown_modules(model_runner.model):
-        logger.info(
-            "KVarN leaves the channels of %d attention layers as they are, because it does not know what %s computes "
-            "around attention",
-            len(unknown),
-            ", ".join(sorted(set(unknown))),
-        )
+        _log_balanced(balanced)
+    _log_left(packed, "the weights of %s are quantised, or packed for a CPU")
+    _log_left(attention_modules.unknown(model_runner.model), "it does not know what %s computes around attention")
 
 
-def output_bias(layer: Any) -> torch.Tensor | None:
-    """Return what to add to the output of an attention layer, [Hk, D] for the query heads of each KV head."""
+def _log_balanced(balanced: list[Balance]) -> None:
+    logger.info(
+        "KVarN balanced the channels of %d heads in %d layers, by up to %g; in %d of these layers a bias of the values "
+        "stays out of the cache, in %d queries and keys are multiplied behind RoPE",
+        sum(chosen.heads for chosen in balanced),
+        len(balanced),
+        max(chosen.largest for chosen in balanced),
+        sum(chosen.output_bias is not None for chosen in balanced),
+        sum(chosen.queries_and_keys is not None for chosen in balanced),
+    )
+
+
+def _log_left(classes: list[str], reason: str) -> None:
+    """Say of which attention layers, by class, the channels stay as they are."""
+    if classes:
+        named = ", ".join(sorted(set(classes)))
+        start = "KVarN leaves the channels of %d attention layers as they are, because "
+        logger.info(start + reason, len(classes), named)
+
+
+def multiplied(layer: Any, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return queries [T, Hq, D] and keys [T, Hk, D] of an attention layer with the factors that its weights lack."""
     chosen: Balance | None = getattr(layer, _STATE, None)
-    return None if chosen is None else chosen.output_bias
+    if chosen is None or chosen.queries_and_keys is None:
+        return q, k
+    of_queries, of_keys = chosen.queries_and_keys
+    return q * of_queries, k * of_keys
+
+
+def add_output_bias(layer: Any, out: torch.Tensor) -> None:
+    """Add to the output [T, Hq, D] of an attention layer, in place, the bias that its values lack."""
+    chosen: Balance | None = getattr(layer, _STATE, None)
+    if chosen is not None and chosen.output_bias is not None:
+        # [T, Hk, M, D] += [Hk, 1, D]
+        out.unflatten(1, (len(chosen.output_bias), -1)).add_(chosen.output_bias[:, None])
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -102,45 +123,8 @@ def with_plain_weights(original: Callable[..., Any], self: Any, *args: Any, **kw
 
 
 def _balanced(model: torch.nn.Module) -> Iterator[tuple[Balance, AttentionWeights]]:
-    for module, layer in _attention_modules(model):
+    for module, parent in attention_modules.known(model):
         if (chosen := getattr(module.attn, _STATE, None)) is not None:
-            weights = _weights(module, layer)
+            weights = attention_modules.weights(module, parent)
             assert weights is not None, "weights that were balanced keep their shape"
             yield chosen, weights
-
-
-def _attention_modules(model: torch.nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Yield the attention modules whose arithmetic is known, each with its decoder layer."""
-    for layer in model.modules():
-        for module in layer.children():
-            if compat.is_plain_attention(module):
-                yield module, layer
-
-
-def _unknown_modules(model: torch.nn.Module) -> list[str]:
-    """Return the class of every module with an attention layer in it that `_attention_modules` leaves out."""
-    return [
-        type(module).__name__
-        for module in model.modules()
-        if any(isinstance(child, compat.RadixAttention) for child in module.children())
-        and not compat.is_plain_attention(module)
-    ]
-
-
-def _weights(module: Any, layer: Any) -> AttentionWeights | None:
-    """Return the weights of a module of a decoder layer; None where they are not plain matrices of its heads."""
-    fused, output = module.qkv_proj, module.o_proj
-    heads, kv_heads, head_dim = module.attn.tp_q_head_num, module.attn.tp_k_head_num, module.attn.head_dim
-    widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
-    if not (compat.is_plain_matrix(fused, rows=sum(widths)) and compat.is_plain_matrix(output, columns=widths[0])):
-        return None
-    biases = [None] * 3 if fused.bias is None else fused.bias.detach().split(widths)
-    norm: Any = getattr(layer, "input_layernorm", None)
-    return balance.attention_weights(
-        head_dim,
-        list(zip(fused.weight.detach().split(widths), biases, strict=True)),
-        output.weight.detach(),
-        balance.rope_partners(head_dim, module.rotary_emb.rotary_dim, module.rotary_emb.is_neox_style),
-        inputs=norm.weight.detach().float() if compat.is_rms_norm(norm, fused.weight.shape[1]) else None,
-        norms=[norm.weight.detach() for norm in (module.q_norm, module.k_norm)] if hasattr(module, "q_norm") else (),
-    )

@@ -71,13 +71,12 @@ STOCK_STATE_RATIO = 0.9
 # see `resolution_target`: until 0.5.18, from 0.5.20 on
 RESOLUTION_TARGETS = ("server_args.ServerArgs.__post_init__", "server_args.ServerArgs.resolve_once")
 
-# Below sglang.srt.models, as 0.5.16 and 0.5.23 have them: q, k, v = qkv_proj(x), then q_norm and k_norm over each head
-# where there are any, RoPE, attention, o_proj; nothing else in between. Subclasses are others (Ministral3 scales q).
-PLAIN_ATTENTION = (
-    *("llama.LlamaAttention", "mixtral.MixtralAttention", "qwen2.Qwen2Attention", "qwen2_moe.Qwen2MoeAttention"),
-    *("qwen3.Qwen3Attention", "qwen3_moe.Qwen3MoeAttention"),
-)
-
+# RMSNorms below sglang.srt, and what they add to their weights; the last one is over the heads of all ranks
+_NORM_OFFSETS = {
+    "layers.layernorm.RMSNorm": 0,
+    "layers.layernorm.GemmaRMSNorm": 1,
+    "models.minimax_m2.MiniMaxM2RMSNormTP": 0,
+}
 
 # SGLang's configurations, by class, of models whose states are of a tested kind
 GATED_DELTA_NETS = {"Qwen3NextConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"}
@@ -435,17 +434,10 @@ def reserve_no_host_memory() -> None:
     resolve("sglang.srt.mem_cache.pool_host.base").HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
 
 
-def is_plain_attention(module: Any) -> bool:
-    """Whether the arithmetic of a module around attention is known, and its norms are of a known kind."""
+def rms_norm_offset(module: Any) -> int | None:
+    """Return what an RMSNorm of SGLang's adds to its weight, which is one for each channel; None for another module."""
     cls = type(module)
-    if f"{cls.__module__}.{cls.__qualname__}".removeprefix("sglang.srt.models.") not in PLAIN_ATTENTION:
-        return False
-    return all(is_rms_norm(getattr(module, name), None) for name in ("q_norm", "k_norm") if hasattr(module, name))
-
-
-def is_rms_norm(module: Any, size: int | None) -> bool:
-    """Whether a module is SGLang's RMSNorm with one weight for each of `size` channels, None for any number."""
-    return type(module) is resolve(_NAMES["RMSNorm"]) and (size is None or module.weight.shape == (size,))
+    return _NORM_OFFSETS.get(f"{cls.__module__}.{cls.__qualname__}".removeprefix("sglang.srt."))
 
 
 def is_plain_matrix(linear: Any, *, rows: int | None = None, columns: int | None = None) -> bool:

@@ -4,7 +4,17 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import BACKEND, BALANCE, BALANCED_LAYERS, ENGINE_BALANCE, TEST_BALANCE, TEST_BALANCED_LAYERS
+from .paths import (
+    ATTENTION_MODULES,
+    BACKEND,
+    BALANCE,
+    BALANCED_LAYERS,
+    ENGINE_BALANCE,
+    ENGINE_HYBRID,
+    TEST_ATTENTION_MODULES,
+    TEST_BALANCE,
+    TEST_BALANCED_LAYERS,
+)
 
 MUTATIONS = (
     Mutation(
@@ -24,9 +34,44 @@ MUTATIONS = (
     Mutation(
         "a value bias that is added nowhere",
         BACKEND,
-        "add_(bias[:, None])",
-        "add_(0 * bias[:, None])",
+        "        balanced_layers.add_output_bias(layer, out)\n",
+        "",
         (ENGINE_BALANCE,),
+    ),
+    Mutation(
+        "queries and keys of gated attention that lack their factors",
+        BACKEND,
+        "q, k = balanced_layers.multiplied(layer, q, k)",
+        "q, _ = balanced_layers.multiplied(layer, q, k)",
+        (ENGINE_HYBRID,),
+    ),
+    Mutation(
+        "factors in a norm that multiplies by its weight and one",
+        BALANCE,
+        "in_weights=norms is None or norms.offset == 0,",
+        "in_weights=True,",
+        (TEST_ATTENTION_MODULES,),
+    ),
+    Mutation(
+        "the gate in the place of the queries",
+        ATTENTION_MODULES,
+        "x[::parts]",
+        "x[parts - 1 :: parts]",
+        (f"{TEST_ATTENTION_MODULES}::test_weights_say_how_large_a_channel_is",),
+    ),
+    Mutation(
+        "norms that Falcon-H1 makes and leaves out",
+        ATTENTION_MODULES,
+        "if _name(module) == _WITHOUT_NORMS or not",
+        "if not",
+        (TEST_ATTENTION_MODULES,),
+    ),
+    Mutation(
+        "halves of a head as pairs where RoPE turns neighbours",
+        ATTENTION_MODULES,
+        "rope.is_neox_style)",
+        "True)",
+        (TEST_ATTENTION_MODULES,),
     ),
     Mutation(
         "an update into balanced weights",

@@ -16,25 +16,29 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 class Layer:
-    """Projections of an attention module with 6 query heads and 2 KV heads."""
+    """Projections of an attention module with 6 query heads and 2 KV heads.
+
+    Norms are of each head with one weight for all; of "all heads" at once; or of each head in "Gemma's form".
+    """
 
     def __init__(self, head_dim=64, *, dtype=torch.float32, bias=False, norms=False, inputs=None) -> None:
-        self.head_dim = head_dim
+        self.head_dim, self.over_all, self.offset = head_dim, norms == "all heads", int(norms == "Gemma's form")
         rows = [n * head_dim for n in (HEADS, KV_HEADS, KV_HEADS)]
         self.weights = [(torch.randn(n, HIDDEN) / HIDDEN**0.5).to(dtype) for n in rows]
         self.biases = [torch.randn(n).to(dtype) if bias else None for n in rows]
         self.output = torch.randn(HIDDEN, rows[0]).to(dtype)
-        self.norms = [1 + 0.1 * torch.rand(head_dim).to(dtype) for _ in range(2)] if norms else []
+        sizes = rows[:2] if self.over_all else [head_dim] * 2
+        self.norms = [1 + 0.1 * torch.rand(n).to(dtype) - self.offset for n in sizes] if norms else []
         self.inputs = inputs
 
     def views(self, rotary_dim=None, neox=True) -> balance.AttentionWeights:
+        projections = zip(self.weights, self.biases, strict=True)
         return balance.attention_weights(
-            self.head_dim,
-            list(zip(self.weights, self.biases, strict=True)),
+            [tuple(x if x is None else x.unflatten(0, (-1, self.head_dim)) for x in pair) for pair in projections],
             self.output,
             balance.rope_partners(self.head_dim, rotary_dim or self.head_dim, neox),
             inputs=self.inputs,
-            norms=self.norms,
+            norms=balance.Norms(*self.norms, self.offset) if self.norms else None,
         )
 
     def scale_keys(self, channels, factor) -> None:
@@ -52,16 +56,25 @@ class Layer:
     def tensors(self) -> list[torch.Tensor]:
         return [*self.weights, *(b for b in self.biases if b is not None), self.output, *self.norms]
 
-    def attend(self, x, neox=True, rotary_dim=None, extra=None) -> torch.Tensor:
-        """Return what the module makes of x [T, n], causally; extra [Hk, D] is added before o_proj."""
+    def attend(self, x, neox=True, rotary_dim=None, extra=None, multiplied=None) -> torch.Tensor:
+        """Return what the module makes of x [T, n], causally.
+
+        Args:
+            extra: [Hk, D], added before o_proj.
+            multiplied: [Hq, D] and [Hk, D], by which queries and keys are multiplied behind RoPE.
+        """
         q, k, v = (
             torch.nn.functional.linear(x, w, b).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
             for w, b in zip(self.weights, self.biases, strict=True)
         )
         if self.norms:
-            unit = (torch.nn.functional.rms_norm(a, (self.head_dim,)) for a in (q, k))
-            q, k = (a * weight for a, weight in zip(unit, self.norms, strict=True))
+            dims = (0, -1) if self.over_all else -1
+            unit = (a * torch.rsqrt(a.square().mean(dims, keepdim=True)) for a in (q, k))
+            by_head = (weight.view(-1, 1, self.head_dim) + self.offset for weight in self.norms)
+            q, k = (a * weight for a, weight in zip(unit, by_head, strict=True))
         q, k = (rope(a, rotary_dim or self.head_dim, neox) for a in (q, k))
+        if multiplied is not None:
+            q, k = (a * factors[:, None] for a, factors in zip((q, k), multiplied, strict=True))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         if extra is not None:
             out = out + extra.repeat_interleave(HEADS // KV_HEADS, 0)[:, None]
@@ -253,6 +266,57 @@ def test_norms_between_projection_and_rope_have_the_factors_of_the_keys():
     }
     assert all(torch.equal(a, b) for a, b in zip(layer.weights, before.weights, strict=True))
     assert torch.equal(layer.attend(x), expected)
+
+
+def test_a_norm_over_all_heads_has_the_factors_of_each_head():
+    layer = Layer(norms="all heads")
+    # of the first KV head and its three query heads
+    for norm, factor in zip(layer.norms, (1 / 16, 16), strict=True):
+        norm[: len(norm) // KV_HEADS].view(-1, 64)[:, OUTLIERS[True]] *= factor
+    layer.scale_keys([1, 33], 64)
+    before = copy.deepcopy(layer)
+    x = torch.randn(40, HIDDEN)
+    expected = layer.attend(x)
+    chosen = balance.choose(layer.views())
+    chosen.put_in(layer.views())
+    both = {1: 6, 33: 6}
+    for keys, factors in zip(chosen.keys, (dict.fromkeys(OUTLIERS[True], 4) | both, both), strict=True):
+        assert {c: n for c, n in enumerate(keys.tolist()) if n} == factors
+    assert all(torch.equal(a, b) for a, b in zip(layer.weights, before.weights, strict=True))
+    assert not same(layer, before) and torch.equal(layer.attend(x), expected)
+    chosen.take_out(layer.views())
+    assert same(layer, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_behind_a_norm_of_gemmas_form_queries_and_keys_are_multiplied(dtype):
+    layer = Layer(norms="Gemma's form", dtype=dtype)
+    for norm, factor in zip(layer.norms, (1 / 16, 16), strict=True):
+        norm[OUTLIERS[True]] = factor - 1
+    # in the first KV head, whatever the weights of the norm are
+    layer.weights[1][[1, 33]] *= 64
+    before = copy.deepcopy(layer)
+    x = torch.randn(40, HIDDEN).to(dtype)
+    expected = layer.attend(x)
+    chosen = balance.choose(layer.views())
+    chosen.put_in(layer.views())
+    assert same(layer, before)
+    of_queries, of_keys = chosen.queries_and_keys
+    assert of_queries.dtype == of_keys.dtype == dtype
+    assert torch.equal(of_keys, (-chosen.keys).exp2()) and of_queries.shape == (HEADS, 64)
+    large = [set((of_keys[head] < 1).nonzero().flatten().tolist()) for head in range(KV_HEADS)]
+    assert large == [{1, 33, *OUTLIERS[True]}, set(OUTLIERS[True])]
+    assert torch.equal(layer.attend(x, multiplied=chosen.queries_and_keys), expected)
+
+
+def test_no_factor_is_larger_than_fp16_holds_it_and_its_inverse():
+    layer = Layer(norms="Gemma's form")
+    for norm, factor in zip(layer.norms, (2.0**-20, 2.0**20), strict=True):
+        norm[OUTLIERS[True]] = factor - 1
+    chosen = balance.choose(layer.views())
+    assert chosen.largest == 2.0**balance.MOST
+    for factors in chosen.queries_and_keys:
+        assert torch.equal(factors.half().float(), factors) and (factors >= torch.finfo(torch.float16).tiny).all()
 
 
 def test_a_bias_of_the_values_is_added_to_the_output_instead():
