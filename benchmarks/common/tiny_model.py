@@ -98,11 +98,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 _ATTENTION = "kvarn_oracle"
 
 
-def save(folder: Path, family: str = "llama") -> str:
+def save(folder: Path, family: str = "llama", **changes: Any) -> str:
     """Write a model to a folder and return its name: float32, 2 layers, 4 query and 2 KV heads, D = 64.
 
     Args:
         family: a model_type of transformers; those of FAMILIES differ in more than their name.
+        changes: fields of the configuration.
     """
     shape = {
         "vocab_size": VOCABULARY,
@@ -118,7 +119,7 @@ def save(folder: Path, family: str = "llama") -> str:
     }
     _stay_off_the_hub()
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
-    config = model_class.config_class(**shape | FAMILIES.get(family, {}))
+    config = model_class.config_class(**shape | FAMILIES.get(family, {}) | changes)
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():

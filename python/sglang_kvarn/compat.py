@@ -84,6 +84,9 @@ MAMBA2 = {"FalconH1Config", "GraniteMoeHybridConfig", "NemotronHConfig"}
 # The first version whose model computes what the checkpoint was trained for: until 0.5.20 the residual of the last
 # layer is added a second time.
 _RIGHT_SINCE = {"GraniteMoeHybridConfig": "0.5.23"}
+# The first version, of those that are tested, that adds what states put out once; before, a layer adds the sum of all
+# ranks to the attention of each, and sums these again.
+_SUMS_ONCE_SINCE = {"FalconH1Config": "0.5.23"}
 # the first version, of those that are tested, whose model runs a verify step
 _VERIFIES_SINCE = {"FalconH1Config": "0.5.23"}
 
@@ -258,6 +261,26 @@ def has_gated_delta_nets(config: Any) -> bool:
 def adds_last_residual_twice(config: Any) -> bool:
     """Whether SGLang's own code of the model of a `hybrid_config` has this error."""
     return not _since(_RIGHT_SINCE.get(type(config).__name__, "0"))
+
+
+def adds_states_per_rank(config: Any) -> bool:
+    """Whether several ranks answer something else than one does, by SGLang's code of the model of a `hybrid_config`."""
+    return not _since(_SUMS_ONCE_SINCE.get(type(config).__name__, "0"))
+
+
+def shares_states(config: Any, ranks: int) -> bool:
+    """Whether SGLang can share the states of a `hybrid_config` among so many ranks: heads, and groups of their inputs.
+
+    Every rank may hold the one group of a Mamba-2 layer that has no other.
+    """
+    if has_gated_delta_nets(config):
+        heads, groups, is_repeated = config.linear_num_value_heads, config.linear_num_key_heads, False
+    else:
+        # first the names of Nemotron-H, which has more of them than it reads
+        heads = getattr(config, "mamba_num_heads", None) or config.mamba_n_heads
+        groups = getattr(config, "n_groups", None) or config.mamba_n_groups
+        is_repeated = groups == 1
+    return heads % ranks == 0 and (groups % ranks == 0 or is_repeated)
 
 
 def verifies_drafts(config: Any) -> bool:

@@ -328,6 +328,7 @@ def check_arguments(server_args: Any) -> None:
     _check_table(server_args, ARGUMENTS)
     if is_ours:
         check_ranks(server_args.tp_size, compat.model_config(server_args), on_cpu=server_args.device == "cpu")
+        check_ranks_of_states(server_args.tp_size, compat.model_config(server_args))
 
 
 def _check_table(server_args: Any, refusals: Iterable[Refusal]) -> None:
@@ -507,6 +508,28 @@ def check_ranks(ranks: int, model_config: Any, *, on_cpu: bool) -> None:
         f"--tp-size {ranks} cannot share the {qo_heads} query heads and {kv_heads} KV heads of this model"
         f"{' on a CPU' if on_cpu else ''}: set --tp-size to {' or '.join(sizes)}"
     )
+
+
+def check_ranks_of_states(ranks: int, model_config: Any) -> None:
+    """Refuse a number of ranks among which SGLang shares the states of a hybrid model wrongly, or cannot share them.
+
+    Raises:
+        Refused: the model, the ranks, and what to set.
+    """
+    if ranks == 1 or (states := compat.hybrid_config(model_config)) is None:
+        return
+    model = model_config.hf_config.architectures[0]
+    if compat.adds_states_per_rank(states):
+        raise Refused(
+            f"--tp-size {ranks} cannot be combined with {model} in SGLang {compat.version()}, which adds what states "
+            "put out once for each rank, whatever the cache: take SGLang 0.5.23 or set --tp-size to 1"
+        )
+    if not compat.shares_states(states, ranks):
+        sizes = [str(n) for n in range(1, ranks) if compat.shares_states(states, n)]
+        raise Refused(
+            f"--tp-size {ranks} cannot share the states of {model}, because their heads or groups are no multiple of "
+            f"{ranks}: set --tp-size to {' or '.join(sizes)}"
+        )
 
 
 def check_device(device: str, dtype: torch.dtype) -> None:

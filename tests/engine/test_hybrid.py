@@ -10,7 +10,7 @@ from pathlib import Path
 import hybrids
 import pytest
 import states_on_cpu
-from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2, OPTIONS, PRESET, STEP
+from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2, OPTIONS, PRESET, STEP, TWO_RANKS
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import tiny_model
@@ -171,10 +171,14 @@ def test_retraction_changes_no_token_and_a_hit_reads_the_window_preset_from_reco
     assert sessions.items() <= facts["cached_sessions"].items()
 
 
+# SGLang 0.5.16 sums the states of Falcon-H1 wrongly, which is refused
+RANKED = [name for name in FAMILIES if name != "falcon_h1" or HAS_PREFIX_CACHE]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("family", MAMBA2)
+@pytest.mark.parametrize("family", RANKED)
 def test_two_ranks_answer_as_the_oracle(family, start_engine, tmp_path):
-    folder = tiny_model.save(tmp_path, family)
+    folder = tiny_model.save(tmp_path, family, **TWO_RANKS.get(family, {}))
     tokens, expected = steady(folder, 300)
     longer, continued = steady(folder, 372, after=tokens, cached=256 * HAS_PREFIX_CACHE)
     with start_engine(model_path=folder, kv_cache_dtype=PRESET, tp_size=2, **OPTIONS) as engine:

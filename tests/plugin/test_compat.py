@@ -115,6 +115,13 @@ def test_a_model_with_an_error_is_known_by_its_version(monkeypatch, name, found,
     assert not compat.adds_last_residual_twice(None)
 
 
+@pytest.mark.parametrize(("found", "wrong"), [("0.5.16", True), ("0.5.20", True), ("0.5.23", False)])
+def test_ranks_that_sum_states_twice_are_known_by_the_version(monkeypatch, found, wrong):
+    monkeypatch.setattr(compat, "version", lambda: found)
+    assert compat.adds_states_per_rank(type("FalconH1Config", (), {})()) is wrong
+    assert not compat.adds_states_per_rank(type("NemotronHConfig", (), {})())
+
+
 def test_layers_that_stop_at_drafts_are_known_by_their_version(monkeypatch):
     falcon, other = type("FalconH1Config", (), {})(), type("NemotronHConfig", (), {})()
     monkeypatch.setattr(compat, "version", lambda: "0.5.16")

@@ -197,6 +197,39 @@ def test_launch_refuses_a_hybrid_whose_code_in_sglang_is_wrong(launch, checkpoin
         launch("GraniteMoeHybridForCausalLM", "granitemoehybrid", {})
 
 
+FOUR_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+# heads and groups of states
+SHARED_STATES = [
+    ("FalconH1ForCausalLM", "falcon_h1", {"mamba_n_heads": 32, "mamba_n_groups": 1, "mamba_d_ssm": 1024}, None),
+    ("FalconH1ForCausalLM", "falcon_h1", {"mamba_n_heads": 32, "mamba_n_groups": 2, "mamba_d_ssm": 1024}, "1 or 2"),
+    ("NemotronHForCausalLM", "nemotron_h", {"mamba_num_heads": 128, "n_groups": 8}, None),
+    ("NemotronHForCausalLM", "nemotron_h", {"mamba_num_heads": 6, "n_groups": 1}, "1 or 2 or 3"),
+    ("Qwen3NextForCausalLM", "qwen3_next", {"linear_num_value_heads": 32, "linear_num_key_heads": 16}, None),
+    ("Qwen3NextForCausalLM", "qwen3_next", {"linear_num_value_heads": 4, "linear_num_key_heads": 1}, "1"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "model_type", "states", "sizes"), SHARED_STATES)
+def test_launch_refuses_ranks_that_cannot_share_states(
+    launch, checkpoints, monkeypatch, architecture, model_type, states, sizes
+):
+    monkeypatch.setattr(compat, "_SUMS_ONCE_SINCE", {})
+    changes = FOUR_HEADS | states
+    arguments = CHANGES.get(architecture, {}) | changes, HYBRID_ARGUMENTS | {"tp_size": 4}
+    if sizes is None:
+        launch(architecture, model_type, arguments[0], **arguments[1])
+        return
+    with pytest.raises(ValueError, match=rf"cannot share the states of {architecture}, .* set --tp-size to {sizes}$"):
+        launch(architecture, model_type, arguments[0], **arguments[1])
+
+
+def test_launch_refuses_ranks_of_a_hybrid_that_sglang_sums_wrongly(launch, checkpoints, monkeypatch):
+    monkeypatch.setattr(compat, "_SUMS_ONCE_SINCE", {"FalconH1Config": "99.0"})
+    launch("FalconH1ForCausalLM", "falcon_h1", FOUR_HEADS, **HYBRID_ARGUMENTS)
+    with pytest.raises(ValueError, match=r"once for each rank, .*take SGLang 0\.5\.23 or set --tp-size to 1$"):
+        launch("FalconH1ForCausalLM", "falcon_h1", FOUR_HEADS, tp_size=2, **HYBRID_ARGUMENTS)
+
+
 @needs_checkpoints
 @pytest.mark.parametrize(
     ("arguments", "sentence"),

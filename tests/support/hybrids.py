@@ -18,6 +18,10 @@ MARGIN = 0.02
 DELTA = "qwen3_5_text" if compat.has_argument("attn_dp_size") else "qwen3_next"
 # state spaces; SGLang's code of the last one is wrong until 0.5.20
 MAMBA2 = ["nemotron_h", "falcon_h1", *(["granitemoehybrid"] if compat.has_argument("attn_dp_size") else [])]
+# heads that two ranks can share, where the tiny model has too few
+_DELTA_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_DELTA_HEADS |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+TWO_RANKS = {"qwen3_5_text": _DELTA_HEADS, "qwen3_next": _DELTA_HEADS}
 # tokens of a step, so that a prompt can end amid one
 STEP = 384
 HAS_PREFIX_CACHE = compat.saves_states_at_page_ends()

@@ -59,6 +59,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     model = compat.ModelConfig(options.folder)
     refusals.check_model(model)
     refusals.check_ranks(options.tp, model, on_cpu=False)
+    refusals.check_ranks_of_states(options.tp, model)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     layers = len(compat.attention_layers(model, 0, model.num_hidden_layers))
     shape, config = capacity.rank_shape(model, dtype, options.tp, layers), compat.hybrid_config(model)
