@@ -224,8 +224,8 @@ def sglang_triton_bf16(problem: Problem) -> list[Candidate]:
 
 
 BASELINES = {
-    "flashinfer_bf16": flashinfer_bf16,
     "fa3_bf16": fa3_bf16,
+    "flashinfer_bf16": flashinfer_bf16,
     "flashinfer_fp8": flashinfer_fp8,
     "sglang_triton_bf16": sglang_triton_bf16,
 }

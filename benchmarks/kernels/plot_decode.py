@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import plots, rows
-from benchmarks.kernels.timing import SPEEDUP
+from benchmarks.kernels.timing import SPEEDUP_OVER
 
 HEADS = {"num_qo_heads": "32", "num_kv_heads": "8", "head_dim": "128"}
 
@@ -24,7 +24,7 @@ def read(path: Path) -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
     Raises:
         ValueError: no rows.
     """
-    # the figures of one provider, shape and run follow each other, the speedup last
+    # the figures of one provider, shape and run follow each other, the speedup over a baseline last
     found: list[tuple[str, str, str, dict[str, float]]] = []
     figures: dict[str, float] = {}
     for row in rows.read(path, "decode"):
@@ -32,7 +32,7 @@ def read(path: Path) -> tuple[str, dict[str, dict[str, dict[str, float]]]]:
             figures = {}
         figures[row["metric"]] = float(row["value"])
         settings = row["settings"]
-        if row["metric"] == SPEEDUP and "bandwidth" in figures and HEADS.items() <= settings.items():
+        if row["metric"].startswith(SPEEDUP_OVER) and "bandwidth" in figures and HEADS.items() <= settings.items():
             shape = f"{settings['batch']} x {int(settings['context']):,}"
             found.append((row["device"], row["provider"], shape, figures))
     if not found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who attends in the prefill benchmark: FlashInfer on a bf16 cache, and the presets on FlashInfer and on Triton."""
+"""Who attends in the prefill benchmark: FlashInfer and FlashAttention 3 on a bf16 cache, and the presets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvarn_kernels.attention import Attention, Kernels, Limits, Step, choose_ker
 from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense
+from kvarn_kernels.dense.paged_calls import Library
 from kvarn_kernels.device.gpu import gpu_of
 from kvarn_kernels.memory import LayerCache
 
@@ -24,13 +25,7 @@ def flashinfer_bf16(problem: Problem, backend: str) -> list[Candidate]:
     """Return FlashInfer's paged attention over a bf16 cache, nothing around it."""
     import flashinfer
 
-    shape, heads = problem.shape, problem.shape.heads
-    caches = []
-    for x in (problem.k, problem.v):
-        cache = torch.zeros(shape.pages + 1, PAGE, *x.shape[1:], dtype=x.dtype, device=DEVICE)
-        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, shape.pages * PAGE - shape.seq_len))
-        cache[problem.page_table[0].long()] = padded.unflatten(0, (-1, PAGE))
-        caches.append(cache)
+    shape, heads, caches = problem.shape, problem.shape.heads, _caches(problem)
     scratch = torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(scratch, "NHD", backend=backend)
     out = torch.empty_like(problem.q)
@@ -53,6 +48,48 @@ def flashinfer_bf16(problem: Problem, backend: str) -> list[Candidate]:
         wrapper.run(problem.q, tuple(caches), out=out)
 
     return [Candidate(run, out, problem.samples, problem.exact, plan=plan)]
+
+
+def fa3_bf16(problem: Problem, function: Any = None) -> list[Candidate]:
+    """Return FlashAttention 3 of sgl_kernel over a bf16 cache, as stock SGLang prefills on Hopper, nothing around it.
+
+    Args:
+        function: stands in for flash_attn_with_kvcache.
+    """
+    if function is None:
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+        function = flash_attn_with_kvcache
+    shape, heads, caches = problem.shape, problem.shape.heads, _caches(problem)
+    lengths, rows = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([shape.seq_len], [0, shape.new]))
+    out = torch.empty_like(problem.q)
+
+    def run(layer: int) -> None:
+        function(
+            problem.q,
+            *caches,
+            page_table=problem.page_table,
+            cache_seqlens=lengths,
+            cu_seqlens_q=rows,
+            max_seqlen_q=shape.new,
+            softmax_scale=heads.head_dim**-0.5,
+            causal=True,
+            out=out,
+            return_softmax_lse=True,
+        )
+
+    return [Candidate(run, out, problem.samples, problem.exact, plan=lambda: None)]
+
+
+def _caches(problem: Problem) -> list[torch.Tensor]:
+    """Return the keys and the values in pages, [P, G, Hk, D]."""
+    shape, caches = problem.shape, []
+    for x in (problem.k, problem.v):
+        cache = torch.zeros(shape.pages + 1, PAGE, *x.shape[1:], dtype=x.dtype, device=DEVICE)
+        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, shape.pages * PAGE - shape.seq_len))
+        cache[problem.page_table[0].long()] = padded.unflatten(0, (-1, PAGE))
+        caches.append(cache)
+    return caches
 
 
 def _ring_pages(problem: Problem, config: KVarNConfig) -> torch.Tensor:
@@ -92,20 +129,21 @@ def _batch(problem: Problem, config: KVarNConfig) -> ExtendBatch:
 
 
 def kvarn(
-    problem: Problem, preset: str, dense: bool, kernels: Kernels | None = None, library: Any = None
+    problem: Problem, preset: str, dense: str | Library = "", kernels: Kernels | None = None
 ) -> list[Candidate]:
     """Return a preset made ready.
 
     Args:
-        dense: attend on FlashInfer, however short the step is; otherwise by the kernel that reads records.
-        kernels: other ones than a server would run; library: stands in for the module flashinfer.
+        dense: who attends, however short the step is: one of `extend_dense.LIBRARIES` or what stands in for it; empty
+            for the kernel that reads records.
+        kernels: other ones than a server would run.
     """
     shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
     cache, out, batch = _filled_cache(problem, config), torch.empty_like(problem.q), _batch(problem, config)
     limits = Limits(decode_batch=1, request_pages=shape.pages, extend_requests=1, chunk_pages=-(-shape.new // PAGE) + 1)
-    sparse = replace(kernels or choose_kernels(heads, config, DEVICE), dense=False)
+    sparse = replace(kernels or choose_kernels(heads, config, DEVICE), dense="")
     attention = Attention(heads, config, DEVICE, limits, sparse)
-    workspace = extend_dense.make_workspace(heads, limits.extend_pages, DEVICE, library) if dense else None
+    workspace = extend_dense.make_workspace(heads, limits.extend_pages, DEVICE, dense) if dense else None
     new = QKV(problem.q, problem.k[shape.prefix :], problem.v[shape.prefix :])
     step: Step | None = None
 
@@ -135,5 +173,5 @@ def kvarn(
         k, v = (torch.cat([old, x[rest].float()]) for old, x in zip(past, (problem.k, problem.v), strict=True))
         return attend_exactly(problem.q[query], k, v)
 
-    timed = None if workspace is None else lambda: parts.timed(workspace)
+    timed = None if workspace is None else parts.timed
     return [Candidate(run, out, problem.samples, expected, plan=plan, timed=timed)]

@@ -18,7 +18,7 @@ import torch
 from kvarn_kernels import torch_form, warm_up
 from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch, Limits
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.dense import extend_dense
+from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu, gpu_of
 from kvarn_kernels.memory import LayerCache
@@ -28,7 +28,7 @@ from kvarn_kernels.write import encode, encode_cuda, rotate, store
 
 logger = logging.getLogger(__name__)
 
-CPU_FORM_ENV = "KVARN_CPU_FORM"
+CPU_FORM_ENV, FA3_ENV = "KVARN_CPU_FORM", "KVARN_UNTESTED_FA3"
 # an extend step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless new * cached * query heads *
 # head_dim reaches DENSE_WORK: the time of the products grows with that, the time of the host does not. One layer of
 # 32/8 heads of 128 on an H100 ("split" as in dense/segments.py):
@@ -47,13 +47,13 @@ class Kernels:
 
     Attributes:
         encode, decode: as named; extend: of few tokens.
-        dense: whether long extend steps run on FlashInfer.
+        dense: who attends long extend steps, one of `extend_dense.LIBRARIES`; empty where the same kernel does.
     """
 
     encode: str
     decode: str
     extend: str
-    dense: bool = False
+    dense: str = ""
 
 
 TORCH = Kernels("torch", "torch", "torch")
@@ -80,7 +80,8 @@ def choose_kernels(
     NVIDIA GPUs run the Triton kernels or, where they can, CUDA C++ with the same results: the encoder from compute
     capability 8.0 on, decode on Hopper and newer. FlashInfer attends long extend steps at the speed of a 16-bit cache,
     after what they read was written out in 16 bits; not where sums have a fixed order (only the Triton kernel has one
-    that depends on the position alone), and not without the module flashinfer, which SGLang brings.
+    that depends on the position alone), and not without the module flashinfer, which SGLang brings. FlashAttention 3
+    of sgl_kernel, which is for Hopper, does so instead where KVARN_UNTESTED_FA3=1 asks for it.
 
     A CPU runs batched torch (same record bytes, same rule), because interpreted kernels are hundreds of times slower;
     tests set KVARN_CPU_FORM=triton to interpret them all the same.
@@ -101,8 +102,14 @@ def choose_kernels(
         encode="cuda" if compiled else "triton",
         decode="cuda" if compiled and decode_sm90.runs_on(gpu) else "triton",
         extend="triton",
-        dense=not config.fixed_order and importlib.util.find_spec("flashinfer") is not None,
+        dense="" if config.fixed_order else _dense_library(gpu),
     )
+
+
+def _dense_library(gpu: Gpu) -> str:
+    if os.environ.get(FA3_ENV) == "1" and gpu.capability[0] == 9 and importlib.util.find_spec("sgl_kernel"):
+        return paged_calls.FA3
+    return paged_calls.FLASHINFER if importlib.util.find_spec("flashinfer") else ""
 
 
 class Attention:
@@ -162,10 +169,11 @@ class Attention:
         if not self.kernels.dense or self.device.type == "meta":
             return None
         try:
-            return extend_dense.make_workspace(self.shape, self._limits.extend_pages, self.device)
-        except (RuntimeError, OSError) as error:
+            return extend_dense.make_workspace(self.shape, self._limits.extend_pages, self.device, self.kernels.dense)
+        except (ImportError, RuntimeError, OSError) as error:
             # FlashInfer builds its kernels with nvcc where they are not installed ready-made
-            logger.warning("FlashInfer's prefill kernels cannot be built, Triton's run instead (slower): %s", error)
+            name = extend_dense.LIBRARIES[self.kernels.dense].name
+            logger.warning("%s's prefill kernels are not to be had, Triton's run instead (slower): %s", name, error)
             return None
 
     @property
@@ -175,12 +183,13 @@ class Attention:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the workspaces, with what FlashInfer allocates for them while the server runs."""
+        """Bytes of the workspaces, with what a library allocates for them while the server runs."""
         total = 0 if self._decode_workspace is None else self._decode_workspace.num_bytes
         if self.kernels.dense:
             # the pages of a chunk and of its window count twice: exact, and as records for the pages after them
             request_pages = self._limits.request_pages + self._limits.chunk_pages + 2
-            total += extend_dense.workspace_bytes(self.shape, self._limits.extend_pages, request_pages)
+            pages, library = self._limits.extend_pages, self.kernels.dense
+            total += extend_dense.workspace_bytes(self.shape, pages, request_pages, library)
         return total
 
     def describe(self) -> str:
@@ -191,7 +200,7 @@ class Attention:
         decoder = f"CUDA C++ ({decode_sm90.SOURCE.name})" if self.kernels.decode == "cuda" else "Triton"
         extends = "extends by Triton"
         if self._dense_workspace is not None or (self.kernels.dense and self.device.type == "meta"):
-            extends = "short extends by Triton, long extends by FlashInfer"
+            extends = f"short extends by Triton, long extends by {extend_dense.LIBRARIES[self.kernels.dense].name}"
         return f"encode by {encoder}, decode by {decoder}, {extends}"
 
     def reserve(self, decode_batch: int) -> None:
@@ -288,7 +297,7 @@ class Attention:
             return
         if plan is None:
             return
-        # FlashInfer attends in the model's frame
+        # long steps are attended in the model's frame
         rotated = rotate.rotate_chunk(new, with_q=isinstance(plan, extend.ExtendPlan))
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
         self._encode.encode_from_chunk(rotated, cache, batch, config)

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import fa3_standin
+import flashinfer_standin
 import pytest
 import torch
 from kvarn_kernels.attention import TORCH, TRITON
+from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.shape import AttentionShape
 
 from benchmarks.common.rows import Rows, read
@@ -20,7 +23,7 @@ from benchmarks.kernels import (
     prefill_providers,
     timing,
 )
-from benchmarks.kernels.attention_problem import DTYPE, check
+from benchmarks.kernels.attention_problem import DEVICE, DTYPE, check
 from benchmarks.kernels.decode_problem import Problem as DecodeProblem
 from benchmarks.kernels.decode_problem import Shape as DecodeShape
 from benchmarks.kernels.prefill_problem import Problem as PrefillProblem
@@ -93,13 +96,17 @@ def test_parts_are_functions_again_after_their_with_statement():
 
 @pytest.mark.parametrize("kernels", [TORCH, TRITON], ids=["torch", "triton"])
 def test_prefill_of_a_preset_agrees_with_the_oracle(kernels, prefill):
-    (candidate,) = prefill_providers.kvarn(prefill, "kvarn", dense=False, kernels=kernels)
+    (candidate,) = prefill_providers.kvarn(prefill, "kvarn", kernels=kernels)
     assert check(candidate) < candidate.tolerance
 
 
-def test_prefill_on_flashinfer_agrees_with_the_oracle_and_has_all_parts(prefill, monkeypatch):
-    library = pytest.importorskip("flashinfer_standin")
-    (candidate,) = prefill_providers.kvarn(prefill, "kvarn", dense=True, kernels=TRITON, library=library)
+@pytest.mark.parametrize("name", extend_dense.LIBRARIES)
+def test_dense_prefill_agrees_with_the_oracle_and_has_all_parts(prefill, monkeypatch, name):
+    standin = {
+        paged_calls.FLASHINFER: paged_calls.FlashInfer(DEVICE, flashinfer_standin),
+        paged_calls.FA3: paged_calls.FlashAttention3(DEVICE, fa3_standin.flash_attn_with_kvcache),
+    }
+    (candidate,) = prefill_providers.kvarn(prefill, "kvarn", standin[name], TRITON)
     assert check(candidate) < candidate.tolerance
     events = SimpleNamespace(record=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: events)
@@ -107,6 +114,11 @@ def test_prefill_on_flashinfer_agrees_with_the_oracle_and_has_all_parts(prefill,
         candidate.run(0)
     # one segment is not merged
     assert {part for part, pairs in found.items() if pairs} == parts.PREFILL.keys() - {"merge"}
+
+
+def test_prefill_of_the_baseline_agrees_with_float32_attention(prefill):
+    (candidate,) = prefill_providers.fa3_bf16(prefill, fa3_standin.flash_attn_with_kvcache)
+    assert check(candidate) < candidate.tolerance
 
 
 def test_baselines_attend_to_the_keys_of_the_problem(decode):
@@ -118,7 +130,7 @@ def test_baselines_attend_to_the_keys_of_the_problem(decode):
 
 def test_comparison_writes_the_fastest_candidate_and_leaves_out_a_wrong_one(decode, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    times = {"flashinfer_bf16": 40.0, "kvarn": 10.0}
+    times = {"fa3_bf16": 40.0, "kvarn": 10.0}
     made = {name: decode_providers.kvarn(decode, "kvarn", kernels=TORCH) for name in times}
     made["wrong"] = decode_providers.kvarn(decode, "kvarn", kernels=TORCH)
     made["wrong"][0].tolerance = 0.0
@@ -137,7 +149,7 @@ def test_comparison_writes_the_fastest_candidate_and_leaves_out_a_wrong_one(deco
     )
     found = {(row["provider"], row["metric"]): row["value"] for row in read(tmp_path / "rows.csv", "decode")}
     assert found["kvarn", "time"] == "10.0" and found["kvarn", timing.SPEEDUP] == "4.0"
-    assert {provider for provider, _ in found} == {"flashinfer_bf16", "kvarn"}
+    assert {provider for provider, _ in found} == {"fa3_bf16", "kvarn"}
     said = capsys.readouterr().err
     assert "wrong: relative error" in said and "missing: not importable" in said
 
@@ -145,9 +157,9 @@ def test_comparison_writes_the_fastest_candidate_and_leaves_out_a_wrong_one(deco
 @pytest.mark.parametrize("script", [bench_decode, bench_prefill])
 def test_chosen_providers_come_baselines_first(script):
     names = list(script.providers(script.parse(["--presets", "kvarn", "kvarn_canonical"])))
-    assert names[0].startswith("flashinfer_bf16") and names[-1].startswith("kvarn_canonical")
-    # sums in a fixed order have no FlashInfer
-    assert "kvarn_canonical_flashinfer" not in names
+    assert names[0] == "fa3_bf16" and names[-1].startswith("kvarn_canonical")
+    # sums in a fixed order have no library
+    assert not {"kvarn_canonical_flashinfer", "kvarn_canonical_fa3"} & set(names)
 
 
 def test_pages_are_copied_right_before_they_are_timed(monkeypatch):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -65,6 +66,31 @@ def test_describe_names_what_runs_on_a_gpu(host, monkeypatch, capability, dtype,
     monkeypatch.setattr(extend_dense, "make_workspace", refuse)
     # on the meta device no workspace of FlashInfer is built
     assert on_cuda(replace(SHAPE, dtype=dtype), config, META if builds else CPU).describe() == text
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "text"),
+    [
+        ((9, 0), "1", ALL_CUDA + FLASHINFER.replace("FlashInfer", "FlashAttention 3")),
+        ((9, 0), "0", ALL_CUDA + FLASHINFER),
+        # built for Hopper
+        ((10, 0), "1", ALL_CUDA + FLASHINFER),
+        ((8, 0), "1", AMPERE + FLASHINFER),
+    ],
+)
+def test_flash_attention_3_attends_on_hopper_where_it_is_asked_for(host, monkeypatch, capability, asked, text):
+    host(capability)
+    monkeypatch.setenv(attention.FA3_ENV, asked)
+    assert on_cuda(SHAPE, KVARN).describe() == text
+
+
+def test_a_host_without_flash_attention_3_attends_by_triton(host, monkeypatch, caplog):
+    host()
+    monkeypatch.setenv(attention.FA3_ENV, "1")
+    monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", None)
+    monkeypatch.setitem(sys.modules, "sgl_kernel", SimpleNamespace())
+    assert on_cuda(SHAPE, KVARN, CPU).describe() == ALL_CUDA + ONE_FORM
+    assert "FlashAttention 3's prefill kernels are not to be had" in caplog.text
 
 
 def test_describe_does_not_name_a_flashinfer_that_is_not_there(host):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extend steps on FlashInfer against the float64 oracle; on a CPU a stand-in with FlashInfer's contract attends."""
+"""Dense extend steps against the float64 oracle; on a CPU stand-ins with the contracts of their libraries attend."""
 
 import dataclasses
 from functools import partial
 
+import fa3_standin
 import flashinfer_standin
 import pytest
 import torch
@@ -24,7 +25,7 @@ from kvarn_kernels import torch_form
 from kvarn_kernels.attention import Step
 from kvarn_kernels.batch import QKV
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.dense import segments
+from kvarn_kernels.dense import paged_calls, segments
 from kvarn_kernels.dense.extend_dense import (
     DenseWorkspace,
     extend_dense,
@@ -43,25 +44,42 @@ CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def workspace_for(request: Request, pages: int = 64) -> DenseWorkspace:
+# who attends in the tests that do not name it
+FLASHINFER, FA3 = paged_calls.FLASHINFER, paged_calls.FA3
+both_libraries = pytest.mark.parametrize("library", [FLASHINFER, FA3])
+
+
+def library_of(name: str) -> str | paged_calls.Library:
+    """Return a library, on a CPU with its stand-in; skip the test where a GPU host has none."""
+    if DEVICE.type != "cuda":
+        if name == FA3:
+            return paged_calls.FlashAttention3(DEVICE, fa3_standin.flash_attn_with_kvcache)
+        return paged_calls.FlashInfer(DEVICE, flashinfer_standin)
+    if name == FA3:
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("FlashAttention 3 is for Hopper")
+        pytest.importorskip("sgl_kernel.flash_attn", exc_type=ImportError)
+    return name
+
+
+def workspace_for(request: Request, pages: int = 64, library: str = FLASHINFER) -> DenseWorkspace:
     """Return a workspace of poison."""
-    library = None if DEVICE.type == "cuda" else flashinfer_standin
     shape = AttentionShape(request.q.shape[1], *request.k.shape[1:], request.k.dtype)
-    workspace = make_workspace(shape, pages, DEVICE, library)
+    workspace = make_workspace(shape, pages, DEVICE, library_of(library))
     workspace.keys.fill_(float("nan"))
     workspace.values.fill_(float("nan"))
     return workspace
 
 
 def all_kernels(workspace: DenseWorkspace, new: QKV, out, cache, batch, config, sm_scale) -> None:
-    """Run a step of any length on FlashInfer, the stores in the kernels too."""
+    """Run a step of any length densely, the stores in the kernels too."""
     attention = attention_for(cache, new.q.shape[1], config)
     plan = plan_dense(batch, workspace, config, gpu_of(DEVICE))
     attention.attend(new, out, cache, Step(batch, plan), sm_scale)
 
 
 def dense(workspace: DenseWorkspace, gpu: Gpu | None = None, plans: list | None = None):
-    """Return what runs a step of any length on FlashInfer; on a CPU between the store steps of the torch form.
+    """Return what runs a step of any length densely; on a CPU between the store steps of the torch form.
 
     Args:
         gpu: the GPU to plan for; plans: gets the plan of each step.
@@ -78,10 +96,11 @@ def dense(workspace: DenseWorkspace, gpu: Gpu | None = None, plans: list | None 
     return partial(between_stores, attend)
 
 
+@both_libraries
 @pytest.mark.parametrize("tokens", [1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1, 401])
-def test_extend_dense_matches_the_oracle_at_every_length(tokens):
+def test_extend_dense_matches_the_oracle_at_every_length(tokens, library):
     request = make_request(tokens, (2, 1), 64, torch.float16)
-    out = prefill(dense(workspace_for(request)), request, [tokens], cache_for(request, KVARN), KVARN)
+    out = prefill(dense(workspace_for(request, library=library)), request, [tokens], cache_for(request, KVARN), KVARN)
     assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
 
 
@@ -94,10 +113,11 @@ def test_extend_dense_matches_the_oracle_at_every_length(tokens):
         ("kvarn_k2v2_g128", (7, 1), 128, torch.float16),
     ],
 )
-def test_extend_dense_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype):
+@both_libraries
+def test_extend_dense_matches_the_oracle_in_every_form(preset, heads, head_dim, dtype, library):
     config = KVarNConfig.from_preset(preset)
     request = make_request(3 * PAGE + 51, heads, head_dim, dtype)
-    workspace = workspace_for(request)
+    workspace = workspace_for(request, library=library)
     out = prefill(dense(workspace), request, [2 * PAGE + 9, PAGE + 42], cache_for(request, config), config)
     assert relative_rms(out, oracle(request, config)) < BOUND[dtype]
 
@@ -109,12 +129,15 @@ def test_extend_dense_matches_the_oracle_for_every_chunking(chunks):
     assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
 
 
+@both_libraries
 @pytest.mark.parametrize("pages", [2, 3, 7])
-def test_extend_dense_merges_the_segments_of_a_step_beyond_the_workspace(pages):
+def test_extend_dense_merges_the_segments_of_a_step_beyond_the_workspace(pages, library):
     request = make_request(6 * PAGE + 20, (2, 1), 64, torch.float16)
-    workspace = workspace_for(request, pages)
+    workspace = workspace_for(request, pages, library)
     out = prefill(dense(workspace), request, [2 * PAGE + 70, 4 * PAGE - 50], cache_for(request, KVARN), KVARN)
-    assert len(workspace.wrappers) > 8 // pages and len(workspace.keys) == pages
+    assert len(workspace.keys) == pages
+    if library == FLASHINFER:
+        assert len(workspace.library.wrappers) > 8 // pages
     assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
 
 
@@ -146,8 +169,19 @@ def test_extend_dense_reads_a_prefix_hit_from_the_records_of_another_request(exa
     assert relative_rms(out, oracle(hit, KVARN, exact_start)) < BOUND[torch.float16]
 
 
+def test_a_library_that_cuts_contexts_gets_them_whole(monkeypatch):
+    monkeypatch.setattr(segments, "SPLIT_PAGES", 1)
+    request = make_request(6 * PAGE + 20, (2, 1), 64, torch.float16)
+    workspace, plans = workspace_for(request, 64, FA3), []
+    attend = dense(workspace, dataclasses.replace(gpu_of(DEVICE), multiprocessors=12), plans)
+    out = prefill(attend, request, [5 * PAGE, PAGE + 20], cache_for(request, KVARN), KVARN)
+    assert [[segment.splits for segment in plan.segments] for plan in plans] == [[1], [1]]
+    assert relative_rms(out, oracle(request, KVARN)) < BOUND[torch.float16]
+
+
+@both_libraries
 @pytest.mark.parametrize("pages", [3, 64])
-def test_extend_dense_serves_a_mixed_batch_with_padding(pages):
+def test_extend_dense_serves_a_mixed_batch_with_padding(pages, library):
     requests, spans, first_page = [], [], 1
     # a first chunk, a decode step, a continued chunk, a decode step on a full page, and the padding row
     for row, (start, end) in enumerate([(0, 300), (401, 402), (150, 430), (2 * PAGE, 2 * PAGE + 1)], 1):
@@ -161,7 +195,7 @@ def test_extend_dense_serves_a_mixed_batch_with_padding(pages):
     for request, (start, _) in zip(requests, spans, strict=True):
         if start:
             prefill(torch_form.attend_extend, request, [start], cache, KVARN)
-    workspace = workspace_for(requests[0], pages)
+    workspace = workspace_for(requests[0], pages, library)
     outs = run_extend(dense(workspace), requests, spans, cache, KVARN, padding=5)
     for request, (start, end), out in zip(requests, spans, outs, strict=True):
         assert relative_rms(out, oracle(request, KVARN, start, end)) < BOUND[torch.float16], request.row
@@ -221,21 +255,23 @@ def test_workspace_is_bounded_and_charged():
     shape = AttentionShape(32, 8, 128, torch.bfloat16)
     assert [num_pages(shape, most) for most in (10**6, 10, 1)] == [396, 10, 2]
     # a chunk of 8K on 256K tokens of context
-    assert workspace_bytes(shape, 10**6, 2048 + 64 + 4) <= 256 << 20
+    assert workspace_bytes(shape, 10**6, 2048 + 64 + 4, FLASHINFER) <= 256 << 20
     small = AttentionShape(4, 2, 64, torch.float16)
-    workspace = make_workspace(small, 10, DEVICE, flashinfer_standin)
+    workspace = make_workspace(small, 10, DEVICE, paged_calls.FlashInfer(DEVICE, flashinfer_standin))
     assert workspace.keys.shape == (10, 2, PAGE, 64)
     pages = workspace.keys.nbytes + workspace.values.nbytes
-    assert workspace_bytes(small, 10, 9) - pages == 2 * ((8 << 20) + (128 << 10))
+    assert workspace_bytes(small, 10, 9, FLASHINFER) - pages == 2 * ((8 << 20) + (128 << 10))
+    assert workspace_bytes(small, 10, 9, FA3) - pages == 2 * (32 << 20)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "head_dim"), [((32, 8), 128), ((8, 2), 256), ((9, 3), 64)])
 @pytest.mark.parametrize("pages", [3, 64])
-def test_extend_dense_of_a_long_prompt_matches_the_oracle_and_the_triton_kernel(dtype, heads, head_dim, pages):
+@both_libraries
+def test_extend_dense_of_a_long_prompt_matches_the_oracle_and_the_triton_kernel(dtype, heads, head_dim, pages, library):
     request = make_request(2051, heads, head_dim, dtype)
-    workspace = workspace_for(request, pages)
+    workspace = workspace_for(request, pages, library)
     expected = oracle(request, KVARN)
     for chunks in ([2051], [1000, 51, 1000], [100, 1, 1950]):
         out = prefill(dense(workspace), request, chunks, cache_for(request, KVARN), KVARN)
@@ -246,9 +282,10 @@ def test_extend_dense_of_a_long_prompt_matches_the_oracle_and_the_triton_kernel(
 
 
 @pytest.mark.gpu
-def test_extend_dense_is_planned_and_issued_without_waiting_for_the_device():
+@both_libraries
+def test_extend_dense_is_planned_and_issued_without_waiting_for_the_device(library):
     request = make_request(1500, (32, 8), 128, torch.bfloat16)
-    workspace, cache = workspace_for(request, 8), cache_for(request, KVARN)
+    workspace, cache = workspace_for(request, 8, library), cache_for(request, KVARN)
     attention = attention_for(cache, 32, KVARN)
     steps = []
 
@@ -284,5 +321,5 @@ def test_workspace_takes_what_is_charged():
     scratch = torch.empty(16, dtype=torch.uint8, device=DEVICE)
     wrapper = BatchPrefillWithPagedKVCacheWrapper(scratch, "HND")
     taken = torch.cuda.memory_allocated() - before
-    charged = workspace_bytes(AttentionShape(1, 1, 64, torch.float16), 1, 1)
+    charged = workspace_bytes(AttentionShape(1, 1, 64, torch.float16), 1, 1, FLASHINFER)
     assert wrapper is not None and taken - 1024 <= charged // 2

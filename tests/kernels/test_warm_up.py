@@ -10,7 +10,7 @@ import torch
 from builders import DEVICE, PAGE, attention_for, cache_for, make_request, prefill, run_extend, shape_of
 from kvarn_kernels.attention import Attention
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.dense import extend_dense, segments
+from kvarn_kernels.dense import extend_dense, paged_calls, segments
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.read import extend
 
@@ -62,7 +62,8 @@ def launches(monkeypatch) -> Launches:
 def dense_attention(cache, config) -> Attention:
     """Return an `Attention` that runs every step on FlashInfer, in a workspace of 4 pages."""
     attention = attention_for(cache, HEADS[0], config, max_batch=2)
-    library = None if DEVICE.type == "cuda" else flashinfer_standin
+    standin = None if DEVICE.type == "cuda" else flashinfer_standin
+    library = paged_calls.FlashInfer(DEVICE, standin)
     attention._dense_workspace = extend_dense.make_workspace(shape_of(cache, HEADS[0]), 4, DEVICE, library)
     attention._is_long = lambda batch: True
     return attention

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import EXTEND_DENSE, MERGE_PARTS, SEGMENTS, TEST_EXTEND_DENSE, TEST_SEGMENTS
+from .paths import EXTEND_DENSE, MERGE_PARTS, PAGED_CALLS, SEGMENTS, TEST_EXTEND_DENSE, TEST_SEGMENTS
 
 MUTATIONS = (
     Mutation(
@@ -52,15 +52,29 @@ MUTATIONS = (
     Mutation(
         "queries of a page see its later tokens",
         EXTEND_DENSE,
-        "_plan_call(wrapper, segment.call, workspace, segment.causal)",
-        "_plan_call(wrapper, segment.call, workspace, False)",
+        "num_qo_heads, causal=segment.causal",
+        "num_qo_heads, causal=False",
         (TEST_EXTEND_DENSE,),
     ),
     Mutation(
         "segment planned on the wrapper of another",
-        EXTEND_DENSE,
-        "wrapper = workspace.wrapper(n)",
-        "wrapper = workspace.wrapper(0)",
+        PAGED_CALLS,
+        "wrapper, (_, kv_heads, page, head_dim) = self.wrappers[number], pages.shape",
+        "wrapper, (_, kv_heads, page, head_dim) = self.wrappers[0], pages.shape",
+        (TEST_EXTEND_DENSE,),
+    ),
+    Mutation(
+        "log sums of FlashAttention 3 taken for base 2",
+        PAGED_CALLS,
+        "torch.mul(found.T, 1 / math.log(2), out=lse)",
+        "torch.mul(found.T, 1.0, out=lse)",
+        (TEST_EXTEND_DENSE,),
+    ),
+    Mutation(
+        "last pages of FlashAttention 3 taken for full ones",
+        PAGED_CALLS,
+        "(counts - 1).astype(np.int32) * TILE_SIZE + call.last_page_len.numpy()",
+        "counts.astype(np.int32) * TILE_SIZE",
         (TEST_EXTEND_DENSE,),
     ),
 )

@@ -161,14 +161,14 @@ def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
     from kvarn_kernels.attention import Kernels
     from kvarn_kernels.dense import extend_dense
 
-    dense = Kernels("torch", "torch", "torch", dense=True)
+    dense = Kernels("torch", "torch", "torch", dense="flashinfer")
     monkeypatch.setattr("kvarn_kernels.attention.choose_kernels", lambda *args: dense)
     kvc = configurator("kvarn", requested=4)
     left = budget.charge_fixed_bytes(GIB, kvc, 0)
     # 5 rows of 33 pages, exact and as records; a request reads those of its chunk and two more twice
     pages = 5 * 66 * 2 * 128 * 2 * 64 * 2
-    charged = extend_dense.workspace_bytes(budget.model_shape(kvc).attention, 5 * 66, 33 + 4)
-    assert GIB - left == charged == pages + 2 * extend_dense.WRAPPER_BYTES
+    charged = extend_dense.workspace_bytes(budget.model_shape(kvc).attention, 5 * 66, 33 + 4, "flashinfer")
+    assert GIB - left == charged == pages + 2 * extend_dense.LIBRARIES["flashinfer"].call_bytes
 
 
 @pytest.mark.parametrize(("size", "pages"), [(256, 2), (10**6, 32), (-1, 32), (None, 32)])

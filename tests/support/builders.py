@@ -218,7 +218,7 @@ def attention_for(
     shape, device = shape_of(cache, num_qo_heads), cache.records.device
     if kernels is None:
         in_service = device.type == "cuda"
-        kernels = dataclasses.replace(choose_kernels(shape, config, device), dense=False) if in_service else TRITON
+        kernels = dataclasses.replace(choose_kernels(shape, config, device), dense="") if in_service else TRITON
     limits = Limits(max_batch, max_pages, extend_requests=max_batch, chunk_pages=max_pages, draft_tokens=drafts)
     attention = Attention(shape, config, device, limits, kernels, gpu)
     if attention._decode_workspace is not None:

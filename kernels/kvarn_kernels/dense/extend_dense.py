@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extend attention of long steps on FlashInfer: the position rule as paged calls over pseudo-requests.
+"""Extend attention of long steps in 16 bits: the position rule as paged calls over pseudo-requests.
 
 What the query pages read (`segments`), the chunk's own pages too, is written to a workspace in the model's frame,
-so that q and the output are the model's own tensors, and most steps are one call of FlashInfer a layer. Where it does
+so that q and the output are the model's own tensors, and most steps are one call of a library a layer. Where it does
 not fit, further calls read the rest, and the results are merged by their log sum of exp.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.dense import segments
+from kvarn_kernels.dense import paged_calls, segments
 from kvarn_kernels.dense.dequantise import PageList, dequantise
 from kvarn_kernels.dense.merge_parts import merge_parts
+from kvarn_kernels.dense.paged_calls import Library, Run, to_device
 from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.record.tile import TILE_SIZE
@@ -26,8 +27,10 @@ from kvarn_kernels.shape import AttentionShape
 # bytes of the workspace, keys and values. At 8 KV heads of 128 it holds 396 pages; a chunk of 8K tokens on 256K then
 # takes 6 segments, and the workspace with FlashInfer's buffers for them 255 MiB
 PAGES_BYTES = 198 << 20
-# what a wrapper of FlashInfer 0.6.14 allocates on the device: schedules, and a length per pseudo-request
-WRAPPER_BYTES = (8 << 20) + 4 * 32768
+LIBRARIES: dict[str, type[paged_calls.FlashInfer] | type[paged_calls.FlashAttention3]] = {
+    paged_calls.FLASHINFER: paged_calls.FlashInfer,
+    paged_calls.FA3: paged_calls.FlashAttention3,
+}
 
 
 @dataclass
@@ -37,23 +40,13 @@ class DenseWorkspace:
     Attributes:
         keys, values: [M, Hk, G, D] model dtype, the past pages of one segment.
         num_qo_heads: query heads of the model.
-        library: the module flashinfer.
-        scratch: uint8 [16]; FlashInfer wants a buffer for split contexts, which are not used here.
-        wrappers: FlashInfer's, one for each segment of a step, made when first used.
+        library: who attends.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     num_qo_heads: int
-    library: Any
-    scratch: torch.Tensor
-    wrappers: list[Any] = field(default_factory=list)
-
-    def wrapper(self, n: int) -> Any:
-        """Return the wrapper of segment n."""
-        if n == len(self.wrappers):
-            self.wrappers.append(self.library.BatchPrefillWithPagedKVCacheWrapper(self.scratch, "HND"))
-        return self.wrappers[n]
+    library: Library
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class PlannedSegment:
         pages: what is written to the workspace.
         begin, end, splits: as in `segments.Segment`.
         seen: likewise; None for a causal segment, whose results are not merged but written.
-        wrapper: FlashInfer's, planned.
+        run: attends, as planned.
     """
 
     pages: PageList
@@ -72,7 +65,7 @@ class PlannedSegment:
     end: int
     splits: int
     seen: torch.Tensor | None
-    wrapper: Any
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -93,39 +86,16 @@ def num_pages(shape: AttentionShape, max_pages: int) -> int:
     return max(2, min(max_pages, PAGES_BYTES // page_bytes(shape)))
 
 
-def workspace_bytes(shape: AttentionShape, max_pages: int, request_pages: int) -> int:
-    """Return the bytes that a workspace takes while no step reads more than `request_pages` pages of a request."""
+def workspace_bytes(shape: AttentionShape, max_pages: int, request_pages: int, library: str) -> int:
+    """Return the bytes that a workspace takes while no step reads more than `request_pages` pages of a request.
+
+    Args:
+        library: one of LIBRARIES.
+    """
     pages = num_pages(shape, max_pages)
     # where the exact pages are cut, a window is in two segments, and each of the two parts of the list has a rest
-    wrappers = 1 + -(-min(max_pages, request_pages) // (pages - 1))
-    return pages * page_bytes(shape) + wrappers * WRAPPER_BYTES
-
-
-def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a host tensor in stream order, without waiting."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-def _plan_call(wrapper: Any, call: segments.PagedCall, workspace: DenseWorkspace, causal: bool) -> None:
-    """Plan one FlashInfer call. It reads the lengths on the host and only copies the indices, so nothing waits."""
-    _, kv_heads, page, head_dim = workspace.keys.shape
-    wrapper.plan(
-        call.qo_indptr,
-        call.kv_indptr,
-        _to_device(call.kv_indices, workspace.keys.device),
-        call.last_page_len,
-        workspace.num_qo_heads,
-        kv_heads,
-        head_dim,
-        page,
-        causal=causal,
-        # the scale of a layer comes with its query
-        sm_scale=1.0,
-        q_data_type=workspace.keys.dtype,
-        max_token_per_sequence=page,
-        # a query page is small enough as a unit of work, and a split context needs a buffer of up to 128 MiB
-        disable_split_kv=True,
-    )
+    calls = 1 + -(-min(max_pages, request_pages) // (pages - 1))
+    return pages * page_bytes(shape) + calls * LIBRARIES[library].call_bytes
 
 
 def _build_kernels(workspace: DenseWorkspace) -> None:
@@ -133,7 +103,7 @@ def _build_kernels(workspace: DenseWorkspace) -> None:
     one = torch.ones(1, dtype=torch.int32)
     indptr = torch.tensor([0, 1], dtype=torch.int32)
     call = segments.PagedCall(qo_indptr=indptr, kv_indptr=indptr, kv_indices=one - 1, last_page_len=one)
-    _plan_call(workspace.wrapper(0), call, workspace, causal=True)
+    workspace.library.plan(0, call, workspace.keys, workspace.num_qo_heads, causal=True)
     out = workspace.keys.new_zeros(1, workspace.num_qo_heads, workspace.keys.shape[3])
     lse = torch.zeros(out.shape[:2], device=out.device)
     seen = torch.ones(1, 1, dtype=torch.bool, device=out.device)
@@ -141,27 +111,26 @@ def _build_kernels(workspace: DenseWorkspace) -> None:
 
 
 def make_workspace(
-    shape: AttentionShape, max_pages: int, device: torch.device, library: Any = None
+    shape: AttentionShape, max_pages: int, device: torch.device, library: str | Library
 ) -> DenseWorkspace:
     """Return a workspace.
 
     Args:
         shape: of the model, in float16 or bfloat16.
         max_pages: the most pages that a step can read, all requests together.
-        library: stands in for the module flashinfer in tests.
+        library: one of LIBRARIES, or what stands in for it in tests.
 
     Raises:
         RuntimeError, OSError: FlashInfer's kernels cannot be built.
+        ImportError: the library is not there, or not for this device.
     """
-    if library is None:
-        import flashinfer as library
+    own = LIBRARIES[library](device) if isinstance(library, str) else library
     size = (num_pages(shape, max_pages), shape.num_kv_heads, TILE_SIZE, shape.head_dim)
     workspace = DenseWorkspace(
         keys=torch.empty(size, dtype=shape.dtype, device=device),
         values=torch.empty(size, dtype=shape.dtype, device=device),
         num_qo_heads=shape.num_qo_heads,
-        library=library,
-        scratch=torch.empty(16, dtype=torch.uint8, device=device),
+        library=own,
     )
     _build_kernels(workspace)
     return workspace
@@ -175,17 +144,23 @@ def plan_dense(batch: ExtendBatch, workspace: DenseWorkspace, config: KVarNConfi
     """
     device = workspace.keys.device
     queries = segments.query_pages(batch.prefix_lens_host, batch.seq_lens_host, config)
-    splits = segments.num_splits(queries, workspace.num_qo_heads, gpu.multiprocessors)
+    splits = 1
+    if not workspace.library.cuts_contexts:
+        splits = segments.num_splits(queries, workspace.num_qo_heads, gpu.multiprocessors)
     planned = []
     for n, segment in enumerate(segments.segments(queries, len(workspace.keys), splits)):
-        wrapper = workspace.wrapper(n)
-        _plan_call(wrapper, segment.call, workspace, segment.causal)
-        pages = PageList(
-            _to_device(segment.requests, device), _to_device(segment.pages, device), segment.num_exact
+        run = workspace.library.plan(
+            n, segment.call, workspace.keys, workspace.num_qo_heads, causal=segment.causal
         )
-        seen = None if segment.causal else _to_device(segment.seen, device)
-        planned.append(PlannedSegment(pages, segment.begin, segment.end, segment.splits, seen, wrapper))
+        pages = PageList(to_device(segment.requests, device), to_device(segment.pages, device), segment.num_exact)
+        seen = None if segment.causal else to_device(segment.seen, device)
+        planned.append(PlannedSegment(pages, segment.begin, segment.end, segment.splits, seen, run))
     return DensePlan(workspace, planned)
+
+
+def run_call(run: Run, *arguments: Any) -> None:
+    """Run a planned call; a function of its own, so that benchmarks can time it."""
+    run(*arguments)
 
 
 def extend_dense(
@@ -211,16 +186,20 @@ def extend_dense(
     workspace = plan.workspace
     pages = (workspace.keys, workspace.values)
     q, out = new.q[: batch.num_tokens], out[: batch.num_tokens]
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    lse = None
+    if len(plan.segments) > 1:
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for segment in plan.segments:
         dequantise(pages, new, segment.pages, cache, batch, config)
         rows = slice(segment.begin, segment.end)
-        query, part, part_lse = q[rows], out[rows], lse[rows]
+        query, part, part_lse = q[rows], out[rows], None if lse is None else lse[rows]
         if segment.seen is not None:
+            assert lse is not None, "what is merged comes after a causal segment"
             if segment.splits > 1:
                 query = query.repeat(segment.splits, 1, 1)
             part, part_lse = out.new_empty(query.shape), lse.new_empty(query.shape[:2])
-        segment.wrapper.run(query, pages, q_scale=sm_scale, out=part, lse=part_lse, return_lse=True)
+        run_call(segment.run, query, pages, sm_scale, part, part_lse)
         if segment.seen is not None:
+            assert lse is not None and part_lse is not None
             shape = (segment.splits, -1)
             merge_parts(out, lse, segment.begin, part.unflatten(0, shape), part_lse.unflatten(0, shape), segment.seen)

@@ -7,7 +7,7 @@ in blocks at fixed positions and in the order of positions. A masked block leave
 bit for bit. So, in a step whose pages are not split (`num_splits`; a fixed order forbids it), the
 output of a position has the same bits whatever the chunk, the page ids and the other requests.
 
-Long steps run on FlashInfer (dense/extend_dense.py).
+Long steps run on FlashInfer or FlashAttention 3 (dense/extend_dense.py).
 """
 
 from __future__ import annotations

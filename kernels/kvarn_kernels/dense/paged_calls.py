@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who attends over the pages of a dense extend step: FlashInfer, or the FlashAttention 3 that SGLang ships.
+
+Both take the calls of `segments`: pseudo-requests of at most a page of queries over pages of the workspace, causality
+aligned to the right. A library plans a call once for all layers, without waiting for the device, and runs it in each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from kvarn_kernels.dense.segments import PagedCall
+from kvarn_kernels.record.tile import TILE_SIZE
+
+FLASHINFER, FA3 = "flashinfer", "fa3"
+
+# query [N, Hq, D], (keys, values) [M, Hk, G, D], scale of the scores, out [N, Hq, D], lse float32 [N, Hq] of base 2 or
+# None; writes out and, where it is given, lse
+Run = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor], float, torch.Tensor, torch.Tensor | None], None]
+
+
+class Library(Protocol):
+    """Attend over pages.
+
+    Attributes:
+        name: for people.
+        call_bytes: of device memory that a planned call takes, at most.
+        cuts_contexts: whether it reads a long context in parallel parts where queries are few.
+    """
+
+    name: str
+    call_bytes: int
+    cuts_contexts: bool
+
+    def plan(self, number: int, call: PagedCall, pages: torch.Tensor, num_qo_heads: int, *, causal: bool) -> Run:
+        """Plan call `number` of a step; pages: [M, Hk, G, D], of the keys or the values."""
+        ...
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a host tensor in stream order, without waiting."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+class FlashInfer:
+    """FlashInfer's paged prefill. The first plan on a host builds its kernels, which takes a minute."""
+
+    name, cuts_contexts = "FlashInfer", False
+    # what a wrapper of FlashInfer 0.6.14 allocates on the device: schedules, and a length per pseudo-request
+    call_bytes = (8 << 20) + 4 * 32768
+
+    def __init__(self, device: torch.device, module: Any = None) -> None:
+        """Import it.
+
+        Args:
+            module: stands in for flashinfer in tests.
+        """
+        if module is None:
+            import flashinfer
+
+            module = flashinfer
+        self._module = module
+        # FlashInfer wants a buffer for split contexts, which are not used here
+        self._scratch = torch.empty(16, dtype=torch.uint8, device=device)
+        self.wrappers: list[Any] = []
+
+    def plan(self, number: int, call: PagedCall, pages: torch.Tensor, num_qo_heads: int, *, causal: bool) -> Run:
+        """Plan a call. FlashInfer reads the lengths on the host and only copies the indices, so nothing waits."""
+        if number == len(self.wrappers):
+            self.wrappers.append(self._module.BatchPrefillWithPagedKVCacheWrapper(self._scratch, "HND"))
+        wrapper, (_, kv_heads, page, head_dim) = self.wrappers[number], pages.shape
+        wrapper.plan(
+            call.qo_indptr,
+            call.kv_indptr,
+            to_device(call.kv_indices, pages.device),
+            call.last_page_len,
+            num_qo_heads,
+            kv_heads,
+            head_dim,
+            page,
+            causal=causal,
+            # the scale of a layer comes with its query
+            sm_scale=1.0,
+            q_data_type=pages.dtype,
+            max_token_per_sequence=page,
+            # a query page is small enough as a unit of work, and a split context needs a buffer of up to 128 MiB
+            disable_split_kv=True,
+        )
+
+        def run(
+            query: torch.Tensor,
+            keys_values: tuple[torch.Tensor, torch.Tensor],
+            sm_scale: float,
+            out: torch.Tensor,
+            lse: torch.Tensor | None,
+        ) -> None:
+            if lse is None:
+                lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+            wrapper.run(query, keys_values, q_scale=sm_scale, out=out, lse=lse, return_lse=True)
+
+        return run
+
+
+class FlashAttention3:
+    """FlashAttention 3 of sgl_kernel, what stock SGLang attends with on Hopper; built ready-made.
+
+    Contract of `sgl_kernel.flash_attn.flash_attn_with_kvcache` in sglang-kernel 0.4.5 and 0.4.10: page tables and
+    lengths on the device, log sums of exp [Hq, N] of base e.
+    """
+
+    name, cuts_contexts = "FlashAttention 3", True
+    # tables and lengths, and parts of contexts that it cuts: at most a wave of blocks of 128 rows of 256 channels
+    call_bytes = 32 << 20
+
+    def __init__(self, device: torch.device, function: Any = None) -> None:
+        """Import it.
+
+        Args:
+            function: stands in for flash_attn_with_kvcache in tests.
+
+        Raises:
+            ImportError: this sgl_kernel has no FlashAttention 3 for the device.
+        """
+        if function is None:
+            from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+            function = flash_attn_with_kvcache
+        self._function = function
+
+    def plan(self, number: int, call: PagedCall, pages: torch.Tensor, num_qo_heads: int, *, causal: bool) -> Run:
+        """Plan a call: a page table with a row for each pseudo-request, and its lengths."""
+        counts = np.diff(call.kv_indptr.numpy())
+        table = np.zeros((len(counts), counts.max()), np.int32)
+        table[np.arange(table.shape[1]) < counts[:, None]] = call.kv_indices.numpy()
+        lengths = (counts - 1).astype(np.int32) * TILE_SIZE + call.last_page_len.numpy()
+        tables = {"page_table": torch.from_numpy(table), "cache_seqlens": torch.from_numpy(lengths)}
+        tables["cu_seqlens_q"] = call.qo_indptr
+        planned = {name: to_device(x, pages.device) for name, x in tables.items()}
+        most = int(call.qo_indptr.diff().max())
+
+        def run(
+            query: torch.Tensor,
+            keys_values: tuple[torch.Tensor, torch.Tensor],
+            sm_scale: float,
+            out: torch.Tensor,
+            lse: torch.Tensor | None,
+        ) -> None:
+            keys, values = (x.transpose(1, 2) for x in keys_values)
+            _, found, *_ = self._function(
+                query, keys, values, **planned, max_seqlen_q=most, softmax_scale=sm_scale, causal=causal, out=out,
+                return_softmax_lse=True,
+            )  # fmt: skip
+            if lse is not None:
+                torch.mul(found.T, 1 / math.log(2), out=lse)
+
+        return run
