@@ -137,13 +137,18 @@ def attend_decode(
         if seq_len % TILE_SIZE == 0:
             k_page, v_page = _ring_tokens(cache, batch.ring_pages[b], seq_len - TILE_SIZE, seq_len)
             _encode_pages(k_page, v_page, cache, batch.store_pages[b : b + 1], config)
-    for b, (seq_len, exact_start) in enumerate(zip(seq_lens, batch.exact_starts.tolist(), strict=True)):
-        n = record_pages(seq_len - 1, exact_start, config)
-        records = _decode_pages(cache, batch.page_table[b, :n], config)
-        exact_k, exact_v = (
-            x.transpose(0, 1).float() for x in _ring_tokens(cache, batch.ring_pages[b], n * TILE_SIZE, seq_len)
-        )
-        rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale)[0]
+    lens = [record_pages(n - 1, s, config) for n, s in zip(seq_lens, batch.exact_starts.tolist(), strict=True)]
+    for first in range(0, len(seq_lens), batch.drafts):
+        # the last row of a request reads all pages that the others read
+        last = first + batch.drafts - 1
+        decoded = _decode_pages(cache, batch.page_table[last, : lens[last]], config)
+        for b in range(first, last + 1):
+            start = lens[b] * TILE_SIZE
+            exact_k, exact_v = (
+                x.transpose(0, 1).float() for x in _ring_tokens(cache, batch.ring_pages[b], start, seq_lens[b])
+            )
+            records = (decoded[0][:, :start], decoded[1][:, :start])
+            rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale)[0]
     out.copy_(rotate(rotated_out))
 
 

@@ -82,7 +82,7 @@ def speculate(
     while seq_len < end:
         accepted = int(torch.randint(1, (most or drafts) + 1, ()))
         drafted = chain(resumed, seq_len, accepted, drafts)
-        got = run_decode(attend, [drafted] * drafts, range(seq_len, seq_len + drafts), cache, config)
+        got = run_decode(attend, [drafted] * drafts, range(seq_len, seq_len + drafts), cache, config, drafts=drafts)
         for position in range(seq_len, seq_len + accepted):
             run_decode(torch_form.attend_decode, [resumed], [position], plain, config)
         error = relative_rms(torch.stack(got[:accepted]), expected[seq_len : seq_len + accepted])
@@ -97,6 +97,20 @@ def speculate(
 @in_both_presets
 def test_rejected_drafts_leave_no_trace(config, drafts, exact_start):
     speculate(config, drafts, 200, 530, exact_start=exact_start)
+
+
+def test_pages_are_decoded_once_for_the_drafts_of_a_request(monkeypatch):
+    decoded, decode = [], torch_form._decode_pages
+    monkeypatch.setattr(torch_form, "_decode_pages", lambda *args: decoded.append(args[1].tolist()) or decode(*args))
+    cache = make_cache(KVARN, HEADS[1], HEAD_DIM, DTYPE, 24, 5)
+    requests = [make_request(3 * PAGE + 1, HEADS, HEAD_DIM, DTYPE, first_page=p, row=n) for p, n in ((1, 1), (8, 3))]
+    for request in requests:
+        prefill(torch_form.attend_extend, request, [3 * PAGE - 2], cache, KVARN)
+    decoded.clear()
+    # the second and the third draft are in another page, from which one more page is read
+    rows, places = [r for r in requests for _ in range(3)], [*range(3 * PAGE - 2, 3 * PAGE + 1)] * 2
+    run_decode(torch_form.attend_decode, rows, places, cache, KVARN, drafts=3)
+    assert decoded == [request.pages[:2] for request in requests]
 
 
 @in_both_presets
