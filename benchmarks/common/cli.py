@@ -108,6 +108,19 @@ def add_bf16_backend(to: argparse.ArgumentParser, default: str | None) -> None:
     to.add_argument("--bf16-backend", default=default, metavar="B", help=text + otherwise)
 
 
+def drafts(text: str) -> tuple[str, int]:
+    """Return algorithm and number of --drafts.
+
+    Raises:
+        argparse.ArgumentTypeError: it is spelt otherwise.
+    """
+    algorithm, _, number = text.partition("=")
+    if algorithm not in models.DRAFTERS or not number.isdecimal() or int(number) < 2:
+        known = " or ".join(f"{name}=D" for name in models.DRAFTERS)
+        raise argparse.ArgumentTypeError(f"expected {known} with D of at least 2, got {text!r}")
+    return algorithm, int(number)
+
+
 def add_one(to: argparse.ArgumentParser) -> None:
     """Add the hidden flag with which `launch.run_alone` runs a script for one cache."""
     to.add_argument("--one", choices=CACHES, help=argparse.SUPPRESS)

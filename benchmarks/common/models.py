@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +47,10 @@ QWEN3_5_27B_HALF = {
         "num_position_embeddings": 64, "in_channels": 3, "deepstack_visual_indexes": [],
     },
 }  # fmt: skip
-# who drafts for `draft_arguments`: text that was seen before, or a head of random weights
-DRAFTERS = NGRAM, EAGLE3 = "NGRAM", "EAGLE3"
+# who drafts for `draft_arguments`: text that was seen before, a head of random weights, a smaller model
+DRAFTERS = NGRAM, EAGLE3, STANDALONE = "NGRAM", "EAGLE3", "STANDALONE"
+# of the 30 layers of `SMOLLM2` those that its draft lacks; three of four tokens are still those of the whole model
+DRAFT_LACKS = (12, 13)
 # models that are a configuration and no weights
 DUMMIES = {DUMMY: QWEN3_8B, HYBRID: QWEN3_5_27B_HALF}
 
@@ -77,6 +82,33 @@ def _tiny() -> Path:
     return made
 
 
+def _shortened(source: Path, lacks: Sequence[int]) -> Path:
+    """Return the folder of a model of Llama's architecture without some of its layers, made once."""
+    from safetensors.torch import load_file, save_file
+
+    made = _made(f"{source.name}-without-{'-'.join(map(str, lacks))}")
+    if made.exists():
+        return made
+    config = json.loads((source / "config.json").read_text())
+    kept = [n for n in range(config["num_hidden_layers"]) if n not in lacks]
+    weights = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer is None:
+            weights[name] = weight
+        elif (number := int(layer[1])) in kept:
+            weights[f"model.layers.{kept.index(number)}.{name[layer.end() :]}"] = weight
+    with tempfile.TemporaryDirectory(dir=made.parent) as work:
+        own = Path(work) / made.name
+        shutil.copytree(source, own, ignore=shutil.ignore_patterns("*.safetensors"))
+        (own / "config.json").write_text(json.dumps(config | {"num_hidden_layers": len(kept)}))
+        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+        # the slower of two drops its copy
+        with contextlib.suppress(OSError):
+            own.rename(made)
+    return made
+
+
 def folder(model: str) -> Path:
     """Return the folder of a model; those with a name are written or downloaded on the way.
 
@@ -105,15 +137,21 @@ def draft_arguments(model: str, algorithm: str, drafts: int) -> dict[str, Any]:
 
     Args:
         algorithm: one of `DRAFTERS`; EAGLE3 is a head of random weights for `DUMMY`, with the sizes of those that are
-            published for Qwen3-8B: one layer, 32,000 tokens it can draft.
+            published for Qwen3-8B: one layer, 32,000 tokens it can draft. STANDALONE is `SMOLLM2` without two layers,
+            for the whole of it.
         drafts: tokens of a request that a step verifies.
 
     Raises:
-        ValueError: a head for another model.
+        ValueError: a head or a draft for another model.
     """
     chosen: dict[str, Any] = {"speculative_algorithm": algorithm, "speculative_num_draft_tokens": drafts}
     if algorithm == NGRAM:
         return chosen | {"speculative_ngram_max_bfs_breadth": 1}
+    chain = {"speculative_eagle_topk": 1, "speculative_num_steps": drafts - 1}
+    if algorithm == STANDALONE:
+        if model != SMOLLM2:
+            raise ValueError(f"expected {SMOLLM2} for {STANDALONE}, got {model}: other models have no draft here")
+        return chosen | chain | {"speculative_draft_model_path": str(_shortened(folder(model), DRAFT_LACKS))}
     if model != DUMMY:
         raise ValueError(f"expected {DUMMY} for {EAGLE3}, got {model}: other models have no head here")
     head = QWEN3_8B | {
@@ -122,7 +160,7 @@ def draft_arguments(model: str, algorithm: str, drafts: int) -> dict[str, Any]:
     }  # fmt: skip
     made = _described(f"{model}-{algorithm.lower()}", head)
     chosen |= {"speculative_draft_model_path": str(made), "speculative_draft_load_format": "dummy"}
-    return chosen | {"speculative_eagle_topk": 1, "speculative_num_steps": drafts - 1}
+    return chosen | chain
 
 
 def vocabulary(path: Path) -> int:

@@ -217,19 +217,6 @@ def run_one(args: argparse.Namespace) -> None:
     engine.shutdown()
 
 
-def drafts(text: str) -> tuple[str, int]:
-    """Return algorithm and number of --drafts.
-
-    Raises:
-        argparse.ArgumentTypeError: it is spelt otherwise.
-    """
-    algorithm, _, number = text.partition("=")
-    if algorithm not in models.DRAFTERS or not number.isdecimal() or int(number) < 2:
-        known = " or ".join(f"{name}=D" for name in models.DRAFTERS)
-        raise argparse.ArgumentTypeError(f"expected {known} with D of at least 2, got {text!r}")
-    return algorithm, int(number)
-
-
 def turn(text: str) -> tuple[int, int]:
     """Return new and cached tokens of --prefills or --reloads.
 
@@ -260,7 +247,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_max_running_requests(parser, 64)
     cli.add_bf16_backend(parser, "triton")
     text = "Speculate with chains of D drafts: NGRAM=D or EAGLE3=D. Without it nothing speculates."
-    parser.add_argument("--drafts", type=drafts, metavar="A=D", help=text)
+    parser.add_argument("--drafts", type=cli.drafts, metavar="A=D", help=text)
     text = "Start faster, and prefill without CUDA graphs."
     parser.add_argument("--no-prefill-graph", action="store_true", help=text)
     cli.add_timeout(parser, 900, "one cache")
