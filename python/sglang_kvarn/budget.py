@@ -51,6 +51,7 @@ def bounds(server_args: Any, context_len: int, states: int | None = None) -> Bou
         chunk_len=size if size and size > 0 else context_len,
         states=states,
         draft_tokens=compat.draft_tokens(server_args),
+        backends=compat.attention_backends(server_args),
     )
 
 

@@ -140,6 +140,7 @@ class Bounds:
         context_len: tokens of the longest request; chunk_len: its most new tokens in one extend step.
         states: requests at a time that the states of a hybrid model allow, None without states.
         draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
+        backends: attention backends, each with workspaces of its own; several where the number of drafts changes.
     """
 
     requests: int | None
@@ -148,6 +149,7 @@ class Bounds:
     chunk_len: int
     states: int | None = None
     draft_tokens: int = 1
+    backends: int = 1
 
     def steps(self, rows: int, request_pages: int) -> Limits:
         """Return what bounds the steps of `rows` requests at a time.
@@ -228,7 +230,7 @@ def charge(
     """
     pages, rows = -(-bounds.context_len // PAGE_SIZE) + 1, min(bounds.requests or MAX_ROWS, bounds.states or MAX_ROWS)
     while True:
-        workspace = workspace_bytes(shape, config, device, bounds.steps(rows, pages), gpu)
+        workspace = bounds.backends * workspace_bytes(shape, config, device, bounds.steps(rows, pages), gpu)
         if bounds.requests or rows <= max(bounds.graph_batch, 1) or workspace <= WORKSPACE_SHARE * available:
             break
         rows //= 2

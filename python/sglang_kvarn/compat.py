@@ -180,11 +180,29 @@ def draft_tokens(server_args: Any) -> int:
     return server_args.max_speculative_num_draft_tokens or 1
 
 
+def draft_steps(args: Any) -> list[int]:
+    """Return the numbers of steps of a draft model that SGLang chooses from as it runs; none where it is fixed.
+
+    Args:
+        args: as `resolved_arguments` returns them.
+    """
+    if args.speculative_algorithm is None or not args.speculative_adaptive:
+        return []
+    candidates = resolve("sglang.srt.speculative.adaptive_spec_params.resolve_candidate_steps_from_config")
+    return candidates(cfg_path=args.speculative_adaptive_config)
+
+
+def attention_backends(server_args: Any) -> int:
+    """Return how many attention backends SGLang makes of a model, one for each number of drafts of a step."""
+    return len(draft_steps(resolved_arguments(server_args))) or 1
+
+
 def draft_model(configurator: Any) -> tuple[Any, int, int] | None:
     """Return of a KVCacheConfigurator's draft model (ModelConfig, its layers, bytes of a key's channel), or None."""
     found, args = configurator.spec_aux_config, resolved_arguments(configurator.server_args)
-    # the last one is of a head that comes with the target, of which 0.5.16 counts no layers
-    layers = found.eagle_draft_num_layers or getattr(found, "draft_kv_num_layers", None)
+    # each is set by other algorithms; of a head that comes with the target 0.5.16 counts no layers
+    names = ("eagle_draft_num_layers", "draft_kv_num_layers", "dflash_draft_num_layers")
+    layers = next((layers for name in names if (layers := getattr(found, name, None))), None)
     is_head = args.speculative_algorithm == "EAGLE" and args.speculative_draft_model_path is None
     if not layers and not is_head:
         return None

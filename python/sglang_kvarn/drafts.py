@@ -11,8 +11,10 @@ from sglang_kvarn import budget, compat, settings
 
 # drafts of a verify step where nobody chose their number: each costs about as much as a token of a decode step
 DRAFT_TOKENS = 4
-# the algorithm that drafts without a model
-NGRAM = "NGRAM"
+# the algorithm that drafts without a model, and one that drafts a whole block at once, as large as its model's own
+NGRAM, DFLASH = "NGRAM", "DFLASH"
+# those whose number of drafts may change; for the others SGLang drops the argument
+_ADAPTIVE = ("EAGLE", "EAGLE3", "NEXTN")
 
 
 def algorithm_of(server_args: Any) -> str:
@@ -33,7 +35,10 @@ def apply_defaults(server_args: Any) -> None:
     elif algorithm:
         if server_args.speculative_eagle_topk is None:
             server_args.speculative_eagle_topk = 1
-        if server_args.speculative_num_steps is None and server_args.speculative_num_draft_tokens is None:
+        numbers = (server_args.speculative_num_steps, server_args.speculative_num_draft_tokens)
+        # the configuration of a number that changes says with which it begins
+        changes = server_args.speculative_adaptive and algorithm in _ADAPTIVE
+        if algorithm != DFLASH and not changes and numbers == (None, None):
             server_args.speculative_num_steps = DRAFT_TOKENS - 1
             server_args.speculative_num_draft_tokens = DRAFT_TOKENS
         if server_args.speculative_draft_attention_backend is None:

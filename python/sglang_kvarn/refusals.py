@@ -13,7 +13,7 @@ import torch
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
 
 from sglang_kvarn import capacity, compat, settings
-from sglang_kvarn.drafts import NGRAM, algorithm_of
+from sglang_kvarn.drafts import DFLASH, NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
 UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNTESTED_DRAFTS"
@@ -74,12 +74,11 @@ def _flag(name: str, why: str, *, off: Any = False) -> Refusal:
 
 # the most drafts of a step: fewer than a page has tokens, so that padded requests stay on page 0
 MAX_DRAFT_TOKENS = settings.PAGE_SIZE - 2
-# algorithms whose drafts follow one another, in SGLang's one way of verifying and accepting them
-CHAINS = (NGRAM, "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+# algorithms whose drafts follow one another; a verify step reads what stands before each
+CHAINS = (NGRAM, "STANDALONE", "EAGLE", "EAGLE3", "NEXTN", DFLASH)
 # those of a head that comes with the model; SGLang calls the first one by the name of the second
 _HEADS = ("NEXTN", "EAGLE")
 _OTHER_DRAFTS = {
-    "DFLASH": "its blocks of drafts are not tested yet",
     "DSPARK": "its requests have different numbers of drafts in a step",
     "FROZEN_KV_MTP": "its draft model reads the cache of the target",
     "UNO": "it drafts with the target itself",
@@ -210,6 +209,15 @@ ARGUMENTS = (
         ),
     ),
     Refusal(
+        lambda args: max(compat.draft_steps(args), default=0) >= MAX_DRAFT_TOKENS,
+        _text(
+            "--speculative-adaptive-config {args.speculative_adaptive_config}",
+            "a step may end at most one page",
+            f"let its candidate_steps be less than {MAX_DRAFT_TOKENS}",
+        ),
+        typed=False,
+    ),
+    Refusal(
         lambda args: args.speculative_draft_attention_backend == settings.ATTENTION_BACKEND,
         _text(
             "--speculative-draft-attention-backend kvarn",
@@ -217,8 +225,7 @@ ARGUMENTS = (
             "drop --speculative-draft-attention-backend",
         ),
     ),
-    _flag("speculative_adaptive", "steps with a changing number of drafts are not tested yet"),
-    _flag("enable_multi_layer_eagle", "drafts of several layers are not tested yet"),
+    _flag("enable_multi_layer_eagle", "SGLang has such heads of models with windows or latent attention only"),
     _flag("disaggregation_mode", "the ring with the newest tokens of a request is not transferred", off="null"),
     _flag("encoder_only", "an encoder has no KV cache"),
     *_HOST_MEMORY,
@@ -441,6 +448,11 @@ def check_states(server_args: Any, model_config: Any) -> None:
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
             f"that kind are not tested beside states yet: set it to {' or '.join(tested[:2])}"
+        )
+    if algorithm and args.speculative_adaptive:
+        raise Refused(
+            f"--speculative-adaptive cannot be combined with a kvarn cache of {model}, because a changing number of "
+            "drafts is not tested beside states yet: drop --speculative-adaptive"
         )
     if algorithm and args.device != "cpu" and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
         raise Refused(

@@ -85,6 +85,17 @@ def test_charge_takes_the_users_word_and_never_fewer_than_decode_graphs():
     assert capacity.charge(QWEN3_8B, config, 4 * GIB, BOUNDS, CUDA, H100).rows == 256
 
 
+def test_charge_takes_workspaces_for_every_attention_backend():
+    config = KVarNConfig.from_preset("kvarn")
+    one = dataclasses.replace(BOUNDS, requests=48, draft_tokens=4)
+    three = dataclasses.replace(one, backends=3)
+    taken = [capacity.charge(QWEN3_8B, config, 50 * GIB, bounds, CUDA, H100).workspace for bounds in (one, three)]
+    assert taken[1] == 3 * taken[0] > 0
+    # where nobody chose their number, requests make room for the workspaces
+    charge = capacity.charge(QWEN3_8B, config, 50 * GIB, dataclasses.replace(three, requests=None), CUDA, H100)
+    assert 256 <= charge.rows < 4096 and charge.workspace <= 0.02 * 50 * GIB
+
+
 def test_a_ring_takes_ten_pages_of_an_8b_model():
     pages = capacity.ring_pages(QWEN3_8B.attention, KVarNConfig.from_preset("kvarn"))
     assert pages == 10 and capacity.ring_pages(QWEN3_8B.attention, KVarNConfig.from_preset("kvarn_canonical")) == 5
@@ -187,6 +198,7 @@ def test_decode_batch_covers_rows_padded_graphs_and_drafts(graph_rows, drafts, m
     monkeypatch.setattr(compat, "scheduler_argument", lambda args, name: None)
     monkeypatch.setattr(compat, "draft_tokens", lambda args: drafts)
     graph = SimpleNamespace(backend="full", max_bs=graph_rows)
+    monkeypatch.setattr(compat, "attention_backends", lambda args: 1)
     args = SimpleNamespace(chunked_prefill_size=256, cuda_graph_config=SimpleNamespace(decode=graph))
     limits = budget.bounds(args, 4096).steps(8, 33)
     assert limits.decode_batch == max(9, graph_rows or 0) * drafts and limits.draft_tokens == drafts

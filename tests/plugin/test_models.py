@@ -255,6 +255,7 @@ def test_launch_refuses_arguments_of_a_hybrid(launch, checkpoints, arguments, se
         ("Qwen3NextForCausalLM", "qwen3_next", "EAGLE", None),
         ("Qwen3NextForCausalLM", "qwen3_next", "STANDALONE", "set it to NGRAM or NEXTN"),
         ("Qwen3NextForCausalLM", "qwen3_next", "EAGLE3", "set it to NGRAM or NEXTN"),
+        ("Qwen3NextForCausalLM", "qwen3_next", "DFLASH", "set it to NGRAM or NEXTN"),
         ("NemotronHForCausalLM", "nemotron_h", "NGRAM", None),
         ("NemotronHForCausalLM", "nemotron_h", "NEXTN", "set it to NGRAM"),
     ],
@@ -270,13 +271,22 @@ def test_launch_takes_drafts_that_are_tested_beside_states(
         launch(architecture, model_type, CHANGES.get(architecture, {}), **chosen)
 
 
+def test_launch_refuses_a_changing_number_of_drafts_beside_states(launch, checkpoints, monkeypatch):
+    platform = type(compat.resolve("sglang.srt.platforms.current_platform"))
+    monkeypatch.setattr(platform, "supports_speculative_algorithm", lambda self, algorithm: True, raising=False)
+    chosen = {"speculative_algorithm": "NEXTN", "speculative_adaptive": True, **HYBRID_ARGUMENTS}
+    with pytest.raises(ValueError, match="beside states yet: drop --speculative-adaptive"):
+        launch("Qwen3NextForCausalLM", "qwen3_next", CHANGES["Qwen3NextForCausalLM"], **chosen)
+
+
 def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     monkeypatch.setattr(compat, "hybrid_config", lambda model_config: object())
     monkeypatch.setattr(compat, "has_gated_delta_nets", lambda states: True)
     monkeypatch.setattr(compat, "verifies_drafts", lambda states: True)
     model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3NextForCausalLM"]))
-    off = dict.fromkeys(("enable_mixed_chunk", "enable_hierarchical_cache"), False) | {"disable_radix_cache": True}
+    off = dict.fromkeys(("enable_mixed_chunk", "enable_hierarchical_cache", "speculative_adaptive"), False)
+    off["disable_radix_cache"] = True
     args = SimpleNamespace(speculative_algorithm="NGRAM", device="cpu", **off)
     refusals.check_states(args, model_config)
     args.device = "cuda"

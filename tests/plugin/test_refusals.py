@@ -24,7 +24,6 @@ CASES = [
     *(("speculative_algorithm", name, f"--speculative-algorithm {name}") for name in refusals._OTHER_DRAFTS),
     ("speculative_algorithm", "MY_PLUGIN", "only the verification of SGLang's own chains of drafts is tested"),
     ("speculative_draft_attention_backend", "kvarn", "--speculative-draft-attention-backend"),
-    ("speculative_adaptive", True, "--speculative-adaptive"),
     ("enable_multi_layer_eagle", True, "--enable-multi-layer-eagle"),
     ("disaggregation_mode", "prefill", "--disaggregation-mode"),
     ("encoder_only", True, "--encoder-only"),
@@ -239,9 +238,9 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, four for drafts, two for the
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, two for the
     # version beside host memory and storage
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 9
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 10
     assert len(refusals.ARGUMENTS) == cases
 
 
@@ -266,7 +265,7 @@ def test_server_args_are_refused_in_the_parent(server_args, model_dir, chosen, w
     [
         ({"speculative_algorithm": "NGRAM"}, "set --speculative-ngram-max-bfs-breadth 1"),
         ({"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 2}, "set --speculative-eagle-topk 1"),
-        ({"speculative_algorithm": "UNO"}, "set it to NGRAM, STANDALONE, EAGLE, EAGLE3 or NEXTN"),
+        ({"speculative_algorithm": "UNO"}, "set it to NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN or DFLASH"),
         ({"enable_deterministic_inference": True}, "drop --enable-deterministic-inference"),
         ({"rl_on_policy_target": "fsdp"}, "drop --rl-on-policy-target"),
         ({"enable_dp_attention": True, "dp_size": 2}, "drop --enable-dp-attention and --dp-size"),

@@ -7,6 +7,7 @@ Nothing here touches the verify step of a kvarn cache. It makes sure that no acc
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import types
@@ -23,6 +24,8 @@ OVERLAP = "KVARN_TEST_OVERLAP"
 # where this is set, a flush of the prefix cache leaves the n-grams that drafts are made of
 KEEP = "KVARN_TEST_KEEP_NGRAMS"
 WRONG = 7
+# a file with texts, lists of tokens, that DFLASH drafts from where one of them goes on as a request does
+KNOWN = "KVARN_TEST_KNOWN_TEXTS"
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -31,7 +34,9 @@ def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
     # compiling a function of the draft model for a CPU takes longer than the tests
     patch.setenv("TORCHDYNAMO_DISABLE", "1")
     patch.setattr(_platform(), "supports_speculative_algorithm", lambda self, algorithm: True, raising=False)
+    patch.setattr(_platform(), "supports_speculative_draft_attention_backend", lambda *_: True, raising=False)
     if compat.version() == "0.5.16":
+        patch.setattr(_arguments(), "_handle_dflash", on_a_gpu(_arguments()._handle_dflash))
         # a header of the n-gram corpus lacks an include that newer compilers ask for
         compiler = folder / "c++"
         compiler.write_text('#!/bin/sh\nexec c++ -include cstddef "$@"\n')
@@ -60,12 +65,20 @@ def install() -> None:
     eagle.sgl_build_tree_kernel_efficient = eagle.build_tree_kernel_efficient_func = link_chain
     corpus = compat.resolve("sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus")
     corpus.batch_get = with_a_draft(corpus.batch_get)
+    if KNOWN in os.environ:
+        worker = compat.resolve("sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2")
+        name = "_greedy_sample_from_vocab_parallel_head"
+        setattr(worker, name, with_known_texts(getattr(worker, name), json.loads(Path(os.environ[KNOWN]).read_text())))
     if KEEP in os.environ:
         corpus.reset = nothing_to_do
     # 0.5.16 has none for a CPU
     compat.resolve("sglang.srt.constrained.xgrammar_backend.XGrammarGrammar").apply_vocab_mask = forbid
     # heads of 0.5.16 that share the embeddings of the target call these
     torch.cuda.empty_cache = torch.cuda.synchronize = lambda: None
+    # DFLASH calls the first, and SGLang hands its model embeddings in bfloat16
+    torch.Tensor.record_stream = lambda self, stream: None
+    block_model = compat.resolve("sglang.srt.models.dflash.DFlashDraftModel")
+    block_model.forward = in_its_own_dtype(block_model.forward)
     if OVERLAP in os.environ:
         _arguments()._disable_overlap_schedule_for_cpu = nothing_to_do
     compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool").move_kv_cache = nothing_moves
@@ -85,6 +98,47 @@ def with_a_draft(batch_get):
         return drafts.reshape(tokens.shape), mask
 
     return at_least_one
+
+
+def with_known_texts(propose, texts: list[list[int]]):
+    """Return the function of DFLASH that chooses the drafts of a block, with those of the texts where they fit."""
+
+    @functools.wraps(propose)
+    def known(worker, *, hidden_states, lm_head):
+        drafts = propose(worker, hidden_states=hidden_states, lm_head=lm_head).view(-1, worker.block_size - 1)
+        for b, own in enumerate(drafts):
+            place, root = int(worker._draft_block_positions_buf[b, 0]), int(worker._draft_block_ids_buf[b, 0])
+            for text in texts:
+                if place < len(text) and text[place] == root:
+                    known = torch.tensor(text[place + 1 : place + 1 + len(own)])
+                    own[: len(known)] = known
+        return drafts.flatten()
+
+    return known
+
+
+def in_its_own_dtype(forward):
+    """Return the forward pass of a model that takes embeddings of any dtype."""
+
+    @functools.wraps(forward)
+    def cast(model, input_ids, positions, forward_batch, input_embeds=None, **kwargs):
+        return forward(model, input_ids, positions, forward_batch, input_embeds.to(model.norm.weight.dtype), **kwargs)
+
+    return cast
+
+
+def on_a_gpu(resolve):
+    """Return the function of 0.5.16 that refuses DFLASH on other devices, as if there was a GPU."""
+
+    @functools.wraps(resolve)
+    def resolved(server_args) -> None:
+        device, server_args.device = server_args.device, "cuda"
+        try:
+            resolve(server_args)
+        finally:
+            server_args.device = device
+
+    return resolved
 
 
 def allow_overlap(patch: pytest.MonkeyPatch) -> None:
