@@ -47,12 +47,13 @@ def stand_ins() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    sys.path.insert(0, str(SUPPORT))
-    import drafts_on_cpu
-    from engine_plugin import add_to_engines
     from pytest import MonkeyPatch
 
     with tempfile.TemporaryDirectory() as folder, MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SUPPORT)
+        import drafts_on_cpu
+        from engine_plugin import add_to_engines
+
         drafts_on_cpu.prepare(patch, Path(folder))
         add_to_engines(patch, Path(folder), "chain_attention:install")
         yield
