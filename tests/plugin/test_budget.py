@@ -198,10 +198,12 @@ def test_decode_batch_covers_rows_padded_graphs_and_drafts(graph_rows, drafts, m
     monkeypatch.setattr(compat, "scheduler_argument", lambda args, name: None)
     monkeypatch.setattr(compat, "draft_tokens", lambda args: drafts)
     graph = SimpleNamespace(backend="full", max_bs=graph_rows)
-    monkeypatch.setattr(compat, "attention_backends", lambda args: 1)
+    monkeypatch.setattr(compat, "attention_backends", lambda args: 3)
     args = SimpleNamespace(chunked_prefill_size=256, cuda_graph_config=SimpleNamespace(decode=graph))
-    limits = budget.bounds(args, 4096).steps(8, 33)
+    bounds = budget.bounds(args, 4096)
+    limits = bounds.steps(8, 33)
     assert limits.decode_batch == max(9, graph_rows or 0) * drafts and limits.draft_tokens == drafts
+    assert bounds.backends == 3
 
 
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_k4v4_g128_canonical"])
