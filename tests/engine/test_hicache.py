@@ -82,9 +82,10 @@ def test_a_prefix_that_left_the_device_is_found_in_host_memory(start_engine, mod
 
 
 @pytest.mark.long
-def test_a_host_pool_that_is_full_forgets_prefixes_and_nothing_else(start_engine, model):
+@pytest.mark.parametrize("policy", ["write_through", "write_back"])
+def test_a_host_pool_that_is_full_forgets_prefixes_and_nothing_else(start_engine, model, policy):
     # 30 pages of host memory, and 16 prompts of two pages each
-    with start_engine(hicache_write_policy="write_through", **small(KVARN, ratio=1.1)) as engine:
+    with start_engine(hicache_write_policy=policy, **small(KVARN, ratio=1.1)) as engine:
         for seed in (*range(16), 0, 15, 3, 14):
             ask(engine, model, KVARN, prompt(300, seed))
 
