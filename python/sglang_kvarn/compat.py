@@ -61,6 +61,7 @@ _ADDED_ARGUMENTS = {
     "enable_kv_cache_sharding": "0.5.23",
     "enable_nvidia_megakernel": "0.5.23",
     "enable_unified_cache_external_linker": "0.5.20",
+    "hicache_host_memory_mode": "0.5.23",
     "speculative_draft_kv_cache_dtype": "0.5.20",
     "weight_cache_mode": "0.5.18",
 }
@@ -445,6 +446,12 @@ def fences_host_copies() -> bool:
 def salts_storage_keys() -> bool:
     """Whether the keys of a storage behind host memory hold the salt and the adapter of a request."""
     return _since("0.5.23")
+
+
+def refuse_storage(message: str) -> Any:
+    """Return a scheduler's answer to who asked for a storage and gets none."""
+    output = resolve("sglang.srt.managers.io_struct.AttachHiCacheStorageReqOutput")
+    return output(success=False, message=message)
 
 
 def has_host_sources() -> bool:

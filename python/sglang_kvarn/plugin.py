@@ -242,6 +242,13 @@ HOOKS = (
         why="Before 0.5.20 a page could be loaded while a step of its last owner still writes to it.",
     ),
     Hook(
+        "managers.scheduler.Scheduler.attach_hicache_storage_wrapped",
+        "around",
+        ("self", "recv_req"),
+        refusals.attach_or_refuse,
+        why="A running server could be given a storage that is refused at its start.",
+    ),
+    Hook(
         "mem_cache.memory_pool.ReqToTokenPool.alloc",
         "around",
         ("self", "reqs"),

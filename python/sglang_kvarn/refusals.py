@@ -102,6 +102,9 @@ def _host_memory(applies: Callable[[Any], bool], what: str, why: str, way_out: s
 
 
 _HICACHE = "--enable-hierarchical-cache"
+_STORAGES = ("file",)
+_ONLY_FILES = "only files are tested"
+_NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
 _HOST_MEMORY = (
     _host_memory(
         lambda args: not compat.fences_host_copies(),
@@ -119,13 +122,13 @@ _HOST_MEMORY = (
     _host_memory(
         lambda args: args.hicache_storage_backend is not None and not compat.salts_storage_keys(),
         "--hicache-storage-backend",
-        "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages",
+        _NO_SALT,
         "drop --hicache-storage-backend, or use SGLang 0.5.23",
     ),
     _host_memory(
-        lambda args: args.hicache_storage_backend not in (None, "file"),
+        lambda args: args.hicache_storage_backend not in (None, *_STORAGES),
         "--hicache-storage-backend {args.hicache_storage_backend}",
-        "only files are tested",
+        _ONLY_FILES,
         "drop --hicache-storage-backend, or set it to file",
     ),
     _host_memory(
@@ -141,6 +144,12 @@ _HOST_MEMORY = (
         "pages of records lie in one order only, whose names are page_first and layer_first",
         "drop --hicache-mem-layout",
         typed=False,
+    ),
+    _host_memory(
+        lambda args: compat.argument(args, "hicache_host_memory_mode", "cache") != "cache",
+        "--hicache-host-memory-mode {args.hicache_host_memory_mode}",
+        "host memory that only stages pages for a storage is not tested",
+        "drop --hicache-host-memory-mode",
     ),
     _host_memory(
         lambda args: algorithm_of(args) not in ("", NGRAM),
@@ -369,6 +378,23 @@ def resolve_or_refuse(original: Callable[..., Any], server_args: Any, *args: Any
         if settings.preset_of(server_args) is not None:
             _check_model_with(server_args)
         raise
+
+
+def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:
+    """Attach a storage to a running server if one could be given at its start.
+
+    Hook around ``Scheduler.attach_hicache_storage_wrapped``, whose answer says why not.
+    """
+    if settings.preset_of(scheduler.server_args) is None:
+        return original(scheduler, recv_req)
+    if not compat.salts_storage_keys():
+        why, way_out = _NO_SALT, "use SGLang 0.5.23"
+    elif recv_req.hicache_storage_backend not in _STORAGES:
+        why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
+    else:
+        return original(scheduler, recv_req)
+    what = f"The storage backend {recv_req.hicache_storage_backend}"
+    return compat.refuse_storage(_text(what, why, way_out).format(preset=scheduler.server_args.kv_cache_dtype))
 
 
 def _check_model_with(server_args: Any) -> None:

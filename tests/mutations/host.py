@@ -14,11 +14,13 @@ from .paths import (
     HOST_POOL,
     PLUGIN,
     POOL,
+    REFUSALS,
     RINGS,
     TEST_BALANCED_LAYERS,
     TEST_COPY_PAGES,
     TEST_HOST_POOL,
     TEST_KNOWN_HOST,
+    TEST_REFUSALS,
 )
 
 # a controller as SGLang 0.5.16 has it, in every version
@@ -26,6 +28,7 @@ _FENCE = f"{TEST_KNOWN_HOST}::test_a_controller_with_streams_of_its_own_copies_a
 _WRITTEN = f"{TEST_KNOWN_HOST}::test_a_page_is_copied_to_the_host_after_the_step_that_encodes_it"
 _READ = f"{TEST_KNOWN_HOST}::test_a_prefix_from_the_host_is_read_as_one_that_never_left"
 _RING = f"{TEST_KNOWN_HOST}::test_a_prefix_in_host_memory_stays_while_memory_is_made_for_the_ring_of_its_request"
+_ATTACH = f"{TEST_REFUSALS}::test_a_running_server_attaches_what_it_could_start_with"
 
 MUTATIONS = (
     Mutation(
@@ -230,6 +233,29 @@ MUTATIONS = (
         "-{dtype}-{pool.balance_tag()}",
         "-{dtype}",
         (TEST_HOST_POOL,),
+    ),
+    Mutation(
+        "no hash of the factors for the keys of a storage",
+        BACKEND,
+        "partial(balanced_layers.fingerprint, model_runner.model)",
+        "str",
+        (TEST_HOST_POOL,),
+    ),
+    Mutation(
+        "any storage attached to a running server",
+        REFUSALS,
+        "elif recv_req.hicache_storage_backend not in _STORAGES:",
+        "elif False:",
+        (_ATTACH,),
+    ),
+    Mutation(
+        "a storage without salts in its keys attached to a running server",
+        REFUSALS,
+        """    if not compat.salts_storage_keys():
+        why""",
+        """    if False:
+        why""",
+        (_ATTACH,),
     ),
     Mutation(
         "keys of a storage without the preset",

@@ -64,6 +64,9 @@ HOST_MEMORY = [
     ({"hicache_mem_layout": "page_head"}, "--hicache-mem-layout page_head", "drop --hicache-mem-layout"),
     ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "--enable-hierarchical-cache beside", "NGRAM"),
 ]
+HOST_MODE = "hicache_host_memory_mode"
+if compat.has_argument(HOST_MODE):
+    HOST_MEMORY.append(({HOST_MODE: "buffer_only"}, "--hicache-host-memory-mode buffer_only", "drop --hicache-host"))
 INSTALLED = [case for case in CASES if compat.has_argument(case[0])]
 GRAPHS = [
     ("prefill", "full"),
@@ -237,10 +240,32 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
     assert refused(args).endswith(": drop --hicache-storage-backend, or use SGLang 0.5.23")
 
 
+@pytest.mark.parametrize(
+    ("storage", "salted", "end"),
+    [
+        ("file", True, None),
+        ("mooncake", True, "because only files are tested: attach file"),
+        ("dynamic", True, "because only files are tested: attach file"),
+        ("file", False, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("mooncake", False, "so that tenants would share pages: use SGLang 0.5.23"),
+    ],
+)
+def test_a_running_server_attaches_what_it_could_start_with(monkeypatch, storage, salted, end):
+    monkeypatch.setattr(compat, "salts_storage_keys", lambda: salted)
+    scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"))
+    request = SimpleNamespace(hicache_storage_backend=storage)
+    attached = []
+    answer = refusals.attach_or_refuse(lambda *given: attached.append(given), scheduler, request)
+    assert attached == ([(scheduler, request)] if end is None else [])
+    if end is not None:
+        start = f"The storage backend {storage} cannot be combined with --kv-cache-dtype kvarn, "
+        assert not answer.success and answer.message.startswith(start) and answer.message.endswith(end)
+
+
 def test_every_refusal_of_the_table_has_a_case():
     # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, two for the
     # version beside host memory and storage
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 10
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 10 + (not compat.has_argument(HOST_MODE))
     assert len(refusals.ARGUMENTS) == cases
 
 

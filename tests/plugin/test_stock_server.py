@@ -67,6 +67,7 @@ STOCK = {
     "plugin._choose_host_pool": [((SimpleNamespace(size=4),), {}), ((SimpleNamespace(head_num=4),), {})],
     "fences.before_writing": [((SimpleNamespace(mem_pool_device=SimpleNamespace(size=4)),), {})],
     "fences.before_loading": [((SimpleNamespace(mem_pool_device=SimpleNamespace(size=4)),), {})],
+    "refusals.attach_or_refuse": [((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)), Unread()), {})],
     "rings.attach_allocator": [((SimpleNamespace(get_kvcache=SimpleNamespace),), {"kvcache": Unread()})],
     "rings.alloc_rows": [((SimpleNamespace(size=4), [Unread()]), {})],
     "rings.free_row": [((SimpleNamespace(size=4), Unread()), {})],
