@@ -48,6 +48,7 @@ class KVarNHostPool(compat.HostKVCache):
             ValueError: the memory is not there.
         """
         pool = source.pool if isinstance(source, HostSource) else source
+        assert not kwargs.get("draft_buffer_infos"), "draft models beside host memory are refused"
         self._pool = self.device_pool = pool
         self.layer_num = self.target_layer_num = pool.layer_num
         self._row_bytes = pool.slab[0, 0].nbytes

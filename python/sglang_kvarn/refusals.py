@@ -154,7 +154,8 @@ _HOST_MEMORY = (
     _host_memory(
         lambda args: algorithm_of(args) not in ("", NGRAM),
         f"{_HICACHE} beside the draft model of --speculative-algorithm",
-        "the cache of a draft model in host memory is not tested yet",
+        "SGLang packs layers of a draft model into pages of the target, where records leave no room, or copies them "
+        "with kernels for GPUs, where host memory has not run yet",
         f"drop {_HICACHE}, or set --speculative-algorithm NGRAM",
     ),
 )
@@ -498,8 +499,9 @@ def check_states(server_args: Any, model_config: Any) -> None:
         )
     if args.enable_hierarchical_cache:
         raise Refused(
-            f"--enable-hierarchical-cache cannot be combined with a kvarn cache of {model}, because states in host "
-            "memory beside pages of records are not tested yet: drop --enable-hierarchical-cache"
+            f"--enable-hierarchical-cache cannot be combined with a kvarn cache of {model}, because SGLang takes states "
+            "into host memory beside a pool of its own only, and copies them with kernels for GPUs: "
+            "drop --enable-hierarchical-cache"
         )
     if args.disable_radix_cache:
         return
