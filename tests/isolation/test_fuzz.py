@@ -70,7 +70,7 @@ class Lives(RuleBasedStateMachine):
         checkpoint=st.sampled_from((0, 0, 2 * PAGE)),
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
         host_pages=st.sampled_from(HOST_PAGES),
-        policy=st.sampled_from(("write_through", "write_back")),
+        policy=st.sampled_from(("write_through", "write_back", "write_through_selective")),
         core=st.sampled_from(calls.cores),
         order=st.sampled_from((COPIES_FIRST, FORWARD_FIRST)) | st.integers(0, 1 << 16),
     )
@@ -95,6 +95,7 @@ class Lives(RuleBasedStateMachine):
             self.total["steps"] += self.world.steps
             self.total["forwards"] += self.world.forwards
             self.total["host hits"] += self.world.host_hits
+            self.total["flushes"] += self.world.flushes
             self.total["kernel forwards"] += self.world.kernel_forwards
 
     def pick(self, index: int):
@@ -173,6 +174,12 @@ class Lives(RuleBasedStateMachine):
     def abort_between_two_chunks(self) -> None:
         self.world.abort_chunked()
 
+    @precondition(lambda self: self.world.steps > 15)
+    @rule(settled=st.booleans())
+    def flush(self, settled: bool) -> None:
+        """Empty the caches, or try to while copies are under way."""
+        self.world.flush(settled=settled)
+
     @rule(pages=st.integers(1, 14))
     def evict(self, pages: int) -> None:
         self.world.evict(pages * PAGE)
@@ -233,7 +240,7 @@ OPTIONS = settings(
 def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str, int]:
     """Run lives until so many steps are done; return the counts."""
     kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory")
-    total = dict.fromkeys(("steps", "forwards", "kernel forwards", "host hits", *kinds), 0)
+    total = dict.fromkeys(("steps", "forwards", "kernel forwards", "host hits", "flushes", *kinds), 0)
     machine = type("Lives", (Lives,), {"preset": preset, "total": total, "kernels_every": kernels_every})
     while total["steps"] < steps:
         print(f"KVARN_FUZZ_SEED={seed} {preset}", flush=True)

@@ -152,6 +152,29 @@ def test_a_prefix_from_the_host_is_read_as_one_that_never_left(policy, core):
         read_a_prefix_from_the_host(order, policy, core)
 
 
+@pytest.mark.parametrize("core", calls.cores)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_flush_forgets_what_both_memories_hold_once_copies_are_done(policy, core):
+    refused = 0
+    for order in ORDERS:
+        world = hosted(order, policy, core)
+        again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(PAGE, 2))
+        world.extend(1000)
+        assert again.exact_start == 3 * PAGE
+        if not world.flush(settled=False):
+            refused += 1
+            assert world.flush()
+        assert world.allocator.available_size() == world.pool_pages * PAGE
+        assert world.tier.host.available_size() == world.tier.host.size and world.rings.out == 0
+        other, again = prefill(world, tokens(3 * PAGE + 5, 3)), prefill(world, tokens(3 * PAGE + 5, 1))
+        assert other.exact_start == again.exact_start == 0
+        world.decode()
+        world.tier.device.synchronize()
+        world.check_accounts()
+    # of a device that copies last, the copies of what ends are under way
+    assert refused or policy == "write_back"
+
+
 def test_a_layer_that_does_not_wait_for_its_pages_is_found(monkeypatch):
     monkeypatch.setattr(pool.KVarNTokenToKVPool, "layer_cache", lambda self, layer: self._layer_caches[layer])
     with pytest.raises(AssertionError, match="error"):

@@ -119,6 +119,10 @@ class RadixCalls:
     def flush_copies(self, tree) -> None:
         """Begin the copies to the host that the result of a step has planned."""
 
+    def copies_run(self, tree) -> bool:
+        """Return whether SGLang knows of copies that are not done, so that it would refuse to empty the cache."""
+        return bool(tree.ongoing_write_through or tree.ongoing_load_back)
+
     def _parameters(self, rows, allocator, **more):
         return compat.resolve("sglang.srt.mem_cache.cache_init_params.CacheInitParams")(
             disable=False,

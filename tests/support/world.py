@@ -142,6 +142,7 @@ class World:
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
         host_hits: requests that found some of their prompt in host memory only, and loaded it.
+        flushes: how often the caches were emptied.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class World:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.chunked: Request | None = None
-        self.steps = self.forwards = self.kernel_forwards = self.admitted = self.host_hits = 0
+        self.steps = self.forwards = self.kernel_forwards = self.admitted = self.host_hits = self.flushes = 0
         self._poisoned: list[int] = []
         self._poison_free_memory()
 
@@ -289,6 +290,29 @@ class World:
         request, self.chunked = self.chunked, None
         self.release(request, insert=True)
         self._poison_free_memory()
+
+    def flush(self, *, settled: bool = True) -> bool:
+        """End every request, then empty the caches as SGLang does on demand; return whether it does.
+
+        It does not while copies are under way; settled: whether they are done by then.
+        """
+        self.steps += 1
+        self.waiting.clear()
+        while self.running:
+            self.finish(self.running[-1])
+        if self.chunked:
+            self.abort_chunked()
+        if self.tier and settled:
+            self.tier.device.synchronize()
+        self._note_copies()
+        if self.tier and calls.copies_run(self.tree):
+            return False
+        self.tree.reset()
+        self.rows.clear()
+        self.allocator.clear()
+        self.flushes += 1
+        self._poison_free_memory()
+        return True
 
     def retract(self, request: Request) -> None:
         """Take a running request back to the queue; it computes its tokens again."""
