@@ -499,8 +499,8 @@ def check_states(server_args: Any, model_config: Any) -> None:
         )
     if args.enable_hierarchical_cache:
         raise Refused(
-            f"--enable-hierarchical-cache cannot be combined with a kvarn cache of {model}, because SGLang takes states "
-            "into host memory beside a pool of its own only, and copies them with kernels for GPUs: "
+            f"--enable-hierarchical-cache cannot be combined with a kvarn cache of {model}, because SGLang takes "
+            "states into host memory beside a pool of its own only, and copies them with kernels for GPUs: "
             "drop --enable-hierarchical-cache"
         )
     if args.disable_radix_cache:

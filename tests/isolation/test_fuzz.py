@@ -95,6 +95,7 @@ class Lives(RuleBasedStateMachine):
             self.total["steps"] += self.world.steps
             self.total["forwards"] += self.world.forwards
             self.total["host hits"] += self.world.host_hits
+            self.total["failed loads"] += self.world.tier.failed if self.world.tier else 0
             self.total["flushes"] += self.world.flushes
             self.total["kernel forwards"] += self.world.kernel_forwards
 
@@ -114,10 +115,19 @@ class Lives(RuleBasedStateMachine):
             self.world.admit(prompt(branches, tail, author), salt)
 
     @precondition(lambda self: self.world.waiting or self.world.chunked)
-    @rule(chunk=CHUNKS, limit=st.integers(1, ROWS), mixed=st.booleans())
-    def extend(self, chunk: int, limit: int, mixed: bool) -> None:
+    @rule(
+        chunk=CHUNKS,
+        limit=st.integers(1, ROWS),
+        mixed=st.booleans(),
+        has_room=st.sampled_from((True, True, True, False)),
+    )
+    def extend(self, chunk: int, limit: int, mixed: bool, has_room: bool) -> None:
+        if self.world.tier:
+            self.world.tier.has_room = has_room
         # SGLang mixes no chunk with requests that verify drafts
         self.world.extend(chunk, limit=limit, mixed=mixed and not self.world.drafts)
+        if self.world.tier:
+            self.world.tier.has_room = True
 
     @precondition(lambda self: self.world.running and not self.world.drafts)
     @rule(steps=st.sampled_from((1, 2, 3, 10, 30, 130)), padding=st.integers(0, 2))
@@ -240,7 +250,8 @@ OPTIONS = settings(
 def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str, int]:
     """Run lives until so many steps are done; return the counts."""
     kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory")
-    total = dict.fromkeys(("steps", "forwards", "kernel forwards", "host hits", "flushes", *kinds), 0)
+    events = ("host hits", "failed loads", "flushes")
+    total = dict.fromkeys(("steps", "forwards", "kernel forwards", *events, *kinds), 0)
     machine = type("Lives", (Lives,), {"preset": preset, "total": total, "kernels_every": kernels_every})
     while total["steps"] < steps:
         print(f"KVARN_FUZZ_SEED={seed} {preset}", flush=True)

@@ -154,6 +154,24 @@ def test_a_prefix_from_the_host_is_read_as_one_that_never_left(policy, core):
 
 @pytest.mark.parametrize("core", calls.cores)
 @pytest.mark.parametrize("policy", POLICIES)
+def test_a_prefix_that_finds_no_room_on_the_device_is_computed_again(policy, core):
+    world = hosted(0, policy, core)
+    again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(PAGE, 2))
+    world.tier.has_room = False
+    world.extend(1000)
+    # 0.5.16 evicts and tries once more
+    assert (again.exact_start, world.host_hits) == (0, 0) and world.tier.failed in (1, 2)
+    world.tier.has_room = True
+    world.check_accounts()
+    again = world.come_back(again, tokens(9, 3))
+    world.extend(1000)
+    assert (again.exact_start, world.host_hits) == (4 * PAGE, 1)
+    world.tier.device.synchronize()
+    world.check_accounts()
+
+
+@pytest.mark.parametrize("core", calls.cores)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_flush_forgets_what_both_memories_hold_once_copies_are_done(policy, core):
     refused = 0
     for order in ORDERS:

@@ -25,7 +25,7 @@ NO_ROOM, LATE_LOAD, LATE_READ = "no room", "late load", "late read"
 # a storage that raises, by its method; a disk on which nothing fits
 EXISTS, GET, SET, FULL_DISK = "exists", "get", "set", "full disk"
 # of what a test waits for
-LIMIT_SECONDS = 20
+LIMIT_SECONDS = 60
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> Faults:

@@ -64,6 +64,7 @@ class HostTier:
 
     Attributes:
         device: the streams; host: our host pool.
+        has_room: whether SGLang's controller finds memory of the device for loads; failed: loads for which it did not.
     """
 
     def __init__(self, options: HostOptions, pool, tree_maker: Callable, pages: Pages) -> None:
@@ -82,6 +83,14 @@ class HostTier:
         # one function on a CPU
         self._copy = self.host._load
         self.host._load = self.host._write = self._launch_copy
+        self.has_room, self.failed = True, 0
+        self._load, self.controller.load = self.controller.load, self._load_or_fail
+
+    def _load_or_fail(self, *args, **kwargs) -> torch.Tensor | None:
+        if self.has_room:
+            return self._load(*args, **kwargs)
+        self.failed += 1
+        return None
 
     def _launch_copy(self, source, target, source_slots, target_slots, page_size) -> None:
         kind = "host" if target.data_ptr() == self.host.kv_buffer.data_ptr() else "device"
