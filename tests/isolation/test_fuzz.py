@@ -85,6 +85,7 @@ class Lives(RuleBasedStateMachine):
             drafts=drafts,
             host=HostOptions(host_pages, policy, order, core) if host_pages else None,
         )
+        self.flushed = 0
         self.total["worlds with host memory"] += bool(host_pages)
         self.total["worlds with checkpoints"] += bool(checkpoint)
         self.total["worlds with drafts"] += bool(drafts)
@@ -115,19 +116,10 @@ class Lives(RuleBasedStateMachine):
             self.world.admit(prompt(branches, tail, author), salt)
 
     @precondition(lambda self: self.world.waiting or self.world.chunked)
-    @rule(
-        chunk=CHUNKS,
-        limit=st.integers(1, ROWS),
-        mixed=st.booleans(),
-        has_room=st.sampled_from((True, True, True, False)),
-    )
-    def extend(self, chunk: int, limit: int, mixed: bool, has_room: bool) -> None:
-        if self.world.tier:
-            self.world.tier.has_room = has_room
+    @rule(chunk=CHUNKS, limit=st.integers(1, ROWS), mixed=st.booleans())
+    def extend(self, chunk: int, limit: int, mixed: bool) -> None:
         # SGLang mixes no chunk with requests that verify drafts
         self.world.extend(chunk, limit=limit, mixed=mixed and not self.world.drafts)
-        if self.world.tier:
-            self.world.tier.has_room = True
 
     @precondition(lambda self: self.world.running and not self.world.drafts)
     @rule(steps=st.sampled_from((1, 2, 3, 10, 30, 130)), padding=st.integers(0, 2))
@@ -184,25 +176,35 @@ class Lives(RuleBasedStateMachine):
     def abort_between_two_chunks(self) -> None:
         self.world.abort_chunked()
 
-    @precondition(lambda self: self.world.steps > 15)
+    # seldom: what runs ends by it
+    @precondition(lambda self: self.world.steps - self.flushed > 60)
     @rule(settled=st.booleans())
     def flush(self, settled: bool) -> None:
         """Empty the caches, or try to while copies are under way."""
         self.world.flush(settled=settled)
+        self.flushed = self.world.steps
 
     @rule(pages=st.integers(1, 14))
     def evict(self, pages: int) -> None:
         self.world.evict(pages * PAGE)
 
     @precondition(lambda self: self.world.tier and self.world.running)
-    @rule(index=st.integers(0, ROWS - 1), settled=st.booleans(), tail=TAILS, chunk=st.sampled_from((0, 100, 1000)))
-    def come_back_from_the_host(self, index: int, settled: bool, tail: int, chunk: int) -> None:
+    @rule(
+        index=st.integers(0, ROWS - 1),
+        settled=st.booleans(),
+        tail=TAILS,
+        chunk=st.sampled_from((0, 100, 1000)),
+        has_room=st.booleans(),
+    )
+    def come_back_from_the_host(self, index: int, settled: bool, tail: int, chunk: int, has_room: bool) -> None:
         """End a request, evict all that can be evicted, and let its next turn come."""
         # of those that leave something in the prefix cache, if there are any
         long = [request for request in self.world.running if request.cached >= PAGE] or self.world.running
         self.world.come_back(long[index % len(long)], [7] * tail, settled=settled)
         if chunk:
+            self.world.tier.has_room = has_room
             self.world.extend(chunk)
+            self.world.tier.has_room = True
 
     @precondition(lambda self: self.world.tier and self.world.running and not self.world.drafts)
     @rule(index=st.integers(0, ROWS - 1), reuse=st.booleans())
