@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from engine_plugin import add_to_engines
-from sglang_kvarn import compat
+from sglang_kvarn import compat, hook
 
 FOLDER = "KVARN_TEST_FAULTS"
 # no memory of the device for a load; a load, and a read from the storage, that go on only when the fault ends
@@ -90,7 +90,9 @@ def _wait_while(name: str) -> None:
 
 
 def install() -> None:
-    """Put the faults in place, for good."""
+    """Put the faults in place, for good; not in the process of the tests, where later ones want none."""
+    if hook.is_first_process():
+        return
     newest = compat.has_host_sources()
     controller = compat.resolve(
         "sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController"
