@@ -236,7 +236,7 @@ def test_launch_refuses_ranks_of_a_hybrid_that_sglang_sums_wrongly(launch, check
     [
         ({"mamba_radix_cache_strategy": "no_buffer"}, "no_buffer needs pages of one token"),
         ({"enable_mixed_chunk": True}, "not tested yet: drop --enable-mixed-chunk"),
-        ({"enable_hierarchical_cache": True}, "not tested yet: drop --enable-hierarchical-cache"),
+        ({"enable_hierarchical_cache": True}, "copies them with kernels for GPUs: drop --enable-hierarchical-cache"),
         ({"mamba_track_interval": 192}, "--mamba-track-interval that is a multiple of the page size 128, not 192"),
         ({"linear_attn_backend": "cutedsl"}, "with --linear-attn-backend cutedsl needs pages of one token"),
     ],
