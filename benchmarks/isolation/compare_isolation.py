@@ -3,6 +3,7 @@
 
     python -m benchmarks.isolation.compare_isolation --folder FOLDER        # one GPU: 5,000 requests a cache
     python -m benchmarks.isolation.compare_isolation --model tiny --requests 40 --tenants 8 --prompts-per-tenant 1
+    python -m benchmarks.isolation.compare_isolation --host-memory 8        # with HiCache behind both caches
 
 Runs `stress_isolation` once per cache with the same prompts, order, drops and aborts: on a GPU all of them at
 the same time, four small servers side by side, on a CPU one after the other. Matrix products round by the
@@ -46,6 +47,7 @@ FIGURES = {
     **dict.fromkeys(("requests", "plain", "disconnected", "aborted"), "requests"),
     "tokens": "tokens",
     "prefix hits": "requests",
+    "hits in host memory": "requests",
     "retractions": "",
     **dict.fromkeys(("differing", "differing at a near tie"), "answers"),
     "differing prompts": "prompts",
@@ -79,6 +81,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     default = "--attention-backend triton" if on_gpu else ""
     parser.add_argument("--stock-args", default=default, help="More flags of the stock servers; without it none.")
     cli.add_timeout(parser, 600 if on_gpu else 3600, "each cache")
+    text = "GB of host memory behind every cache (HiCache); without it none."
+    parser.add_argument("--host-memory", type=int, metavar="GB", help=text)
     text = "Start one server at a time; a CPU always does."
     parser.add_argument("--one-by-one", action="store_true", default=not on_gpu, help=text)
     cli.add_output(parser, "Without it rows.csv in --folder.")
@@ -88,6 +92,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def command(args: argparse.Namespace, cache: str) -> list[str]:
     """Return the command that loads one cache."""
     own = [*args.server_args.split(), *(["--page-size", "128", *args.stock_args.split()] * (cache == STOCK))]
+    if args.host_memory is not None:
+        own += ["--enable-hierarchical-cache", "--hicache-size", str(args.host_memory)]
     found = [sys.executable, "-m", MODULE, "--cache", cache, "--result", str(args.folder / f"{cache}.json")]
     for name in (*flags.LOAD, "timeout"):
         found += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -138,13 +144,19 @@ def share(result: dict) -> float:
     return (result["differing"] + result["differing at a near tie"]) / result["requests"]
 
 
-def verdict(kvarn: dict, stock: dict) -> tuple[bool, str]:
-    """Return whether KVarN passes, and the sentence that says by what."""
+def verdict(kvarn: dict, stock: dict, with_host_memory: bool = False) -> tuple[bool, str]:
+    """Return whether KVarN passes, and the sentence that says by what.
+
+    Args:
+        with_host_memory: without a hit in it nothing was tested.
+    """
     mine, other = share(kvarn), share(stock)
     both = (mine + other) / 2
     # of the difference of two shares that are the same
     error = sqrt(both * (1 - both) * (1 / kvarn["requests"] + 1 / stock["requests"]))
     clean = not (kvarn["leaked secrets"] or kvarn["failed"])
+    if with_host_memory and not kvarn["hits in host memory"]:
+        return False, "no request hit host memory: lower --max-total-tokens or send more --requests"
     passed = clean and mine - other <= 2 * error
     said = f"{mine:.2%} of the answers differ from those alone, {other:.2%} with the 16-bit cache (+- {2 * error:.2%})"
     return passed, f"{said}; {kvarn['leaked secrets']} secrets leaked, {kvarn['failed']} requests lost"
@@ -170,9 +182,11 @@ def main() -> int:
         table.add_row(name, *(str(results[cache][name]) for cache in caches))
     Console(width=100).print(table)
     settings = {name: getattr(args, name) for name in flags.LOAD if name not in ("requests", "load_seconds")}
+    if args.host_memory is not None:
+        settings["host_memory"] = args.host_memory
     for cache, beside in zip(caches, reversed(caches), strict=True):
         rows.append(cache, settings | {"beside": beside}, figures_of(results[cache]))
-    passed, said = verdict(*(results[cache] for cache in caches))
+    passed, said = verdict(*(results[cache] for cache in caches), args.host_memory is not None)
     print(f"{'passed' if passed else 'FAILED'} in {time.monotonic() - started:.0f} s: {said}")
     return int(not passed)
 

@@ -21,11 +21,19 @@ def test_compare_isolation_allows_what_chance_allows():
     assert not compare_isolation.verdict(isolation_result(0, failed=1), stock)[0]
 
 
+def test_compare_isolation_does_not_pass_host_memory_that_nothing_hit():
+    stock = isolation_result(50)
+    for hits, passes in ((0, False), (7, True)):
+        kvarn = isolation_result(0, **{"hits in host memory": hits})
+        assert compare_isolation.verdict(kvarn, stock, with_host_memory=True)[0] == passes
+
+
 def test_compare_isolation_loads_both_caches_alike(tmp_path):
-    args = compare_isolation.parse(["--folder", str(tmp_path), "--one-by-one"])
+    args = compare_isolation.parse(["--folder", str(tmp_path), "--one-by-one", "--host-memory", "4"])
     kvarn, stock = (compare_isolation.command(args, cache) for cache in (args.preset, compare_isolation.STOCK))
     # what it starts understands them
     assert stress_isolation.parse(kvarn[3:]).cache == "kvarn" and stress_isolation.parse(stock[3:]).requests == 5000
     different = [(one, other) for one, other in zip(kvarn, stock, strict=True) if one != other]
     assert [one for one, _ in different[:2]] == ["kvarn", str(tmp_path / "kvarn.json")]
     assert len(different) == 3 and "--page-size 128" in different[2][1]
+    assert all("--enable-hierarchical-cache --hicache-size 4" in command for command in different[2])
