@@ -146,24 +146,25 @@ class Attention:
     def _make_decode_workspace(self, max_batch: int) -> decode_plan.DecodeWorkspace | None:
         if self.kernels.decode == "torch":
             return None
-        pages, each, tiles = self._limits.request_pages, self._drafts_of_split, 1
+        pages, each = self._limits.request_pages, self._drafts_of_split
         if self.kernels.decode == "cuda":
             tiles = decode_sm90.column_tiles(self.shape.head_dim, self.shape.group, each)
             resident = decode_sm90.resident_programs(self.shape.head_dim, tiles, self._gpu)
+            columns = decode_plan.TILE_COLUMNS * tiles
         else:
-            resident = decode.resident_programs(self._gpu)
-        requests, columns = -(-max_batch // each), decode_plan.TILE_COLUMNS * tiles
+            resident, columns = decode.resident_programs(self._gpu), decode.columns(self.shape.group)
+        requests = -(-max_batch // each)
         return decode_plan.make_workspace(
             self.shape, self.config, self.device, requests, pages, resident, each, columns
         )
 
     @property
     def _drafts_of_split(self) -> int:
-        """Drafts of a request that are attended together: all of them, where a kernel can and sums may take any order.
+        """Drafts of a request that are attended together: all of them, where sums may take any order.
 
         A step whose drafts end a page is cut elsewhere than the decode steps of the same tokens.
         """
-        return 1 if self.kernels.decode != "cuda" or self.config.fixed_order else self._limits.draft_tokens
+        return 1 if self.config.fixed_order else self._limits.draft_tokens
 
     def _make_dense_workspace(self) -> extend_dense.DenseWorkspace | None:
         if not self.kernels.dense or self.device.type == "meta":

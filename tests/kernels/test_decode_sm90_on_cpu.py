@@ -17,6 +17,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.read import decode_plan, decode_sm90
 from test_decode import ONE_MULTIPROCESSOR, PAGE, TOLERANCE, decode_step, make_cache, make_requests
+from test_verify import verify_together
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_decode.py runs the kernel itself")
 LAUNCHER = """
@@ -175,7 +176,7 @@ def test_drafts_that_share_their_splits_match_the_oracle(run_as_cpp, preset, dty
     # a page ends among the drafts of the first, in its middle and just before its end; not with the others
     starts = [3 * PAGE - drafts // 2, 2 * PAGE - drafts, 3 * PAGE - 1, 70, 2 * PAGE + 5]
     requests = make_requests([n + drafts for n in starts], heads, head_dim, dtype)
-    verify(requests, starts, heads, config, drafts)
+    verify_together(requests, starts, heads, config, drafts, SM90)
 
 
 @pytest.mark.parametrize("exact_start", [PAGE, 2 * PAGE, 3 * PAGE])
@@ -184,7 +185,7 @@ def test_drafts_read_the_tokens_of_the_prefix_from_records(run_as_cpp, exact_sta
     config, drafts = KVarNConfig.from_preset("kvarn"), 4
     (owner,) = make_requests([start + drafts], HEADS, 64, torch.float16)
     guest = replace(owner, exact_start=exact_start)
-    verify([guest], [start], HEADS, config, drafts)
+    verify_together([guest], [start], HEADS, config, drafts, SM90)
 
 
 def test_drafts_of_many_pages_in_many_splits_and_padded_requests(run_as_cpp, monkeypatch):
@@ -193,22 +194,4 @@ def test_drafts_of_many_pages_in_many_splits_and_padded_requests(run_as_cpp, mon
     requests = make_requests([n + drafts for n in starts], HEADS, 64, torch.float16)
     for programs in (2, 40):
         monkeypatch.setattr(decode_sm90, "resident_programs", lambda head_dim, tiles, gpu, n=programs: n)
-        verify(requests, starts, HEADS, config, drafts, padding=2)
-
-
-def verify(requests, starts, heads, config, drafts, padding=0) -> None:
-    """Verify drafts of requests that have `starts` tokens, and compare each with the oracle."""
-    kv_heads, head_dim, dtype = requests[0].k.shape[1], requests[0].k.shape[2], requests[0].k.dtype
-    pages = 1 + max(max(request.pages) for request in requests)
-    more = config.ring_pages(head_dim, 2, drafts) - config.ring_pages(head_dim, 2)
-    cache = make_cache(config, kv_heads, head_dim, dtype, pages, len(requests) + 1, more_ring_pages=more)
-    cache.records[0] = 0
-    for request, start in zip(requests, starts, strict=True):
-        prefill(torch_form.attend_extend, replace(request, exact_start=0), [start], cache, config)
-    rows = [(request, start + n) for request, start in zip(requests, starts, strict=True) for n in range(drafts)]
-    size = len(rows) + padding * drafts
-    attention = attention_for(cache, heads[0], config, SM90, max_batch=size, drafts=drafts)
-    outs = run_decode(attention, *zip(*rows, strict=True), cache, config, padding=padding * drafts, drafts=drafts)
-    for (request, position), out in zip(rows, outs, strict=True):
-        expected = oracle(request, config, position, position + 1)[0]
-        assert relative_rms(out, expected) < TOLERANCE[dtype], position
+        verify_together(requests, starts, HEADS, config, drafts, SM90, padding=2)

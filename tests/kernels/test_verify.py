@@ -22,9 +22,11 @@ from builders import (
     run_decode,
 )
 from kvarn_kernels import torch_form
-from kvarn_kernels.attention import TORCH, TRITON
+from kvarn_kernels.attention import TORCH, TRITON, Kernels
 from kvarn_kernels.config import KVarNConfig
-from test_decode import TOLERANCE
+from kvarn_kernels.device.gpu import H100, Gpu
+from kvarn_kernels.read import decode
+from test_decode import TOLERANCE, make_requests
 
 KVARN = KVarNConfig.from_preset("kvarn")
 CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
@@ -117,6 +119,68 @@ def test_pages_are_decoded_once_for_the_drafts_of_a_request(monkeypatch):
 def test_rejected_drafts_leave_no_trace_in_the_kernels(config):
     # the page's last token is a draft in several steps, rejected and accepted
     speculate(config, 4, 2 * PAGE - 4, 2 * PAGE, most=2, kernels=TRITON, bound=TOLERANCE[DTYPE])
+
+
+def verify_together(
+    requests: list[Request],
+    starts: list[int],
+    heads: tuple[int, int],
+    config: KVarNConfig,
+    drafts: int,
+    kernels: Kernels,
+    *,
+    padding: int = 0,
+    gpu: Gpu | None = None,
+) -> None:
+    """Verify drafts of requests that have `starts` tokens, those of a request together; compare with the oracle."""
+    kv_heads, head_dim, dtype = requests[0].k.shape[1], requests[0].k.shape[2], requests[0].k.dtype
+    pages = 1 + max(max(request.pages) for request in requests)
+    more = config.ring_pages(head_dim, 2, drafts) - config.ring_pages(head_dim, 2)
+    cache = make_cache(config, kv_heads, head_dim, dtype, pages, len(requests) + 1, more_ring_pages=more)
+    cache.records[0] = 0
+    for request, start in zip(requests, starts, strict=True):
+        unhit = dataclasses.replace(request, exact_start=0)
+        prefill(torch_form.attend_extend, unhit, [start], cache, config)
+    rows = [(request, start + n) for request, start in zip(requests, starts, strict=True) for n in range(drafts)]
+    size = len(rows) + padding * drafts
+    attention = attention_for(cache, heads[0], config, kernels, max_batch=size, drafts=drafts, gpu=gpu)
+    outs = run_decode(attention, *zip(*rows, strict=True), cache, config, padding=padding * drafts, drafts=drafts)
+    for (request, position), out in zip(rows, outs, strict=True):
+        expected = oracle(request, config, position, position + 1)[0]
+        assert relative_rms(out, expected) < TOLERANCE[dtype], position
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "head_dim", "heads", "drafts"),
+    [
+        ("kvarn", torch.bfloat16, 128, (4, 1), 4),
+        # 24 columns of two KV heads, in blocks of 16
+        ("kvarn", torch.float16, 64, (6, 2), 8),
+        ("kvarn_k4v4_g128", torch.float16, 64, (18, 1), 2),
+        ("kvarn_k3v2_g128", torch.bfloat16, 256, (1, 1), 16),
+    ],
+)
+def test_drafts_that_share_their_splits_match_the_oracle_in_triton(preset, dtype, head_dim, heads, drafts):
+    config = KVarNConfig.from_preset(preset)
+    # a page ends among the drafts of the first, in its middle and just before its end; not with the others
+    starts = [3 * PAGE - drafts // 2, 2 * PAGE - drafts, 3 * PAGE - 1, 70]
+    requests = make_requests([n + drafts for n in starts], heads, head_dim, dtype)
+    verify_together(requests, starts, heads, config, drafts, TRITON)
+
+
+@pytest.mark.parametrize("exact_start", [PAGE, 2 * PAGE, 3 * PAGE])
+def test_drafts_read_the_tokens_of_the_prefix_from_records_in_triton(exact_start):
+    (owner,) = make_requests([4 * PAGE + 2], (4, 1), 64, torch.float16)
+    guest = dataclasses.replace(owner, exact_start=exact_start)
+    verify_together([guest], [4 * PAGE - 2], (4, 1), KVARN, 4, TRITON)
+
+
+@pytest.mark.parametrize("programs", [2, 40])
+def test_drafts_of_many_pages_in_many_splits_and_padded_requests_in_triton(programs, monkeypatch):
+    monkeypatch.setattr(decode, "resident_programs", lambda gpu: programs)
+    starts = [6 * PAGE - 2, 130]
+    requests = make_requests([n + 4 for n in starts], (4, 1), 64, torch.float16)
+    verify_together(requests, starts, (4, 1), KVARN, 4, TRITON, padding=2, gpu=H100)
 
 
 # one token of each step accepted, so that every length before the end of a page occurs

@@ -10,15 +10,15 @@ MUTATIONS = (
     Mutation(
         "ring of the first request for every request (decode kernel)",
         DECODE,
-        "ring_ptr = ring_pages_ptr + b * RING_PAGES",
+        "ring_ptr = ring_pages_ptr + b * DRAFTS * RING_PAGES",
         "ring_ptr = ring_pages_ptr",
         (f"{TEST_RING}::test_steps_read_the_ring_pages_of_the_batch_whoever_wrote_them",),
     ),
     Mutation(
         "key and value of a ring token swapped (decode kernel)",
         DECODE,
-        "row_scale, k_ptrs, k_ptrs + D, seen, seen[None, :]",
-        "row_scale, k_ptrs + D, k_ptrs, seen, seen[None, :]",
+        "row_scale, k_ptrs, k_ptrs + D, exists, seen",
+        "row_scale, k_ptrs + D, k_ptrs, exists, seen",
         (TEST_DECODE,),
     ),
     Mutation(
@@ -115,8 +115,8 @@ MUTATIONS = (
     Mutation(
         "newest key not attended (decode kernel)",
         DECODE,
-        "exact_page, G), position + 1)",
-        "exact_page, G), position)",
+        "first_exact, G), position + last_draft + 1)",
+        "first_exact, G), position + last_draft)",
         (TEST_DECODE,),
     ),
 )

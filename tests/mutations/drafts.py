@@ -10,6 +10,8 @@ from .paths import (
     CAPACITY,
     COMPAT,
     CONFIG,
+    DECODE,
+    DECODE_PLAN,
     DECODE_SM90,
     DRAFTS,
     ENGINE_DRAFTS,
@@ -29,6 +31,7 @@ from .paths import (
     TORCH_FORM,
 )
 
+TOGETHER = "test_drafts_that_share_their_splits_match_the_oracle_in_triton"
 SHARED_SPLITS = f"{TEST_DECODE_SM90}::test_drafts_that_share_their_splits_match_the_oracle"
 
 MUTATIONS = (
@@ -246,6 +249,55 @@ MUTATIONS = (
         "      if (DRAFTS > 1 && !sees[c][0]) own[0] = own[2] = MINUS_INF;\n",
         "",
         (SHARED_SPLITS,),
+    ),
+    Mutation(
+        "draft sees those after it (decode kernel)",
+        DECODE,
+        "(j[None, :] <= (position + draft)[:, None]) & ",
+        "",
+        (f"{TEST_VERIFY}::{TOGETHER}",),
+    ),
+    Mutation(
+        "draft reads a page exactly that it reads as a record too (decode kernel)",
+        DECODE,
+        " & (j[None, :] >= (exact_from * G)[:, None])",
+        "",
+        (f"{TEST_VERIFY}::{TOGETHER}",),
+    ),
+    Mutation(
+        "draft reads the first token of a page twice (decode kernel)",
+        DECODE,
+        "seen = (start + f)[None, :] < exact_from[:, None]",
+        "seen = exists[None, :]",
+        (f"{TEST_VERIFY}::{TOGETHER}",),
+    ),
+    Mutation(
+        "draft reads a record of a page that it reads exactly (decode kernel)",
+        DECODE,
+        "seen_by = row_mask & (p < exact_from)",
+        "seen_by = row_mask",
+        (f"{TEST_VERIFY}::{TOGETHER}",),
+    ),
+    Mutation(
+        "ring of drafts read from where the last one reads exactly (decode kernel)",
+        DECODE_PLAN,
+        "return first_exact * G + (tl",
+        "return exact_page * G + (tl",
+        (f"{TEST_VERIFY}::{TOGETHER}",),
+    ),
+    Mutation(
+        "every block of columns ends with the first draft (decode kernel)",
+        DECODE,
+        "last_draft = tl.minimum((first_column + M - 1) // GROUP, DRAFTS - 1)",
+        "last_draft = 0",
+        (f"{TEST_VERIFY}::{TOGETHER}",),
+    ),
+    Mutation(
+        "every block of columns is the first (decode kernel)",
+        DECODE,
+        "first_column = tl.program_id(1) % BLOCKS * M",
+        "first_column = 0",
+        (f"{TEST_VERIFY}::{TOGETHER}",),
     ),
     Mutation(
         "draft sees those after it",

@@ -40,10 +40,12 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 Launch = tuple[JITFunction, tuple, dict]
+# of a request in the verify step
+DRAFTS = 4
 
 
 def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple[int, int], gpu: Gpu) -> list[Launch]:
-    """Return what decode steps and extend steps (a full page, a partial page) launch, in one piece and in several."""
+    """Return what decode, verify and extend steps (a full page, a partial page) launch, in one piece and in several."""
     launches: list[Launch] = []
 
     def catch(fn, *args, grid, warmup, **kwargs):
@@ -62,6 +64,10 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     run_extend(attention, [request], [(100, 300)], cache, config)
     for size in (few, many):
         run_decode(attention, [request], [299], cache, config, padding=size - 1)
+    more = config.ring_pages(head_dim, dtype.itemsize, DRAFTS) - config.ring_pages(head_dim, dtype.itemsize)
+    drafted = make_cache(config, heads[1], head_dim, dtype, pages=8, rows=4, more_ring_pages=more)
+    verify = attention_for(drafted, heads[0], config, TRITON, max_batch=DRAFTS, max_pages=64, drafts=DRAFTS, gpu=gpu)
+    run_decode(verify, [request] * DRAFTS, range(300 - DRAFTS, 300), drafted, config, drafts=DRAFTS)
     # the launches of the dense form need no FlashInfer
     attention._is_long = lambda batch: True
     for pages in (8, 2):

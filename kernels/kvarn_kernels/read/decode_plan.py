@@ -172,7 +172,7 @@ def _wanted_splits(units, batch_size, PROGRAMS: tl.constexpr, RESIDENT: tl.const
 
 
 @triton.jit
-def _exact_page(position, exact_start, WINDOW: tl.constexpr, G: tl.constexpr):
+def exact_page_of(position, exact_start, WINDOW: tl.constexpr, G: tl.constexpr):
     """Return the page of the first key that a position reads exactly; pages before it are read as records."""
     page = position // G
     return tl.minimum(tl.maximum(page - WINDOW, exact_start // G), page)
@@ -186,15 +186,19 @@ def work_of(seq_len, exact_start, WINDOW: tl.constexpr, G: tl.constexpr, DRAFTS:
         seq_len: tokens with the first draft. The last draft reads the most records, the first the most tokens exactly.
     """
     last = seq_len - 1 + (DRAFTS - 1)
-    exact_page = _exact_page(last, exact_start, WINDOW, G)
-    first_exact = _exact_page(seq_len - 1, exact_start, WINDOW, G)
+    exact_page = exact_page_of(last, exact_start, WINDOW, G)
+    first_exact = exact_page_of(seq_len - 1, exact_start, WINDOW, G)
     return exact_page, exact_page + (last - first_exact * G) // RING_CHUNK * RING_UNITS + RING_UNITS
 
 
 @triton.jit
-def ring_start(unit, exact_page, G: tl.constexpr):
-    """Return the first ring position of a split that begins with a unit; the end of one that ends before it."""
-    return exact_page * G + (tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK
+def ring_start(unit, exact_page, first_exact, G: tl.constexpr):
+    """Return the first ring position of a split that begins with a unit; the end of one that ends before it.
+
+    Args:
+        exact_page: from `work_of`; first_exact: the page of the first key that the first draft reads exactly.
+    """
+    return first_exact * G + (tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK
 
 
 @triton.jit(do_not_specialize=["batch_size", "most"])
