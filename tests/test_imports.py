@@ -25,7 +25,7 @@ FLOORS = (
     {"attention"},
 )
 # inside a function, for hosts where SGLang brought it; and for arithmetic on the host, slow in torch
-OPTIONAL = {"dense/extend_dense.py": {"flashinfer"}, "dense/segments.py": {"numpy"}}
+OPTIONAL = {"dense/paged_calls.py": {"flashinfer", "sgl_kernel"}, "dense/segments.py": {"numpy"}}
 
 
 def sources(package: Path) -> list[str]:
@@ -74,7 +74,7 @@ def room_of(source: str) -> str:
 
 
 @pytest.mark.parametrize("source", sources(KERNELS))
-def test_kernels_import_torch_triton_and_in_one_place_each_flashinfer_and_numpy(source):
+def test_kernels_import_torch_triton_and_in_one_place_each_the_optional_ones(source):
     third_party = roots(KERNELS / source) - set(sys.stdlib_module_names)
     assert third_party <= {"kvarn_kernels", "torch", "triton"} | OPTIONAL.get(source, set())
 
@@ -127,6 +127,6 @@ def test_kernels_do_not_load_sglang():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_attention_loads_without_flashinfer():
-    code = "import sys; sys.modules['flashinfer'] = None; import kvarn_kernels.attention"
+def test_attention_loads_without_the_libraries_of_long_steps():
+    code = "import sys; sys.modules |= {'flashinfer': None, 'sgl_kernel': None}; import kvarn_kernels.attention"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

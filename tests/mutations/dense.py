@@ -72,9 +72,9 @@ MUTATIONS = (
     ),
     Mutation(
         "last pages of FlashAttention 3 taken for full ones",
-        PAGED_CALLS,
-        "(counts - 1).astype(np.int32) * TILE_SIZE + call.last_page_len.numpy()",
-        "counts.astype(np.int32) * TILE_SIZE",
+        SEGMENTS,
+        "(counts - 1) * TILE_SIZE + self.last_page_len.numpy()",
+        "counts * TILE_SIZE",
         (TEST_EXTEND_DENSE,),
     ),
 )

@@ -11,11 +11,9 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from kvarn_kernels.dense.segments import PagedCall
-from kvarn_kernels.record.tile import TILE_SIZE
 
 FLASHINFER, FA3 = "flashinfer", "fa3"
 
@@ -134,12 +132,8 @@ class FlashAttention3:
 
     def plan(self, number: int, call: PagedCall, pages: torch.Tensor, num_qo_heads: int, *, causal: bool) -> Run:
         """Plan a call: a page table with a row for each pseudo-request, and its lengths."""
-        counts = np.diff(call.kv_indptr.numpy())
-        table = np.zeros((len(counts), counts.max()), np.int32)
-        table[np.arange(table.shape[1]) < counts[:, None]] = call.kv_indices.numpy()
-        lengths = (counts - 1).astype(np.int32) * TILE_SIZE + call.last_page_len.numpy()
-        tables = {"page_table": torch.from_numpy(table), "cache_seqlens": torch.from_numpy(lengths)}
-        tables["cu_seqlens_q"] = call.qo_indptr
+        table, lengths = call.page_table()
+        tables = {"page_table": table, "cache_seqlens": lengths, "cu_seqlens_q": call.qo_indptr}
         planned = {name: to_device(x, pages.device) for name, x in tables.items()}
         most = int(call.qo_indptr.diff().max())
 

@@ -38,7 +38,7 @@ SPLIT_PAGES, MAX_SPLITS = 384, 8
 
 @dataclass(frozen=True)
 class PagedCall:
-    """Hold what FlashInfer's paged prefill plans with: N pseudo-requests, int32 on the host.
+    """Hold what paged attention plans with: N pseudo-requests, int32 on the host.
 
     Attributes:
         qo_indptr: [N + 1], first query of each.
@@ -50,6 +50,13 @@ class PagedCall:
     kv_indptr: torch.Tensor
     kv_indices: torch.Tensor
     last_page_len: torch.Tensor
+
+    def page_table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (page indices [N, most pages], padded with 0; tokens [N]) of the pseudo-requests, int32."""
+        counts = np.diff(self.kv_indptr.numpy())
+        table = np.zeros((len(counts), counts.max()), np.int32)
+        table[np.arange(table.shape[1]) < counts[:, None]] = self.kv_indices.numpy()
+        return torch.from_numpy(table), _int32((counts - 1) * TILE_SIZE + self.last_page_len.numpy())
 
 
 @dataclass(frozen=True)
