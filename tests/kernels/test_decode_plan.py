@@ -94,6 +94,12 @@ def test_short_requests_that_fill_the_gpu_are_not_cut():
     assert counts[:255] == [1] * 255 and counts[255] > 20
 
 
+def test_long_requests_get_no_more_splits_than_the_workspace_holds():
+    counts, workspace = plan([MAX_PAGES * PAGE] * 9, KVarNConfig.from_preset("kvarn"))
+    programs, resident = workspace.programs, workspace.resident
+    assert 90 < sum(counts) <= workspace.max_splits[8] < decode_plan.wanted_splits(9, programs, resident, MAX_PAGES)
+
+
 def test_splits_of_canonical_presets_depend_on_the_request_only():
     config = KVarNConfig.from_preset("kvarn_canonical")
     alone = [plan([n], config)[0][0] for n in (1, 900, 17 * PAGE, 300 * PAGE)]
