@@ -46,7 +46,7 @@ MUTATIONS = (
         "more splits planned than the workspace holds",
         DECODE_PLAN,
         "tl.minimum(_wanted_splits(tl.sum(units, 0), batch_size, PROGRAMS, RESIDENT), most)",
-        "_wanted_splits(tl.sum(units, 0), batch_size, PROGRAMS, RESIDENT)",
+        "tl.minimum(_wanted_splits(tl.sum(units, 0), batch_size, PROGRAMS, RESIDENT), most + 10)",
         (TEST_DECODE_PLAN,),
     ),
     Mutation(
