@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def sglang() -> None:
-    """Load the plugin's hooks and the few server arguments that SGLang's pools read."""
+    """Load the plugin's hooks."""
     from sglang_kvarn import compat, plugin
     from sglang_kvarn.cpu import platform
 
@@ -20,6 +20,11 @@ def sglang() -> None:
     platform.prepare_environment()
     compat.load_plugins()
     plugin.register_rest()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def published(sglang: None) -> None:
+    """Publish the few server arguments that SGLang's pools read; a test of another folder may have taken them back."""
     from prefix_cache import calls
 
     calls.publish_arguments()
