@@ -19,6 +19,11 @@ def arguments(cache: str) -> dict[str, Any]:
     return {} if cache == BF16 else {"kv_cache_dtype": cache}
 
 
+def host_memory(gigabytes: int | None) -> dict[str, Any]:
+    """Return what puts host memory behind a cache (HiCache), by the names of SGLang's ServerArgs; None for none."""
+    return {} if gigabytes is None else {"enable_hierarchical_cache": True, "hicache_size": gigabytes}
+
+
 def engine_arguments(cache: str, backend: str | None) -> dict[str, Any]:
     """Return the arguments of sglang.Engine that choose a cache; a stock one gets pages as large as a preset's.
 

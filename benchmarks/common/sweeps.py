@@ -43,8 +43,7 @@ def flags(cache: str, args: argparse.Namespace) -> list[str]:
         if torch.cuda.is_available():
             found["mem_fraction_static"] = args.mem_fraction_static
             found["cuda_graph_max_bs_decode"] = args.max_running_requests
-    if args.hicache is not None:
-        found |= {"enable_hierarchical_cache": True, "hicache_size": args.hicache}
+    found |= caches.host_memory(args.hicache)
     if args.model == models.TINY:
         found["dtype"] = "float32"
     more = args.stock_args if cache in caches.STOCK else args.kvarn_args

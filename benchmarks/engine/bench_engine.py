@@ -72,8 +72,7 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         chosen["disable_prefill_cuda_graph"] = True
     if args.drafts:
         chosen |= models.draft_arguments(args.model, *args.drafts)
-    if args.hicache is not None:
-        chosen |= {"enable_hierarchical_cache": True, "hicache_size": args.hicache}
+    chosen |= caches.host_memory(args.hicache)
     if args.reloads:
         chosen["max_total_tokens"] = RELOADED * max(sum(shape) for shape in args.reloads)
     return chosen | caches.engine_arguments(args.one, args.bf16_backend)
@@ -119,45 +118,42 @@ def measure_shape(engine: Any, batch: int, context: int, seed: int, tokens: int)
     return [({"batch": batch, "context": context}, figures)]
 
 
+def first_token(engine: Any, prompt: list[int]) -> tuple[float, dict[str, Any]]:
+    """Return milliseconds to the first token of one request, and what the engine says of it."""
+    started = time.perf_counter()
+    answer = engine.generate(
+        input_ids=prompt, sampling_params={"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+    )
+    return (time.perf_counter() - started) * 1e3, answer["meta_info"]
+
+
 def measure_prefill(engine: Any, new: int, cached: int, repeats: int, tokens: int) -> Measured:
     """Return the figures of requests of `new` tokens on `cached` ones in the prefix cache; tokens: as above."""
     draw = random.Random(new + cached)
-    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
     prefix = [draw.randrange(3, tokens) for _ in range(cached)]
     if prefix:
-        engine.generate(input_ids=prefix, sampling_params=sampling)
-    times, hits = [], set()
-    for n in range(repeats + 1):
-        prompt = prefix + [draw.randrange(3, tokens) for _ in range(new)]
-        started = time.perf_counter()
-        answer = engine.generate(input_ids=prompt, sampling_params=sampling)
-        # the first one may meet a batch size for the first time
-        if n:
-            times.append((time.perf_counter() - started) * 1e3)
-            hits.add(answer["meta_info"]["cached_tokens"])
+        first_token(engine, prefix)
+    prompts = [prefix + [draw.randrange(3, tokens) for _ in range(new)] for _ in range(repeats + 1)]
+    # the first one may meet a batch size for the first time
+    _, *found = [first_token(engine, prompt) for prompt in prompts]
+    hits = {facts["cached_tokens"] for _, facts in found}
     assert hits == {cached}, f"expected {cached} cached tokens, got {hits}: --prefills takes whole pages of 128"
-    return [({"new": new, "cached": cached}, [Figure.of("time_to_first_token", times, "ms")])]
+    return [({"new": new, "cached": cached}, [Figure.of("time_to_first_token", [ms for ms, _ in found], "ms")])]
 
 
 def measure_reload(engine: Any, new: int, cached: int, repeats: int, tokens: int) -> Measured:
     """Return the figures of requests of `new` tokens on `cached` ones in host memory; tokens: as above."""
     draw = random.Random(new + cached)
-    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
     prefixes = [[draw.randrange(3, tokens) for _ in range(cached)] for _ in range(max(repeats, RELOADED) + 1)]
     for prefix in prefixes:
-        engine.generate(input_ids=prefix, sampling_params=sampling)
-    times, loaded = [], []
+        first_token(engine, prefix)
     # the prefix that was used the longest ago comes next, so none is on the device any more
-    for n in range(repeats + 1):
-        prompt = prefixes[n] + [draw.randrange(3, tokens) for _ in range(new)]
-        started = time.perf_counter()
-        answer = engine.generate(input_ids=prompt, sampling_params=sampling)
-        if n:
-            times.append((time.perf_counter() - started) * 1e3)
-            loaded.append(answer["meta_info"]["cached_tokens_details"]["host"])
-    figures = [Figure.of("time_to_first_token_reloaded", times, "ms")]
-    figures.append(Figure("tokens_from_host_memory", statistics.median(loaded), "tokens"))
-    return [({"new": new, "cached": cached}, figures)]
+    prompts = [prefix + [draw.randrange(3, tokens) for _ in range(new)] for prefix in prefixes[: repeats + 1]]
+    _, *found = [first_token(engine, prompt) for prompt in prompts]
+    loaded = {facts["cached_tokens_details"]["host"] for _, facts in found}
+    assert loaded == {cached}, f"expected {cached} tokens from host memory, got {loaded}: a shape of --reloads a run"
+    taken = Figure.of("time_to_first_token_reloaded", [ms for ms, _ in found], "ms")
+    return [({"new": new, "cached": cached}, [taken])]
 
 
 def greedy_answers(engine: Any, folder: str) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 
     python -m benchmarks.isolation.compare_isolation --folder FOLDER        # one GPU: 5,000 requests a cache
     python -m benchmarks.isolation.compare_isolation --model tiny --requests 40 --tenants 8 --prompts-per-tenant 1
-    python -m benchmarks.isolation.compare_isolation --host-memory 8        # with HiCache behind both caches
+    python -m benchmarks.isolation.compare_isolation --hicache 8            # with HiCache behind both caches
 
 Runs `stress_isolation` once per cache with the same prompts, order, drops and aborts: on a GPU all of them at
 the same time, four small servers side by side, on a CPU one after the other. Matrix products round by the
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import cli, launch
-from benchmarks.common.caches import BF16
+from benchmarks.common.caches import BF16, host_memory
 from benchmarks.common.rows import Figure, Rows
 from benchmarks.isolation import flags
 
@@ -81,8 +81,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     default = "--attention-backend triton" if on_gpu else ""
     parser.add_argument("--stock-args", default=default, help="More flags of the stock servers; without it none.")
     cli.add_timeout(parser, 600 if on_gpu else 3600, "each cache")
-    text = "GB of host memory behind every cache (HiCache); without it none."
-    parser.add_argument("--host-memory", type=int, metavar="GB", help=text)
+    cli.add_hicache(parser)
     text = "Start one server at a time; a CPU always does."
     parser.add_argument("--one-by-one", action="store_true", default=not on_gpu, help=text)
     cli.add_output(parser, "Without it rows.csv in --folder.")
@@ -92,8 +91,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def command(args: argparse.Namespace, cache: str) -> list[str]:
     """Return the command that loads one cache."""
     own = [*args.server_args.split(), *(["--page-size", "128", *args.stock_args.split()] * (cache == STOCK))]
-    if args.host_memory is not None:
-        own += ["--enable-hierarchical-cache", "--hicache-size", str(args.host_memory)]
+    own += launch.flags(host_memory(args.hicache))
     found = [sys.executable, "-m", MODULE, "--cache", cache, "--result", str(args.folder / f"{cache}.json")]
     for name in (*flags.LOAD, "timeout"):
         found += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -182,11 +180,11 @@ def main() -> int:
         table.add_row(name, *(str(results[cache][name]) for cache in caches))
     Console(width=100).print(table)
     settings = {name: getattr(args, name) for name in flags.LOAD if name not in ("requests", "load_seconds")}
-    if args.host_memory is not None:
-        settings["host_memory"] = args.host_memory
+    if args.hicache is not None:
+        settings["hicache"] = args.hicache
     for cache, beside in zip(caches, reversed(caches), strict=True):
         rows.append(cache, settings | {"beside": beside}, figures_of(results[cache]))
-    passed, said = verdict(*(results[cache] for cache in caches), args.host_memory is not None)
+    passed, said = verdict(*(results[cache] for cache in caches), args.hicache is not None)
     print(f"{'passed' if passed else 'FAILED'} in {time.monotonic() - started:.0f} s: {said}")
     return int(not passed)
 

@@ -3,11 +3,11 @@
 
     python -m benchmarks.kernels.bench_copy_pages --output benchmarks/results/copy_pages.csv
 
-The pages of --tokens tokens, all layers, scattered over both memories: to the host all layers at once, as
-HiCache copies them, and from it layer by layer. "memcpy" copies as many bytes in one piece by the copy engine, "kernel"
-writes as a load reads, which a server does not. Every
-copy is compared with its source before it is timed. --beside REQUESTSxCONTEXT times a decode layer of that shape while
-copies run on a stream beside it, against the same layer alone.
+The pages of --tokens tokens, all layers, scattered over both memories: to the host all layers at once, as HiCache
+copies them, and from it layer by layer. "memcpy" copies as many bytes in one piece by the copy engine, "kernel" writes
+as a load reads, which a server does not. Every copy is compared with its source before it is timed. --beside
+REQUESTSxCONTEXT times a decode layer of that shape while copies run on a stream beside it, against the same layer
+alone.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Pages:
         """Copy to the host as a load copies."""
         module.copy_pages(self.device, self.host, self.source_slots, self.target_slots, PAGE, programs)
 
-    def load(self, programs: int = 0) -> None:
+    def load(self, programs: int = module.LOAD_PROGRAMS) -> None:
         """Copy back from it, layer by layer."""
         for n in range(self.device.shape[1]):
             one = slice(n, n + 1)
@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=8, metavar="N", help="KV heads of a rank.")
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128, 256), help="Channels of a head.")
     parser.add_argument("--tokens", type=int, default=32_768, metavar="N", help="Tokens whose pages are copied.")
-    text = "Programs of our kernel; each number is measured, a server takes 8."
+    text = f"Programs of our kernel; each number is measured, a server takes {module.LOAD_PROGRAMS}."
     parser.add_argument("--programs", type=int, nargs="+", default=[8, 16, 32, 64, 132], metavar="N", help=text)
     text = "Also time a decode layer of so many requests x tokens beside copies. Without it none."
     parser.add_argument("--beside", metavar="S", help=text)

@@ -29,7 +29,7 @@ def test_compare_isolation_does_not_pass_host_memory_that_nothing_hit():
 
 
 def test_compare_isolation_loads_both_caches_alike(tmp_path):
-    args = compare_isolation.parse(["--folder", str(tmp_path), "--one-by-one", "--host-memory", "4"])
+    args = compare_isolation.parse(["--folder", str(tmp_path), "--one-by-one", "--hicache", "4"])
     kvarn, stock = (compare_isolation.command(args, cache) for cache in (args.preset, compare_isolation.STOCK))
     # what it starts understands them
     assert stress_isolation.parse(kvarn[3:]).cache == "kvarn" and stress_isolation.parse(stock[3:]).requests == 5000

@@ -69,7 +69,7 @@ def copy_pages(
     source_slots: torch.Tensor,
     target_slots: torch.Tensor,
     page_size: int,
-    programs: int = 0,
+    programs: int = LOAD_PROGRAMS,
 ) -> None:
     """Copy the page of source_slots[n], all its layers, to the page of target_slots[n], on the current stream.
 
@@ -79,7 +79,7 @@ def copy_pages(
         source, target: uint8 [P, L, row_bytes], rows contiguous, any strides between pages and between layers, of
             multiples of 16 bytes as row_bytes is. One of them may be page-locked memory of the host.
         source_slots, target_slots: int64 [N], any stride, no page of the target twice; on the device that copies.
-        page_size: slots of a page; programs: 0 for LOAD_PROGRAMS.
+        page_size: slots of a page; programs: that copy.
 
     Raises:
         ValueError: rows that are not of one size, or not aligned.
@@ -89,7 +89,7 @@ def copy_pages(
         return
     words = [x.view(torch.int32) for x in (source, target)]
     _launcher(
-        (programs or LOAD_PROGRAMS, 1, 1),
+        (programs, 1, 1),
         source_ptr=words[0],
         target_ptr=words[1],
         source_slots_ptr=source_slots,
