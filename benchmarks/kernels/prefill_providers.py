@@ -141,9 +141,11 @@ def kvarn(
     shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
     cache, out, batch = _filled_cache(problem, config), torch.empty_like(problem.q), _batch(problem, config)
     limits = Limits(decode_batch=1, request_pages=shape.pages, extend_requests=1, chunk_pages=-(-shape.new // PAGE) + 1)
-    sparse = replace(kernels or choose_kernels(heads, config, DEVICE), dense="")
-    attention = Attention(heads, config, DEVICE, limits, sparse)
-    workspace = extend_dense.make_workspace(heads, limits.extend_pages, DEVICE, dense) if dense else None
+    chosen = kernels or choose_kernels(heads, config, DEVICE)
+    attention = Attention(heads, config, DEVICE, limits, replace(chosen, dense=""))
+    workspace, compiled = None, chosen.dequantise == "cuda"
+    if dense:
+        workspace = extend_dense.make_workspace(heads, limits.extend_pages, DEVICE, dense, compiled=compiled)
     new = QKV(problem.q, problem.k[shape.prefix :], problem.v[shape.prefix :])
     step: Step | None = None
 

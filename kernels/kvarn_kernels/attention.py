@@ -48,12 +48,14 @@ class Kernels:
     Attributes:
         encode, decode: as named; extend: of few tokens.
         dense: who attends long extend steps, one of `extend_dense.LIBRARIES`; empty where the same kernel does.
+        dequantise: of the records that those steps read.
     """
 
     encode: str
     decode: str
     extend: str
     dense: str = ""
+    dequantise: str = "triton"
 
 
 TORCH = Kernels("torch", "torch", "torch")
@@ -103,6 +105,7 @@ def choose_kernels(
         decode="cuda" if compiled and decode_sm90.runs_on(gpu) else "triton",
         extend="triton",
         dense="" if config.fixed_order else _dense_library(gpu),
+        dequantise="cuda" if compiled else "triton",
     )
 
 
@@ -170,7 +173,9 @@ class Attention:
         if not self.kernels.dense or self.device.type == "meta":
             return None
         try:
-            return extend_dense.make_workspace(self.shape, self._limits.extend_pages, self.device, self.kernels.dense)
+            pages, library = self._limits.extend_pages, self.kernels.dense
+            compiled = self.kernels.dequantise == "cuda"
+            return extend_dense.make_workspace(self.shape, pages, self.device, library, compiled=compiled)
         except (ImportError, RuntimeError, OSError) as error:
             # FlashInfer builds its kernels with nvcc where they are not installed ready-made
             name = extend_dense.LIBRARIES[self.kernels.dense].name
@@ -218,7 +223,7 @@ class Attention:
         batches = warm_up.batches(self.shape, self.config, self.ring_pages, self.device)
         steps = [Step(batch, self._plan_sparse(batch)) for batch in batches]
         if self._dense_workspace is not None:
-            page = warm_up.full_page(self.ring_pages, self.device)
+            page = warm_up.page_on_records(self.config, self.ring_pages, self.device)
             steps.append(Step(page, extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu)))
         for step in steps:
             tokens, dtype = step.batch.num_tokens, self.shape.dtype

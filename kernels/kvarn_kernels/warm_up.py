@@ -20,6 +20,11 @@ def full_page(ring_pages: int, device: torch.device) -> ExtendBatch:
     return _step(0, TILE_SIZE, ring_pages, device)
 
 
+def page_on_records(config: KVarNConfig, ring_pages: int, device: torch.device) -> ExtendBatch:
+    """Return a step of one full page after its window and a page that is read as a record."""
+    return _step((config.window_pages + 1) * TILE_SIZE, TILE_SIZE, ring_pages, device)
+
+
 def batches(
     shape: AttentionShape, config: KVarNConfig, ring_pages: int, device: torch.device
 ) -> list[ExtendBatch]:

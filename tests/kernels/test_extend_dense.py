@@ -22,7 +22,7 @@ from builders import (
     run_extend,
 )
 from kvarn_kernels import torch_form
-from kvarn_kernels.attention import Step
+from kvarn_kernels.attention import Step, choose_kernels
 from kvarn_kernels.batch import QKV
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import paged_calls, segments
@@ -65,7 +65,8 @@ def library_of(name: str) -> str | paged_calls.Library:
 def workspace_for(request: Request, pages: int = 64, library: str = FLASHINFER) -> DenseWorkspace:
     """Return a workspace of poison."""
     shape = AttentionShape(request.q.shape[1], *request.k.shape[1:], request.k.dtype)
-    workspace = make_workspace(shape, pages, DEVICE, library_of(library))
+    compiled = DEVICE.type == "cuda" and choose_kernels(shape, KVARN, DEVICE).dequantise == "cuda"
+    workspace = make_workspace(shape, pages, DEVICE, library_of(library), compiled=compiled)
     workspace.keys.fill_(float("nan"))
     workspace.values.fill_(float("nan"))
     return workspace

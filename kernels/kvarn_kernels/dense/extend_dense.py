@@ -41,12 +41,14 @@ class DenseWorkspace:
         keys, values: [M, Hk, G, D] model dtype, the past pages of one segment.
         num_qo_heads: query heads of the model.
         library: who attends.
+        compiled: CUDA C++ writes records out, not Triton.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     num_qo_heads: int
     library: Library
+    compiled: bool
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _build_kernels(workspace: DenseWorkspace) -> None:
 
 
 def make_workspace(
-    shape: AttentionShape, max_pages: int, device: torch.device, library: str | Library
+    shape: AttentionShape, max_pages: int, device: torch.device, library: str | Library, *, compiled: bool = False
 ) -> DenseWorkspace:
     """Return a workspace.
 
@@ -119,6 +121,7 @@ def make_workspace(
         shape: of the model, in float16 or bfloat16.
         max_pages: the most pages that a step can read, all requests together.
         library: one of LIBRARIES, or what stands in for it in tests.
+        compiled: as in `DenseWorkspace`.
 
     Raises:
         RuntimeError, OSError: FlashInfer's kernels cannot be built.
@@ -131,6 +134,7 @@ def make_workspace(
         values=torch.empty(size, dtype=shape.dtype, device=device),
         num_qo_heads=shape.num_qo_heads,
         library=own,
+        compiled=compiled,
     )
     _build_kernels(workspace)
     return workspace
@@ -190,7 +194,7 @@ def extend_dense(
     if len(plan.segments) > 1:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for segment in plan.segments:
-        dequantise(pages, new, segment.pages, cache, batch, config)
+        dequantise(pages, new, segment.pages, cache, batch, config, compiled=workspace.compiled)
         rows = slice(segment.begin, segment.end)
         query, part, part_lse = q[rows], out[rows], None if lse is None else lse[rows]
         if segment.seen is not None:

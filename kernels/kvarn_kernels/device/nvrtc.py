@@ -15,6 +15,8 @@ from kvarn_kernels.device.launch import CudaLauncher
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).parents[1]
+
 
 @lru_cache(maxsize=1)
 def is_available() -> bool:
@@ -26,9 +28,11 @@ def is_available() -> bool:
 
 
 def source(path: Path, defines: dict[str, Any]) -> str:
-    """Return a CUDA source with its constants in front."""
+    """Return a CUDA source with its constants in front and, where it includes a header of this package, the header."""
     lines = [f"#define {key} {value}" for key, value in defines.items()]
-    return "\n".join([*lines, path.read_text()])
+    included = re.compile(r'^#include "(.+\.cuh)"$', re.MULTILINE)
+    text = included.sub(lambda found: (PACKAGE / found[1]).read_text(), path.read_text())
+    return "\n".join([*lines, text])
 
 
 def parameters(text: str, kernel: str) -> tuple[str, ...]:
