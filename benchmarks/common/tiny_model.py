@@ -98,11 +98,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 _ATTENTION = "kvarn_oracle"
 
 
-def save(folder: Path, family: str = "llama", **changes: Any) -> str:
+def save(
+    folder: Path, family: str = "llama", *, rounded_to: torch.dtype = torch.float32, **changes: Any
+) -> str:
     """Write a model to a folder and return its name: float32, 2 layers, 4 query and 2 KV heads, D = 64.
 
     Args:
         family: a model_type of transformers; those of FAMILIES differ in more than their name.
+        rounded_to: a dtype that holds every weight, so that an engine with this dtype has the weights of the oracle.
         changes: fields of the configuration.
     """
     shape = {
@@ -136,6 +139,7 @@ def save(folder: Path, family: str = "llama", **changes: Any) -> str:
             elif name.endswith("bias"):
                 # so large that the plugin keeps that of the values out of the cache
                 weight.normal_(0, 0.5)
+            weight.copy_(weight.to(rounded_to))
     model.save_pretrained(folder)
     if family == "nemotron_h":
         _name_as_published(folder)
@@ -208,6 +212,34 @@ def expected_with_margin(
     allowed: Callable[[int], Sequence[int]] | None = None,
 ) -> tuple[list[int], float]:
     """Return `expected` and by how much the best logit was above the second best, at the closest step."""
+    model = _oracle(folder, preset, cached, len(token_ids) + new_tokens)
+    tokens, margins = list(token_ids), []
+    with torch.inference_mode():
+        for _ in range(new_tokens):
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            if allowed is not None:
+                ids = list(allowed(len(tokens) - len(token_ids)))
+                logits = torch.full_like(logits, -torch.inf).index_copy_(0, torch.tensor(ids), logits[ids])
+            best, second = logits.topk(2).values.tolist()
+            margins.append(best - second)
+            tokens.append(int(logits.argmax()))
+    return tokens[len(token_ids) :], min(margins)
+
+
+def logits(folder: str, token_ids: list[int], preset: str, *, cached: int = 0) -> torch.Tensor:
+    """Return the logits behind each token of a request by the position rule, float32 [T, V].
+
+    Args:
+        token_ids: of the prompt, and of an answer behind it.
+        cached: tokens of the prompt that come from the prefix cache.
+    """
+    model = _oracle(folder, preset, cached, len(token_ids))
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids]), use_cache=False).logits[0]
+
+
+def _oracle(folder: str, preset: str, cached: int, max_tokens: int) -> Any:
+    """Return a model with the oracle's attention, for requests of at most so many tokens."""
     config = KVarNConfig.from_preset(preset)
 
     def attend(module, query, key, value, mask, scaling, **kwargs):
@@ -228,18 +260,8 @@ def expected_with_margin(
     for module in model.modules():
         if type(module).__name__ == "NemotronHMamba2Mixer":
             # all in one chunk: transformers 5.12 hands states of these layers to wrong chunks
-            module.chunk_size = len(token_ids) + new_tokens
-    tokens, margins = list(token_ids), []
-    with torch.inference_mode():
-        for _ in range(new_tokens):
-            logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-            if allowed is not None:
-                ids = list(allowed(len(tokens) - len(token_ids)))
-                logits = torch.full_like(logits, -torch.inf).index_copy_(0, torch.tensor(ids), logits[ids])
-            best, second = logits.topk(2).values.tolist()
-            margins.append(best - second)
-            tokens.append(int(logits.argmax()))
-    return tokens[len(token_ids) :], min(margins)
+            module.chunk_size = max_tokens
+    return model
 
 
 def fail(signum: int, frame: Any) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import drafts_on_cpu
+import known_drafts
 import pytest
 from engine_plugin import add_to_engines
 from test_speculation import eagle_head
@@ -61,9 +62,7 @@ def test_answers_are_the_oracles_whether_blocks_are_rejected_or_accepted(
     prompts = [prompt(length, seed=length) for length in LENGTHS]
     wanted = [expected(model, tokens, preset, new_tokens=NEW) for tokens in prompts]
     turn = prompts[0] + wanted[0] + prompt(30, seed=2)
-    known = tmp_path / "known.json"
-    known.write_text(json.dumps([prompts[0] + wanted[0]]))
-    monkeypatch.setenv(drafts_on_cpu.KNOWN, str(known))
+    known_drafts.prepare(monkeypatch, tmp_path, [prompts[0] + wanted[0]])
     drafter = tmp_path / "drafter"
     drafter.mkdir()
     draft = {

@@ -7,7 +7,6 @@ Nothing here touches the verify step of a kvarn cache. It makes sure that no acc
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 import types
@@ -24,8 +23,6 @@ OVERLAP = "KVARN_TEST_OVERLAP"
 # where this is set, a flush of the prefix cache leaves the n-grams that drafts are made of
 KEEP = "KVARN_TEST_KEEP_NGRAMS"
 WRONG = 7
-# a file with texts, lists of tokens, that DFLASH drafts from where one of them goes on as a request does
-KNOWN = "KVARN_TEST_KNOWN_TEXTS"
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -65,10 +62,6 @@ def install() -> None:
     eagle.sgl_build_tree_kernel_efficient = eagle.build_tree_kernel_efficient_func = link_chain
     corpus = compat.resolve("sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus")
     corpus.batch_get = with_a_draft(corpus.batch_get)
-    if KNOWN in os.environ:
-        worker = compat.resolve("sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2")
-        name = "_greedy_sample_from_vocab_parallel_head"
-        setattr(worker, name, with_known_texts(getattr(worker, name), json.loads(Path(os.environ[KNOWN]).read_text())))
     if KEEP in os.environ:
         corpus.reset = nothing_to_do
     # 0.5.16 has none for a CPU
@@ -98,23 +91,6 @@ def with_a_draft(batch_get):
         return drafts.reshape(tokens.shape), mask
 
     return at_least_one
-
-
-def with_known_texts(propose, texts: list[list[int]]):
-    """Return the function of DFLASH that chooses the drafts of a block, with those of the texts where they fit."""
-
-    @functools.wraps(propose)
-    def known(worker, *, hidden_states, lm_head):
-        drafts = propose(worker, hidden_states=hidden_states, lm_head=lm_head).view(-1, worker.block_size - 1)
-        for b, own in enumerate(drafts):
-            place, root = int(worker._draft_block_positions_buf[b, 0]), int(worker._draft_block_ids_buf[b, 0])
-            for text in texts:
-                if place < len(text) and text[place] == root:
-                    known = torch.tensor(text[place + 1 : place + 1 + len(own)])
-                    own[: len(known)] = known
-        return drafts.flatten()
-
-    return known
 
 
 def in_its_own_dtype(forward):

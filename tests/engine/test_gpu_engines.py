@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts, models with states and host memory in engines on a GPU, with decode in CUDA graphs.
+
+Each case starts one engine of a tiny model and compares every greedy answer with the oracle, up to near ties. On a
+machine without a GPU the same cases run with the stand-ins of the other engine tests (`pytest -m long`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import hybrids
+import known_drafts
+import pytest
+import tiny_engines
+from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2
+from near_ties import Tally
+from sglang_kvarn import refusals
+from tiny_engines import ON_GPU, ask
+
+from benchmarks.common import tiny_model
+from benchmarks.common.tiny_model import expected, flush, prompt
+
+pytestmark = pytest.mark.gpu if ON_GPU else pytest.mark.long
+
+KVARN, CANONICAL = "kvarn", "kvarn_canonical"
+NEW, DRAFTS = 20, 4
+# A page ends at 128. Where all drafts are accepted, the runs of four prompts end at tokens that differ by one, so that
+# some of the runs have the end of the page inside them
+LENGTHS = (117, 118, 119, 120, 250, 380)
+NGRAM = {
+    "speculative_algorithm": "NGRAM",
+    "speculative_ngram_max_bfs_breadth": 1,
+    "speculative_num_draft_tokens": DRAFTS,
+}
+# a draft model whose cache is of 16 bits is mostly right; the others draft what they have seen, or are told
+SHARE = {"STANDALONE": 0.25}
+
+
+def described(folder: Path, **config: Any) -> str:
+    """Write the configuration of a draft model for the tiny one, and return its folder; its weights are dummies."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shape |= {"head_dim": 128, "vocab_size": tiny_model.VOCABULARY, "max_position_embeddings": 4096}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape | config))
+    return str(folder)
+
+
+def head(folder: Path, architecture: str) -> str:
+    """Describe a head of one layer."""
+    return described(
+        folder,
+        architectures=[architecture],
+        model_type="llama",
+        num_hidden_layers=1,
+        draft_vocab_size=tiny_model.VOCABULARY,
+        eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1]},
+        num_aux_hidden_states=2,
+    )
+
+
+def block_drafter(folder: Path) -> str:
+    """Describe a model that drafts a block at once."""
+    return described(
+        folder,
+        architectures=["DFlashDraftModel"],
+        model_type="qwen3",
+        num_hidden_layers=2,
+        block_size=DRAFTS,
+        num_target_layers=2,
+        dflash_config={"target_layer_ids": [0], "mask_token_id": tiny_model.VOCABULARY - 1},
+    )
+
+
+def draft_options(algorithm: str, model: str, folder: Path) -> dict[str, Any]:
+    """Return the options of an engine that drafts, with random weights where a draft model is not the model itself."""
+    if algorithm == "NGRAM":
+        return NGRAM
+    chosen: dict[str, Any] = {"speculative_algorithm": algorithm, "speculative_draft_model_path": model}
+    if algorithm != "STANDALONE":
+        chosen["speculative_draft_load_format"] = "dummy"
+    if algorithm == "DFLASH":
+        chosen["speculative_draft_model_path"] = block_drafter(folder)
+    elif algorithm != "STANDALONE":
+        architecture = {"EAGLE": "LlamaForCausalLMEagle", "EAGLE3": "LlamaForCausalLMEagle3"}[algorithm]
+        chosen["speculative_draft_model_path"] = head(folder, architecture)
+    return chosen
+
+
+@pytest.mark.parametrize("algorithm", ["", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "DFLASH"])
+def test_drafts_change_no_answer(tmp_path, monkeypatch, capfd, algorithm):
+    tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))
+    model = tiny_engines.save(tmp_path / "model")
+    prompts = [prompt(length, seed=length) for length in LENGTHS]
+    options = draft_options(algorithm, model, tmp_path / "draft") if algorithm else {}
+    if algorithm in ("EAGLE", "EAGLE3", "DFLASH"):
+        # not of the last prompt, all of whose drafts are rejected
+        known = [tokens + expected(model, tokens, KVARN, new_tokens=NEW) for tokens in prompts[:-1]]
+        known_drafts.prepare(monkeypatch, tmp_path / "known", known)
+    tally = Tally(model, KVARN, tiny_engines.DTYPE)
+    with tiny_engines.start(model, KVARN, drafts=DRAFTS if algorithm else 1, **options) as engine:
+        first = ask(engine, tally, prompts, NEW)
+        # the pages of the prompts are cached; what NGRAM drafts has been answered before
+        again = ask(engine, tally, prompts, NEW)
+        turns = [tokens + first[n]["tokens"] + prompt(30, seed=n) for n, tokens in enumerate(prompts)]
+        hits = ask(engine, tally, turns, 8)
+    assert [answer["cached"] for answer in again] == [0, 0, 0, 0, 128, 256]
+    # of the first four a page that the answer filled
+    assert [answer["cached"] for answer in hits] == [128, 128, 128, 128, 256, 384]
+    accepted = sum(answer["drafts_accepted"] for answer in again[:4])
+    # of a run of 4 tokens 3 are drafts
+    assert accepted >= SHARE.get(algorithm, 0.5) * 4 * NEW if algorithm else accepted == 0
+    tiny_engines.check_graphs(capfd.readouterr().err)
+    tally.close()
+
+
+def test_the_number_of_drafts_may_change(tmp_path, monkeypatch, capfd):
+    tiny_engines.prepare(monkeypatch, tmp_path, drafts=True)
+    model, chosen = tiny_engines.save(tmp_path / "model"), tmp_path / "adaptive.json"
+    # three drafts of a request alone, one or none of two; a page of the first ends after the second is answered
+    chosen.write_text(json.dumps({"1": {"candidate_steps": [3]}, "2": {"candidate_steps": [1]}}))
+    options = draft_options("EAGLE", model, tmp_path / "draft")
+    options |= {"speculative_adaptive": True, "speculative_adaptive_config": str(chosen)}
+    prompts = [prompt(length, seed=length) for length in (115, 250)]
+    known = [tokens + expected(model, tokens, KVARN, new_tokens=NEW) for tokens in prompts]
+    known_drafts.prepare(monkeypatch, tmp_path / "known", known)
+    tally = Tally(model, KVARN, tiny_engines.DTYPE)
+    with tiny_engines.start(model, KVARN, drafts=DRAFTS, **options) as engine:
+        sampling = [{"temperature": 0, "max_new_tokens": new, "ignore_eos": True} for new in (NEW, 6)]
+        outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
+        for tokens, output in zip(prompts, outputs, strict=True):
+            tally.judge(tokens, output["output_ids"])
+        turn = prompts[0] + outputs[0]["output_ids"] + prompt(30, seed=2)
+        (hit,) = ask(engine, tally, [turn], 8)
+    assert hit["cached"] == 128
+    log = capfd.readouterr().err
+    assert "steps 3 -> 1" in log and "steps 1 -> 3" in log
+    tiny_engines.check_graphs(log)
+    tally.close()
+
+
+def hybrid_cases() -> list:
+    """Return (family, algorithm) of what the installed SGLang serves."""
+    cases = [(family, algorithm) for family in (DELTA, *MAMBA2) for algorithm in ("", "NGRAM")]
+    cases += [(DELTA, "NEXTN"), *([("qwen3_next", "")] if DELTA != "qwen3_next" else [])]
+    # layers of Falcon-H1 in 0.5.16 stop at drafts
+    return [case for case in cases if case != ("falcon_h1", "NGRAM") or HAS_PREFIX_CACHE]
+
+
+@pytest.mark.parametrize(("family", "algorithm"), hybrid_cases())
+def test_a_model_with_states_answers_as_the_oracle(tmp_path, monkeypatch, capfd, family, algorithm):
+    tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm), states=True)
+    monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
+    model = tiny_engines.save(tmp_path / "model", family)
+    prompts = [prompt(length, seed=length) for length in (60, 120, 129, 250, 300)]
+    # the head that comes with the model is not in its checkpoint
+    mtp = {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
+    options = hybrids.OPTIONS | {"": {}, "NGRAM": NGRAM, "NEXTN": mtp}[algorithm]
+    if algorithm == "NEXTN":
+        known = [tokens + expected(model, tokens, CANONICAL, new_tokens=NEW) for tokens in prompts[:4]]
+        known_drafts.prepare(monkeypatch, tmp_path / "known", known)
+    tally = Tally(model, CANONICAL, tiny_engines.DTYPE)
+    with tiny_engines.start(model, CANONICAL, drafts=DRAFTS if algorithm else 1, **options) as engine:
+        first = ask(engine, tally, prompts, NEW)
+        again = ask(engine, tally, prompts, NEW)
+        turns = [tokens + first[n]["tokens"] + prompt(30, seed=n) for n, tokens in enumerate(prompts)]
+        hits = ask(engine, tally, turns[1:4], 8)
+    # of pages that answers filled, with the states behind them
+    wanted = [128, 128, 256] if HAS_PREFIX_CACHE else [0, 0, 0]
+    assert [answer["cached"] for answer in hits] == wanted
+    accepted = sum(answer["drafts_accepted"] for answer in again[:4])
+    assert accepted >= 0.5 * 4 * NEW if algorithm else accepted == 0
+    tiny_engines.check_graphs(capfd.readouterr().err)
+    tally.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "algorithm"), [("write_through", ""), ("write_back", ""), ("write_through", "NGRAM")]
+)
+def test_a_prefix_that_left_the_device_comes_back_from_host_memory(tmp_path, monkeypatch, capfd, policy, algorithm):
+    tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))
+    monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
+    model = tiny_engines.save(tmp_path / "model")
+    prompts = [prompt(300, seed) for seed in range(6)]
+    options = {
+        "enable_hierarchical_cache": True,
+        "hicache_ratio": 3.0,
+        "hicache_write_policy": policy,
+        "enable_cache_report": True,
+    }
+    tally, found = Tally(model, KVARN, tiny_engines.DTYPE), []
+
+    def rounds(engine) -> None:
+        for tokens in prompts:
+            sampling = {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}
+            output = engine.generate(input_ids=tokens, sampling_params=sampling)
+            facts = output["meta_info"]
+            tally.judge(tokens, output["output_ids"], facts["cached_tokens"])
+            found.append({"host": 0} | (facts["cached_tokens_details"] or {}) | {"answer": output["output_ids"]})
+
+    # one ring, and 8 pages, of which a prompt takes 3
+    drafts, chosen = (DRAFTS, NGRAM) if algorithm else (1, {})
+    small = {"pages": 8, "rows": 1}
+    with tiny_engines.start(model, KVARN, drafts=drafts, **small, **options, **chosen) as engine:
+        for _ in range(3):
+            rounds(engine)
+        flush(engine)
+        again = ask(engine, tally, prompts[:1], NEW)
+    size = len(prompts)
+    assert [each["host"] for each in found[:size]] == [0] * size and again[0]["cached"] == 0
+    # all that was evicted in a round is loaded in the next one
+    from_host = [each["host"] for each in found[size:]]
+    assert set(from_host) <= {0, 128, 256} and sum(n == 256 for n in from_host) >= size, from_host
+    # a hit reads the same bytes every time
+    same = sum(a["answer"] == b["answer"] for a, b in zip(found[size:], found[2 * size :], strict=False))
+    assert same >= size - 1
+    log = capfd.readouterr().err
+    assert re.search("(?i)host", log)
+    tiny_engines.check_graphs(log)
+    tally.close()
+
+
+def test_near_ties_are_no_excuse_for_an_answer_to_other_tokens(tmp_path):
+    model = tiny_engines.save(tmp_path / "model")
+    tokens = prompt(300, seed=1)
+    answer = expected(model, tokens, KVARN, new_tokens=NEW)
+    tally = Tally(model, KVARN, tiny_engines.DTYPE)
+    tally.judge(tokens, answer)
+    tally.close()
+    assert tally.worst == 0
+    # one page of another prompt, in the middle
+    other = tokens[:128] + prompt(128, seed=2) + tokens[256:]
+    with pytest.raises(AssertionError, match="below the oracle's best"):
+        tally.judge(other, answer)

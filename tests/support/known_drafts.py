@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts of known texts in the processes of an engine, whoever drafts there and on whatever device.
+
+Heads of random weights propose nothing that is accepted. Where a request goes on as a known text does, its drafts are
+what the text says, so that a step accepts all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from engine_plugin import add_to_engines
+from sglang_kvarn import compat
+
+# a file with texts, lists of tokens
+TEXTS = "KVARN_TEST_KNOWN_TEXTS"
+
+
+def prepare(patch: pytest.MonkeyPatch, folder: Path, texts: list[list[int]]) -> None:
+    """Let the engines that this process starts draft these texts.
+
+    Args:
+        folder: for the texts and the plugin of the test.
+        texts: tokens of a prompt, and of the answer behind it.
+    """
+    add_to_engines(patch, folder, "known_drafts:install")
+    file = folder / "texts.json"
+    file.write_text(json.dumps(texts))
+    patch.setenv(TEXTS, str(file))
+
+
+def install() -> None:
+    """Put the texts into what a target model is to verify, for good."""
+    texts = json.loads(Path(os.environ[TEXTS]).read_text())
+    for name in ("eagle_info.EagleVerifyInput", "dflash_info.DFlashVerifyInput"):
+        verified = compat.resolve(f"sglang.srt.speculative.{name}")
+        verified.__post_init__ = _with_texts(verified.__post_init__, texts)
+
+
+def _with_texts(made, texts: list[list[int]]):
+    """Return what ends the constructor of a verify step, with drafts of the texts where they fit."""
+
+    @functools.wraps(made)
+    def with_texts(step) -> None:
+        made(step)
+        # a step that is captured has no drafts
+        if step.draft_token is None or len(step.draft_token) == 0:
+            return
+        drafts = step.draft_token.view(-1, step.draft_token_num)
+        places = step.positions.view(drafts.shape)[:, 0].tolist()
+        for own, place, root in zip(drafts, places, drafts[:, 0].tolist(), strict=True):
+            for text in texts:
+                if place < len(text) and text[place] == root:
+                    known = text[place + 1 : place + len(own)]
+                    own[1 : 1 + len(known)] = torch.tensor(known, dtype=own.dtype, device=own.device)
+
+    return with_texts

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines of tiny models on the device that is there: SGLang's own kernels on a GPU, torch in their place on a CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kvarn_kernels.config import KVarNConfig
+from near_ties import Tally
+from sglang_kvarn import compat
+from sglang_kvarn.cpu import platform
+
+from benchmarks.common import tiny_model
+from benchmarks.common.tiny_model import answers
+
+ON_GPU = torch.cuda.is_available()
+# SGLang hands draft models embeddings in bfloat16, and its layers with states are made for it; the stand-ins are in 32
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# requests at a time
+ROWS = 4
+# of one engine, with its start: builds of kernels at a first start take longer, and have a run of their own
+LIMIT_SECONDS = 150
+_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_DELTA |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+# sizes of published models, in which kernels of SGLang are run and tested
+_SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3_next": _DELTA,
+    "qwen3_5_text": _DELTA,
+    "falcon_h1": {"mamba_d_ssm": 256, "mamba_d_head": 64, "mamba_d_state": 128},
+    "granitemoehybrid": {"mamba_d_state": 128},
+    "nemotron_h": {"mamba_head_dim": 64, "ssm_state_size": 128},
+}
+
+
+def save(folder: Path, family: str = "llama") -> str:
+    """Write a model with head_dim 128, 8 query and 2 KV heads, whose weights fit `DTYPE`; return its folder."""
+    folder.mkdir()
+    return tiny_model.save(folder, family, rounded_to=DTYPE, **_HEADS | _SHAPES.get(family, {}))
+
+
+def prepare(patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, states: bool = False) -> None:
+    """Let SGLang check every page of every step; on a CPU, put torch in the place of its kernels.
+
+    Args:
+        drafts: for engines that speculate; states: for models that keep states.
+    """
+    patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
+    if ON_GPU:
+        return
+    platform.prepare_environment()
+    # not on a GPU, where what they stand in for may be missing
+    import drafts_on_cpu
+    import states_on_cpu
+    from engine_plugin import add_to_engines
+
+    if states:
+        states_on_cpu.prepare(patch, folder / "states")
+    if drafts:
+        drafts_on_cpu.prepare(patch, folder / "drafts")
+        add_to_engines(patch, folder / "attention", "chain_attention:install")
+
+
+@contextmanager
+def start(
+    folder: str, preset: str, *, pages: int = 40, rows: int = ROWS, drafts: int = 1, **options: Any
+) -> Iterator[Any]:
+    """Run an engine with a pool of so many pages beside the rings of some requests.
+
+    Args:
+        rows: requests whose rings there is room for beside the pages.
+        drafts: that a step verifies, 1 without speculation.
+
+    Raises:
+        TimeoutError: engine and block took longer than `LIMIT_SECONDS`.
+    """
+    ring = KVarNConfig.from_preset(preset).ring_pages(_HEADS["head_dim"], DTYPE.itemsize, drafts)
+    chosen = {
+        "model_path": folder,
+        "skip_tokenizer_init": True,
+        "grammar_backend": "none",
+        "sampling_backend": "pytorch",
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "kv_cache_dtype": preset,
+        "max_total_tokens": (rows * ring + pages) * 128,
+        "max_running_requests": ROWS,
+        "chunked_prefill_size": 256,
+        "random_seed": 0,
+        "log_level": "info",
+        "decode_log_interval": 1,
+        "custom_sigquit_handler": tiny_model.fail,
+    }
+    if ON_GPU:
+        # a bound that is not reached: several engines may start on one GPU, and each sees what others take
+        chosen |= {"mem_fraction_static": 0.3, "cuda_graph_max_bs_decode": ROWS, "disable_prefill_cuda_graph": True}
+    before = signal.signal(signal.SIGALRM, _out_of_time)
+    signal.alarm(LIMIT_SECONDS)
+    engine = None
+    try:
+        engine = compat.resolve("sglang.Engine")(**chosen | options)
+        yield engine
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        if engine is None:
+            # processes of an engine that did not start
+            compat.resolve("sglang.srt.utils.kill_process_tree")(os.getpid(), include_parent=False)
+        else:
+            engine.shutdown()
+
+
+def _out_of_time(signum: int, frame: Any) -> None:
+    raise TimeoutError(f"expected the engine to be done within {LIMIT_SECONDS} s")
+
+
+def ask(engine: Any, tally: Tally, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
+    """Return `tiny_model.answers`, each of which the oracle agrees with."""
+    found = answers(engine, prompts, new_tokens)
+    for tokens, answer in zip(prompts, found, strict=True):
+        tally.judge(tokens, answer["tokens"], answer["cached"])
+    return found
+
+
+def check_graphs(log: str) -> None:
+    """Check that decode steps ran in CUDA graphs, on a GPU.
+
+    Args:
+        log: of an engine that has ended.
+    """
+    steps = re.findall(r"Decode batch.*graph: (\w+)", log)
+    assert steps, "the engine has logged no decode step"
+    assert not ON_GPU or set(steps) == {"True"}, f"{steps.count('False')} of {len(steps)} steps ran without a graph"
