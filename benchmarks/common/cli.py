@@ -144,7 +144,7 @@ def add_layer(to: argparse.ArgumentParser, shapes: list[str], of: str, repeats: 
 
 def add_hicache(to: argparse.ArgumentParser) -> None:
     """Add the size of the host memory."""
-    text = "GB of host memory behind the cache of every server (HiCache). Without it none."
+    text = "GB of host memory behind the cache of every loaded server (HiCache). Without it none."
     to.add_argument("--hicache", type=int, metavar="GB", help=text)
 
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import cli, launch
-from benchmarks.common.caches import BF16, host_memory
+from benchmarks.common.caches import BF16
 from benchmarks.common.rows import Figure, Rows
 from benchmarks.isolation import flags
 
@@ -91,11 +91,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def command(args: argparse.Namespace, cache: str) -> list[str]:
     """Return the command that loads one cache."""
     own = [*args.server_args.split(), *(["--page-size", "128", *args.stock_args.split()] * (cache == STOCK))]
-    own += launch.flags(host_memory(args.hicache))
     found = [sys.executable, "-m", MODULE, "--cache", cache, "--result", str(args.folder / f"{cache}.json")]
     for name in (*flags.LOAD, "timeout"):
         found += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     found += ["--new-tokens", *map(str, args.new_tokens), f"--server-args={' '.join(own)}"]
+    # what is asked alone needs no host memory, which a stock cache does not have without a prefix cache
+    found += launch.flags({} if args.hicache is None else {"hicache": args.hicache})
     # what differs is compared here
     return [*found, "--allow", str(args.requests), *([] if args.one_by_one else ["--at-once"])]
 

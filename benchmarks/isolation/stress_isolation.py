@@ -73,6 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--alone-url", help=text)
     text = "Start both servers together, which needs cores and a small memory fraction."
     parser.add_argument("--at-once", action="store_true", help=text)
+    cli.add_hicache(parser)
     cli.add_timeout(parser, 3600, "the whole run, which fails after them")
     text = "Write the result to this file, too, as one JSON object; without it the result is printed only."
     parser.add_argument("--result", type=Path, metavar="FILE", help=text)
@@ -177,7 +178,7 @@ def load_own(args: argparse.Namespace, prompts: list[Prompt], window: bool) -> t
         "enable_mixed_chunk": True,
         # as many requests as fit right now: memory runs out while they decode, and some are retracted
         "schedule_conservativeness": 0,
-    }
+    } | caches.host_memory(args.hicache)
     retract = [f"SGLANG_TEST_RETRACT_INTERVAL={args.retract_every}", "SGLANG_TEST_RETRACT=1"]
 
     def start() -> contextlib.AbstractContextManager[Server]:

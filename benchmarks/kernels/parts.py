@@ -24,7 +24,7 @@ DECODE: Places = {
 PREFILL: Places = {
     "rotate": [(rotate, "rotate_chunk")],
     "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],
-    "dequantise": [(extend_dense, "dequantise")],
+    "dequantise": [(extend_dense, "dequantise"), (extend_dense, "dequantise_by_cuda")],
     "attention": [(extend_dense, "run_call")],
     "merge": [(extend_dense, "merge_parts")],
     "store": [(store, "store_chunk")],

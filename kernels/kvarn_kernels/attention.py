@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -28,17 +28,22 @@ from kvarn_kernels.write import encode, encode_cuda, rotate, store
 
 logger = logging.getLogger(__name__)
 
-CPU_FORM_ENV, FA3_ENV = "KVARN_CPU_FORM", "KVARN_UNTESTED_FA3"
-# an extend step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless new * cached * query heads *
-# head_dim reaches DENSE_WORK: the time of the products grows with that, the time of the host does not. One layer of
-# 32/8 heads of 128 on an H100 ("split" as in dense/segments.py):
-#     128 new tokens on    Triton          FlashInfer, with everything around it
-#      8,192 cached        201 us          209 us
-#     32,768               566 us          654 us, split 372 us
-#     98,304               about 1,700 us  split 957 us
-# The host needed 390 to 570 us a layer for Triton, about 600 for FlashInfer, and 1,020 to 1,280 us where it was split.
-# A step waits for the slower of GPU and host; they meet at about 128 new tokens on 49,152
-DENSE_TOKENS, DENSE_WORK = 256, 24 << 30
+CPU_FORM_ENV = "KVARN_CPU_FORM"
+# an extend step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of the
+# products grows with its work, that of the host does not. With FlashAttention 3 (FA3), new * cached tokens reach
+# FA3_WORK. One layer of 32/8 heads of 128 on an H200, with everything around the attention:
+#     32 new tokens on 32,640 cached    Triton 173 us      FA3 118 us
+#     128 on 8,064                             206 us          98 us
+#     128 on 32,640                            601 us          218 us
+#     128 on 98,176                            1,638 us        583 us
+# With FlashInfer, new * cached * query heads * head_dim reach DENSE_WORK; its wrappers cost the host more, and it cuts
+# no contexts. The same on an H100 ("split" as in dense/segments.py):
+#     128 on 8,192                      Triton 201 us      FlashInfer 209 us
+#     128 on 32,768                            566 us                 654 us, split 372 us
+#     128 on 98,304                            about 1,700 us         split 957 us
+# The host needed 390 to 570 us a layer for Triton, about 600 for FlashInfer, and 1,020 to 1,280 us where it was split;
+# a step waits for the slower of GPU and host, which meet at about 128 new tokens on 49,152.
+DENSE_TOKENS, FA3_WORK, DENSE_WORK = 256, 1 << 18, 24 << 30
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Kernels:
     Attributes:
         encode, decode: as named; extend: of few tokens.
         dense: who attends long extend steps, one of `extend_dense.LIBRARIES`; empty where the same kernel does.
-        dequantise: of the records that those steps read.
+        dequantise: of what those steps read.
     """
 
     encode: str
@@ -80,10 +85,10 @@ def choose_kernels(
     """Return what serves a model on a device, or on a GPU that is described; nothing else asks what GPU it is.
 
     NVIDIA GPUs run the Triton kernels or, where they can, CUDA C++ with the same results: the encoder from compute
-    capability 8.0 on, decode on Hopper and newer. FlashInfer attends long extend steps at the speed of a 16-bit cache,
-    after what they read was written out in 16 bits; not where sums have a fixed order (only the Triton kernel has one
-    that depends on the position alone), and not without the module flashinfer, which SGLang brings. FlashAttention 3
-    of sgl_kernel, which is for Hopper, does so instead where KVARN_UNTESTED_FA3=1 asks for it.
+    capability 8.0 on, decode on Hopper and newer. A library attends long extend steps at the speed of a 16-bit cache,
+    after what they read was written out in 16 bits: on Hopper the FlashAttention 3 of sgl_kernel, elsewhere FlashInfer,
+    both of which SGLang brings; not where sums have a fixed order (only the Triton kernel has one that depends on the
+    position alone).
 
     A CPU runs batched torch (same record bytes, same rule), because interpreted kernels are hundreds of times slower;
     tests set KVARN_CPU_FORM=triton to interpret them all the same.
@@ -110,7 +115,7 @@ def choose_kernels(
 
 
 def _dense_library(gpu: Gpu) -> str:
-    if os.environ.get(FA3_ENV) == "1" and gpu.capability[0] == 9 and importlib.util.find_spec("sgl_kernel"):
+    if gpu.capability[0] == 9 and paged_calls.has_fa3():
         return paged_calls.FA3
     return paged_calls.FLASHINFER if importlib.util.find_spec("flashinfer") else ""
 
@@ -170,17 +175,22 @@ class Attention:
         return 1 if self.config.fixed_order else self._limits.draft_tokens
 
     def _make_dense_workspace(self) -> extend_dense.DenseWorkspace | None:
+        """Return the workspace of the first library that is to be had; where it is another one, name that."""
         if not self.kernels.dense or self.device.type == "meta":
             return None
-        try:
-            pages, library = self._limits.extend_pages, self.kernels.dense
-            compiled = self.kernels.dequantise == "cuda"
-            return extend_dense.make_workspace(self.shape, pages, self.device, library, compiled=compiled)
-        except (ImportError, RuntimeError, OSError) as error:
-            # FlashInfer builds its kernels with nvcc where they are not installed ready-made
-            name = extend_dense.LIBRARIES[self.kernels.dense].name
-            logger.warning("%s's prefill kernels are not to be had, Triton's run instead (slower): %s", name, error)
-            return None
+        pages, compiled = self._limits.extend_pages, self.kernels.dequantise == "cuda"
+        for library in dict.fromkeys((self.kernels.dense, paged_calls.FLASHINFER)):
+            try:
+                made = extend_dense.make_workspace(self.shape, pages, self.device, library, compiled=compiled)
+            except (ImportError, RuntimeError, OSError) as error:
+                # FlashInfer builds its kernels with nvcc where they are not installed ready-made
+                name = extend_dense.LIBRARIES[library].name
+                logger.warning("%s's prefill kernels are not to be had, others run instead (slower): %s", name, error)
+            else:
+                self.kernels = replace(self.kernels, dense=library)
+                return made
+        self.kernels = replace(self.kernels, dense="")
+        return None
 
     @property
     def ring_pages(self) -> int:
@@ -205,7 +215,7 @@ class Attention:
         encoder = f"CUDA C++ ({encode_cuda.SOURCE.name})" if self.kernels.encode == "cuda" else "Triton"
         decoder = f"CUDA C++ ({decode_sm90.SOURCE.name})" if self.kernels.decode == "cuda" else "Triton"
         extends = "extends by Triton"
-        if self._dense_workspace is not None or (self.kernels.dense and self.device.type == "meta"):
+        if self.kernels.dense:
             extends = f"short extends by Triton, long extends by {extend_dense.LIBRARIES[self.kernels.dense].name}"
         return f"encode by {encoder}, decode by {decoder}, {extends}"
 
@@ -257,8 +267,12 @@ class Attention:
 
     def _is_long(self, batch: ExtendBatch) -> bool:
         """Whether a step is better attended densely; see `DENSE_TOKENS`."""
-        work = batch.num_tokens * max(batch.prefix_lens_host) * self.shape.num_qo_heads * self.shape.head_dim
-        return batch.num_tokens >= DENSE_TOKENS or work >= DENSE_WORK
+        pairs = batch.num_tokens * max(batch.prefix_lens_host)
+        if self.kernels.dense == paged_calls.FA3:
+            is_large = pairs >= FA3_WORK
+        else:
+            is_large = pairs * self.shape.num_qo_heads * self.shape.head_dim >= DENSE_WORK
+        return batch.num_tokens >= DENSE_TOKENS or is_large
 
     def attend(self, new: QKV, out: torch.Tensor, cache: LayerCache, step: Step, sm_scale: float) -> None:
         """Store the new tokens of a step in one layer, encode the pages that they fill, and attend.

@@ -7,13 +7,14 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import flashinfer_standin
 import pytest
 import torch
 from kvarn_kernels import attention
 from kvarn_kernels.attention import TORCH, Attention, Limits, choose_kernels
 from kvarn_kernels.batch import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.dense import extend_dense
+from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.shape import AttentionShape
 
@@ -26,16 +27,18 @@ ALL_CUDA = "encode by CUDA C++ (encode.cu), decode by CUDA C++ (decode_sm90.cu),
 AMPERE = "encode by CUDA C++ (encode.cu), decode by Triton, "
 TRITON = "encode by Triton, decode by Triton, "
 FLASHINFER = "short extends by Triton, long extends by FlashInfer"
+FA3 = "short extends by Triton, long extends by FlashAttention 3"
 ONE_FORM = "extends by Triton"
 
 
 @pytest.fixture
 def host(monkeypatch):
-    """Return a function that lets a host have an H100 of another capability, NVRTC, and FlashInfer or not."""
+    """Return a function that lets a host have an H100 of another capability, NVRTC, and libraries or not."""
 
-    def describe(capability=(9, 0), *, flashinfer: bool = True) -> None:
+    def describe(capability=(9, 0), *, flashinfer: bool = True, fa3: bool = False) -> None:
         monkeypatch.setattr(attention, "gpu_of", lambda device: replace(H100, capability=capability))
         monkeypatch.setattr(attention.nvrtc, "is_available", lambda: True)
+        monkeypatch.setattr(attention.paged_calls, "has_fa3", lambda: fa3)
         monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: True if flashinfer else None)
 
     return describe
@@ -59,7 +62,7 @@ def on_cuda(shape: AttentionShape, config: KVarNConfig, device: torch.device = M
     ],
 )
 def test_describe_names_what_runs_on_a_gpu(host, monkeypatch, capability, dtype, config, builds, text):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("no nvcc")
 
     host(capability)
@@ -69,28 +72,41 @@ def test_describe_names_what_runs_on_a_gpu(host, monkeypatch, capability, dtype,
 
 
 @pytest.mark.parametrize(
-    ("capability", "asked", "text"),
+    ("capability", "text"),
     [
-        ((9, 0), "1", ALL_CUDA + FLASHINFER.replace("FlashInfer", "FlashAttention 3")),
-        ((9, 0), "0", ALL_CUDA + FLASHINFER),
+        ((9, 0), ALL_CUDA + FA3),
         # built for Hopper
-        ((10, 0), "1", ALL_CUDA + FLASHINFER),
-        ((8, 0), "1", AMPERE + FLASHINFER),
+        ((10, 0), ALL_CUDA + FLASHINFER),
+        ((8, 0), AMPERE + FLASHINFER),
     ],
 )
-def test_flash_attention_3_attends_on_hopper_where_it_is_asked_for(host, monkeypatch, capability, asked, text):
-    host(capability)
-    monkeypatch.setenv(attention.FA3_ENV, asked)
+def test_flash_attention_3_attends_on_hopper(host, capability, text):
+    host(capability, fa3=True)
     assert on_cuda(SHAPE, KVARN).describe() == text
 
 
-def test_a_host_without_flash_attention_3_attends_by_triton(host, monkeypatch, caplog):
-    host()
-    monkeypatch.setenv(attention.FA3_ENV, "1")
+def test_flash_attention_3_is_the_file_beside_sgl_kernel(monkeypatch, tmp_path):
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(paged_calls.importlib.util, "find_spec", lambda name: spec)
+    assert not paged_calls.has_fa3()
+    (tmp_path / "flash_ops.abi3.so").touch()
+    assert paged_calls.has_fa3()
+    monkeypatch.setattr(paged_calls.importlib.util, "find_spec", lambda name: None)
+    assert not paged_calls.has_fa3()
+
+
+@pytest.mark.parametrize("flashinfer", [True, False])
+def test_where_flash_attention_3_does_not_load_others_attend(host, monkeypatch, caplog, flashinfer):
+    host(fa3=True)
     monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", None)
     monkeypatch.setitem(sys.modules, "sgl_kernel", SimpleNamespace())
-    assert on_cuda(SHAPE, KVARN, CPU).describe() == ALL_CUDA + ONE_FORM
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer_standin if flashinfer else None)
+    served = on_cuda(SHAPE, KVARN, CPU)
+    assert served.describe() == ALL_CUDA + (FLASHINFER if flashinfer else ONE_FORM)
     assert "FlashAttention 3's prefill kernels are not to be had" in caplog.text
+    assert ("FlashInfer's prefill kernels are not to be had" in caplog.text) == (not flashinfer)
+    # what is charged is what was taken
+    assert bool(served.kernels.dense) == flashinfer
 
 
 def test_describe_does_not_name_a_flashinfer_that_is_not_there(host):
@@ -108,13 +124,15 @@ def test_describe_names_torch_or_the_interpreted_kernels_on_a_cpu(monkeypatch):
         Attention(SHAPE, KVARN, CPU, LIMITS)
 
 
-def test_attention_attends_long_steps_on_flashinfer(host, monkeypatch):
+def test_attention_attends_long_steps_on_a_library(host, monkeypatch):
     def is_long(tokens: int, cached: int = 0, num_qo_heads: int = 32) -> bool:
         step = SimpleNamespace(num_tokens=tokens, prefix_lens_host=[cached])
         return on_cuda(replace(SHAPE, num_qo_heads=num_qo_heads), KVARN)._is_long(step)
 
-    host()
     enough = attention.DENSE_TOKENS
+    host(fa3=True)
+    assert is_long(enough) and not is_long(enough - 1) and is_long(32, 8192) and not is_long(32, 8191)
+    host()
     assert is_long(enough) and not is_long(enough - 1)
     # 32 heads of 128, and a rank with 8 of them
     assert is_long(128, 49_152) and not is_long(128, 49_151)

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workspace pages against the oracle's decoded records and the ring, both rotated back."""
+"""The workspace pages against the oracle's decoded records and the ring, both rotated back.
+
+By the Triton kernel and by CUDA C++, which runs as C++ where there is no GPU.
+"""
+
+import ctypes
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +14,9 @@ from builders import DEVICE, PAGE, RowCache, make_cache, make_request, prefill, 
 from kvarn_kernels import reference, torch_form
 from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.dense import dequantise_cuda
 from kvarn_kernels.dense.dequantise import PageList, dequantise
+from kvarn_kernels.device import nvrtc
 
 KVARN = KVarNConfig.from_preset("kvarn")
 # one rounding to the model's dtype (2^-12.6 and 2^-9.6 of a value on average), and fp16 operands (2^-12)
@@ -30,7 +39,63 @@ def batch_of(request, cache: RowCache, prefix: int, seq: int) -> ExtendBatch:
     )
 
 
-def filled(cache, request, config, prefix: int, numbers: list[int], num_exact: int):
+LAUNCHER = """
+extern "C" void run(u8* workspace_k, u8* workspace_v, u8* k, u8* v, u8* records, int* ring_pages, int* requests,
+                    int* pages, int* page_table, int* prefix_lens, int* seq_lens, int* qo_indptr, int* exact_starts,
+                    int stride_k_token, int stride_k_head, int stride_v_token, int stride_v_head,
+                    int stride_page_table, int num_exact, int slots) {
+  launch({slots, HK, 2}, 32 * WARPS, [=] {
+    kvarn_dequantise(workspace_k, workspace_v, k, v, records, ring_pages, requests, pages, page_table, prefix_lens,
+                     seq_lens, qo_indptr, exact_starts, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
+                     stride_page_table, num_exact);
+  });
+}
+"""
+SUPPORT = Path(__file__).parents[1] / "support"
+PARAMETERS = nvrtc.parameters(dequantise_cuda.SOURCE.read_text(), "kvarn_dequantise")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return a function that builds dequantise.cu for this machine's processor."""
+    folder, libraries = tmp_path_factory.mktemp("dequantise"), {}
+
+    def build(*form) -> ctypes.CDLL:
+        if form not in libraries:
+            path = folder / f"{len(libraries)}.cpp"
+            source = nvrtc.source(dequantise_cuda.SOURCE, dequantise_cuda.constants(*form))
+            path.write_text('#include "cuda_on_cpu.h"\n' + source + LAUNCHER)
+            command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{SUPPORT}"]
+            subprocess.run([*command, path, "-o", path.with_suffix(".so")], check=True, timeout=120)
+            libraries[form] = ctypes.CDLL(str(path.with_suffix(".so")))
+        return libraries[form]
+
+    return build
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def write(request, built, monkeypatch):
+    """Return who writes pages out."""
+    if request.param == "triton":
+        return dequantise
+
+    def compiled(*form):
+        # the last one is the device
+        library = built(*form[:-1])
+
+        def launch(grid, stream, **named) -> None:
+            pointers = {n: ctypes.c_void_p(x.data_ptr()) for n, x in named.items() if isinstance(x, torch.Tensor)}
+            library.run(*((named | pointers)[name] for name in PARAMETERS), grid[0])
+
+        return launch
+
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(dequantise_cuda, "_compiled", compiled)
+        monkeypatch.setattr(dequantise_cuda, "current_stream", lambda device: 0)
+    return dequantise_cuda.dequantise
+
+
+def filled(write, cache, request, config, prefix: int, numbers: list[int], num_exact: int):
     """Return the workspace (keys, values), each [M, Hk, G, D], one page of NaN beyond what is asked for.
 
     The new tokens are those of the request after the prefix; the rows after them are NaN.
@@ -42,7 +107,7 @@ def filled(cache, request, config, prefix: int, numbers: list[int], num_exact: i
     new = QKV(
         *(torch.cat([x[prefix:], torch.full_like(x[:PAGE], float("nan"))]) for x in (request.q, request.k, request.v))
     )
-    dequantise((keys, values), new, PageList(torch.zeros_like(pages), pages, num_exact), cache, batch, config)
+    write((keys, values), new, PageList(torch.zeros_like(pages), pages, num_exact), cache, batch, config)
     assert keys[-1].isnan().all() and values[-1].isnan().all()
     return keys[:-1], values[:-1]
 
@@ -64,13 +129,13 @@ def filled(cache, request, config, prefix: int, numbers: list[int], num_exact: i
         ("kvarn_k4v4_g128", 256, torch.float16),
     ],
 )
-def test_dequantise_matches_the_decoded_records(preset, head_dim, dtype):
+def test_dequantise_matches_the_decoded_records(write, preset, head_dim, dtype):
     config = KVarNConfig.from_preset(preset)
     request = make_request(3 * PAGE + 5, (2, 2), head_dim, dtype)
     cache = make_cache(config, 2, head_dim, dtype, pages=8, rows=3)
     prefill(torch_form.attend_extend, request, [3 * PAGE], cache, config)
     cache.exact[cache.rings[1].long()] = float("nan")
-    got = filled(cache, request, config, 3 * PAGE, [2, 0, 1, 0], num_exact=0)
+    got = filled(write, cache, request, config, 3 * PAGE, [2, 0, 1, 0], num_exact=0)
     records = cache.records[[request.pages[n] for n in (2, 0, 1, 0)]]
     for x, decoded in zip(got, reference.decode_tile(records, config, head_dim), strict=True):
         expected = reference.rotate(decoded)
@@ -82,13 +147,13 @@ def test_dequantise_matches_the_decoded_records(preset, head_dim, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.bfloat16, 128)])
-def test_dequantise_takes_exact_pages_from_the_ring_and_then_from_the_chunk(dtype, head_dim):
+def test_dequantise_takes_exact_pages_from_the_ring_and_then_from_the_chunk(write, dtype, head_dim):
     request = make_request(4 * PAGE + 7, (2, 1), head_dim, dtype, row=2)
     cache = make_cache(KVARN, 1, head_dim, dtype, pages=8, rows=3)
     prefix = 2 * PAGE + 44
     prefill(torch_form.attend_extend, request, [prefix], cache, KVARN)
     cache.records[request.pages[1]] = 0xFF
-    keys, values = filled(cache, request, KVARN, prefix, [1, 2, 3, 4, 0], num_exact=4)
+    keys, values = filled(write, cache, request, KVARN, prefix, [1, 2, 3, 4, 0], num_exact=4)
     for x, exact in ((keys, request.k), (values, request.v)):
         # rotated, rounded, rotated back and rounded again
         assert relative_rms(x[0, 0], exact[PAGE : 2 * PAGE, 0]) < 2 * BOUND[dtype]
@@ -97,7 +162,7 @@ def test_dequantise_takes_exact_pages_from_the_ring_and_then_from_the_chunk(dtyp
         assert x[3, 0, 7:].eq(0).all() and x[4].isfinite().all()
 
 
-def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records():
+def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records(write):
     request = make_request(2 * PAGE + 45, (2, 1), 64, torch.float16, row=2)
     cache = make_cache(KVARN, 1, 64, torch.float16, pages=8, rows=3)
     prefill(torch_form.attend_extend, request, [2 * PAGE + 44], cache, KVARN)
@@ -105,14 +170,14 @@ def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records():
     # the page of the hit, in the places of the ring that the new tokens left
     poison = torch.full((PAGE, 1, 64), float("nan"), device=DEVICE)
     write_ring(cache, 2, torch.arange(PAGE, 2 * PAGE), poison, poison)
-    windows = filled(cache, request, KVARN, 2 * PAGE + 44, [1, 2], num_exact=2)
-    records = filled(cache, request, KVARN, 2 * PAGE + 44, [1], num_exact=0)
+    windows = filled(write, cache, request, KVARN, 2 * PAGE + 44, [1, 2], num_exact=2)
+    records = filled(write, cache, request, KVARN, 2 * PAGE + 44, [1], num_exact=0)
     for window, record in zip(windows, records, strict=True):
         assert torch.equal(window[0], record[0]) and window.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dequantise_stays_finite_for_the_largest_keys_and_values(dtype):
+def test_dequantise_stays_finite_for_the_largest_keys_and_values(write, dtype):
     # 2^21 is in the range that a record holds; in fp16 rotating back meets the end of the range
     largest = 60000.0 if dtype == torch.float16 else 2.0**21
     request = make_request(PAGE, (1, 1), 128, dtype)
@@ -122,6 +187,6 @@ def test_dequantise_stays_finite_for_the_largest_keys_and_values(dtype):
         x[0] = largest / 16
     cache = make_cache(KVARN, 1, 128, dtype, pages=4, rows=3)
     prefill(torch_form.attend_extend, request, [PAGE], cache, KVARN)
-    for x, exact in zip(filled(cache, request, KVARN, PAGE, [0], 0), (request.k, request.v), strict=True):
+    for x, exact in zip(filled(write, cache, request, KVARN, PAGE, [0], 0), (request.k, request.v), strict=True):
         assert x.isfinite().all()
         assert relative_rms(x[0, 0, 0], exact[0, 0]) < 2 * BOUND[dtype]

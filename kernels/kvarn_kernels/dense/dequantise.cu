@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Write records out in 16 bits in the model's frame, for sm_80 and newer; what dequantise.py does with records.
+// Write pages out in 16 bits in the model's frame, for sm_80 and newer; the contract of dequantise.py.
 //
-// One block per page, KV head and side (keys, values), a warp for each 16 tokens. Sylvester's matrix of D channels is a
+// One block per page, KV head and side (keys, values), a warp for each 16 tokens. Of a record, Sylvester's matrix of D channels is a
 // product of one 2 x 2 matrix for each bit of the channel's number: four bits are a matrix instruction of depth 16,
 //
 //     y [tokens, 16 channels] = x [tokens, 16 channels] x signs [16, 16 channels]
@@ -10,6 +10,7 @@
 // of depth 128. Which four bits is free: those of a lane's channels in one step (bits 0 and 1) and the two above Q_BIT
 // that number the lanes, so that a lane ends with 2^Q_BIT channels in a row and a store of the warp fills whole sectors.
 // Operands are what `load_keys` and `load_values` of unpack.py give, fp16; sums are float32. Lane 4 g + q.
+// Exact rows, of the ring and of the first token, are few: a warp rotates one at a time, D / 32 channels a lane.
 // The constants in capitals that are not set here come from dequantise_cuda.py.
 
 #include "device/fragments.cuh"
@@ -169,13 +170,13 @@ __device__ __forceinline__ void values(Sums& sums, float (&factor)[2], const u8*
   factor[0] = factor[1] = SQUARE_ROOT_OF_1_D;
 }
 
-// the exact row of token 0, D / 32 channels a lane, rotated back
-__device__ __forceinline__ void first_token(const u8* record, bool is_value, u32* row, int lane) {
+// one exact row of the rotated frame, back in the model's
+__device__ __forceinline__ void rotate_row(const u8* source, u32* row, int lane) {
   constexpr int OWN = D / 32;
-  const u16* source = (const u16*)(record + SCALES_OFFSET) + (is_value ? V_FIRST : K_FIRST) + OWN * lane;
+  const u16* own = (const u16*)source + OWN * lane;
   float x[OWN];
 #pragma unroll
-  for (int n = 0; n < OWN; n++) x[n] = BF16 ? __int_as_float(source[n] << 16) : half_to_float(source[n]);
+  for (int n = 0; n < OWN; n++) x[n] = BF16 ? __int_as_float(own[n] << 16) : half_to_float(own[n]);
 #pragma unroll
   for (int bit = 1; bit < OWN; bit *= 2)
 #pragma unroll
@@ -198,22 +199,45 @@ __device__ __forceinline__ void first_token(const u8* record, bool is_value, u32
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
-kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, const u8* __restrict__ records,
+kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, const u8* __restrict__ k,
+                 const u8* __restrict__ v, const u8* __restrict__ records, const int* __restrict__ ring_pages,
                  const int* __restrict__ requests, const int* __restrict__ pages, const int* __restrict__ page_table,
-                 int stride_page_table, int first_slot) {
-  const int slot = first_slot + blockIdx.x, head = blockIdx.y;
+                 const int* __restrict__ prefix_lens, const int* __restrict__ seq_lens,
+                 const int* __restrict__ qo_indptr, const int* __restrict__ exact_starts, int stride_k_token,
+                 int stride_k_head, int stride_v_token, int stride_v_head, int stride_page_table, int num_exact) {
+  const int slot = blockIdx.x, head = blockIdx.y;
   const bool is_value = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int page_id = page_table[(long long)requests[slot] * stride_page_table + pages[slot]];
-  const u8* record = records + ((long long)page_id * HK + head) * RECORD;
+  const int request = requests[slot], number = pages[slot];
+  auto page_at = [&](int id) { return records + ((long long)id * HK + head) * RECORD; };
   u32* page = (u32*)((is_value ? workspace_v : workspace_k) + ((long long)slot * HK + head) * (2 * G * D));
+  // a page that the request took from the prefix cache was never in its ring
+  if (slot < num_exact && number * G >= exact_starts[request]) {
+    const int prefix_len = prefix_lens[request], seq_len = seq_lens[request];
+    const u8* rows = is_value ? v : k;
+    const long long stride = is_value ? stride_v_token : stride_k_token;
+    rows += 2 * ((qo_indptr[request] - prefix_len) * stride + (long long)head * (is_value ? stride_v_head : stride_k_head));
+    for (int token = 16 * warp; token < 16 * warp + 16; token++) {
+      const int position = number * G + token;
+      u32* row = page + token * (D / 2);
+      if (position < prefix_len) {
+        const u8* ring = page_at(ring_pages[request * RING_PAGES + position / RING_TOKENS % RING_PAGES]);
+        rotate_row(ring + position % RING_TOKENS * (4 * D) + is_value * (2 * D), row, lane);
+      } else {
+        for (int n = lane; n < D / 2; n += 32)
+          row[n] = position < seq_len ? ((const u32*)(rows + 2 * position * stride))[n] : 0u;
+      }
+    }
+    return;
+  }
+  const u8* record = page_at(page_table[(long long)request * stride_page_table + number]);
+  const Exponents e((u32)num_exact >> 31);
   Sums sums;
 #pragma unroll
   for (int s = 0; s < STEPS; s++)
 #pragma unroll
     for (int n = 0; n < 8; n++) sums[s][n / 4][n % 4] = 0.f;
   float factor[2];
-  const Exponents e((u32)first_slot >> 31);
   // the token of g and the other one of a lane; token 0 is not read from its codes
   auto rows = [&](int token, int other, u32* (&to)[2]) {
     to[0] = token == 0 ? nullptr : page + token * (D / 2);
@@ -229,5 +253,5 @@ kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, con
     rows(16 * warp + g, 16 * warp + g + 8, to);
     finish<K_Q_BIT>(sums, factor, to, q);
   }
-  if (warp == 0) first_token(record, is_value, page, lane);
+  if (warp == 0) rotate_row(record + SCALES_OFFSET + 2 * (is_value ? V_FIRST : K_FIRST), page, lane);
 }

@@ -2,7 +2,7 @@
 """Write pages out in the model's frame and dtype, for an attention that reads 16 bits.
 
 Exact pages come from the chunk itself and, before it, from the ring, all others from their records. This is the
-portable form; where CUDA C++ can be compiled, dequantise_cuda.py writes the pages that are certainly records.
+portable form; dequantise_cuda.py runs where CUDA C++ can be compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import triton.language as tl
 
 from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.dense.dequantise_cuda import dequantise_records
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.device.numerics import cast, dot
 from kvarn_kernels.memory import LayerCache
@@ -182,8 +181,6 @@ def dequantise(
     cache: LayerCache,
     batch: ExtendBatch,
     config: KVarNConfig,
-    *,
-    compiled: bool = False,
 ) -> None:
     """Write the listed pages, entry i of the list to page i of the output, in the model's frame.
 
@@ -196,17 +193,11 @@ def dequantise(
         out: keys and values, each [at least M, Hk, G, D] model dtype, contiguous, written.
         new: k, v [at least T, Hk, D] model dtype, not rotated.
         cache: read, the ring as it was before the chunk; batch: the step.
-        compiled: CUDA C++ writes what is not an exact page.
     """
     block, cols, warps = BLOCKS[cache.head_dim]
     parts = 2 * (tile.TILE_SIZE // block) * (cache.head_dim // cols)
-    slots = pages.num_exact if compiled else len(pages.pages)
-    if compiled:
-        dequantise_records(out, pages.requests, pages.pages, slots, cache, batch, config)
-    if slots == 0:
-        return
     _dequantise_launcher(
-        (slots, cache.num_kv_heads, parts),
+        (len(pages.pages), cache.num_kv_heads, parts),
         workspace_k_ptr=out[0],
         workspace_v_ptr=out[1],
         k_ptr=new.k,

@@ -17,6 +17,7 @@ from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import paged_calls, segments
 from kvarn_kernels.dense.dequantise import PageList, dequantise
+from kvarn_kernels.dense.dequantise_cuda import dequantise as dequantise_by_cuda
 from kvarn_kernels.dense.merge_parts import merge_parts
 from kvarn_kernels.dense.paged_calls import Library, Run, to_device
 from kvarn_kernels.device.gpu import Gpu
@@ -41,7 +42,7 @@ class DenseWorkspace:
         keys, values: [M, Hk, G, D] model dtype, the past pages of one segment.
         num_qo_heads: query heads of the model.
         library: who attends.
-        compiled: CUDA C++ writes records out, not Triton.
+        compiled: CUDA C++ writes the pages, not Triton.
     """
 
     keys: torch.Tensor
@@ -190,11 +191,12 @@ def extend_dense(
     workspace = plan.workspace
     pages = (workspace.keys, workspace.values)
     q, out = new.q[: batch.num_tokens], out[: batch.num_tokens]
+    write = dequantise_by_cuda if workspace.compiled else dequantise
     lse = None
     if len(plan.segments) > 1:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for segment in plan.segments:
-        dequantise(pages, new, segment.pages, cache, batch, config, compiled=workspace.compiled)
+        write(pages, new, segment.pages, cache, batch, config)
         rows = slice(segment.begin, segment.end)
         query, part, part_lse = q[rows], out[rows], None if lse is None else lse[rows]
         if segment.seen is not None:

@@ -7,8 +7,10 @@ aligned to the right. A library plans a call once for all layers, without waitin
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +40,13 @@ class Library(Protocol):
     def plan(self, number: int, call: PagedCall, pages: torch.Tensor, num_qo_heads: int, *, causal: bool) -> Run:
         """Plan call `number` of a step; pages: [M, Hk, G, D], of the keys or the values."""
         ...
+
+
+def has_fa3() -> bool:
+    """Whether sgl_kernel is installed with its FlashAttention 3; whether it loads shows when it is imported."""
+    spec = importlib.util.find_spec("sgl_kernel")
+    folders = spec.submodule_search_locations if spec else None
+    return any(list(Path(folder).glob("flash_ops*.so")) for folder in folders or ())
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
