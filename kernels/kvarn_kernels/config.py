@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvarn_kernels.record import tile
 
@@ -64,8 +65,12 @@ class KVarNConfig:
         Args:
             draft_tokens: new tokens of a request in a step that decodes, more than 1 with speculative decoding.
         """
-        tokens = tile.exact_tokens(head_dim, self.k_bits, self.v_bits, itemsize)
-        return -(-(self.ring_len + draft_tokens - 1) // tokens)
+        return -(-(self.ring_len + draft_tokens - 1) // self.exact_tokens(head_dim, itemsize))
+
+    @lru_cache(maxsize=32)  # noqa: B019  (a frozen key; in each layer a call of `tile` would cost 20 us)
+    def exact_tokens(self, head_dim: int, itemsize: int) -> int:
+        """Return how many exact tokens a page of a ring holds."""
+        return tile.exact_tokens(head_dim, self.k_bits, self.v_bits, itemsize)
 
     def record_bytes(self, head_dim: int) -> int:
         """Return the bytes of one record (one page of one KV head, keys and values).

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,12 +30,12 @@ class LayerCache:
         """Hk."""
         return self.records.shape[1]
 
-    @property
+    @cached_property
     def exact(self) -> torch.Tensor:
         """The pages in the model's dtype, as rings hold them: [P, Hk, record_bytes / itemsize]."""
         return self.records.view(self.dtype)
 
-    @property
+    @cached_property
     def first_tokens(self) -> torch.Tensor:
         """The records in the dtype of their exact first tokens: [P, Hk, record_bytes / 2]."""
         return self.records.view(first_token_dtype(self.dtype))

@@ -70,7 +70,7 @@ def merge_parts(
     splits, tokens, num_qo_heads, head_dim = parts.shape
     num_rows = tokens * num_qo_heads
     _merge_parts_launcher(
-        (triton.cdiv(num_rows, ROWS), 1, 1),
+        (-(-num_rows // ROWS), 1, 1),
         out_ptr=out,
         lse_ptr=lse,
         parts_ptr=parts,

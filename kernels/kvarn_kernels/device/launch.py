@@ -13,10 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
 import torch
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple]:
+    """Return what picks values by name; `itemgetter` alone returns a single one bare."""
+    return itemgetter(*names) if len(names) > 1 else lambda named: tuple(named[name] for name in names)
 
 
 class _Arguments:
@@ -24,7 +30,7 @@ class _Arguments:
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
-        self._get = itemgetter(*names) if len(names) > 1 else lambda named: (named[names[0]],)
+        self._get = _getter(names)
 
     def __call__(self, named: dict[str, Any]) -> tuple:
         if len(named) != len(self._names):
@@ -36,22 +42,25 @@ class TritonLauncher:
     """Call a Triton kernel; what it compiled to is found again by the properties that Triton specialises for.
 
     Those are dtype, alignment and device of a tensor, and the value of an integer that is a constant or a stride.
-    Integers that the kernel does not specialise for are passed on. Under the interpreter nothing is kept.
+    Integers that the kernel does not specialise for are passed on. Under the interpreter nothing is kept. Parameters
+    that take tensors, or None, have names that end with _ptr.
     """
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[tuple, Any] = {}
-        self._in_order = _Arguments(tuple(kernel.arg_names))
-        self._free = [n for n, param in enumerate(getattr(kernel, "params", ())) if param.do_not_specialize]
+        names, params = tuple(kernel.arg_names), getattr(kernel, "params", ())
+        free = {name for name, param in zip(names, params, strict=False) if param.do_not_specialize}
+        pointers = tuple(name for name in names if name.endswith("_ptr"))
+        self._in_order = _Arguments(names)
+        self._pointers = _getter(pointers)
+        self._others = _getter(tuple(name for name in names if name not in free and name not in pointers))
 
     def __call__(self, grid: tuple[int, int, int], *, num_warps: int, **named: Any) -> None:
         """Launch on the current stream; `named` are the kernel's parameters, constants included."""
         args = self._in_order(named)
-        kinds = [(x.dtype, x.data_ptr() & 15, x.get_device()) if isinstance(x, torch.Tensor) else x for x in args]
-        for n in self._free:
-            kinds[n] = None
-        key = (num_warps, *kinds)
+        tensors = [x if x is None else (x.dtype, x.data_ptr() & 15, x.get_device()) for x in self._pointers(named)]
+        key = (num_warps, *tensors, *self._others(named))
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*args)

@@ -99,7 +99,7 @@ def merge_splits(
     num_rows = num_tokens * num_qo_heads
     rows = rows_of_program(num_rows, config)
     _merge_launcher(
-        (triton.cdiv(num_rows, rows), 1, 1),
+        (-(-num_rows // rows), 1, 1),
         partial_out_ptr=partial_out,
         partial_lse_ptr=partial_lse,
         indptr_ptr=indptr,

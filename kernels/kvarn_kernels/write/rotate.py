@@ -110,7 +110,7 @@ def _launch(new: QKV, out: QKV, with_q: bool, ring: dict[str, Any]) -> None:
     block = STEP_ROWS if ring else CHUNK_ROWS
     no_ring = {"ring_pages_ptr": None, "seq_lens_ptr": None, "K_BITS": 0, "V_BITS": 0, "RING_PAGES": 0}
     _rotate_launcher(
-        (triton.cdiv(tokens * max(num_qo_heads, num_kv_heads), block), 3 if with_q else 2, 1),
+        (-(-tokens * max(num_qo_heads, num_kv_heads) // block), 3 if with_q else 2, 1),
         q_ptr=q if with_q else None,
         k_ptr=k,
         v_ptr=v,

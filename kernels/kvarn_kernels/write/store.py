@@ -11,7 +11,6 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.record.ring import ring_ptrs
-from kvarn_kernels.record.tile import exact_tokens
 
 # tokens of a program
 BLOCK = 16
@@ -60,12 +59,12 @@ def store_chunk(rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVa
         rotated: k and v [T, Hk, D], contiguous, the model's dtype; cache: rings written; batch: the step.
     """
     ring_pages = batch.ring_pages.shape[1]
-    tokens = exact_tokens(cache.head_dim, config.k_bits, config.v_bits, cache.dtype.itemsize)
+    tokens = config.exact_tokens(cache.head_dim, cache.dtype.itemsize)
     newest = min(ring_pages * tokens, max(batch.new_tokens, default=0))
     if newest == 0:
         return
     _store_launcher(
-        (batch.ring_pages.shape[0], triton.cdiv(newest, BLOCK), cache.num_kv_heads),
+        (batch.ring_pages.shape[0], -(-newest // BLOCK), cache.num_kv_heads),
         k_ptr=rotated.k,
         v_ptr=rotated.v,
         exact_ptr=cache.exact,
