@@ -40,6 +40,11 @@ NGRAM = {
 SHARE = {"STANDALONE": 0.25}
 
 
+def named(parameter: str) -> str:
+    """Return the name of a parameter, also of no algorithm."""
+    return parameter or "plain"
+
+
 def described(folder: Path, **config: Any) -> str:
     """Write the configuration of a draft model for the tiny one, and return its folder; its weights are dummies."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -90,7 +95,7 @@ def draft_options(algorithm: str, model: str, folder: Path) -> dict[str, Any]:
     return chosen
 
 
-@pytest.mark.parametrize("algorithm", ["", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "DFLASH"])
+@pytest.mark.parametrize("algorithm", ["", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "DFLASH"], ids=named)
 def test_drafts_change_no_answer(tmp_path, monkeypatch, capfd, algorithm):
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))
     model = tiny_engines.save(tmp_path / "model")
@@ -150,7 +155,7 @@ def hybrid_cases() -> list:
     return [case for case in cases if case != ("falcon_h1", "NGRAM") or HAS_PREFIX_CACHE]
 
 
-@pytest.mark.parametrize(("family", "algorithm"), hybrid_cases())
+@pytest.mark.parametrize(("family", "algorithm"), hybrid_cases(), ids=named)
 def test_a_model_with_states_answers_as_the_oracle(tmp_path, monkeypatch, capfd, family, algorithm):
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm), states=True)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
@@ -178,7 +183,7 @@ def test_a_model_with_states_answers_as_the_oracle(tmp_path, monkeypatch, capfd,
 
 
 @pytest.mark.parametrize(
-    ("policy", "algorithm"), [("write_through", ""), ("write_back", ""), ("write_through", "NGRAM")]
+    ("policy", "algorithm"), [("write_through", ""), ("write_back", ""), ("write_through", "NGRAM")], ids=named
 )
 def test_a_prefix_that_left_the_device_comes_back_from_host_memory(tmp_path, monkeypatch, capfd, policy, algorithm):
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))

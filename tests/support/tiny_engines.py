@@ -26,8 +26,8 @@ ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # requests at a time
 ROWS = 4
-# of one engine, with its start: builds of kernels at a first start take longer, and have a run of their own
-LIMIT_SECONDS = 150
+# of one engine, with its start; KVARN_ENGINE_SECONDS is for a first start, which builds kernels
+LIMIT_SECONDS = int(os.environ.get("KVARN_ENGINE_SECONDS", 150 if ON_GPU else 900))
 _HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
 _DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 _DELTA |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
