@@ -31,11 +31,13 @@ def published(sglang: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def streams_of_torch() -> Iterator[None]:
-    """Give SGLang torch's streams back, in whose place worlds with host memory put their own."""
+def device_of_torch() -> Iterator[None]:
+    """Give SGLang back its streams, threads and keys, in whose place worlds with host memory put their own."""
     from host_tier import users_of_streams
+    from storage_tier import places
 
-    before = {module: module.device_module for module in users_of_streams()}
+    taken = [(module, "device_module") for module in users_of_streams()] + places()
+    before = [getattr(*place) for place in taken]
     yield
-    for module, streams in before.items():
-        module.device_module = streams
+    for place, value in zip(taken, before, strict=True):
+        setattr(*place, value)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host memory behind a world's prefix cache: SGLang's hierarchical cache over our host pool, on a device that is late.
 
+Files may be behind host memory in turn (`storage_tier`).
+
 The copies are operations of simulated streams (`streams`), and so are the forward passes of a world. What a page of the
 prefix cache must hold is known from the tokens of its path in the tree. A page is checked when nothing that is queued
 will still write it.
@@ -18,6 +20,7 @@ import torch
 from history import History, Pages, extend_hash
 from prefix_cache import PAGE, calls
 from sglang_kvarn import compat
+from storage_tier import Folder, StorageTier
 from streams import Device
 
 # where SGLang takes streams and events from
@@ -33,12 +36,18 @@ class HostOptions:
             `streams.Device`.
         core: which of SGLang's two trees, from 0.5.23 on; "rust", its default, does not show its nodes, so that only
             what requests read is checked there.
+        folder: of the files behind it, None without any; prefetch: SGLang's policy of waiting for them.
+        factors: by which the channels of the model are balanced, 0 or 1. With others it caches other bytes of the same
+            tokens: here, every layer has its heads in the other order.
     """
 
     pages: int
     policy: str = "write_through"
     seed: int | str = 0
     core: str = "python"
+    folder: Folder | None = None
+    prefetch: str = "wait_complete"
+    factors: int = 0
 
 
 def users_of_streams() -> list[ModuleType]:
@@ -64,6 +73,8 @@ class HostTier:
 
     Attributes:
         device: the streams; host: our host pool.
+        storage: the files behind it, None without.
+        factors: of `HostOptions`.
         has_room: whether SGLang's controller finds memory of the device for loads; failed: loads for which it did not.
     """
 
@@ -71,7 +82,8 @@ class HostTier:
         self.device = Device(options.seed)
         for module in users_of_streams():
             module.device_module = self.device
-        self._pool, self._pages = pool, pages
+        self._pool, self._pages, self.factors = pool, pages, options.factors
+        pool.balance_tag = lambda: f"factors{options.factors}"
         pool.forward_stream = self.device.Stream(computes=True)
         self.tree = tree_maker(options)
         # SGLang keeps every such cache until the process ends, for its storage
@@ -83,6 +95,9 @@ class HostTier:
         # one function on a CPU
         self._copy = self.host._load
         self.host._load = self.host._write = self._launch_copy
+        self.storage = None
+        if options.folder is not None:
+            self.storage = StorageTier(options.folder, options.prefetch, self.tree, self.device)
         self.has_room, self.failed = True, 0
         self._load, self.controller.load = self.controller.load, self._load_or_fail
 
@@ -138,6 +153,8 @@ class HostTier:
         """Every page of the host is free or in the tree, once; pages hold the record of the tokens of their path."""
         free = self._free_pages()
         assert len(set(free)) == len(free), "no page is free twice"
+        if self.storage:
+            self.storage.check(lambda path: self._records(path, len(path) - PAGE)[0])
         if not calls.shows_nodes(self.tree):
             return
         in_tree: dict[str, list[int]] = {"host": [], "device": []}
@@ -160,7 +177,11 @@ class HostTier:
             if ids:
                 wrong = (buffers[kind][ids] != torch.stack(found[kind])).flatten(1).any(1)
                 assert not wrong.any(), f"{kind} memory: pages {torch.tensor(ids)[wrong].tolist()} of {sorted(ids)}"
-        assert sorted(free + in_tree["host"]) == list(range(self.host.page_num)), (free, in_tree["host"])
+        known = free + in_tree["host"]
+        assert len(set(known)) == len(known), "no page is free and in the tree, or in it twice"
+        others = set(range(self.host.page_num)) - set(known)
+        # what is read from files, by requests that wait for it or have stopped to
+        assert not others or (self.storage and not self.storage.is_idle()), (free, in_tree["host"])
 
     def _nodes(self):
         """Yield the records of the pages of every node, each [layers, Hk * bytes], and the node's slots by memory."""
@@ -177,5 +198,5 @@ class HostTier:
                 if record is None:
                     record = History(path[: n + 1], self._pages).records((n + 1) // PAGE)[-1]
                 layers = range(self._pool.layer_num)
-                records.append(torch.stack([of_layer(layer, record, 0).flatten() for layer in layers]))
+                records.append(torch.stack([of_layer(layer + self.factors, record, 0).flatten() for layer in layers]))
         return records

@@ -121,7 +121,25 @@ class RadixCalls:
 
     def copies_run(self, tree) -> bool:
         """Return whether SGLang knows of copies that are not done, so that it would refuse to empty the cache."""
-        return bool(tree.ongoing_write_through or tree.ongoing_load_back)
+        stored = tree.enable_storage and (tree.ongoing_prefetch or tree.ongoing_backup)
+        return bool(tree.ongoing_write_through or tree.ongoing_load_back or stored)
+
+    # whether there may be files behind host memory
+    stores = False
+
+    def prefetch(self, tree, req) -> None:
+        """Begin to read from files what a request does not find in memory, as SGLang does when it queues one."""
+
+    def prefetched(self, tree, req) -> bool:
+        """Return whether a request need not wait for files any more."""
+        return True
+
+    def pop_stored(self, tree, req) -> int:
+        """Return, once, how many tokens were read from files for a request."""
+        return 0
+
+    def abort_prefetch(self, tree, req) -> None:
+        """Forget a request that waits, and what it has read."""
 
     def _parameters(self, rows, allocator, **more):
         return compat.resolve("sglang.srt.mem_cache.cache_init_params.CacheInitParams")(
@@ -260,6 +278,21 @@ class UnifiedCalls(RadixCalls):
         req.prefix_len += loaded
         req.kv.cache_protected_len = req.prefix_len
         return loaded
+
+    stores = True
+
+    def prefetch(self, tree, req) -> None:
+        scheduler = SimpleNamespace(tree_cache=tree, enable_hicache_storage=True, enable_lmcache=False)
+        compat.resolve("sglang.srt.managers.scheduler.Scheduler")._prefetch_kvcache(scheduler, req)
+
+    def prefetched(self, tree, req) -> bool:
+        return tree.check_prefetch_progress(req.cache_request_handle)
+
+    def pop_stored(self, tree, req) -> int:
+        return tree.pop_prefetch_loaded_span(req.cache_request_handle)[0]
+
+    def abort_prefetch(self, tree, req) -> None:
+        tree.release_aborted_request(req.cache_request_handle)
 
     def flush_copies(self, tree) -> None:
         tree.flush_pending_backups()

@@ -139,6 +139,7 @@ class Device:
         self._current = [self.schedule]
         # the order in which streams that could go on do so
         self._order: list[Stream] = []
+        self._runs = False
 
     def Stream(self, *args, computes: bool = False, **kwargs) -> Stream:
         """Return a further stream."""
@@ -165,6 +166,9 @@ class Device:
     def launch(self, run: Callable[[], None], kind: str, pages: frozenset[int] = frozenset()) -> None:
         """Queue an operation on the current stream; by chance, some of what is queued runs now."""
         self.current_stream().queue.append(Operation(run, kind, pages))
+        if self._runs:
+            # an operation that launches others ends first
+            return
         if self._first:
             while self._advance([stream for stream in self._streams if self._is_first(stream)]):
                 pass
@@ -224,7 +228,11 @@ class Device:
         """Run the first operation of the first of these streams that can go on; return whether there was one."""
         for stream in streams:
             if stream.queue and isinstance(stream.queue[0], Operation):
-                stream.queue.popleft().run()
+                self._runs = True
+                try:
+                    stream.queue.popleft().run()
+                finally:
+                    self._runs = False
                 self.settle()
                 return True
         return False

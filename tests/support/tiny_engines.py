@@ -66,6 +66,7 @@ def prepare(patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, st
         states_on_cpu.prepare(patch, folder / "states")
     if drafts:
         drafts_on_cpu.prepare(patch, folder / "drafts")
+    if drafts and not states:
         add_to_engines(patch, folder / "attention", "chain_attention:install")
 
 

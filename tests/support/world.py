@@ -142,6 +142,7 @@ class World:
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
         host_hits: requests that found some of their prompt in host memory only, and loaded it.
+        storage_hits: requests for which some of their prompt was read from files.
         flushes: how often the caches were emptied.
     """
 
@@ -192,6 +193,7 @@ class World:
         self.running: list[Request] = []
         self.chunked: Request | None = None
         self.steps = self.forwards = self.kernel_forwards = self.admitted = self.host_hits = self.flushes = 0
+        self.storage_hits = 0
         self._poisoned: list[int] = []
         self._poison_free_memory()
 
@@ -253,7 +255,35 @@ class World:
             sampling_params=compat.resolve("sglang.srt.sampling.sampling_params.SamplingParams")(),
         )
         self.waiting.append(Request(req, History(list(tokens), self.pages), salt))
+        if self.stores:
+            self.tier.storage.folder.sequences.append(self.waiting[-1].history)
+        self._seek(self.waiting[-1])
         return self.waiting[-1]
+
+    @property
+    def stores(self) -> bool:
+        """Whether there are files behind host memory."""
+        return self.tier is not None and self.tier.storage is not None
+
+    def _seek(self, request: Request) -> None:
+        """Let SGLang look into files for a request that it queues."""
+        if self.stores:
+            self._limit_to_checkpoints(request.req)
+            calls.prefetch(self.tree, request.req)
+
+    def abort_waiting(self, request: Request) -> None:
+        """End a request that has no row yet."""
+        self.steps += 1
+        self.waiting.remove(request)
+        if self.stores:
+            calls.abort_prefetch(self.tree, request.req)
+
+    def settle(self) -> None:
+        """Let the device, and those who read and write files, do all that is queued, and SGLang take notice of it."""
+        self.steps += 1
+        for _ in range(8):
+            self.tier.device.synchronize()
+            self._note_copies()
 
     def release(self, request: Request, *, insert: bool) -> None:
         """Give back row and pages, as a request that finished, was aborted (insert) or is retracted does."""
@@ -297,13 +327,14 @@ class World:
         It does not while copies are under way; settled: whether they are done by then.
         """
         self.steps += 1
-        self.waiting.clear()
+        while self.waiting:
+            self.abort_waiting(self.waiting[-1])
         while self.running:
             self.finish(self.running[-1])
         if self.chunked:
             self.abort_chunked()
         if self.tier and settled:
-            self.tier.device.synchronize()
+            self.settle()
         self._note_copies()
         if self.tier and calls.copies_run(self.tree):
             return False
@@ -321,6 +352,7 @@ class World:
         self.release(request, insert=False)
         request.req.reset_for_retract()
         self.waiting.insert(0, request)
+        self._seek(request)
         self._poison_free_memory()
 
     def make_room(self, pages: int) -> bool:
@@ -479,6 +511,10 @@ class World:
         for request in candidates:
             if budget <= 0:
                 break
+            if self.stores and request is not self.chunked:
+                if not calls.prefetched(self.tree, request.req):
+                    continue
+                self.storage_hits += bool(calls.pop_stored(self.tree, request.req))
             self._limit_to_checkpoints(request.req)
             request.req.init_next_round_input(None if request is self.chunked else self.tree)
             new = self._add(request, fresh, budget, reserved)
@@ -585,6 +621,9 @@ class World:
         allocated = self.allocate_extend(chunk, limit=limit, mixed=mixed)
         if allocated:
             self.run(self.describe_extend(*allocated))
+        elif self.stores:
+            # time passes while all that wait wait for files
+            self.tier.device.synchronize()
 
     def _note(self, step: Step) -> Step:
         step.rings = self.rings.pages[[r.row for r in step.requests]].clone()
@@ -615,10 +654,14 @@ class World:
 
     def _forward(self, step: Step, n: int, cache: LayerCache) -> None:
         """Run a layer of a step; check its output and the memory that the next step will read."""
-        new = QKV(*(of_layer(n, x, 1) for x in (step.new.q, step.new.k, step.new.v)))
-        self._check(step, of_layer(n, attend(self.attention, new, cache, step.batch), 1), BOUND)
+        new = QKV(*(self._of_layer(n, x, 1) for x in (step.new.q, step.new.k, step.new.v)))
+        self._check(step, self._of_layer(n, attend(self.attention, new, cache, step.batch), 1), BOUND)
         for index in range(len(step.requests)):
             self._check_memory(step, index, n)
+
+    def _of_layer(self, n: int, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return what layer n has of this, with the factors of this world."""
+        return of_layer(n + (self.tier.factors if self.tier else 0), x, dim)
 
     def run(self, step: Step) -> None:
         """Run a step on the device, check it, and let SGLang process its result."""
@@ -662,13 +705,13 @@ class World:
         full = end // PAGE
         if full and (end - start > 1 or end % PAGE < 2 or (start + step.drafts) // PAGE > start // PAGE):
             pages = (step.slots[index][::PAGE] // PAGE)[:full].long()
-            wrong = (cache.records[pages] != of_layer(layer, request.history.records(full), 1)).flatten(1).any(1)
+            wrong = (cache.records[pages] != self._of_layer(layer, request.history.records(full), 1)).flatten(1).any(1)
             assert not wrong.any(), f"request {request.req.rid}: records of pages {wrong.nonzero().tolist()}"
         ring = step.rings[index]
         first = max(step.exact_starts[index], (end // PAGE - self.config.window_pages) * PAGE, 0)
         expected = (request.history.rotated_k, request.history.rotated_v)
         for stored, rows in zip(ring_tokens(cache, ring, first, end), expected, strict=True):
-            own = torch.equal(stored, of_layer(layer, rows[first:end], 1))
+            own = torch.equal(stored, self._of_layer(layer, rows[first:end], 1))
             assert own, f"request {request.req.rid}: ring in pages {ring.tolist()}, positions {first} to {end}"
 
     def _process(self, step: Step) -> None:
