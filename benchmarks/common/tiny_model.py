@@ -99,13 +99,19 @@ _ATTENTION = "kvarn_oracle"
 
 
 def save(
-    folder: Path, family: str = "llama", *, rounded_to: torch.dtype = torch.float32, **changes: Any
+    folder: Path,
+    family: str = "llama",
+    *,
+    rounded_to: torch.dtype = torch.float32,
+    peak: float = 0.12,
+    **changes: Any,
 ) -> str:
     """Write a model to a folder and return its name: float32, 2 layers, 4 query and 2 KV heads, D = 64.
 
     Args:
         family: a model_type of transformers; those of FAMILIES differ in more than their name.
         rounded_to: a dtype that holds every weight, so that an engine with this dtype has the weights of the oracle.
+        peak: standard deviation of the weights of queries and keys: the larger, the more peaked is attention.
         changes: fields of the configuration.
     """
     shape = {
@@ -129,7 +135,7 @@ def save(
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
                 # attention is to be peaked, and to weigh as much as the token itself
-                weight.normal_(0, 0.12 if "q_proj" in name or "k_proj" in name else 0.08)
+                weight.normal_(0, peak if "q_proj" in name or "k_proj" in name else 0.08)
             elif name.endswith("dt_bias"):
                 # steps of about 1/50, so that a state remembers as many tokens
                 weight.normal_(-4, 1)

@@ -62,7 +62,7 @@ def test_answers_are_the_oracles_whether_blocks_are_rejected_or_accepted(
     prompts = [prompt(length, seed=length) for length in LENGTHS]
     wanted = [expected(model, tokens, preset, new_tokens=NEW) for tokens in prompts]
     turn = prompts[0] + wanted[0] + prompt(30, seed=2)
-    known_drafts.prepare(monkeypatch, tmp_path, [prompts[0] + wanted[0]])
+    known_drafts.prepare(monkeypatch, tmp_path).know([prompts[0] + wanted[0]])
     drafter = tmp_path / "drafter"
     drafter.mkdir()
     draft = {

@@ -22,7 +22,7 @@ from sglang_kvarn import refusals
 from tiny_engines import ON_GPU, ask
 
 from benchmarks.common import tiny_model
-from benchmarks.common.tiny_model import expected, flush, prompt
+from benchmarks.common.tiny_model import flush, prompt
 
 pytestmark = pytest.mark.gpu if ON_GPU else pytest.mark.long
 
@@ -38,6 +38,8 @@ NGRAM = {
 }
 # a draft model whose cache is of 16 bits is mostly right; the others draft what they have seen, or are told
 SHARE = {"STANDALONE": 0.25}
+# those whose draft model has random weights
+RANDOM = ("EAGLE", "EAGLE3", "DFLASH")
 
 
 def named(parameter: str) -> str:
@@ -98,17 +100,18 @@ def draft_options(algorithm: str, model: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("algorithm", ["", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "DFLASH"], ids=named)
 def test_drafts_change_no_answer(tmp_path, monkeypatch, capfd, algorithm):
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))
-    model = tiny_engines.save(tmp_path / "model")
+    dtype = tiny_engines.CODED_DTYPE if algorithm == "DFLASH" else tiny_engines.DTYPE
+    model = tiny_engines.save(tmp_path / "model", dtype=dtype)
     prompts = [prompt(length, seed=length) for length in LENGTHS]
     options = draft_options(algorithm, model, tmp_path / "draft") if algorithm else {}
-    if algorithm in ("EAGLE", "EAGLE3", "DFLASH"):
-        # not of the last prompt, all of whose drafts are rejected
-        known = [tokens + expected(model, tokens, KVARN, new_tokens=NEW) for tokens in prompts[:-1]]
-        known_drafts.prepare(monkeypatch, tmp_path / "known", known)
-    tally = Tally(model, KVARN, tiny_engines.DTYPE)
-    with tiny_engines.start(model, KVARN, drafts=DRAFTS if algorithm else 1, **options) as engine:
+    texts = known_drafts.prepare(monkeypatch, tmp_path / "known") if algorithm in RANDOM else None
+    tally = Tally(model, KVARN, dtype)
+    with tiny_engines.start(tally, drafts=DRAFTS if algorithm else 1, **options) as engine:
         first = ask(engine, tally, prompts, NEW)
-        # the pages of the prompts are cached; what NGRAM drafts has been answered before
+        if texts:
+            # not the last one, all of whose drafts are rejected again
+            texts.know([tokens + answer["tokens"] for tokens, answer in zip(prompts[:-1], first, strict=False)])
+        # the pages of the prompts are cached; what is drafted has been answered before
         again = ask(engine, tally, prompts, NEW)
         turns = [tokens + first[n]["tokens"] + prompt(30, seed=n) for n, tokens in enumerate(prompts)]
         hits = ask(engine, tally, turns, 8)
@@ -130,17 +133,19 @@ def test_the_number_of_drafts_may_change(tmp_path, monkeypatch, capfd):
     options = draft_options("EAGLE", model, tmp_path / "draft")
     options |= {"speculative_adaptive": True, "speculative_adaptive_config": str(chosen)}
     prompts = [prompt(length, seed=length) for length in (115, 250)]
-    known = [tokens + expected(model, tokens, KVARN, new_tokens=NEW) for tokens in prompts]
-    known_drafts.prepare(monkeypatch, tmp_path / "known", known)
-    tally = Tally(model, KVARN, tiny_engines.DTYPE)
-    with tiny_engines.start(model, KVARN, drafts=DRAFTS, **options) as engine:
-        sampling = [{"temperature": 0, "max_new_tokens": new, "ignore_eos": True} for new in (NEW, 6)]
-        outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
-        for tokens, output in zip(prompts, outputs, strict=True):
-            tally.judge(tokens, output["output_ids"])
+    texts, tally = known_drafts.prepare(monkeypatch, tmp_path / "known"), Tally(model, KVARN, tiny_engines.DTYPE)
+    with tiny_engines.start(tally, drafts=DRAFTS, **options) as engine:
+        # at the second time the drafts are right
+        for cached in ([0, 0], [0, 128]):
+            sampling = [{"temperature": 0, "max_new_tokens": new, "ignore_eos": True} for new in (NEW, 6)]
+            outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
+            assert [output["meta_info"]["cached_tokens"] for output in outputs] == cached
+            for tokens, hit, output in zip(prompts, cached, outputs, strict=True):
+                tally.judge(tokens, output["output_ids"], hit)
+            texts.know([tokens + output["output_ids"] for tokens, output in zip(prompts, outputs, strict=True)])
         turn = prompts[0] + outputs[0]["output_ids"] + prompt(30, seed=2)
         (hit,) = ask(engine, tally, [turn], 8)
-    assert hit["cached"] == 128
+    assert outputs[0]["meta_info"]["spec_num_correct_drafts"] > NEW // 2 and hit["cached"] == 128
     log = capfd.readouterr().err
     assert "steps 3 -> 1" in log and "steps 1 -> 3" in log
     tiny_engines.check_graphs(log)
@@ -159,17 +164,17 @@ def hybrid_cases() -> list:
 def test_a_model_with_states_answers_as_the_oracle(tmp_path, monkeypatch, capfd, family, algorithm):
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm), states=True)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
-    model = tiny_engines.save(tmp_path / "model", family)
+    model = tiny_engines.save(tmp_path / "model", family, tiny_engines.CODED_DTYPE)
     prompts = [prompt(length, seed=length) for length in (60, 120, 129, 250, 300)]
     # the head that comes with the model is not in its checkpoint
     mtp = {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
     options = hybrids.OPTIONS | {"": {}, "NGRAM": NGRAM, "NEXTN": mtp}[algorithm]
-    if algorithm == "NEXTN":
-        known = [tokens + expected(model, tokens, CANONICAL, new_tokens=NEW) for tokens in prompts[:4]]
-        known_drafts.prepare(monkeypatch, tmp_path / "known", known)
-    tally = Tally(model, CANONICAL, tiny_engines.DTYPE)
-    with tiny_engines.start(model, CANONICAL, drafts=DRAFTS if algorithm else 1, **options) as engine:
+    texts = known_drafts.prepare(monkeypatch, tmp_path / "known") if algorithm == "NEXTN" else None
+    tally = Tally(model, CANONICAL, tiny_engines.CODED_DTYPE)
+    with tiny_engines.start(tally, drafts=DRAFTS if algorithm else 1, **options) as engine:
         first = ask(engine, tally, prompts, NEW)
+        if texts:
+            texts.know([tokens + answer["tokens"] for tokens, answer in zip(prompts[:4], first, strict=False)])
         again = ask(engine, tally, prompts, NEW)
         turns = [tokens + first[n]["tokens"] + prompt(30, seed=n) for n, tokens in enumerate(prompts)]
         hits = ask(engine, tally, turns[1:4], 8)
@@ -209,7 +214,7 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(tmp_path, mon
     # one ring, and 8 pages, of which a prompt takes 3
     drafts, chosen = (DRAFTS, NGRAM) if algorithm else (1, {})
     small = {"pages": 8, "rows": 1}
-    with tiny_engines.start(model, KVARN, drafts=drafts, **small, **options, **chosen) as engine:
+    with tiny_engines.start(tally, drafts=drafts, **small, **options, **chosen) as engine:
         for _ in range(3):
             rounds(engine)
         flush(engine)
@@ -226,17 +231,3 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(tmp_path, mon
     assert re.search("(?i)host", log)
     tiny_engines.check_graphs(log)
     tally.close()
-
-
-def test_near_ties_are_no_excuse_for_an_answer_to_other_tokens(tmp_path):
-    model = tiny_engines.save(tmp_path / "model")
-    tokens = prompt(300, seed=1)
-    answer = expected(model, tokens, KVARN, new_tokens=NEW)
-    tally = Tally(model, KVARN, tiny_engines.DTYPE)
-    tally.judge(tokens, answer)
-    tally.close()
-    assert tally.worst == 0
-    # one page of another prompt, in the middle
-    other = tokens[:128] + prompt(128, seed=2) + tokens[256:]
-    with pytest.raises(AssertionError, match="below the oracle's best"):
-        tally.judge(other, answer)

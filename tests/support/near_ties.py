@@ -2,42 +2,41 @@
 """Answers of an engine in 16 bits against the oracle in 32: equal, except where two tokens are nearly as likely.
 
 The oracle reads the prompt and the answer that the engine gave, so that every token of the answer is judged after those
-that stand before it, also behind one that the oracle would not have chosen.
+that stand before it, also behind one that the oracle would not have chosen. What counts is by how much the oracle's
+logit of a token is below that of its best one, 0 for most tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks.common import tiny_model
 
-# How far the oracle's logit of a token may be below that of its best one, by the dtype of the engine. Logits of the tiny
-# models have a standard deviation of about 1.3; the best two of 512 are 0.4 apart in the mean, and a token that has
-# nothing to do with the request is 4 below the best.
-BOUND = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.25}
-# of the tokens of all answers of a test, how many are to be the oracle's best
-BEST_SHARE = 0.8
+# The most that tokens may be below the best one in the mean, of all answers of a test and of each, by the dtype of the
+# engine. Logits of the tiny models have a standard deviation of 1.3, and two bits are few: a rounding moves single ones
+# by 0.5. In the mean of nine answers of 20 tokens, on a CPU:
+#     right answers                     float32 0.0004, float16 0.004, bfloat16 0.031; of one answer 0.004, 0.011, 0.05
+#     right answers to something else   another prefix hit 0.22, the cache without its window 0.28, another page 2.1
+MEAN = {torch.float32: 0.005, torch.float16: 0.02, torch.bfloat16: 0.1}
+MEAN_OF_EACH = {torch.float32: 0.03, torch.float16: 0.1, torch.bfloat16: 0.25}
 
 
 @dataclass
 class Tally:
-    """Judge answers of one engine, and count.
+    """Judge the answers of one engine.
 
     Attributes:
         folder: of the model; preset: of the engine's cache; dtype: of the engine.
-        tokens, best: tokens that were judged, and those that are the oracle's best.
-        worst: how far below the best one any token was.
+        below: of every token that was judged.
     """
 
     folder: str
     preset: str
     dtype: torch.dtype
-    tokens: int = 0
-    best: int = 0
-    worst: float = 0.0
+    below: list[float] = field(default_factory=list)
 
     def judge(self, prompt: Sequence[int], answer: Sequence[int], cached: int = 0) -> None:
         """Compare a greedy answer with the oracle.
@@ -46,25 +45,26 @@ class Tally:
             cached: tokens of the prompt that came from the prefix cache.
 
         Raises:
-            AssertionError: a token is further below the oracle's best than `BOUND`.
+            AssertionError: it is no right answer.
         """
         logits = tiny_model.logits(self.folder, [*prompt, *answer], self.preset, cached=cached)
         chosen = logits[len(prompt) - 1 : -1]
-        below = chosen.amax(-1) - chosen.gather(-1, torch.tensor(answer)[:, None])[:, 0]
-        self.tokens += len(answer)
-        self.best += int((below == 0).sum())
-        self.worst = max(self.worst, float(below.max()))
-        bound = BOUND[self.dtype]
-        assert self.worst <= bound, (
+        below = (chosen.amax(-1) - chosen.gather(-1, torch.tensor(answer)[:, None])[:, 0]).tolist()
+        self.below += below
+        assert sum(below) <= MEAN_OF_EACH[self.dtype] * len(below), (
             f"{len(prompt)} tokens, {cached} of them cached: answer {list(answer)} has tokens "
-            f"{[round(x, 3) for x in below.tolist()]} below the oracle's best, more than {bound}"
+            f"{[round(x, 3) for x in below]} below the oracle's best, in the mean more than {MEAN_OF_EACH[self.dtype]}"
         )
 
     def close(self) -> None:
         """Print the figures.
 
         Raises:
-            AssertionError: too few tokens are the oracle's best, so that the near ties are none.
+            AssertionError: in the mean of all answers, tokens are further below the best than near ties.
         """
-        print(f"near ties: {self.best} of {self.tokens} tokens are the oracle's best, others up to {self.worst:.3f} off")
-        assert self.best >= BEST_SHARE * self.tokens > 0, f"{self.best} of {self.tokens} tokens are the oracle's best"
+        mean, best = sum(self.below) / len(self.below), self.below.count(0.0)
+        print(
+            f"near ties: {best} of {len(self.below)} tokens are the oracle's best, in the mean they are {mean:.4f} "
+            f"below it, at most {max(self.below):.3f}"
+        )
+        assert mean <= MEAN[self.dtype], f"tokens are {mean:.4f} below the oracle's best, more than {MEAN[self.dtype]}"

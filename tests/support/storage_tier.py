@@ -2,8 +2,8 @@
 """Files behind host memory: SGLang's storage of pages over our host pool, whose threads run late and in any order.
 
 SGLang reads and writes files in threads. Here each thread is a stream of the simulated device (`streams`): what is put
-into its queue is an operation, which runs SGLang's own function for one item, sooner or later. `Folder` knows what every
-file must hold, and damages files; it outlives the world that wrote them, as the files of a server do.
+into its queue is an operation, which runs SGLang's own function for one item, sooner or later. `Folder` knows what
+every file must hold, and damages files; it outlives the world that wrote them, as the files of a server do.
 """
 
 from __future__ import annotations

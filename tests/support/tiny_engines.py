@@ -22,8 +22,10 @@ from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers
 
 ON_GPU = torch.cuda.is_available()
-# SGLang hands draft models embeddings in bfloat16, and its layers with states are made for it; the stand-ins are in 32
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# of the models; the stand-ins are in 32 bits
+DTYPE = torch.float16 if ON_GPU else torch.float32
+# where SGLang has bfloat16 in its code: embeddings of blocks of drafts, and layers with states
+CODED_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # requests at a time
 ROWS = 4
 # of one engine, with its start; KVARN_ENGINE_SECONDS is for a first start, which builds kernels
@@ -41,10 +43,11 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def save(folder: Path, family: str = "llama") -> str:
-    """Write a model with head_dim 128, 8 query and 2 KV heads, whose weights fit `DTYPE`; return its folder."""
+def save(folder: Path, family: str = "llama", dtype: torch.dtype = DTYPE) -> str:
+    """Write a model with head_dim 128, 8 query and 2 KV heads, whose weights fit a dtype; return its folder."""
     folder.mkdir()
-    return tiny_model.save(folder, family, rounded_to=DTYPE, **_HEADS | _SHAPES.get(family, {}))
+    # attention so peaked that a prefix counts, and not so peaked that roundings do
+    return tiny_model.save(folder, family, rounded_to=dtype, peak=0.085, **_HEADS | _SHAPES.get(family, {}))
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, states: bool = False) -> None:
@@ -71,26 +74,25 @@ def prepare(patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, st
 
 
 @contextmanager
-def start(
-    folder: str, preset: str, *, pages: int = 40, rows: int = ROWS, drafts: int = 1, **options: Any
-) -> Iterator[Any]:
+def start(tally: Tally, *, pages: int = 40, rows: int = ROWS, drafts: int = 1, **options: Any) -> Iterator[Any]:
     """Run an engine with a pool of so many pages beside the rings of some requests.
 
     Args:
+        tally: with the model, its dtype and the preset.
         rows: requests whose rings there is room for beside the pages.
         drafts: that a step verifies, 1 without speculation.
 
     Raises:
         TimeoutError: engine and block took longer than `LIMIT_SECONDS`.
     """
-    ring = KVarNConfig.from_preset(preset).ring_pages(_HEADS["head_dim"], DTYPE.itemsize, drafts)
+    ring = KVarNConfig.from_preset(tally.preset).ring_pages(_HEADS["head_dim"], tally.dtype.itemsize, drafts)
     chosen = {
-        "model_path": folder,
+        "model_path": tally.folder,
         "skip_tokenizer_init": True,
         "grammar_backend": "none",
         "sampling_backend": "pytorch",
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "kv_cache_dtype": preset,
+        "dtype": str(tally.dtype).removeprefix("torch."),
+        "kv_cache_dtype": tally.preset,
         "max_total_tokens": (rows * ring + pages) * 128,
         "max_running_requests": ROWS,
         "chunked_prefill_size": 256,
