@@ -190,3 +190,52 @@ def test_dequantise_stays_finite_for_the_largest_keys_and_values(write, dtype):
     for x, exact in zip(filled(write, cache, request, KVARN, PAGE, [0], 0), (request.k, request.v), strict=True):
         assert x.isfinite().all()
         assert relative_rms(x[0, 0, 0], exact[0, 0]) < 2 * BOUND[dtype]
+
+
+def test_dequantise_finds_the_requests_of_a_batch_and_tokens_that_do_not_follow_each_other(write):
+    dtype, head_dim = torch.bfloat16, 64
+    requests = [
+        make_request(n, (2, 2), head_dim, dtype, row=row, first_page=first, seed=row)
+        for row, n, first in ((1, 2 * PAGE + 30, 1), (2, 3 * PAGE + 9, 5))
+    ]
+    cache = make_cache(KVARN, 2, head_dim, dtype, pages=10, rows=3)
+    prefixes = [PAGE + 3, 2 * PAGE + 40]
+    for request, prefix in zip(requests, prefixes, strict=True):
+        prefill(torch_form.attend_extend, request, [prefix], cache, KVARN)
+    batches = [batch_of(*each, len(each[0].k)) for each in zip(requests, [cache] * 2, prefixes, strict=True)]
+    tables = torch.zeros(2, 5, dtype=torch.int32, device=DEVICE)
+    for row, batch in enumerate(batches):
+        tables[row, : batch.page_table.shape[1]] = batch.page_table[0]
+    new_tokens = [len(request.k) - prefix for request, prefix in zip(requests, prefixes, strict=True)]
+    batch = ExtendBatch(
+        **{
+            name: torch.cat([getattr(each, name) for each in batches])
+            for name in ("ring_pages", "prefix_lens", "seq_lens", "exact_starts")
+        },
+        qo_indptr=torch.tensor([0, *torch.tensor(new_tokens).cumsum(0)], dtype=torch.int32, device=DEVICE),
+        # rows of a wider table
+        page_table=tables[:, :4],
+        prefix_lens_host=prefixes,
+        seq_lens_host=[len(request.k) for request in requests],
+    )
+    # keys and values of a token beside other things, at distances of their own
+    new = []
+    for name, pad, gap in (("k", 3, 0), ("v", 5, 2)):
+        rows = torch.cat([getattr(request, name)[n:] for request, n in zip(requests, prefixes, strict=True)])
+        wide = torch.full((len(rows), 2 + pad, head_dim * (1 + gap)), float("nan"), dtype=dtype, device=DEVICE)
+        wide[:, 1:3, :head_dim] = rows
+        new.append(wide[:, 1:3, :head_dim])
+    keys, values = (torch.full((4, 2, PAGE, head_dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    # page 2 of each is new in part, page 1 of the second is in its ring, page 0 of it is a record
+    listed = [(0, 2), (1, 2), (1, 1), (1, 0)]
+    pages = PageList(*(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in zip(*listed, strict=True)), 3)
+    write((keys, values), QKV(new[0], *new), pages, cache, batch, KVARN)
+    for x, name in ((keys, "k"), (values, "v")):
+        first, second = (getattr(request, name).transpose(0, 1) for request in requests)
+        assert torch.equal(x[0, :, :30], first[:, 2 * PAGE :]) and x[0, :, 30:].eq(0).all()
+        assert relative_rms(x[1, :, :40], second[:, 2 * PAGE : 2 * PAGE + 40]) < 2 * BOUND[dtype]
+        assert torch.equal(x[1, :, 40:], second[:, 2 * PAGE + 40 : 3 * PAGE])
+        assert relative_rms(x[2], second[:, PAGE : 2 * PAGE]) < 2 * BOUND[dtype]
+        # codes of 4 and of 2 bits
+        assert relative_rms(x[3], second[:, :PAGE]) < 0.5
+        assert torch.allclose(x[3, :, 0], second[:, 0], rtol=2e-2, atol=2e-2)
