@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from kvarn_kernels.dense import extend_dense
 from kvarn_kernels.read import decode, decode_sm90, merge
-from kvarn_kernels.write import encode, encode_cuda, rotate, store
+from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 Places = dict[str, list[tuple[Any, str]]]
 
@@ -22,12 +22,12 @@ DECODE: Places = {
 }
 # of a long extend step; "attention" is that of FlashInfer or FlashAttention 3
 PREFILL: Places = {
-    "rotate": [(rotate, "rotate_chunk")],
+    "rotate": [(rotate, "rotate_chunk"), (chunk_cuda, "rotate_chunk")],
     "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],
     "dequantise": [(extend_dense, "dequantise"), (extend_dense, "dequantise_by_cuda")],
     "attention": [(extend_dense, "run_call")],
     "merge": [(extend_dense, "merge_parts")],
-    "store": [(store, "store_chunk")],
+    "store": [(store, "store_chunk"), (chunk_cuda, "store_chunk")],
 }
 
 

@@ -24,7 +24,7 @@ from kvarn_kernels.device.gpu import Gpu, gpu_of
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read import decode, decode_plan, decode_sm90, extend, merge
 from kvarn_kernels.shape import AttentionShape
-from kvarn_kernels.write import encode, encode_cuda, rotate, store
+from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Kernels:
     """Name what runs each part of a step: "cuda" (CUDA C++), "triton" or "torch".
 
     Attributes:
-        encode, decode: as named; extend: of few tokens.
+        encode: as named, with the rotation and the ring store of extend steps; decode: as named; extend: of few tokens.
         dense: who attends long extend steps, one of `extend_dense.LIBRARIES`; empty where the same kernel does.
         dequantise: of what those steps read.
     """
@@ -147,7 +147,10 @@ class Attention:
         self.shape, self.config, self.device, self._limits = shape, config, device, limits
         self._gpu = gpu_of(device) if gpu is None else gpu
         self.kernels = choose_kernels(shape, config, device, gpu) if kernels is None else kernels
-        self._encode: ModuleType = encode_cuda if self.kernels.encode == "cuda" else encode
+        compiled = self.kernels.encode == "cuda"
+        self._encode: ModuleType = encode_cuda if compiled else encode
+        self._rotate: ModuleType = chunk_cuda if compiled else rotate
+        self._store: ModuleType = chunk_cuda if compiled else store
         self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
         self._dense_workspace = self._make_dense_workspace()
 
@@ -318,11 +321,11 @@ class Attention:
         if plan is None:
             return
         # long steps are attended in the model's frame
-        rotated = rotate.rotate_chunk(new, with_q=isinstance(plan, extend.ExtendPlan))
+        rotated = self._rotate.rotate_chunk(new, with_q=isinstance(plan, extend.ExtendPlan))
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
         self._encode.encode_from_chunk(rotated, cache, batch, config)
         if isinstance(plan, extend_dense.DensePlan):
             extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale)
         else:
             extend.extend(rotated, out, cache, batch, plan, config, sm_scale)
-        store.store_chunk(rotated, cache, batch, config)
+        self._store.store_chunk(rotated, cache, batch, config)

@@ -4,10 +4,9 @@
 By the Triton kernel and by CUDA C++, which runs as C++ where there is no GPU.
 """
 
-import ctypes
-import subprocess
-from pathlib import Path
+from functools import cache
 
+import cuda_as_cpp
 import pytest
 import torch
 from builders import DEVICE, PAGE, RowCache, make_cache, make_request, prefill, relative_rms, write_ring
@@ -16,7 +15,6 @@ from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import dequantise_cuda
 from kvarn_kernels.dense.dequantise import PageList, dequantise
-from kvarn_kernels.device import nvrtc
 
 KVARN = KVarNConfig.from_preset("kvarn")
 # one rounding to the model's dtype (2^-12.6 and 2^-9.6 of a value on average), and fp16 operands (2^-12)
@@ -39,56 +37,25 @@ def batch_of(request, cache: RowCache, prefix: int, seq: int) -> ExtendBatch:
     )
 
 
-LAUNCHER = """
-extern "C" void run(u8* workspace_k, u8* workspace_v, u8* k, u8* v, u8* records, int* ring_pages, int* requests,
-                    int* pages, int* page_table, int* prefix_lens, int* seq_lens, int* qo_indptr, int* exact_starts,
-                    int stride_k_token, int stride_k_head, int stride_v_token, int stride_v_head,
-                    int stride_page_table, int num_exact, int slots) {
-  launch({slots, HK, 2}, 32 * WARPS, [=] {
-    kvarn_dequantise(workspace_k, workspace_v, k, v, records, ring_pages, requests, pages, page_table, prefix_lens,
-                     seq_lens, qo_indptr, exact_starts, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-                     stride_page_table, num_exact);
-  });
-}
-"""
-SUPPORT = Path(__file__).parents[1] / "support"
-PARAMETERS = nvrtc.parameters(dequantise_cuda.SOURCE.read_text(), "kvarn_dequantise")
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Return a function that builds dequantise.cu for this machine's processor."""
-    folder, libraries = tmp_path_factory.mktemp("dequantise"), {}
+def compiled(tmp_path_factory):
+    """Return what stands in for the compiled kernels on a CPU."""
+    folder = tmp_path_factory.mktemp("dequantise")
 
-    def build(*form) -> ctypes.CDLL:
-        if form not in libraries:
-            path = folder / f"{len(libraries)}.cpp"
-            source = nvrtc.source(dequantise_cuda.SOURCE, dequantise_cuda.constants(*form))
-            path.write_text('#include "cuda_on_cpu.h"\n' + source + LAUNCHER)
-            command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{SUPPORT}"]
-            subprocess.run([*command, path, "-o", path.with_suffix(".so")], check=True, timeout=120)
-            libraries[form] = ctypes.CDLL(str(path.with_suffix(".so")))
-        return libraries[form]
+    @cache
+    def of(*form):
+        # the last one is the device
+        defines = dequantise_cuda.constants(*form[:-1])
+        return cuda_as_cpp.build(folder, dequantise_cuda.SOURCE, "kvarn_dequantise", defines, dequantise_cuda.THREADS)
 
-    return build
+    return of
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def write(request, built, monkeypatch):
+def write(request, compiled, monkeypatch):
     """Return who writes pages out."""
     if request.param == "triton":
         return dequantise
-
-    def compiled(*form):
-        # the last one is the device
-        library = built(*form[:-1])
-
-        def launch(grid, stream, **named) -> None:
-            pointers = {n: ctypes.c_void_p(x.data_ptr()) for n, x in named.items() if isinstance(x, torch.Tensor)}
-            library.run(*((named | pointers)[name] for name in PARAMETERS), grid[0])
-
-        return launch
-
     if DEVICE.type != "cuda":
         monkeypatch.setattr(dequantise_cuda, "_compiled", compiled)
         monkeypatch.setattr(dequantise_cuda, "current_stream", lambda device: 0)

@@ -1,19 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotation kernel against the oracle."""
+"""The rotation kernels against the oracle; CUDA C++ runs as C++ where there is no GPU."""
 
+from functools import cache
+
+import cuda_as_cpp
 import pytest
 import torch
 from builders import DEVICE, clone, int32, make_cache, read_ring, write_ring
 from kvarn_kernels import reference
 from kvarn_kernels.batch import QKV, DecodeBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.write.rotate import rotate_chunk, rotate_to_rings
+from kvarn_kernels.write import chunk_cuda, rotate
+from kvarn_kernels.write.rotate import rotate_to_rings
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Return what stands in for the compiled kernels on a CPU."""
+    folder = tmp_path_factory.mktemp("rotate")
+
+    @cache
+    def of(*form):
+        # the last one is the device
+        defines = chunk_cuda.rotate_constants(*form[:-1])
+        return cuda_as_cpp.build(folder, chunk_cuda.ROTATE, "kvarn_rotate_chunk", defines, 32 * chunk_cuda.WARPS)
+
+    return of
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def rotate_chunk(request, compiled, monkeypatch):
+    """Return who rotates the tokens of a chunk."""
+    if request.param == "triton":
+        return rotate.rotate_chunk
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(chunk_cuda, "_rotate", compiled)
+        monkeypatch.setattr(chunk_cuda, "current_stream", lambda device: 0)
+    return chunk_cuda.rotate_chunk
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 33])
-def test_rotate_chunk_matches_the_oracle(tokens, dtype, head_dim):
+def test_rotate_chunk_matches_the_oracle(rotate_chunk, tokens, dtype, head_dim):
     qkv = torch.randn(tokens, 11, head_dim).to(dtype).to(DEVICE)
     q, k, v = qkv[:, :5], qkv[:, 5:8], qkv[:, 8:]
     rotated_q, *rotated = rotate_chunk(QKV(q, k, v))
@@ -26,7 +55,7 @@ def test_rotate_chunk_matches_the_oracle(tokens, dtype, head_dim):
         torch.testing.assert_close(got.cpu().float(), reference.rotate(x.cpu()), rtol=2**-8, atol=1e-5)
 
 
-def test_rotate_chunk_leaves_out_a_query_that_is_not_wanted():
+def test_rotate_chunk_leaves_out_a_query_that_is_not_wanted(rotate_chunk):
     q, k, v = (torch.randn(70, heads, 64).half().to(DEVICE) for heads in (4, 2, 2))
     rotated_q, *rotated = rotate_chunk(QKV(q, k, v), with_q=False)
     assert rotated_q.numel() == 0

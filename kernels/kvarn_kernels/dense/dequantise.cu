@@ -14,6 +14,7 @@
 // The constants in capitals that are not set here come from dequantise_cuda.py.
 
 #include "device/fragments.cuh"
+#include "record/hadamard.cuh"
 #include "record/unpack.cuh"
 
 constexpr int WARPS = G / 16;
@@ -43,13 +44,10 @@ struct Signs {
 
 typedef float Sums[STEPS][2][4];  // step, tile of 8 columns, (token of 2, channel of 2)
 
-__device__ __forceinline__ u32 model_pair(float low, float high) {
-#if BF16
-  return pack_bf16(low, high);
-#else
-  // quantisation may carry an element of the largest keys beyond the range of fp16
-  return pack_half(fminf(fmaxf(low, -65504.f), 65504.f), fminf(fmaxf(high, -65504.f), 65504.f));
-#endif
+// within the range of fp16 if that is the model's dtype: quantisation may carry an element of the largest keys beyond it
+__device__ __forceinline__ u32 finite_pair(float low, float high) {
+  return BF16 ? pack_bf16(low, high)
+              : pack_half(fminf(fmaxf(low, -65504.f), 65504.f), fminf(fmaxf(high, -65504.f), 65504.f));
 }
 
 // the rest of the product, times a factor for each of the two tokens, to two rows of D channels; null is not written
@@ -71,7 +69,7 @@ __device__ __forceinline__ void finish(Sums& sums, const float (&factor)[2], u32
   for (int h = 0; h < 2; h++) {
     if (!rows[h]) continue;
     auto pair = [&](int s, int tile) {
-      return model_pair(sums[s][tile][2 * h] * factor[h], sums[s][tile][2 * h + 1] * factor[h]);
+      return finite_pair(sums[s][tile][2 * h] * factor[h], sums[s][tile][2 * h + 1] * factor[h]);
     };
 #pragma unroll
     for (int s = 0; s < STEPS; s += Q_BIT == 2 ? 1 : 2) {
@@ -101,7 +99,7 @@ __device__ __forceinline__ void keys(Sums& sums, float (&factor)[2], const u8* r
       w[h][n] = words[row * K_ROW_WORDS + q + 4 * n] >> shift;
       tops[h][n] = K_BITS == 3 ? words[TOP_INDEX + row / 2 * K_ROW_WORDS + q + 4 * n] >> (shift + row % 2) : 0u;
     }
-    factor[h] = half_to_float(halves[K_TOKEN_SCALE + token]) * SQUARE_ROOT_OF_1_D;
+    factor[h] = half_to_float(halves[K_TOKEN_SCALE + token]) * ROTATION_SCALE;
   }
   const Signs signs[2] = {Signs(0, g, q), Signs(1, g, q)};
 #pragma unroll
@@ -167,35 +165,15 @@ __device__ __forceinline__ void values(Sums& sums, float (&factor)[2], const u8*
     for (int tile = 0; tile < 2; tile++)
       mma_half(sums[s][tile], a0, a1, a2, a3, channel_scale.x ^ signs[tile].low, channel_scale.y ^ signs[tile].high);
   }
-  factor[0] = factor[1] = SQUARE_ROOT_OF_1_D;
+  factor[0] = factor[1] = ROTATION_SCALE;
 }
 
 // one exact row of the rotated frame, back in the model's
-__device__ __forceinline__ void rotate_row(const u8* source, u32* row, int lane) {
-  constexpr int OWN = D / 32;
-  const u16* own = (const u16*)source + OWN * lane;
-  float x[OWN];
+__device__ __forceinline__ void rotate_back(const u8* source, u32* row, int lane) {
+  float x[ROW_CHANNELS];
+  rotate_row(x, (const u32*)source, lane);
 #pragma unroll
-  for (int n = 0; n < OWN; n++) x[n] = BF16 ? __int_as_float(own[n] << 16) : half_to_float(own[n]);
-#pragma unroll
-  for (int bit = 1; bit < OWN; bit *= 2)
-#pragma unroll
-    for (int n = 0; n < OWN; n++)
-      if (!(n & bit)) {
-        const float difference = x[n] - x[n | bit];
-        x[n] += x[n | bit];
-        x[n | bit] = difference;
-      }
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2)
-#pragma unroll
-    for (int n = 0; n < OWN; n++) {
-      const float other = __shfl_xor_sync(0xffffffffu, x[n], bit);
-      x[n] = lane & bit ? other - x[n] : x[n] + other;
-    }
-#pragma unroll
-  for (int n = 0; n < OWN; n += 2)
-    row[(OWN * lane + n) / 2] = model_pair(x[n] * SQUARE_ROOT_OF_1_D, x[n + 1] * SQUARE_ROOT_OF_1_D);
+  for (int n = 0; n < ROW_CHANNELS; n += 2) row[(ROW_CHANNELS * lane + n) / 2] = finite_pair(x[n], x[n + 1]);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
@@ -222,7 +200,7 @@ kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, con
       u32* row = page + token * (D / 2);
       if (position < prefix_len) {
         const u8* ring = page_at(ring_pages[request * RING_PAGES + position / RING_TOKENS % RING_PAGES]);
-        rotate_row(ring + position % RING_TOKENS * (4 * D) + is_value * (2 * D), row, lane);
+        rotate_back(ring + position % RING_TOKENS * (4 * D) + is_value * (2 * D), row, lane);
       } else {
         for (int n = lane; n < D / 2; n += 32)
           row[n] = position < seq_len ? ((const u32*)(rows + 2 * position * stride))[n] : 0u;
@@ -253,5 +231,5 @@ kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, con
     rows(16 * warp + g, 16 * warp + g + 8, to);
     finish<K_Q_BIT>(sums, factor, to, q);
   }
-  if (warp == 0) rotate_row(record + SCALES_OFFSET + 2 * (is_value ? V_FIRST : K_FIRST), page, lane);
+  if (warp == 0) rotate_back(record + SCALES_OFFSET + 2 * (is_value ? V_FIRST : K_FIRST), page, lane);
 }

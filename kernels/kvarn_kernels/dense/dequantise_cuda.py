@@ -31,7 +31,6 @@ def constants(
 ) -> dict[str, Any]:
     """Return the constants of dequantise.cu for a format and rings."""
     return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages) | {
-        "SQUARE_ROOT_OF_1_D": f"{head_dim**-0.5!r}f",
         "MIN_BLOCKS": MIN_BLOCKS[head_dim],
     }
 

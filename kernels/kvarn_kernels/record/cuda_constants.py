@@ -8,6 +8,11 @@ from typing import Any
 from kvarn_kernels.record import tile
 
 
+def rotation_constants(head_dim: int, is_bf16: bool) -> dict[str, Any]:
+    """Return the constants that every kernel over rows of the model's dtype needs."""
+    return {"D": head_dim, "BF16": int(is_bf16), "ROTATION_SCALE": f"{head_dim**-0.5!r}f"}
+
+
 def format_constants(
     bits: tuple[int, int], head_dim: int, num_kv_heads: int, is_bf16: bool, ring_pages: int
 ) -> dict[str, Any]:
@@ -17,15 +22,13 @@ def format_constants(
         bits: of a key code and of a value code.
     """
     k_bits, v_bits = bits
-    return {
-        "D": head_dim,
+    return rotation_constants(head_dim, is_bf16) | {
         "G": tile.TILE_SIZE,
         "K_BITS": k_bits,
         "V_BITS": v_bits,
         "K_FIELD_BITS": tile.low_bits(k_bits),
         "V_FIELD_BITS": tile.low_bits(v_bits),
         "HK": num_kv_heads,
-        "BF16": int(is_bf16),
         "RING_PAGES": ring_pages,
         "RING_TOKENS": tile.exact_tokens(head_dim, k_bits, v_bits, 2),
         "K_CHANNEL_BLOCKS": tile.k_channel_blocks(head_dim, k_bits),
