@@ -14,7 +14,7 @@ inline void fail(const char* what) {
 
 struct Phase {
   unsigned number = 0;  // phases completed
-  bool armed = false;
+  bool armed = false, emptied = false;
   int bytes = 0;        // to come
 };
 struct Copy {
@@ -39,7 +39,7 @@ inline void land() {
     Phase& phase = phases[copy.barrier];
     phase.bytes -= copy.bytes;
     if (phase.armed && phase.bytes == 0) {
-      phase.armed = false;
+      phase.armed = phase.emptied = false;
       phase.number++;
     }
     copies.erase(copies.begin() + n);
@@ -56,14 +56,23 @@ inline void mbarrier_wait(u64* bar, u32 parity) {
   }
 }
 
-inline void bulk_copy(u8* target, const u8* source, int bytes, u64* bar) {
+inline void expect(u64* bar, int bytes) {
   Phase& phase = phases[bar];
   if (phase.armed) fail("orders a record into a buffer that waits for another");
-  assert(bytes % 16 == 0);
   phase.armed = true;
   phase.bytes += bytes;
-  const int before = (target - dynamic_shared) % RECORD;
-  std::memset(target - before, 0xFF, RECORD);  // the whole buffer
+}
+
+// the first copy of a phase empties its buffer
+inline void copy(u8* target, const u8* source, int bytes, u64* bar) {
+  Phase& phase = phases[bar];
+  if (!phase.armed) fail("copies what nobody waits for");
+  assert(bytes % 16 == 0);
+  if (!phase.emptied) {
+    const int before = (target - dynamic_shared) % BUFFER;
+    std::memset(target - before, 0xFF, BUFFER);  // the whole buffer
+    phase.emptied = true;
+  }
   copies.push_back({target, source, bytes, bar, schedule_seed ? (int)(delays() % 3000) : 0});
 }
 
@@ -72,7 +81,16 @@ template <class T>
 T load_shared(u32 a) { T v; std::memcpy(&v, dynamic_shared + a, sizeof(T)); return v; }
 inline uint4 lds128(u32 a) { assert(a % 16 == 0); return load_shared<uint4>(a); }
 inline uint2 lds64(u32 a) { assert(a % 8 == 0); return load_shared<uint2>(a); }
-inline void sts128(u32 a, uint4 v) { assert(a % 16 == 0); std::memcpy(dynamic_shared + a, &v, sizeof(v)); }
+// called with what a thread has stored to shared memory
+inline void (*stored)(u32 address, int bytes) = nullptr;
+template <class T>
+void store_shared(u32 a, T v) {
+  assert(a % sizeof(T) == 0);
+  std::memcpy(dynamic_shared + a, &v, sizeof(T));
+  if (stored) stored(a, sizeof(T));
+}
+inline void sts128(u32 a, uint4 v) { store_shared(a, v); }
+inline void sts32(u32 a, u32 v) { store_shared(a, v); }
 inline u32 lds32(u32 a) { return load_shared<u32>(a); }
 inline float lds_half(u32 a) { return from_half(load_shared<unsigned short>(a)); }
 

@@ -26,9 +26,10 @@ def is_available() -> bool:
 
 
 def source(path: Path, defines: dict[str, Any]) -> str:
-    """Return a CUDA source with its constants in front."""
+    """Return a CUDA source with its constants in front and the headers beside it (.cuh) in their places."""
     lines = [f"#define {key} {value}" for key, value in defines.items()]
-    return "\n".join([*lines, path.read_text()])
+    text = re.sub(r'#include "(\w+\.cuh)"\n', lambda found: path.with_name(found[1]).read_text(), path.read_text())
+    return "\n".join([*lines, text])
 
 
 def parameters(text: str, kernel: str) -> tuple[str, ...]:
@@ -44,16 +45,23 @@ def parameters(text: str, kernel: str) -> tuple[str, ...]:
 
 
 def compile_kernel(
-    path: Path, kernel: str, defines: dict[str, Any], device: int, threads: int, shared_bytes: int = 0
+    path: Path,
+    kernel: str,
+    defines: dict[str, Any],
+    device: int,
+    threads: int,
+    shared_bytes: int = 0,
+    architecture: str = "",
 ) -> CudaLauncher:
     """Return a launchable kernel of a CUDA source for a device; takes seconds.
 
     Args:
         threads: of a block; shared_bytes: dynamic shared memory of a block.
+        architecture: to compile for, such as "90a"; the device's own by default.
     """
     major, minor = torch.cuda.get_device_capability(device)
     text = source(path, defines)
-    loaded = torch.cuda._compile_kernel(text, kernel, compute_capability=f"{major}{minor}")
+    loaded = torch.cuda._compile_kernel(text, kernel, compute_capability=architecture or f"{major}{minor}")
     loaded.set_shared_memory_config(shared_bytes)
     library = torch.cuda._utils._get_gpu_runtime_library()
     return CudaLauncher(loaded, library, parameters(text, kernel), threads, shared_bytes)
