@@ -140,6 +140,8 @@ class Attention:
         self._gpu = gpu_of(device) if gpu is None else gpu
         self.kernels = choose_kernels(shape, config, device, gpu) if kernels is None else kernels
         self._encode: ModuleType = encode_cuda if self.kernels.encode == "cuda" else encode
+        many = columns_sm90.serves(shape.head_dim, shape.group, self._drafts_of_split, self._gpu)
+        self._decode_cuda: ModuleType = columns_sm90 if many else decode_sm90
         self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
         self._dense_workspace = self._make_dense_workspace()
 
@@ -157,12 +159,6 @@ class Attention:
         return decode_plan.make_workspace(
             self.shape, self.config, self.device, requests, pages, resident, each, columns
         )
-
-    @property
-    def _decode_cuda(self) -> ModuleType:
-        """Which kernel in CUDA C++ decodes: that of many columns where it serves the steps of these limits."""
-        form = self.shape.head_dim, self.shape.group, self._drafts_of_split
-        return columns_sm90 if columns_sm90.serves(*form, self._gpu) else decode_sm90
 
     @property
     def _drafts_of_split(self) -> int:

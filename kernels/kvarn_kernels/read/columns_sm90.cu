@@ -48,13 +48,13 @@ constexpr int V_PARTS = V_CB / 2;         // blocks of 64 channels that come fro
 constexpr int EXACT_STRIDE = 4 * D + 16;  // bytes from one exact token to the next; matrices of 8 rows have no conflicts
 constexpr int EXACT_ROWS = BUFFER / EXACT_STRIDE < 64 ? BUFFER / EXACT_STRIDE : 64;
 constexpr int EXACT_STEPS = (EXACT_ROWS + 15) / 16;
-// shared memory: buffers, queries (with a step for their zeros), weights (with two; or with the queries' low parts), zeros
+// shared memory: buffers; queries of a record, with a step for its zeros; weights, with two; the queries that are folded,
+// later the low parts of exact ones; 16 bytes of zeros
 constexpr int QUERIES = STAGES * BUFFER;
 constexpr int WEIGHTS = QUERIES + (2 * STEPS + 1) * OPERAND_BYTES;
-constexpr int LOW_QUERIES = WEIGHTS + 8 * OPERAND_BYTES;
-constexpr int ZEROS = WEIGHTS + WEIGHT_ROWS / 8 * OPERAND_BYTES;
-static_assert(ZEROS + 16 == SHARED_BYTES && WARP_PAIRS % K_PAIRS == 0 && WEIGHT_ROWS >= G + 32, "");
-static_assert(!BF16 || WEIGHT_ROWS >= 64 + D, "");
+constexpr int QUERY = WEIGHTS + (G / 8 + 4) * OPERAND_BYTES;
+constexpr int ZEROS = QUERY + 2 * STEPS * OPERAND_BYTES;
+static_assert(ZEROS + 16 == SHARED_BYTES && WARP_PAIRS % K_PAIRS == 0, "");
 constexpr float LAG = 4.0f;               // how far a score may exceed the kept maximum, log2
 constexpr float NONE = -1e30f;            // the maximum before there is a score
 // folded queries are 2^QUERY_BITS times as large as normalised ones, less 2^bit of their codes
@@ -65,7 +65,6 @@ struct __align__(16) Shared {
   float2 softmax[BLOCK_COLUMNS];  // of a column: factor of its scores (log2), minus the maximum
   int2 sight[BLOCK_COLUMNS];      // the first token that it reads exactly, the newest that it sees
   float down[BLOCK_COLUMNS];      // power of two that normalises its query
-  float alpha[BLOCK_COLUMNS];
   float of_warp[WARPS][BLOCK_COLUMNS];
   u64 full[STAGES];
 };
@@ -107,27 +106,33 @@ __device__ __forceinline__ u32 value_word(u32 base, int step, int c, int q) {
   return base + 4 * (4 * WIDTH * step + c / 4 * 16 + 4 * q + c % 4);
 }
 
-// queries of a lane's column of each tile, fp16 pairs: channels D / 4 * q + 2 (WARP_PAIRS * warp + n)
-struct Query { u32 words[TILES][WARP_PAIRS]; };
-
-// write the queries for a record: times its channel scales, and what its zeros add
-__device__ __forceinline__ void fold(const Query& query, u32 record, u32 queries, int warp, int lane) {
-  const int g = lane / 4, q = lane % 4;
-  const u32 at = record + SCALES_OFFSET + 2 * (D / 4 * q + 2 * WARP_PAIRS * warp);
-  u32 scales[WARP_PAIRS], zeros[WARP_PAIRS];
+__device__ __forceinline__ void load_pairs(u32 (&x)[WARP_PAIRS], u32 at) {
 #pragma unroll
   for (int n = 0; n < WARP_PAIRS; n += 2) {
     if (WARP_PAIRS % 4 == 0) {
       if (n % 4) continue;
-      uint4 a = lds128(at + 2 * K_CHANNEL_SCALE + 4 * n), z = lds128(at + 2 * K_CHANNEL_ZERO + 4 * n);
-      scales[n] = a.x; scales[n + 1] = a.y; scales[(n + 2) % WARP_PAIRS] = a.z; scales[(n + 3) % WARP_PAIRS] = a.w;
-      zeros[n] = z.x; zeros[n + 1] = z.y; zeros[(n + 2) % WARP_PAIRS] = z.z; zeros[(n + 3) % WARP_PAIRS] = z.w;
+      const uint4 y = lds128(at + 4 * n);
+      x[n] = y.x; x[n + 1] = y.y; x[(n + 2) % WARP_PAIRS] = y.z; x[(n + 3) % WARP_PAIRS] = y.w;
     } else {
-      uint2 a = lds64(at + 2 * K_CHANNEL_SCALE + 4 * n), z = lds64(at + 2 * K_CHANNEL_ZERO + 4 * n);
-      scales[n] = a.x; scales[n + 1] = a.y;
-      zeros[n] = z.x; zeros[n + 1] = z.y;
+      const uint2 y = lds64(at + 4 * n);
+      x[n] = y.x; x[n + 1] = y.y;
     }
   }
+}
+
+// where the fp16 queries of a lane's column of tile c are, channels D / 4 * q + 2 WARP_PAIRS * warp and those behind
+__device__ __forceinline__ u32 query_of(u32 base, int c, int warp, int lane) {
+  return base + QUERY + 4 * WARP_PAIRS * (32 * (TILES * warp + c) + lane);
+}
+
+// write the queries for a record: times its channel scales, and what its zeros add
+__device__ __forceinline__ void fold(u32 base, u32 record, int warp, int lane) {
+  const u32 queries = base + QUERIES;
+  const int g = lane / 4, q = lane % 4;
+  const u32 at = record + SCALES_OFFSET + 2 * (D / 4 * q + 2 * WARP_PAIRS * warp);
+  u32 scales[WARP_PAIRS], zeros[WARP_PAIRS];
+  load_pairs(scales, at + 2 * K_CHANNEL_SCALE);
+  load_pairs(zeros, at + 2 * K_CHANNEL_ZERO);
 #pragma unroll
   for (int n = 0; n < WARP_PAIRS; n++) {
     // 2^(bit - QUERY_BITS), as an fp16 pair
@@ -137,12 +142,13 @@ __device__ __forceinline__ void fold(const Query& query, u32 record, u32 queries
 #pragma unroll
   for (int c = 0; c < TILES; c++) {
     float zero[4] = {0.f, 0.f, 0.f, 0.f};
-    u32 folded[WARP_PAIRS];
+    u32 own[WARP_PAIRS], folded[WARP_PAIRS];
+    load_pairs(own, query_of(base, c, warp, lane));
 #pragma unroll
-    for (int n = 0; n < WARP_PAIRS; n++) folded[n] = multiply_half(query.words[c][n], scales[n]);
+    for (int n = 0; n < WARP_PAIRS; n++) folded[n] = multiply_half(own[n], scales[n]);
 #pragma unroll
     for (int n = 0; n < WARP_PAIRS; n += 2)
-      mma_half(zero, zeros[n], zeros[n], zeros[n + 1], zeros[n + 1], query.words[c][n], query.words[c][n + 1]);
+      mma_half(zero, zeros[n], zeros[n], zeros[n + 1], zeros[n + 1], own[n], own[n + 1]);
     const u32 row = queries + WARP_PAIRS * warp * OPERAND_BYTES + 128 * c + 16 * (lane % 8);
 #pragma unroll
     for (int n = 0; n < WARP_PAIRS; n += 2) {
@@ -165,16 +171,26 @@ __device__ __forceinline__ void fold(const Query& query, u32 record, u32 queries
   }
 }
 
+// Products are ordered in groups of GROUP_STEPS steps; the codes of three groups are in registers at most, which leaves
+// enough for everything else.
+constexpr int GROUP_STEPS = 4;
+
+// group: of its phase
+__device__ __forceinline__ void make_room(int group) {
+  if (group > 2) wait_products<2>();
+}
+
 // order the products of the keys' codes with the folded queries
 __device__ __forceinline__ void score_record(Sums (&s)[TOKEN_BLOCKS], u32 record, u32 queries, int warp, int g, int q) {
+  const Operand b(queries), zeros(queries + 2 * STEPS * OPERAND_BYTES, 0);
 #pragma unroll
   for (int m = 0; m < TOKEN_BLOCKS; m++) {
-    // rows g and g + 8 of a fragment are tokens 4 r + (g & 1) and + 2, so that value words hold their neighbours
-    const int token = 64 * m + 16 * warp + 4 * (g >> 1) + (g & 1);
-    u32 a[STEPS][4];
+    u32 words[2][K_LANE_WORDS], tops[2][K_LANE_WORDS];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int t = token + 2 * half, shift = K_FIELD_BITS * K_PAIRS * (t % K_TB);
+      // rows g and g + 8 of a fragment are tokens 4 r + (g & 1) and + 2, so that value words hold their neighbours
+      const int t = 64 * m + 16 * warp + 4 * (g >> 1) + (g & 1) + 2 * half;
+      const int shift = K_FIELD_BITS * K_PAIRS * (t % K_TB);
       const u32 row = record + 4 * (t / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
       // of 3-bit codes: two rows of words share one of top bits
       const u32 top_row = record + 4 * (TOP_INDEX + t / (2 * K_TB) * K_ROW_WORDS + K_LANE_WORDS * q);
@@ -182,64 +198,83 @@ __device__ __forceinline__ void score_record(Sums (&s)[TOKEN_BLOCKS], u32 record
 #pragma unroll
       for (int u = 0; u < K_LANE_WORDS; u += 4) {
         const uint4 x = lds128(row + 4 * u), y = K_BITS == 3 ? lds128(top_row + 4 * u) : make_uint4(0, 0, 0, 0);
-        const u32 words[4] = {x.x, x.y, x.z, x.w}, tops[4] = {y.x, y.y, y.z, y.w};
+        const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-#pragma unroll
-          for (int n = 0; n < K_PAIRS; n++) {
-            const int pair = K_PAIRS * (u + k) + n;
-            a[pair / 2][2 * (pair % 2) + half] = unpack<K_BITS, K_FIELD_BITS>(
-                K_TB > 1 ? words[k] >> shift : words[k], tops[k] >> top_shift, n);
-          }
+        for (int k = 0; k < 4; k++) {
+          words[half][u + k] = K_TB > 1 ? xs[k] >> shift : xs[k];
+          tops[half][u + k] = ys[k] >> top_shift;
+        }
       }
     }
-    // 2^QUERY_BITS times the code one, in the elements that `fold` has filled
-    const u32 ones[4] = {0x00010001u << QUERY_BITS, 0x00010001u << QUERY_BITS, 0u, 0u};
-    fence_registers();
 #pragma unroll
-    for (int n = 0; n < STEPS; n++)
-      if (n == 0) product_half<false>(s[m], a[n], operand(queries));
-      else product_half<true>(s[m], a[n], operand(queries + 2 * n * OPERAND_BYTES));
-    product_half<true>(s[m], ones, operand(queries + 2 * STEPS * OPERAND_BYTES, 0));
-    commit_products();
+    for (int first = 0; first < STEPS; first += GROUP_STEPS) {
+      make_room((STEPS * m + first) / GROUP_STEPS);
+      u32 a[GROUP_STEPS][4];
+#pragma unroll
+      for (int n = 0; n < GROUP_STEPS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int pair = 2 * (first + n) + i / 2;
+          a[n][i] = unpack<K_BITS, K_FIELD_BITS>(words[i % 2][pair / K_PAIRS], tops[i % 2][pair / K_PAIRS], pair % K_PAIRS);
+        }
+      fence_registers();
+#pragma unroll
+      for (int n = 0; n < GROUP_STEPS; n++)
+        if (first + n == 0) product_half<false>(s[m], a[n], b[0]);
+        else product_half<true>(s[m], a[n], b[first + n]);
+      if (first + GROUP_STEPS == STEPS) {
+        // 2^QUERY_BITS times the code one, in the elements that `fold` has filled
+        const u32 ones[4] = {0x00010001u << QUERY_BITS, 0x00010001u << QUERY_BITS, 0u, 0u};
+        product_half<true>(s[m], ones, zeros[0]);
+      }
+      commit_products();
+    }
   }
 }
 
 // order the products of the values' codes with the weights
 __device__ __forceinline__ void sum_record(Sums (&o)[BLOCKS], u32 record, u32 weights, int warp, int g, int q) {
+  const Operand b(weights);
   u32 words[TOKEN_STEPS], tops[TOKEN_STEPS];
 #pragma unroll
   for (int m = 0; m < BLOCKS; m++) {
     const ValueBlock block(m, warp);
-    if (m % V_PARTS == 0) {
-      const int c = block.words + g;
-#pragma unroll
-      for (int n = 0; n < TOKEN_STEPS; n++) {
-        words[n] = lds32(value_word<V_WIDTH>(record + V_CODES_OFFSET, n, c, q));
-        // words of the upper half of the channels share theirs with the lower half
-        tops[n] = V_BITS == 3 ? lds32(value_word<D / 8>(record + V_CODES_OFFSET + 4 * TOP_INDEX, n, c % (D / 8), q)) >> c / (D / 8) : 0u;
-      }
-    }
     // known to the compiler, unless the warps of a block have parts of their own
     const bool own = BLOCKS % V_PARTS != 0;
     const int part = own ? 0 : m % V_PARTS, shift = own ? V_FIELD_BITS * 2 * block.part : 0;
-    u32 a[TOKEN_STEPS][4];
+    if (part == 0) {
+      const int c = block.words + g, top_c = c % (D / 8);
 #pragma unroll
-    for (int n = 0; n < TOKEN_STEPS; n++)
+      for (int n = 0; n < TOKEN_STEPS; n++) {
+        words[n] = lds32(value_word<V_WIDTH>(record + V_CODES_OFFSET, n, c, q)) >> shift;
+        // words of the upper half of the channels share theirs with the lower half
+        tops[n] = 0u;
+        if (V_BITS == 3)
+          tops[n] = lds32(value_word<D / 8>(record + V_CODES_OFFSET + 4 * TOP_INDEX, n, top_c, q)) >> c / (D / 8) + shift;
+      }
+    }
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        a[n][i] = unpack<V_BITS, V_FIELD_BITS>(own ? words[n] >> shift : words[n], own ? tops[n] >> shift : tops[n], i / 2 * V_CB + 2 * part + i % 2);
-    const u32 one = 0x00010001u << bit_of<V_FIELD_BITS>(2 * part), other = one << V_FIELD_BITS;
-    const u32 ones[4] = {one, other, one, other};
-    fence_registers();
+    for (int first = 0; first < TOKEN_STEPS; first += GROUP_STEPS) {
+      make_room((TOKEN_STEPS * m + first) / GROUP_STEPS);
+      u32 a[GROUP_STEPS][4];
 #pragma unroll
-    for (int n = 0; n < TOKEN_STEPS; n++)
-      if (n == 0) product_half<false>(o[m], a[n], operand(weights));
-      else product_half<true>(o[m], a[n], operand(weights + 2 * n * OPERAND_BYTES));
+      for (int n = 0; n < GROUP_STEPS; n++)
 #pragma unroll
-    for (int n = 0; n < 2; n++)
-      product_half<true>(o[m], ones, operand(weights + (G / 8 + 2 * n) * OPERAND_BYTES));
-    commit_products();
+        for (int i = 0; i < 4; i++)
+          a[n][i] = unpack<V_BITS, V_FIELD_BITS>(words[first + n], tops[first + n], i / 2 * V_CB + 2 * part + i % 2);
+      fence_registers();
+#pragma unroll
+      for (int n = 0; n < GROUP_STEPS; n++)
+        if (first + n == 0) product_half<false>(o[m], a[n], b[0]);
+        else product_half<true>(o[m], a[n], b[first + n]);
+      if (first + GROUP_STEPS == TOKEN_STEPS) {
+        const u32 one = 0x00010001u << bit_of<V_FIELD_BITS>(2 * part), other = one << V_FIELD_BITS;
+        const u32 ones[4] = {one, other, one, other};
+#pragma unroll
+        for (int n = 0; n < 2; n++) product_half<true>(o[m], ones, b[TOKEN_STEPS + n]);
+      }
+      commit_products();
+    }
   }
 }
 
@@ -343,7 +378,7 @@ __device__ __forceinline__ void raise(const Sums (&s)[ROWS], State& state, Share
     for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, shared.of_warp[w][column]);
     const float2 t = shared.softmax[column];
     const float m = fmaxf(-t.y, largest * t.x);
-    shared.alpha[column] = exp2_fast(-t.y - m);
+    shared.of_warp[0][column] = exp2_fast(-t.y - m);
     shared.softmax[column] = make_float2(t.x, -m);
   }
   __syncthreads();
@@ -351,7 +386,7 @@ __device__ __forceinline__ void raise(const Sums (&s)[ROWS], State& state, Share
   for (int c = 0; c < TILES; c++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const float alpha = shared.alpha[8 * c + 2 * q + i];
+      const float alpha = shared.of_warp[0][8 * c + 2 * q + i];
       state.l[2 * c + i] *= alpha;
 #pragma unroll
       for (int m = 0; m < BLOCKS; m++) {
@@ -459,7 +494,7 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
   }
   if (threadIdx.x < 4) sts32(shared_address(memory + ZEROS) + 4 * threadIdx.x, 0u);
   __syncthreads();
-  Query query;
+  const u32 base = shared_address(memory), queries = base + QUERIES, weights = base + WEIGHTS;
 #pragma unroll
   for (int c = 0; c < TILES; c++) {
     const float* row = query_row(8 * c + g);
@@ -468,7 +503,7 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
     for (int n = 0; n < WARP_PAIRS; n++) {
       const float factor = down * power_of_two(QUERY_BITS - bit_of<K_FIELD_BITS>(n % K_PAIRS));
       const float2 f = row ? *(const float2*)(row + D / 4 * q + 2 * (WARP_PAIRS * warp + n)) : make_float2(0.f, 0.f);
-      query.words[c][n] = pack_half(f.x * factor, f.y * factor);
+      sts32(query_of(base, c, warp, lane) + 4 * n, pack_half(f.x * factor, f.y * factor));
     }
   }
   State state;
@@ -479,7 +514,6 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
 #pragma unroll
   for (int n = 0; n < 2 * TILES; n++) state.l[n] = 0.f;
 
-  const u32 base = shared_address(memory), queries = base + QUERIES, weights = base + WEIGHTS;
   int stage = 0;
   u32 parity = 0;
   auto leave = [&]() {
@@ -487,7 +521,7 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
   };
   if (num_records > 0) {
     mbarrier_wait(&shared.full[0], 0);
-    fold(query, base, queries, warp, lane);
+    fold(base, base, warp, lane);
   }
   for (int n = 0; n < num_records; n++) {
     fence_stores();
@@ -496,23 +530,21 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
     const u32 record = base + stage * BUFFER, halves = record + SCALES_OFFSET;
     Sums s[TOKEN_BLOCKS];
     score_record(s, record, queries, warp, g, q);
-    TokenScales<TOKEN_BLOCKS> tokens;
-    float key_scale[TOKEN_BLOCKS][2];
-#pragma unroll
-    for (int m = 0; m < TOKEN_BLOCKS; m++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int token = 64 * m + 16 * warp + 4 * (g >> 1) + (g & 1) + 2 * half;
-        key_scale[m][half] = lds_half(halves + 2 * (K_TOKEN_SCALE + token)) * power_of_two(24 - QUERY_BITS);
-        tokens.scale[m][half] = lds_half(halves + 2 * (V_TOKEN_SCALE + token));
-        tokens.zero[m][half] = lds_half(halves + 2 * (V_TOKEN_ZERO + token));
-      }
     wait_products<0>();
+    TokenScales<TOKEN_BLOCKS> tokens;
 #pragma unroll
     for (int m = 0; m < TOKEN_BLOCKS; m++) {
       arrived(s[m]);
 #pragma unroll
-      for (int i = 0; i < BLOCK_COLUMNS / 2; i++) s[m][i] *= key_scale[m][i / 2 % 2];
+      for (int half = 0; half < 2; half++) {
+        const int token = 64 * m + 16 * warp + 4 * (g >> 1) + (g & 1) + 2 * half;
+        const float scale = lds_half(halves + 2 * (K_TOKEN_SCALE + token)) * power_of_two(24 - QUERY_BITS);
+        tokens.scale[m][half] = lds_half(halves + 2 * (V_TOKEN_SCALE + token));
+        tokens.zero[m][half] = lds_half(halves + 2 * (V_TOKEN_ZERO + token));
+#pragma unroll
+        for (int i = 0; i < BLOCK_COLUMNS / 2; i++)
+          if (i / 2 % 2 == half) s[m][i] *= scale;
+      }
     }
     // token 0 is attended exactly, with the other first tokens
     if (threadIdx.x < 4)
@@ -530,9 +562,11 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
     Sums o[BLOCKS];
     sum_record(o, record, weights, warp, g, q);
     leave();
+    // the registers of all products but the last group's are free from here on
+    wait_products<1>();
     if (n + 1 < num_records) {
       mbarrier_wait(&shared.full[stage], parity);
-      fold(query, base + stage * BUFFER, queries, warp, lane);
+      fold(base, base + stage * BUFFER, warp, lane);
     }
     wait_products<0>();
 #pragma unroll
@@ -562,7 +596,7 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
       }
       const u32 at = chunk * OPERAND_BYTES + 16 * column;
       sts128(queries + at, make_uint4(high[0], high[1], high[2], high[3]));
-      if (BF16) sts128(base + LOW_QUERIES + at, make_uint4(low[0], low[1], low[2], low[3]));
+      if (BF16) sts128(base + QUERY + at, make_uint4(low[0], low[1], low[2], low[3]));
     }
   }
   for (int n = num_records; n < arrivals; n++) {
@@ -577,14 +611,15 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
     const u32 keys = page + min(16 * warp + lane % 16, rows - 1) * EXACT_STRIDE + 16 * (lane / 16);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) load_matrices(a[k], keys + 32 * k);
+    const Operand high(queries), low(base + QUERY);
     fence_registers();
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
-      if (k == 0) product_exact<false>(s[0], a[k], operand(queries));
-      else product_exact<true>(s[0], a[k], operand(queries + 2 * k * OPERAND_BYTES));
+      if (k == 0) product_exact<false>(s[0], a[k], high[0]);
+      else product_exact<true>(s[0], a[k], high[k]);
     if (BF16)
 #pragma unroll
-      for (int k = 0; k < STEPS; k++) product_exact<true>(s[0], a[k], operand(base + LOW_QUERIES + 2 * k * OPERAND_BYTES));
+      for (int k = 0; k < STEPS; k++) product_exact<true>(s[0], a[k], low[k]);
     commit_products();
     wait_products<0>();
     arrived(s[0]);
@@ -604,6 +639,7 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
         }
     }
     attend<1, false>(s, TokenScales<1>(), state, shared, weights, warp, lane);
+    const Operand b(weights);
     Sums o[BLOCKS];
 #pragma unroll
     for (int m = 0; m < BLOCKS; m++) {
@@ -617,8 +653,8 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
       fence_registers();
 #pragma unroll
       for (int k = 0; k < EXACT_STEPS; k++)
-        if (k == 0) product_exact<false>(o[m], v[k], operand(weights));
-        else product_exact<true>(o[m], v[k], operand(weights + 2 * k * OPERAND_BYTES));
+        if (k == 0) product_exact<false>(o[m], v[k], b[0]);
+        else product_exact<true>(o[m], v[k], b[k]);
       commit_products();
     }
     wait_products<0>();

@@ -25,10 +25,10 @@ SOURCE, KERNEL = Path(__file__).with_name("columns_sm90.cu"), "kvarn_decode_colu
 # products of a warpgroup exist on capability 9.0 alone
 CAPABILITY, ARCHITECTURE = (9, 0), "90a"
 # by head_dim: (most columns of a block, blocks that a multiprocessor runs at once), all values in registers
-BLOCKS = {64: ((32, 4), (64, 3)), 128: ((16, 4), (32, 3), (64, 2)), 256: ((16, 2),)}
+BLOCKS = {64: ((32, 4), (64, 2)), 128: ((16, 4), (32, 3), (64, 2)), 256: ((16, 2),)}
 MAX_STAGES = 4
-# bytes of a block that the driver keeps, of its barriers, of a column in its tables
-RESERVED_BYTES, BARRIER_BYTES, COLUMN_BYTES = 1024, 64, 40
+# bytes of shared memory of a block that the driver keeps, and of a column in its tables
+RESERVED_BYTES, COLUMN_BYTES = 1024, 36
 
 
 def serves(head_dim: int, group: int, drafts: int, gpu: Gpu) -> bool:
@@ -60,14 +60,13 @@ def constants(
     width = columns(head_dim, group, drafts)
     blocks = blocks_of_multiprocessor(head_dim, width)
     shared = decode_sm90.step_constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages, drafts)
-    # queries and a step of zeros; weights with two of them, or with 64 tokens and the low parts of exact queries
-    weight_rows = max(TILE_SIZE + 32, 64 + head_dim)
-    operands = 2 * width * (head_dim + 8 + weight_rows) + 16
-    besides = operands + RESERVED_BYTES + BARRIER_BYTES + COLUMN_BYTES * width
+    # fp16: queries of a record and half a step for its zeros, weights and two steps, the queries themselves
+    operands = 2 * width * (head_dim + 8 + TILE_SIZE + 32 + head_dim) + 16
+    tables = -(-(COLUMN_BYTES * width + 8 * MAX_STAGES) // 128) * 128
+    besides = operands + tables + RESERVED_BYTES
     stages = min(MAX_STAGES, (decode_sm90.SHARED_OF_MULTIPROCESSOR // blocks - besides) // shared["RECORD"])
     return shared | {
         "BLOCK_COLUMNS": width,
-        "WEIGHT_ROWS": weight_rows,
         "STAGES": stages,
         "BUFFER": shared["RECORD"],
         "SHARED_BYTES": stages * shared["RECORD"] + operands,

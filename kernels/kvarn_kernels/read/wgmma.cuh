@@ -8,10 +8,17 @@
 typedef float Sums[BLOCK_COLUMNS / 2];
 constexpr int OPERAND_BYTES = 16 * BLOCK_COLUMNS;  // of B for 8 elements of the depth
 
-// B at an address; next: bytes from the first 8 elements of the depth to the second 8
-__device__ __forceinline__ u64 operand(u32 address, int next = OPERAND_BYTES) {
-  return (u64)(address >> 4) | (u64)(next >> 4) << 16 | (u64)(128 >> 4) << 32;
-}
+// B of a number of steps of depth 16
+struct Operand {
+  u32 low;  // of the descriptor
+  // next: bytes from the first 8 elements of the depth to the second 8
+  __device__ __forceinline__ explicit Operand(u32 address, int next = OPERAND_BYTES)
+      : low(address >> 4 | next >> 4 << 16) {}
+  // the descriptor of a step
+  __device__ __forceinline__ u64 operator[](int step) const {
+    return (u64)(low + step * (2 * OPERAND_BYTES >> 4)) | (u64)(128 >> 4) << 32;
+  }
+};
 
 #ifdef CUDA_ON_CPU
 #include "wgmma_on_cpu.h"
