@@ -13,7 +13,7 @@ from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.read import columns_sm90, decode_plan, decode_sm90
 from test_columns_sm90 import CUDA, FORMS, lengths_of, verify
 from test_decode import make_requests
-from test_verify import verify_together
+from test_verify import chain, verify_together
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_columns_sm90.py runs it")
 KVARN = KVarNConfig.from_preset("kvarn")
@@ -37,6 +37,15 @@ def run_as_cpp(as_cpp, monkeypatch):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(str(x) for x in form))
 def test_drafts_match_the_oracle_in_every_form(form):
     verify(*form, lengths_of(form[-1]), gpu=H100)
+
+
+@pytest.mark.parametrize("drafts", [4, 8])
+def test_drafts_do_not_see_the_large_ones_behind_them(drafts):
+    starts, heads = [3 * PAGE - 2, 2 * PAGE + 9, 130], (4, 1)
+    requests = make_requests([n + drafts for n in starts], heads, 64, torch.float16)
+    accepted = torch.randint(1, drafts, (len(starts),)).tolist()
+    drafted = [chain(*each, drafts) for each in zip(requests, starts, accepted, strict=True)]
+    verify_together(drafted, starts, heads, KVARN, drafts, CUDA, gpu=H100)
 
 
 @pytest.mark.parametrize("exact_start", [PAGE, 2 * PAGE, 3 * PAGE])

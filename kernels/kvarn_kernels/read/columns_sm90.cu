@@ -21,6 +21,14 @@
 //     queries of record n ready    | products of keys, weights
 //     weights ready                | products of values; meanwhile the queries of record n + 1 are folded
 //
+// Instructions of a warp for a record, by SASS, k4v2 at head_dim 128; a multiprocessor issues one for each of four warps
+// in a clock, so they are the clocks of a record where nothing waits. Memory allows for one in about 790 clocks (H200).
+//
+//     columns   all     unpacking   products   a column's: 8 to 9 for each of its scores   registers   blocks
+//     16        604     168         38         16 scores a lane                            128         4
+//     32        836     168         38         32                                          168         3
+//     64        1,237   168         38         64                                          255         2
+//
 // Exact tokens, first tokens of the pages and then those of the ring, arrive in the same buffers as records do, one row
 // of key and value each, EXACT_ROWS in a buffer, and are attended in the same way after the records.
 // Lane 4 g + q. The constants in capitals that are not set here come from columns_sm90.py.
