@@ -22,7 +22,7 @@ from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu, gpu_of
 from kvarn_kernels.memory import LayerCache
-from kvarn_kernels.read import decode, decode_plan, decode_sm90, extend, merge
+from kvarn_kernels.read import columns_sm90, decode, decode_plan, decode_sm90, extend, merge
 from kvarn_kernels.shape import AttentionShape
 from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
@@ -151,6 +151,8 @@ class Attention:
         self._encode: ModuleType = encode_cuda if compiled else encode
         self._rotate: ModuleType = chunk_cuda if compiled else rotate
         self._store: ModuleType = chunk_cuda if compiled else store
+        many = columns_sm90.serves(shape.head_dim, shape.group, self._drafts_of_split, self._gpu)
+        self._decode_cuda: ModuleType = columns_sm90 if many else decode_sm90
         self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
         self._dense_workspace = self._make_dense_workspace()
 
@@ -159,9 +161,9 @@ class Attention:
             return None
         pages, each = self._limits.request_pages, self._drafts_of_split
         if self.kernels.decode == "cuda":
-            tiles = decode_sm90.column_tiles(self.shape.head_dim, self.shape.group, each)
-            resident = decode_sm90.resident_programs(self.shape.head_dim, tiles, self._gpu)
-            columns = decode_plan.TILE_COLUMNS * tiles
+            head_dim = self.shape.head_dim
+            columns = self._decode_cuda.columns(head_dim, self.shape.group, each)
+            resident = self._decode_cuda.resident_programs(head_dim, columns, self._gpu)
         else:
             resident, columns = decode.resident_programs(self._gpu), decode.columns(self.shape.group)
         requests = -(-max_batch // each)
@@ -216,7 +218,7 @@ class Attention:
         if self.kernels == TORCH:
             return "encode, decode and extends by torch"
         encoder = f"CUDA C++ ({encode_cuda.SOURCE.name})" if self.kernels.encode == "cuda" else "Triton"
-        decoder = f"CUDA C++ ({decode_sm90.SOURCE.name})" if self.kernels.decode == "cuda" else "Triton"
+        decoder = f"CUDA C++ ({self._decode_cuda.SOURCE.name})" if self.kernels.decode == "cuda" else "Triton"
         extends = "extends by Triton"
         if self.kernels.dense:
             extends = f"short extends by Triton, long extends by {extend_dense.LIBRARIES[self.kernels.dense].name}"
@@ -302,7 +304,7 @@ class Attention:
         rotate.rotate_to_rings(new, workspace.rotated_q, cache, batch, config)
         self._encode.encode_from_ring(cache, batch, config)
         if self.kernels.decode == "cuda":
-            decode_sm90.decode(cache, batch, workspace, config, sm_scale)
+            self._decode_cuda.decode(cache, batch, workspace, config, sm_scale)
         else:
             block = decode.exact_block(self.shape.head_dim, self._gpu)
             decode.decode(cache, batch, workspace, config, sm_scale, block)

@@ -24,7 +24,7 @@ LENGTH = st.one_of(st.integers(1, 3 * PAGE), st.integers(1, MAX_PAGES * PAGE))
 def make_workspace(max_batch, heads, head_dim, max_pages, config, device) -> decode_plan.DecodeWorkspace:
     """Return the workspace of an H100."""
     shape = AttentionShape(*heads, head_dim, torch.bfloat16)
-    resident = decode_sm90.resident_programs(head_dim, 1, H100)
+    resident = decode_sm90.resident_programs(head_dim, 8, H100)
     return decode_plan.make_workspace(shape, config, device, max_batch, max_pages, resident)
 
 
@@ -123,7 +123,7 @@ def test_waves_are_full_or_as_many_as_requests(heads, head_dim):
     config = KVarNConfig.from_preset("kvarn")
     workspace = make_workspace(300, heads, head_dim, MAX_PAGES, config, torch.device("meta"))
     programs = heads[1] * -(-heads[0] // heads[1] // 8)
-    resident = decode_sm90.resident_programs(head_dim, 1, H100)
+    resident = decode_sm90.resident_programs(head_dim, 8, H100)
     for size, wanted in enumerate(workspace.max_splits, 1):
         last = wanted * programs % resident
         assert wanted == size or last == 0 or last > resident - programs, size
@@ -143,5 +143,5 @@ def test_the_split_buffer_holds_every_batch_size(preset, max_pages):
 
 def test_gpus_without_the_cuda_kernel_run_more_programs_at_once():
     a100 = Gpu((8, 0), 108, 163 << 10, 164 << 10)
-    hopper = decode_plan.wanted_splits(1, 8, decode_sm90.resident_programs(128, 1, H100))
+    hopper = decode_plan.wanted_splits(1, 8, decode_sm90.resident_programs(128, 8, H100))
     assert decode_plan.wanted_splits(1, 8, decode.resident_programs(a100)) == 108 * 8 // 8 > hopper

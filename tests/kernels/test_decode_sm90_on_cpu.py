@@ -2,85 +2,36 @@
 """The CUDA form of decode without a GPU, run as C++: a coroutine per CUDA thread, records that land late and in any
 order, warps that stand still at random. How it hung on a GPU before each team of warps had buffers of its own."""
 
-import ctypes
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from builders import RELATIVE_RMS, attention_for, make_request, oracle, prefill, relative_rms, run_decode
+from decode_as_cpp import DecodeAsCpp
 from kvarn_kernels import torch_form
 from kvarn_kernels.attention import Kernels
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.device import nvrtc
 from kvarn_kernels.read import decode_plan, decode_sm90
 from test_decode import ONE_MULTIPROCESSOR, PAGE, TOLERANCE, decode_step, make_cache, make_requests
 from test_verify import verify_together
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU test_decode.py runs the kernel itself")
-LAUNCHER = """
-extern "C" const char* run(float* q, u8* records, int* rings, int* table, int* lens, int* starts, int* requests,
-                    int* indptr, float* out, float* lse, int stride, float scale, int batch, int splits, int blocks,
-                    unsigned seed) {
-  failure.clear();
-  copies.clear();
-  schedule_seed = seed;
-  delays.seed(seed);
-  launch({splits, blocks, 1}, 32 * WARPS, [=] {
-    kvarn_decode(q, records, rings, table, lens, starts, requests, indptr, out, lse, stride, __float_as_int(scale),
-                 batch);
-  });
-  return failure.c_str();
-}
-"""
 HEADS = (4, 1)
-SUPPORT = Path(__file__).parents[1] / "support"
-PARAMETERS = nvrtc.parameters(decode_sm90.SOURCE.read_text(), "kvarn_decode")
 SM90 = Kernels("triton", "cuda", "triton")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Return a function that builds decode_sm90.cu for this machine's processor."""
-    folder, libraries = tmp_path_factory.mktemp("decode"), {}
-
-    def build(*form) -> ctypes.CDLL:
-        if form not in libraries:
-            path = folder / f"{len(libraries)}.cpp"
-            source = nvrtc.source(decode_sm90.SOURCE, decode_sm90.constants(*form))
-            path.write_text('#include "cuda_on_cpu.h"\n' + source + LAUNCHER)
-            command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{SUPPORT}"]
-            subprocess.run([*command, path, "-o", path.with_suffix(".so")], check=True, timeout=120)
-            libraries[form] = ctypes.CDLL(str(path.with_suffix(".so")))
-            libraries[form].run.restype = ctypes.c_char_p
-        return libraries[form]
-
-    return build
+def as_cpp(tmp_path_factory):
+    return DecodeAsCpp(decode_sm90, tmp_path_factory.mktemp("decode"))
 
 
 @pytest.fixture
-def run_as_cpp(built, monkeypatch):
+def run_as_cpp(as_cpp, monkeypatch):
     """Let `decode` run decode_sm90.cu; return a function that sets the seed of the schedule."""
-    chosen = {"seed": 0}
-
-    def compiled(*form) -> Callable[..., None]:
-        # the last one is the device
-        library = built(*form[:-1])
-
-        def launch(grid, stream, **named) -> None:
-            # a float as a float, tensors as pointers, in the order of LAUNCHER
-            convert = {torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), float: ctypes.c_float, int: ctypes.c_int}
-            arguments = [convert[type(named[name])](named[name]) for name in PARAMETERS]
-            failure = library.run(*arguments, *grid[:2], chosen["seed"])
-            assert not failure, failure.decode()
-
-        return launch
-
-    monkeypatch.setattr(decode_sm90, "_compiled", compiled)
+    as_cpp.seed = 0
+    monkeypatch.setattr(decode_sm90, "_compiled", as_cpp.compiled)
     monkeypatch.setattr(decode_sm90, "current_stream", lambda device: 0)
-    return lambda seed: chosen.update(seed=seed)
+    return lambda seed: setattr(as_cpp, "seed", seed)
 
 
 def check(requests, heads, config, gpu=None):
@@ -193,5 +144,5 @@ def test_drafts_of_many_pages_in_many_splits_and_padded_requests(run_as_cpp, mon
     starts = [9 * PAGE - 2, 130, 7 * PAGE + 60]
     requests = make_requests([n + drafts for n in starts], HEADS, 64, torch.float16)
     for programs in (2, 40):
-        monkeypatch.setattr(decode_sm90, "resident_programs", lambda head_dim, tiles, gpu, n=programs: n)
+        monkeypatch.setattr(decode_sm90, "resident_programs", lambda head_dim, columns, gpu, n=programs: n)
         verify_together(requests, starts, HEADS, config, drafts, SM90, padding=2)

@@ -4,6 +4,7 @@
 from . import (
     attention,
     balance,
+    columns,
     decode,
     decode_plan,
     dense,
@@ -21,7 +22,7 @@ from . import (
 )
 
 _ROOMS = (
-    *(record, write, decode, decode_plan, extend, dense, dequantise, attention, torch_form),
+    *(record, write, decode, columns, decode_plan, extend, dense, dequantise, attention, torch_form),
     *(balance, plugin, rings, metadata, drafts, states, host),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

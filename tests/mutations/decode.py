@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import ATTEND, DECODE, DECODE_SM90, TEST_DECODE, TEST_DECODE_SM90, TEST_RING
+from .paths import ATTEND, DECODE, DECODE_SM90, SPLIT, TEST_DECODE, TEST_DECODE_SM90, TEST_RING
 
 MUTATIONS = (
     Mutation(
@@ -23,7 +23,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ring of the first request for every request (CUDA decode)",
-        DECODE_SM90,
+        SPLIT,
         "  ring_pages += b * DRAFTS * RING_PAGES;\n",
         "",
         (f"{TEST_DECODE_SM90}::test_steps_read_the_ring_pages_of_the_batch_whoever_wrote_them",),

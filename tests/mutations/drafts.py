@@ -20,6 +20,7 @@ from .paths import (
     POOL,
     REFUSALS,
     SETTINGS,
+    SPLIT,
     TEST_ADMISSION,
     TEST_BUDGET,
     TEST_DECODE_SM90,
@@ -322,7 +323,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ring of drafts read from where the last one reads exactly",
-        DECODE_SM90,
+        SPLIT,
         "return first_exact * G + (max",
         "return exact_page * G + (max",
         (SHARED_SPLITS,),
@@ -357,7 +358,7 @@ MUTATIONS = (
     ),
     Mutation(
         "drafts and KV heads of a request change places",
-        DECODE_SM90,
+        SPLIT,
         "return ((of * DRAFTS + draft) * HK + head) * GROUP + c - draft * GROUP;",
         "return ((of * HK + head) * DRAFTS + draft) * GROUP + c - draft * GROUP;",
         (SHARED_SPLITS,),

@@ -87,7 +87,7 @@ __device__ __forceinline__ void finish(Sums& sums, const float (&factor)[2], u32
 __device__ __forceinline__ void keys(Sums& sums, float (&factor)[2], const u8* record, const Exponents& e, int warp,
                                      int g, int q) {
   const u32* words = (const u32*)record;
-  const u16* halves = (const u16*)(record + SCALES_OFFSET);
+  const unsigned short* halves = (const unsigned short*)(record + SCALES_OFFSET);
   constexpr int WORDS = K_ROW_WORDS / 4, WORD_STEPS = STEPS / WORDS;
   u32 w[2][WORDS], tops[2][WORDS];
 #pragma unroll
@@ -99,7 +99,7 @@ __device__ __forceinline__ void keys(Sums& sums, float (&factor)[2], const u8* r
       w[h][n] = words[row * K_ROW_WORDS + q + 4 * n] >> shift;
       tops[h][n] = K_BITS == 3 ? words[TOP_INDEX + row / 2 * K_ROW_WORDS + q + 4 * n] >> (shift + row % 2) : 0u;
     }
-    factor[h] = half_to_float(halves[K_TOKEN_SCALE + token]) * ROTATION_SCALE;
+    factor[h] = low_half(halves[K_TOKEN_SCALE + token]) * ROTATION_SCALE;
   }
   const Signs signs[2] = {Signs(0, g, q), Signs(1, g, q)};
 #pragma unroll
@@ -127,7 +127,7 @@ __device__ __forceinline__ void keys(Sums& sums, float (&factor)[2], const u8* r
 __device__ __forceinline__ void values(Sums& sums, float (&factor)[2], const u8* record, const Exponents& e, int warp,
                                        int g, int q) {
   const u32* words = (const u32*)(record + V_CODES_OFFSET);
-  const u16* halves = (const u16*)(record + SCALES_OFFSET);
+  const unsigned short* halves = (const unsigned short*)(record + SCALES_OFFSET);
   // the tokens 2 i and 2 i + 1 of a row of words
   const int row = g >> 1, shift = V_FIELD_BITS * V_CHANNEL_BLOCKS * (g & 1), token = 16 * warp + 2 * g;
   u32 w[V_VECTORS][4], tops[V_VECTORS][4];

@@ -157,8 +157,8 @@ def plan_dense(batch: ExtendBatch, workspace: DenseWorkspace, config: KVarNConfi
         run = workspace.library.plan(
             n, segment.call, workspace.keys, workspace.num_qo_heads, causal=segment.causal
         )
-        pages = PageList(to_device(segment.requests, device), to_device(segment.pages, device), segment.num_exact)
-        seen = None if segment.causal else to_device(segment.seen, device)
+        pages = PageList(*to_device(device, segment.requests, segment.pages), segment.num_exact)
+        seen = None if segment.causal else to_device(device, segment.seen.to(torch.int32))[0].bool()
         planned.append(PlannedSegment(pages, segment.begin, segment.end, segment.splits, seen, run))
     return DensePlan(workspace, planned)
 

@@ -28,11 +28,21 @@ def is_available() -> bool:
 
 
 def source(path: Path, defines: dict[str, Any]) -> str:
-    """Return a CUDA source with its constants in front and, where it includes a header of this package, the header."""
+    """Return a CUDA source with its constants in front and the headers of this package in their places, each once."""
+    included: set[str] = set()
+
+    def expanded(text: str) -> str:
+        def header(found: re.Match[str]) -> str:
+            name = found[1]
+            if name in included:
+                return ""
+            included.add(name)
+            return expanded((PACKAGE / name).read_text())
+
+        return re.sub(r'^#include "(.+\.cuh)"\n', header, text, flags=re.MULTILINE)
+
     lines = [f"#define {key} {value}" for key, value in defines.items()]
-    included = re.compile(r'^#include "(.+\.cuh)"$', re.MULTILINE)
-    text = included.sub(lambda found: (PACKAGE / found[1]).read_text(), path.read_text())
-    return "\n".join([*lines, text])
+    return "\n".join([*lines, expanded(path.read_text())])
 
 
 def parameters(text: str, kernel: str) -> tuple[str, ...]:
@@ -48,16 +58,23 @@ def parameters(text: str, kernel: str) -> tuple[str, ...]:
 
 
 def compile_kernel(
-    path: Path, kernel: str, defines: dict[str, Any], device: int, threads: int, shared_bytes: int = 0
+    path: Path,
+    kernel: str,
+    defines: dict[str, Any],
+    device: int,
+    threads: int,
+    shared_bytes: int = 0,
+    architecture: str = "",
 ) -> CudaLauncher:
     """Return a launchable kernel of a CUDA source for a device; takes seconds.
 
     Args:
         threads: of a block; shared_bytes: dynamic shared memory of a block.
+        architecture: to compile for, such as "90a"; the device's own by default.
     """
     major, minor = torch.cuda.get_device_capability(device)
     text = source(path, defines)
-    loaded = torch.cuda._compile_kernel(text, kernel, compute_capability=f"{major}{minor}")
+    loaded = torch.cuda._compile_kernel(text, kernel, compute_capability=architecture or f"{major}{minor}")
     loaded.set_shared_memory_config(shared_bytes)
     library = torch.cuda._utils._get_gpu_runtime_library()
     return CudaLauncher(loaded, library, parameters(text, kernel), threads, shared_bytes)

@@ -20,9 +20,8 @@
 // same rounded operands. The maximum is raised only when a score exceeds it by 2^4, so most tiles need no exchange
 // between lanes. Lane 4 g + q. The constants in capitals that are not set here come from decode_sm90.py.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned char u8;
+#include "device/ptx.cuh"
+#include "record/unpack.cuh"
 
 constexpr int WARPS = 4;
 constexpr int TEAMS = WARPS / TILE_WARPS; // warps of a team share a tile
@@ -48,158 +47,6 @@ constexpr float LAG = 4.0f;               // how far a score may exceed the kept
 #define MINUS_INF __int_as_float(0xff800000)
 
 struct Barriers { u64 full[BUFFERS]; u32 left[BUFFERS]; };
-
-#ifdef CUDA_ON_CPU
-#include "ptx_on_cpu.h"
-#else
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void mbarrier_init(u64* bar) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)) : "memory");
-}
-
-// barriers that one thread has initialised can be used by bulk copies
-__device__ __forceinline__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-__device__ __forceinline__ void mbarrier_wait(u64* bar, u32 parity) {
-  asm volatile(
-      "{ .reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra again; }" ::"r"(shared_address(bar)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void bulk_copy(u8* target, const u8* source, int bytes, u64* bar) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(bar)) : "memory");
-}
-
-__device__ __forceinline__ uint4 lds128(u32 a) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
-  return v;
-}
-__device__ __forceinline__ uint2 lds64(u32 a) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
-  return v;
-}
-__device__ __forceinline__ void sts128(u32 a, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-__device__ __forceinline__ u32 lds32(u32 a) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
-  return v;
-}
-__device__ __forceinline__ float lds_half(u32 a) {
-  float f;
-  asm volatile("{ .reg .b16 h; ld.shared.b16 h, [%1]; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(a));
-  return f;
-}
-
-__device__ __forceinline__ float low_half(u32 x) {
-  float f;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(f) : "r"(x));
-  return f;
-}
-__device__ __forceinline__ float high_half(u32 x) {
-  float f;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(x));
-  return f;
-}
-__device__ __forceinline__ u32 pack_half(float low, float high) {
-  u32 x;
-  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(x) : "f"(low), "f"(high));
-  return x;
-}
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-  u32 x;
-  asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(x) : "f"(low), "f"(high));
-  return x;
-}
-__device__ __forceinline__ u32 multiply_half(u32 a, u32 b) {
-  u32 x;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
-  return x;
-}
-__device__ __forceinline__ u32 transpose(u32 x) {
-  u32 y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-// d = a b + c, c kept
-__device__ __forceinline__ void mma_half(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
-                                         const float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-__device__ __forceinline__ void mma_exact(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#else
-  mma_half(c, a0, a1, a2, a3, b0, b1);
-#endif
-}
-
-#endif
-
-// The exponents that turn a masked field into offset + code. `zero` is 0, but the compiler cannot know it and keeps
-// them in registers: mask-or is then one instruction (with two constants it would be two).
-struct Exponents {
-  u32 x256, x64, x16, x4;
-  __device__ explicit Exponents(u32 zero)
-      : x256(0x5C005C00u | zero), x64(0x54005400u | zero), x16(0x4C004C00u | zero), x4(0x44004400u | zero) {}
-};
-
-// field n of both halves of a word as the fp16 pair offset + code; offset<BITS>(n) is a power of two
-template <int BITS>
-__device__ __forceinline__ u32 unpack(u32 w, int n, const Exponents& e) {
-  if (BITS == 4) {
-    u32 x = n % 4 < 2 ? w << 2 : w >> 6;
-    return n % 2 == 0 ? (x & 0x003C003Cu) | e.x256 : (x & 0x03C003C0u) | e.x16;
-  }
-  u32 x = n < 3 ? w << 4 : n == 3 ? w : n < 7 ? w >> 4 : w >> 8;
-  int position = n % 4;
-  if (position == 0) return (x & 0x00300030u) | e.x64;
-  if (position == 2) return (x & 0x03000300u) | e.x4;
-  return (x & 0x00C000C0u) | e.x16;
-}
-template <int BITS>
-__device__ constexpr float offset(int n) {
-  if (BITS == 3) return n % 2 == 0 ? 64.f : 16.f;
-  return BITS == 4 ? (n % 2 == 0 ? 256.f : 16.f) : n % 4 == 0 ? 64.f : n % 4 == 2 ? 4.f : 16.f;
-}
-template <int BITS>
-__device__ constexpr u32 minus_offset_pair(int n) {  // -offset as an fp16 pair
-  if (BITS == 3) return n % 2 == 0 ? 0xD400D400u : 0xCC00CC00u;
-  return BITS == 4 ? (n % 2 == 0 ? 0xDC00DC00u : 0xCC00CC00u)
-                   : n % 4 == 0 ? 0xD400D400u : n % 4 == 2 ? 0xC400C400u : 0xCC00CC00u;
-}
-
-// the same of codes that may have 3 bits; `top` has their top bits where the fields of w begin
-template <int BITS>
-__device__ __forceinline__ u32 unpack(u32 w, u32 top, int n, const Exponents& e) {
-  if (BITS != 3) return unpack<BITS>(w, n, e);
-  u32 x = n < 2 ? w << 4 : n < 4 ? w : n < 6 ? w >> 4 : w >> 8;
-  u32 y = n < 2 ? top << 6 : n < 4 ? top << 2 : n < 6 ? top >> 2 : top >> 6;
-  return n % 2 == 0 ? ((x & 0x00300030u) | e.x64) | (y & 0x00400040u) : ((x & 0x00C000C0u) | e.x16) | (y & 0x01000100u);
-}
 
 // of 8 columns
 struct State {
@@ -581,37 +428,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int b = requests[split];  // read before it is known to be one, so that the two reads are one wait
   if (split >= indptr[batch_size]) return;
-  const int first_split = indptr[b];
-  // of the first draft; the tables of a request are those of its first row
-  const int position = seq_lens[b * DRAFTS] - 1, exact_start = exact_starts[b * DRAFTS];
-  auto exact_page_of = [&](int draft) {
-    const int page = (position + draft) / G;
-    return min(max(page - WINDOW, exact_start / G), page);
-  };
-  // pages before exact_page are read as records by the last draft; the first reads exactly from first_exact on
-  const int exact_page = exact_page_of(DRAFTS - 1), first_exact = exact_page_of(0);
-  const int units = exact_page + ((position + DRAFTS - 1 - first_exact * G) / RING_CHUNK + 1) * RING_UNITS;
-  const int splits = indptr[b + 1] - first_split;
-  const int per_split = SPLIT_UNITS > 0 ? SPLIT_UNITS : (units + splits - 1) / splits;
-  const int unit = (split - first_split) * per_split;
-  const int first_column = BLOCK_COLUMNS * (blockIdx.y % COLUMN_BLOCKS);
-  const int columns = min(BLOCK_COLUMNS, COLUMNS - first_column);
-  const int last_draft = (first_column + columns - 1) / GROUP;  // of this block
-  const int begin = min(unit, exact_page), end = min(unit + per_split, exact_page_of(last_draft));
-  // a chunk of the ring belongs to the split that holds its first unit
-  auto ring_start = [&](int u) {
-    return first_exact * G + (max(u - exact_page, 0) + RING_UNITS - 1) / RING_UNITS * RING_CHUNK;
-  };
-  const int ring_begin = ring_start(unit), ring_end = min(ring_start(unit + per_split), position + last_draft + 1);
-  // the row of a column among the heads of all drafts of all requests, or of all splits
-  auto row_of = [&](int of, int column) {
-    const int c = first_column + column, draft = DRAFTS > 1 ? c / GROUP : 0;
-    return ((of * DRAFTS + draft) * HK + head) * GROUP + c - draft * GROUP;
-  };
-  const int* pages = page_table + (long long)b * DRAFTS * stride_page_table;
-  ring_pages += b * DRAFTS * RING_PAGES;
-  auto page_at = [&](int page) { return records + ((long long)page * HK + head) * RECORD; };
-  auto record_of = [&](int p) { return page_at(pages[p]); };
+#include "read/split.cuh"
   // what arrives by bulk copy: the records, then the pages of the ring, of which only the tokens of this split
   const int num_records = max(end - begin, 0), first_ring_page = ring_begin / RING_TOKENS;
   const int arrivals = num_records + (ring_begin < ring_end ? (ring_end - 1) / RING_TOKENS - first_ring_page + 1 : 0);

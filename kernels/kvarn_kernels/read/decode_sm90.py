@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from kvarn_kernels.read.attend import LOG2_E
 from kvarn_kernels.read.decode_plan import RING_CHUNK, RING_UNITS, TILE_COLUMNS, DecodeWorkspace, split_units
 from kvarn_kernels.record.cuda_constants import format_constants
 
-SOURCE = Path(__file__).with_name("decode_sm90.cu")
+SOURCE, KERNEL = Path(__file__).with_name("decode_sm90.cu"), "kvarn_decode"
 THREADS = 128
 # what resident blocks share, and what each of them needs besides its records
 SHARED_OF_MULTIPROCESSOR, SHARED_BESIDES = 228 << 10, 1536
@@ -40,9 +41,14 @@ def column_tiles(head_dim: int, group: int, drafts: int) -> int:
     return 2 if drafts * group > TILE_COLUMNS and (head_dim, 2) in MIN_BLOCKS else 1
 
 
-def resident_programs(head_dim: int, tiles: int, gpu: Gpu) -> int:
-    """Return the blocks of the kernel that a GPU runs at once; tiles: from `column_tiles`."""
-    return gpu.multiprocessors * MIN_BLOCKS[head_dim, tiles]
+def columns(head_dim: int, group: int, drafts: int) -> int:
+    """Return the columns of a block, query heads of a KV head for each draft."""
+    return TILE_COLUMNS * column_tiles(head_dim, group, drafts)
+
+
+def resident_programs(head_dim: int, columns: int, gpu: Gpu) -> int:
+    """Return the blocks of the kernel that a GPU runs at once; columns: of a block."""
+    return gpu.multiprocessors * MIN_BLOCKS[head_dim, columns // TILE_COLUMNS]
 
 
 def teams(record_bytes: int, head_dim: int, tiles: int) -> tuple[int, int]:
@@ -55,24 +61,34 @@ def teams(record_bytes: int, head_dim: int, tiles: int) -> tuple[int, int]:
     return (2, 2) if 4 * record_bytes <= left else (4, 3)
 
 
-def constants(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, drafts: int = 1
-) -> dict[str, int]:
-    """Return the constants of decode_sm90.cu for a format and rings.
+def step_constants(
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, drafts: int
+) -> dict[str, Any]:
+    """Return the constants of a decode kernel that its columns and buffers do not change.
 
     Args:
         group: query heads of a KV head; drafts: rows of a request that a split serves together.
     """
-    tiles = column_tiles(head_dim, group, drafts)
-    tile_warps, stages = teams(config.record_bytes(head_dim), head_dim, tiles)
     return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages) | {
         "GROUP": group,
         "DRAFTS": drafts,
-        "COLUMN_TILES": tiles,
         "WINDOW": config.window_pages,
         "RING_CHUNK": RING_CHUNK.value,
         "RING_UNITS": RING_UNITS.value,
         "SPLIT_UNITS": split_units(config),
+    }
+
+
+def constants(
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, drafts: int = 1
+) -> dict[str, Any]:
+    """Return the constants of decode_sm90.cu for a format and rings; arguments as for `step_constants`."""
+    tiles = column_tiles(head_dim, group, drafts)
+    tile_warps, stages = teams(config.record_bytes(head_dim), head_dim, tiles)
+    shared = step_constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages, drafts)
+    return shared | {
+        "COLUMN_TILES": tiles,
+        "BUFFER": shared["RECORD"],
         "STAGES": stages,
         "TILE_WARPS": tile_warps,
         "MIN_BLOCKS": MIN_BLOCKS[head_dim, tiles],
@@ -84,7 +100,7 @@ def _query_bytes(head_dim: int, tiles: int) -> int:
     return 0 if tiles == 1 else 2 * TILE_COLUMNS * tiles * head_dim
 
 
-def shared_bytes(defines: dict[str, int]) -> int:
+def shared_bytes(defines: dict[str, Any]) -> int:
     """Return the dynamic shared memory of a block: buffers of its 4 warps and its queries, at the end their sums."""
     head_dim, tiles = defines["D"], defines["COLUMN_TILES"]
     buffers = 4 // defines["TILE_WARPS"] * defines["STAGES"]
@@ -103,24 +119,26 @@ def _compiled(
     device: int,
 ) -> CudaLauncher:
     defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages, drafts)
-    return nvrtc.compile_kernel(SOURCE, "kvarn_decode", defines, device, THREADS, shared_bytes(defines))
+    return nvrtc.compile_kernel(SOURCE, KERNEL, defines, device, THREADS, shared_bytes(defines))
 
 
-def decode(
-    cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig, sm_scale: float
+def form_of(cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig) -> tuple:
+    """Return the arguments of `_compiled`: what a kernel is compiled for, and the device."""
+    group, is_bf16 = workspace.rotated_q.shape[1] // cache.num_kv_heads, cache.dtype == torch.bfloat16
+    ring_pages, device = batch.ring_pages.shape[1], cache.records.device.index or 0
+    return config, cache.head_dim, cache.num_kv_heads, group, is_bf16, ring_pages, workspace.drafts, device
+
+
+def launch(
+    kernel: Any, columns: int, cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, sm_scale: float
 ) -> None:
-    """Run the contract of `decode.decode`; the first call for a format compiles (about a second)."""
+    """Launch a decode kernel whose blocks serve so many columns."""
+    batch_size = batch.num_tokens // workspace.drafts
     group = workspace.rotated_q.shape[1] // cache.num_kv_heads
-    is_bf16, device, ring_pages = cache.dtype == torch.bfloat16, cache.records.device, batch.ring_pages.shape[1]
-    drafts = workspace.drafts
-    kernel = _compiled(
-        config, cache.head_dim, cache.num_kv_heads, group, is_bf16, ring_pages, drafts, device.index or 0
-    )
-    batch_size = batch.num_tokens // drafts
-    columns = TILE_COLUMNS * column_tiles(cache.head_dim, group, drafts)
+    column_blocks = -(-workspace.drafts * group // columns)
     kernel(
-        (workspace.max_splits[batch_size - 1], cache.num_kv_heads * -(-drafts * group // columns), 1),
-        current_stream(device),
+        (workspace.max_splits[batch_size - 1], cache.num_kv_heads * column_blocks, 1),
+        current_stream(cache.records.device),
         rotated_q=workspace.rotated_q,
         records=cache.records,
         ring_pages=batch.ring_pages,
@@ -135,3 +153,12 @@ def decode(
         sm_scale_log2_bits=sm_scale * LOG2_E,
         batch_size=batch_size,
     )
+
+
+def decode(
+    cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig, sm_scale: float
+) -> None:
+    """Run the contract of `decode.decode`; the first call for a format compiles (about a second)."""
+    form = form_of(cache, batch, workspace, config)
+    _, head_dim, _, group, *_ = form
+    launch(_compiled(*form), columns(head_dim, group, workspace.drafts), cache, batch, workspace, sm_scale)

@@ -14,8 +14,8 @@ __device__ __forceinline__ void rotate_row(float (&x)[ROW_CHANNELS], const u32* 
 #pragma unroll
   for (int n = 0; n < ROW_CHANNELS; n += 2) {
     const u32 pair = row[(ROW_CHANNELS * lane + n) / 2];
-    x[n] = BF16 ? __int_as_float(pair << 16) : half_to_float(pair & 0xFFFF);
-    x[n + 1] = BF16 ? __int_as_float(pair & 0xFFFF0000u) : half_to_float(pair >> 16);
+    x[n] = BF16 ? __int_as_float(pair << 16) : low_half(pair);
+    x[n + 1] = BF16 ? __int_as_float(pair & 0xFFFF0000u) : high_half(pair);
   }
 #pragma unroll
   for (int bit = 1; bit < ROW_CHANNELS; bit *= 2)

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Words of codes as fp16 operands, the layout of tile.py: the only place in CUDA C++ that unpacks. Needs K_BITS or V_BITS
-// as template arguments only.
+// Words of codes as fp16 operands, the layout of tile.py: the only place in CUDA C++ that unpacks.
 
 // The exponents that turn a masked field into offset + code. `zero` is 0, but the compiler cannot know it and keeps
 // them in registers: mask-or is then one instruction (with two constants it would be two).
@@ -42,4 +41,21 @@ __device__ __forceinline__ u32 unpack(u32 w, u32 top, int n, const Exponents& e)
   u32 x = n < 2 ? w << 4 : n < 4 ? w : n < 6 ? w >> 4 : w >> 8;
   u32 y = n < 2 ? top << 6 : n < 4 ? top << 2 : n < 6 ? top >> 2 : top >> 6;
   return n % 2 == 0 ? ((x & 0x00300030u) | e.x64) | (y & 0x00400040u) : ((x & 0x00C000C0u) | e.x16) | (y & 0x01000100u);
+}
+
+// As fp16 numbers without a power of two in front: subnormal, code x 2^(bit - 24).
+//
+// where field n of 8 bits and more stands after `unpack_in_place`
+template <int BITS>
+__device__ constexpr int bit_of(int n) { return (BITS == 3 ? 2 : BITS) * n % 8; }
+
+// field n of both halves of a word where it stands in the low 8 bits; `top` has the top bits of codes of 3 bits
+template <int BITS>
+__device__ __forceinline__ u32 unpack_in_place(u32 w, u32 top, int n) {
+  constexpr int FIELD_BITS = BITS == 3 ? 2 : BITS;
+  const u32 field = 0x00010001u << bit_of<BITS>(n);
+  const bool upper = FIELD_BITS * n >= 8;
+  u32 x = (upper ? w >> 8 : w) & field * ((1 << FIELD_BITS) - 1);
+  if (BITS == 3) x |= (upper ? top >> 6 : top << 2) & field * 4;
+  return x;
 }
