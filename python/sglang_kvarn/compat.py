@@ -438,6 +438,11 @@ def lock_host_prefix(adder: Any, req: Any) -> Iterator[None]:
             req.best_match_node.release_host()
 
 
+def compared_host_memory_on_gpus() -> bool:
+    """Whether answers behind host memory were compared on a GPU with this version of SGLang."""
+    return not _since("0.5.18")
+
+
 def fences_host_copies() -> bool:
     """Whether copies to and from host memory wait for the forward pass, by SGLang's fences or by ours, as tested."""
     return _since("0.5.23") or not _since("0.5.18")

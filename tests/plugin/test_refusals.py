@@ -58,7 +58,6 @@ CASES = [
 ]
 # beside --enable-hierarchical-cache; on the platform of these tests it is served itself
 HOST_MEMORY = [
-    ({"device": "cuda"}, "--enable-hierarchical-cache cannot", "set KVARN_UNTESTED_HICACHE=1 to try it"),
     ({"hicache_storage_backend": "nixl"}, "--hicache-storage-backend", "--hicache-storage-backend, or"),
     ({"hicache_io_backend": "direct"}, "--hicache-io-backend direct", "set it to kernel"),
     ({"hicache_mem_layout": "page_head"}, "--hicache-mem-layout page_head", "drop --hicache-mem-layout"),
@@ -214,7 +213,18 @@ def test_check_arguments_takes_host_memory(served, monkeypatch, layout):
     drafts = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
     refusals.check_arguments(Changed(served, **drafts, **taken))
     monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
-    refusals.check_arguments(Changed(served, device="cuda", **taken))
+    refusals.check_arguments(Changed(served, device="cuda", **drafts, **taken))
+
+
+@pytest.mark.parametrize("drafts", [{}, {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}])
+@pytest.mark.parametrize("compared", [True, False])
+def test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared(served, monkeypatch, drafts, compared):
+    monkeypatch.setattr(compat, "compared_host_memory_on_gpus", lambda: compared)
+    args = Changed(served, device="cuda", enable_hierarchical_cache=True, **drafts)
+    if compared and not drafts:
+        refusals.check_arguments(args)
+    else:
+        assert refused(args).endswith("set KVARN_UNTESTED_HICACHE=1 to try it")
 
 
 @pytest.mark.parametrize(
@@ -263,9 +273,9 @@ def test_a_running_server_attaches_what_it_could_start_with(monkeypatch, storage
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, two for the
-    # version beside host memory and storage
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 10 + (not compat.has_argument(HOST_MODE))
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, three for the
+    # version beside host memory, also on a GPU, and storage
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 11 + (not compat.has_argument(HOST_MODE))
     assert len(refusals.ARGUMENTS) == cases
 
 

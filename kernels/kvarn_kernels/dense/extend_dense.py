@@ -157,7 +157,8 @@ def plan_dense(batch: ExtendBatch, workspace: DenseWorkspace, config: KVarNConfi
         run = workspace.library.plan(
             n, segment.call, workspace.keys, workspace.num_qo_heads, causal=segment.causal
         )
-        pages = PageList(*to_device(device, segment.requests, segment.pages), segment.num_exact)
+        requests, numbers = to_device(device, segment.requests, segment.pages)
+        pages = PageList(requests, numbers, segment.num_exact)
         seen = None if segment.causal else to_device(device, segment.seen.to(torch.int32))[0].bool()
         planned.append(PlannedSegment(pages, segment.begin, segment.end, segment.splits, seen, run))
     return DensePlan(workspace, planned)
