@@ -80,8 +80,7 @@ class HostTier:
 
     def __init__(self, options: HostOptions, pool, tree_maker: Callable, pages: Pages) -> None:
         self.device = Device(options.seed)
-        for module in users_of_streams():
-            module.device_module = self.device
+        self.enter()
         self._pool, self._pages, self.factors = pool, pages, options.factors
         pool.balance_tag = lambda: f"factors{options.factors}"
         pool.forward_stream = self.device.Stream(computes=True)
@@ -100,6 +99,11 @@ class HostTier:
             self.storage = StorageTier(options.folder, options.prefetch, self.tree, self.device)
         self.has_room, self.failed = True, 0
         self._load, self.controller.load = self.controller.load, self._load_or_fail
+
+    def enter(self) -> None:
+        """Let SGLang's streams be of this device, where another world had its turn."""
+        for module in users_of_streams():
+            module.device_module = self.device
 
     def _load_or_fail(self, *args, **kwargs) -> torch.Tensor | None:
         if self.has_room:

@@ -110,13 +110,12 @@ class Folder:
 
     Attributes:
         path: of the folder; sequences: all that was asked for, by whichever world.
-        damaged: names of files that are no page any more; checked: names of files that hold what they should.
+        damaged: names of files that are no page any more.
     """
 
     path: Path
     sequences: list[History] = field(default_factory=list)
     damaged: set[str] = field(default_factory=set)
-    checked: set[str] = field(default_factory=set)
     _pages: dict[str, tuple[History, int]] = field(default_factory=dict)
 
     def names(self) -> list[str]:
@@ -138,7 +137,6 @@ class Folder:
         name = names[index % len(names)]
         file = self.path / name
         content = file.read_bytes()
-        self.checked.discard(name)
         self.damaged.add(name)
         if way == "gone":
             file.unlink()
@@ -160,7 +158,6 @@ class Folder:
         for name in self.names():
             (self.path / name).unlink()
         self.damaged.clear()
-        self.checked.clear()
 
 
 class StorageTier:
@@ -168,6 +165,7 @@ class StorageTier:
 
     Attributes:
         folder: its files.
+        holds_writes: while this is set, no file is written.
     """
 
     def __init__(self, folder: Folder, policy: str, tree: object, device: Device) -> None:
@@ -177,7 +175,8 @@ class StorageTier:
             policy: SGLang's --hicache-storage-prefetch-policy.
         """
         self.folder, self._tree, self._controller = folder, tree, tree.cache_controller
-        self._held: list[object] = []
+        self._checked: set[str] = set()
+        self.holds_writes, self._late = False, []
         for place, own in zip(places(), (NO_THREADS, plain_hash), strict=True):
             setattr(*place, own)
         self._controller._create_sync_groups = list
@@ -190,8 +189,17 @@ class StorageTier:
             setattr(self._controller, name, Work(launch))
 
     def _launch(self, device: Device, stream: object, name: str, function: str) -> None:
+        if self.holds_writes and name == "backup_queue":
+            self._late.append(partial(self._launch, device, stream, name, function))
+            return
         with device.stream(stream):
             device.launch(partial(self._run, name, function), "storage")
+
+    def write_on(self) -> None:
+        """Let the files be written that were held back."""
+        self.holds_writes, late, self._late = False, self._late, []
+        for launch in late:
+            launch()
 
     def _run(self, name: str, function: str) -> None:
         """Let the thread of a queue do what it does with one item."""
@@ -215,11 +223,6 @@ class StorageTier:
         """Return the part of the names of files that is the same for every page."""
         return f"{self._controller.storage_backend.config_suffix}.bin"
 
-    def host_slots(self) -> list[torch.Tensor]:
-        """Return slots of host memory that are being read from files, or are about to be given back."""
-        slots = [info.host_indices for info in self._tree.ongoing_prefetch.values() if info.host_indices is not None]
-        return slots + list(self._controller.host_mem_release_queue.queue)
-
     def is_idle(self) -> bool:
         """Return whether nothing is read or written, and nothing waits for SGLang to take notice of it."""
         names = (*_THREADS, "prefetch_hit_queue", "ack_prefetch_queue", "ack_backup_queue", "host_mem_release_queue")
@@ -232,11 +235,14 @@ class StorageTier:
         Args:
             record_of: returns what a page must hold, uint8 [layers, Hk * bytes], from the tokens that end with it.
         """
-        for name in self.folder.names():
-            if name in self.folder.checked or name in self.folder.damaged or not name.endswith(self.suffix):
+        names = set(self.folder.names())
+        # some are gone
+        self._checked &= names
+        for name in names - self.folder.damaged - self._checked:
+            if not name.endswith(self.suffix):
                 continue
             history, page = self.folder.page_of(name.removesuffix(self.suffix))
             expected = record_of(history.tokens[: (page + 1) * PAGE]).flatten()
             content = torch.frombuffer(bytearray((self.folder.path / name).read_bytes()), dtype=torch.uint8)
             assert torch.equal(content, expected), f"file {name}: page {page} of a request"
-            self.folder.checked.add(name)
+            self._checked.add(name)
