@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import time
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import hypothesis
 import pytest
@@ -28,6 +30,7 @@ from hypothesis.stateful import (
 )
 from prefix_cache import calls
 from sglang_kvarn import compat
+from storage_tier import DAMAGES, Folder
 from streams import COPIES_FIRST, FORWARD_FIRST
 from world import (
     CONTEXT,
@@ -44,8 +47,12 @@ SEGMENTS = ((256, 130), (127, 128), (129, 40))
 TAILS = st.sampled_from((0, 1, 2, 5, 60, 126, 127, 128, 129, 200))
 CHUNKS = st.sampled_from((1, 33, 100, 127, 128, 129, 256, 300, 1000))
 LONGEST = CONTEXT - PAGE
-# of the pages of host memory; none, fewer than the tree has at times, and enough. KVARN_FUZZ_HOST=1: always some
-HOST_PAGES = (6, 20, 60) if os.environ.get("KVARN_FUZZ_HOST") == "1" else (0, 0, 6, 40)
+# pages of host memory; fewer than the tree has at times, and enough
+SOME_PAGES = (6, 20, 60)
+# or none; KVARN_FUZZ_HOST=1: always some
+HOST_PAGES = SOME_PAGES if os.environ.get("KVARN_FUZZ_HOST") == "1" else (0, 0, 6, 40)
+# a server that starts again may have another preset, whose files are not its own
+OTHER_PRESET = "kvarn_k4v4_g128"
 
 
 def prompt(branches: list[int], tail: int, author: int) -> list[int]:
@@ -63,6 +70,7 @@ class Lives(RuleBasedStateMachine):
 
     preset = "kvarn"
     kernels_every = 0
+    has_files = False
     total: ClassVar[dict[str, int]]
 
     @initialize(
@@ -73,32 +81,59 @@ class Lives(RuleBasedStateMachine):
         policy=st.sampled_from(("write_through", "write_back", "write_through_selective")),
         core=st.sampled_from(calls.cores),
         order=st.sampled_from((COPIES_FIRST, FORWARD_FIRST)) | st.integers(0, 1 << 16),
+        prefetch=st.sampled_from(("wait_complete", "wait_complete", "best_effort")),
     )
     def start(
-        self, poison: bool, checkpoint: int, drafts: int, host_pages: int, policy: str, core: str, order: int | str
+        self,
+        poison: bool,
+        checkpoint: int,
+        drafts: int,
+        host_pages: int,
+        policy: str,
+        core: str,
+        order: int | str,
+        prefetch: str,
     ) -> None:
-        self.world = World(
-            self.preset,
-            poison=poison,
-            kernels_every=self.kernels_every,
-            checkpoint=checkpoint,
-            drafts=drafts,
-            host=HostOptions(host_pages, policy, order, core) if host_pages else None,
-        )
-        self.flushed = 0
+        if self.has_files and not host_pages:
+            host_pages = SOME_PAGES[-1]
+        self.files = tempfile.TemporaryDirectory() if self.has_files else None
+        folder = Folder(Path(self.files.name)) if self.files else None
+        self.host = {"pages": host_pages, "policy": policy, "seed": order, "core": core}
+        self.host |= {"folder": folder, "prefetch": prefetch}
+        self.options = {"poison": poison, "checkpoint": checkpoint, "drafts": drafts}
+        self.begin(self.preset, factors=0)
+        self.total["worlds with files"] += bool(folder)
         self.total["worlds with host memory"] += bool(host_pages)
         self.total["worlds with checkpoints"] += bool(checkpoint)
         self.total["worlds with drafts"] += bool(drafts)
         self.total["worlds"] += 1
 
+    def begin(self, preset: str, factors: int) -> None:
+        """Start a server with nothing in its memory."""
+        host: dict[str, Any] = self.host | {"factors": factors}
+        self.world = World(
+            preset,
+            kernels_every=self.kernels_every,
+            host=HostOptions(**host) if host["pages"] else None,
+            **self.options,
+        )
+        self.flushed = 0
+
+    def count(self) -> None:
+        """Add up what a world has done."""
+        self.total["steps"] += self.world.steps
+        self.total["forwards"] += self.world.forwards
+        self.total["host hits"] += self.world.host_hits
+        self.total["storage hits"] += self.world.storage_hits
+        self.total["failed loads"] += self.world.tier.failed if self.world.tier else 0
+        self.total["flushes"] += self.world.flushes
+        self.total["kernel forwards"] += self.world.kernel_forwards
+
     def teardown(self) -> None:
         if hasattr(self, "world"):
-            self.total["steps"] += self.world.steps
-            self.total["forwards"] += self.world.forwards
-            self.total["host hits"] += self.world.host_hits
-            self.total["failed loads"] += self.world.tier.failed if self.world.tier else 0
-            self.total["flushes"] += self.world.flushes
-            self.total["kernel forwards"] += self.world.kernel_forwards
+            self.count()
+            if self.files:
+                self.files.cleanup()
 
     def pick(self, index: int):
         return self.world.running[index % len(self.world.running)]
@@ -225,6 +260,67 @@ class Lives(RuleBasedStateMachine):
         self.world.come_back(self.pick(index), [7] * tail)
         self.world.decode_with_wasted_step(self.pick(other), reuse=True, chunk=1000)
 
+    @precondition(lambda self: self.world.waiting)
+    @rule(index=st.integers(0, 7))
+    def abort_while_waiting(self, index: int) -> None:
+        """End a request that has no row, and may wait for files."""
+        self.world.abort_waiting(self.world.waiting[index % len(self.world.waiting)])
+
+    @precondition(lambda self: self.world.stores)
+    @rule(index=st.integers(0, 40), way=st.sampled_from((*DAMAGES, "wiped")), settled=st.booleans())
+    def damage_files(self, index: int, way: str, settled: bool) -> None:
+        """Damage a file, or delete all of them; settled: after what is queued was written."""
+        if settled:
+            self.world.settle()
+        folder = self.world.tier.storage.folder
+        folder.wipe() if way == "wiped" else folder.damage(index, way)
+
+    @precondition(lambda self: self.world.stores and self.world.running)
+    @rule(
+        index=st.integers(0, ROWS - 1),
+        written=st.sampled_from((True, True, False)),
+        way=st.sampled_from((*[None] * 6, *DAMAGES)),
+        preset=st.sampled_from((*[None] * 5, OTHER_PRESET)),
+        factors=st.sampled_from((0, 0, 0, 0, 0, 1)),
+        tail=TAILS,
+        settled=st.booleans(),
+        chunk=st.sampled_from((0, 100, 1000, 1000)),
+    )
+    def come_back_to_another_server(
+        self,
+        index: int,
+        written: bool,
+        way: str | None,
+        preset: str | None,
+        factors: int,
+        tail: int,
+        settled: bool,
+        chunk: int,
+    ) -> None:
+        """End a request, start a server on the same files, and let the next turn come there.
+
+        Args:
+            written: whether the last server has written all of its files; way: in which one of them is damaged.
+            settled: whether files were read before the turn is asked for again.
+        """
+        long = [request for request in self.world.running if request.cached >= PAGE] or self.world.running
+        left = long[index % len(long)]
+        self.world.finish(left)
+        if written:
+            # with write_back a page is written when it is evicted
+            self.world.settle()
+            self.world.evict(self.world.pool_pages * PAGE)
+            self.world.settle()
+        if way:
+            self.world.tier.storage.folder.damage(index, way)
+        self.count()
+        self.begin(preset or self.preset, factors)
+        self.world.admit([*left.history.tokens, *[7] * tail][: CONTEXT - 2 * PAGE], left.salt)
+        if settled:
+            self.world.settle()
+        if chunk:
+            self.world.extend(chunk)
+
     def check_invariants(self, *args, **kwargs) -> None:
         """Every page has one owner; requests that get too long end. Not an invariant, which a script would list."""
         super().check_invariants(*args, **kwargs)
@@ -249,12 +345,17 @@ OPTIONS = settings(
 )
 
 
-def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str, int]:
-    """Run lives until so many steps are done; return the counts."""
-    kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory")
-    events = ("host hits", "failed loads", "flushes")
+def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, has_files: bool = False) -> dict[str, int]:
+    """Run lives until so many steps are done; return the counts.
+
+    Args:
+        has_files: whether every world has host memory, and files behind it.
+    """
+    kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory", "worlds with files")
+    events = ("host hits", "storage hits", "failed loads", "flushes")
     total = dict.fromkeys(("steps", "forwards", "kernel forwards", *events, *kinds), 0)
-    machine = type("Lives", (Lives,), {"preset": preset, "total": total, "kernels_every": kernels_every})
+    chosen = {"preset": preset, "total": total, "kernels_every": kernels_every, "has_files": has_files}
+    machine = type("Lives", (Lives,), chosen)
     while total["steps"] < steps:
         print(f"KVARN_FUZZ_SEED={seed} {preset}", flush=True)
         run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=OPTIONS)
@@ -289,6 +390,21 @@ def test_every_read_is_of_the_requests_own_history(preset, monkeypatch, record_p
     assert total["steps"] >= steps
     if steps >= 3000:
         assert total["host hits"], "no request found its prompt in host memory"
+
+
+@pytest.mark.skipif(not calls.stores, reason="storage is refused in this SGLang")
+@pytest.mark.timeout(1800)
+def test_every_read_is_of_the_requests_own_history_with_files_behind_host_memory(monkeypatch, record_property):
+    use_plain_allocation_kernels(monkeypatch)
+    seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
+    steps = int(os.environ.get("KVARN_FUZZ_STEPS", 3000))
+    total = fuzz("kvarn", steps, seed, has_files=True)
+    print(f"with files: {total}")
+    for name, count in total.items():
+        record_property(name, count)
+    assert total["steps"] >= steps
+    if steps >= 3000:
+        assert total["storage hits"], "no request found its prompt in files"
 
 
 def test_plain_allocation_kernels_are_sglangs():

@@ -20,6 +20,7 @@ from .paths import (
     TEST_COPY_PAGES,
     TEST_HOST_POOL,
     TEST_KNOWN_HOST,
+    TEST_KNOWN_STORAGE,
     TEST_REFUSALS,
 )
 
@@ -27,6 +28,10 @@ from .paths import (
 _FENCE = f"{TEST_KNOWN_HOST}::test_a_controller_with_streams_of_its_own_copies_after_the_forward_pass"
 _WRITTEN = f"{TEST_KNOWN_HOST}::test_a_page_is_copied_to_the_host_after_the_step_that_encodes_it"
 _READ = f"{TEST_KNOWN_HOST}::test_a_prefix_from_the_host_is_read_as_one_that_never_left"
+# these need an SGLang with storage
+_FILES = f"{TEST_KNOWN_STORAGE}::test_a_prefix_from_files_is_read_as_one_that_never_left"
+_DAMAGED = f"{TEST_KNOWN_STORAGE}::test_a_damaged_file_is_a_miss"
+_FOREIGN = f"{TEST_KNOWN_STORAGE}::test_files_of_another_preset_or_of_other_factors_are_misses"
 _RING = f"{TEST_KNOWN_HOST}::test_a_prefix_in_host_memory_stays_while_memory_is_made_for_the_ring_of_its_request"
 _ATTACH = f"{TEST_REFUSALS}::test_a_running_server_attaches_what_it_could_start_with"
 
@@ -270,5 +275,47 @@ MUTATIONS = (
         "for part in (chosen.keys, chosen.values, chosen.output_bias):",
         "for part in (chosen.keys, chosen.output_bias):",
         (TEST_BALANCED_LAYERS,),
+    ),
+    Mutation(
+        "the page behind it written to a file",
+        HOST_POOL,
+        "page = self.kv_buffer[int(index) // self.page_size]",
+        "page = self.kv_buffer[(int(index) // self.page_size + 1) % self.page_num]",
+        (_FILES,),
+    ),
+    Mutation(
+        "a file read into the page before it",
+        HOST_POOL,
+        "self.kv_buffer[int(index) // self.page_size] = page",
+        "self.kv_buffer[int(index) // self.page_size - 1] = page",
+        (_FILES,),
+    ),
+    Mutation(
+        "headers of pages from files not looked at",
+        HOST_POOL,
+        "if not bool((page[:,",
+        "if False and not bool((page[:,",
+        (_DAMAGED,),
+    ),
+    Mutation(
+        "size of pages from a storage not looked at",
+        HOST_POOL,
+        "if data_page.numel() != self.page_bytes:",
+        "if False:",
+        (TEST_HOST_POOL,),
+    ),
+    Mutation(
+        "files of any preset in one (worlds)",
+        HOST_POOL,
+        "{pool.config.name}-v{tile.VERSION}",
+        "v{tile.VERSION}",
+        (_FOREIGN,),
+    ),
+    Mutation(
+        "files of any balance of channels in one (worlds)",
+        HOST_POOL,
+        "-{dtype}-{pool.balance_tag()}",
+        "-{dtype}",
+        (_FOREIGN,),
     ),
 )

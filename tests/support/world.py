@@ -619,11 +619,13 @@ class World:
     def extend(self, chunk: int, *, limit: int = 4, mixed: bool = False) -> None:
         """Run one extend step if anything fits."""
         allocated = self.allocate_extend(chunk, limit=limit, mixed=mixed)
+        for _ in range(2):
+            if self.stores and not allocated and self.waiting:
+                # time passes while all that wait wait for files: until they are found, and until they are read
+                self.tier.device.synchronize()
+                allocated = self.allocate_extend(chunk, limit=limit, mixed=mixed)
         if allocated:
             self.run(self.describe_extend(*allocated))
-        elif self.stores:
-            # time passes while all that wait wait for files
-            self.tier.device.synchronize()
 
     def _note(self, step: Step) -> Step:
         step.rings = self.rings.pages[[r.row for r in step.requests]].clone()
