@@ -55,7 +55,8 @@ def run_tests(folder: Path, tests: tuple[str, ...], limit: int = LIMIT_SECONDS) 
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return None, f"no result in {limit} s"
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    # logs have lines that begin so too
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) and "::" in line]
     return done.returncode, failed[0].split(" ")[1].split("::")[-1] if failed else done.stdout[-200:].strip()
 
 
