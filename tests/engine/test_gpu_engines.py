@@ -100,12 +100,11 @@ def draft_options(algorithm: str, model: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("algorithm", ["", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "DFLASH"], ids=named)
 def test_drafts_change_no_answer(tmp_path, monkeypatch, capfd, algorithm):
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))
-    dtype = tiny_engines.CODED_DTYPE if algorithm == "DFLASH" else tiny_engines.DTYPE
-    model = tiny_engines.save(tmp_path / "model", dtype=dtype)
+    model = tiny_engines.save(tmp_path / "model")
     prompts = [prompt(length, seed=length) for length in LENGTHS]
     options = draft_options(algorithm, model, tmp_path / "draft") if algorithm else {}
     texts = known_drafts.prepare(monkeypatch, tmp_path / "known") if algorithm in RANDOM else None
-    tally = Tally(model, KVARN, dtype)
+    tally = Tally(model, KVARN, tiny_engines.DTYPE)
     with tiny_engines.start(tally, drafts=DRAFTS if algorithm else 1, **options) as engine:
         first = ask(engine, tally, prompts, NEW)
         if texts:
@@ -164,13 +163,13 @@ def hybrid_cases() -> list:
 def test_a_model_with_states_answers_as_the_oracle(tmp_path, monkeypatch, capfd, family, algorithm):
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm), states=True)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
-    model = tiny_engines.save(tmp_path / "model", family, tiny_engines.CODED_DTYPE)
+    model = tiny_engines.save(tmp_path / "model", family)
     prompts = [prompt(length, seed=length) for length in (60, 120, 129, 250, 300)]
     # the head that comes with the model is not in its checkpoint
     mtp = {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
     options = hybrids.OPTIONS | {"": {}, "NGRAM": NGRAM, "NEXTN": mtp}[algorithm]
     texts = known_drafts.prepare(monkeypatch, tmp_path / "known") if algorithm == "NEXTN" else None
-    tally = Tally(model, CANONICAL, tiny_engines.CODED_DTYPE)
+    tally = Tally(model, CANONICAL, tiny_engines.DTYPE)
     with tiny_engines.start(tally, drafts=DRAFTS if algorithm else 1, **options) as engine:
         first = ask(engine, tally, prompts, NEW)
         if texts:

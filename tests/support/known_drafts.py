@@ -60,8 +60,9 @@ def _with_texts(made):
     @functools.wraps(made)
     def with_texts(step) -> None:
         made(step)
-        # a step that is captured has no drafts
-        if step.draft_token is None or len(step.draft_token) == 0:
+        # steps that are captured have no drafts, or none that may be looked at
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if captured or step.draft_token is None or len(step.draft_token) == 0:
             return
         texts = json.loads(Path(os.environ[TEXTS]).read_text())
         drafts = step.draft_token.view(-1, step.draft_token_num)

@@ -22,10 +22,9 @@ from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers
 
 ON_GPU = torch.cuda.is_available()
-# of the models; the stand-ins are in 32 bits
-DTYPE = torch.float16 if ON_GPU else torch.float32
-# where SGLang has bfloat16 in its code: embeddings of blocks of drafts, and layers with states
-CODED_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# of the models: SGLang's code has bfloat16 in embeddings of blocks of drafts, and in layers with states; the stand-ins
+# are in 32 bits
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # requests at a time
 ROWS = 4
 # of one engine, with its start; KVARN_ENGINE_SECONDS is for a first start, which builds kernels
