@@ -5,18 +5,26 @@ from __future__ import annotations
 
 from .mutation import Mutation
 from .paths import (
+    CHUNK_CUDA,
     ENCODE,
     ENCODE_CU,
+    HADAMARD_CUH,
     RING,
     ROTATE,
+    ROTATE_CU,
     STORE,
+    STORE_CU,
     TEST_DECODE,
     TEST_ENCODE,
     TEST_ENCODE_CUDA,
     TEST_EXTEND,
     TEST_RING,
     TEST_ROTATE,
+    TEST_STORE,
 )
+
+_ROTATED = (f"{TEST_ROTATE}::test_rotate_chunk_matches_the_oracle",)
+_STORED = (TEST_STORE,)
 
 MUTATIONS = (
     Mutation(
@@ -132,5 +140,54 @@ MUTATIONS = (
         "for request in range(begin, tl.minimum(begin + SLICES * BLOCK, batch_size), SLICES):",
         "for request in range(begin, tl.minimum(begin + SLICES, batch_size), SLICES):",
         (TEST_ENCODE,),
+    ),
+    Mutation(
+        "values rotated with the strides of the keys (CUDA)",
+        ROTATE_CU,
+        "token * stride_v_token + head * stride_v_head",
+        "token * stride_k_token + head * stride_v_head",
+        _ROTATED,
+    ),
+    Mutation(
+        "the last lane bit left out of the rotation of a row (CUDA)",
+        HADAMARD_CUH,
+        "bit < 32; bit *= 2",
+        "bit < 16; bit *= 2",
+        _ROTATED,
+    ),
+    Mutation(
+        "as many rows of the query rotated as there are keys (CUDA)",
+        CHUNK_CUDA,
+        "(max(num_qo_heads, num_kv_heads) if with_q else num_kv_heads)",
+        "num_kv_heads",
+        _ROTATED,
+    ),
+    Mutation(
+        "token of a chunk stored that its ring has no room for (CUDA)",
+        STORE_CU,
+        " || back >= RING_PAGES * RING_TOKENS",
+        "",
+        _STORED,
+    ),
+    Mutation(
+        "token before the chunk stored (CUDA)",
+        STORE_CU,
+        "position < prefix_len || ",
+        "",
+        _STORED,
+    ),
+    Mutation(
+        "chunk of the second request stored from the first's tokens (CUDA)",
+        STORE_CU,
+        "(qo_indptr[request] + position - prefix_len)",
+        "(position - prefix_len)",
+        _STORED,
+    ),
+    Mutation(
+        "values stored where the keys are (CUDA)",
+        STORE_CU,
+        "to[ROW_WORDS + n] = v[row + n];",
+        "to[n] = v[row + n];",
+        _STORED,
     ),
 )
