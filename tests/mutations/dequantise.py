@@ -125,8 +125,8 @@ MUTATIONS = (
     Mutation(
         "first token from its codes (CUDA)",
         DEQUANTISE_CU,
-        "to[0] = token == 0 ? nullptr : page",
-        "to[0] = token < 0 ? nullptr : page",
+        "if (warp == 0) rotate_back(record",
+        "if (warp < 0) rotate_back(record",
         _RECORDS,
     ),
     Mutation(

@@ -173,7 +173,7 @@ MUTATIONS = (
         "token before the chunk stored (CUDA)",
         STORE_CU,
         "position < prefix_len || ",
-        "",
+        "position < prefix_len - 1 || ",
         _STORED,
     ),
     Mutation(
