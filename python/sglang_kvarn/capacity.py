@@ -91,7 +91,7 @@ class SlidingShare:
         most: that requests can use, None where the prefix cache keeps sliding windows too.
 
     Example: 12 layers of each kind with 8 KV heads of 64 channels (gpt-oss-20b), ``kvarn``, SGLang's ratio of 0.8 and
-    40 GiB: 970,904 tokens and 776,723 of sliding windows in 16 bits, 4,213,000 and as many of sliding windows here.
+    40 GiB: 970,880 tokens and 776,704 of sliding windows in 16 bits, here 4,212,736 and as many of sliding windows.
     """
 
     token: int

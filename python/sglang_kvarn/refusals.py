@@ -433,10 +433,14 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     kinds = set(getattr(text, "layer_types", None) or ())
     # first: Inkling's state cannot be asked for before SGLang publishes its arguments
     is_window_model = compat.is_window_model(model_config) or bool(_SLIDING_LAYERS & kinds)
-    is_served = is_window_model and model_config.is_hybrid_swa and set(config.architectures) <= set(WITH_WINDOWS)
-    yield is_window_model and not is_served, "sliding-window layers of a kind that is not tested"
-    has_full_layers = is_served and bool(compat.attention_layers(model_config, 0, model_config.num_hidden_layers))
-    yield is_served and not has_full_layers, "no layer with full attention beside its sliding windows"
+    is_tested = is_window_model and set(config.architectures) <= set(WITH_WINDOWS)
+    yield is_window_model and not is_tested, "sliding-window layers of a kind that is not tested"
+    is_served = is_tested and model_config.is_hybrid_swa
+    yield is_tested and not is_served, "sliding-window layers, of which --disable-hybrid-swa-memory keeps all tokens"
+    if is_served:
+        layers = (0, model_config.num_hidden_layers)
+        both = (compat.attention_layers(model_config, *layers), compat.sliding_layers(model_config, *layers))
+        yield not all(both), "only layers with full attention or only sliding-window layers in a pool for both"
     yield model_config.attention_arch.name == "MLA", "latent attention (MLA)"
     yield compat.is_sparse(model_config), "sparse attention (to tokens that an index chooses)"
     states = compat.hybrid_config(model_config)

@@ -48,7 +48,7 @@ def _merge_kernel(
         exists = start + n[None, :] < count[:, None]
         lse = tl.load(partial_lse_ptr + first + start * HQ, mask=exists, other=float("-inf"))
         largest = tl.maximum(largest, lse)
-    m = tl.max(largest, 1)[:, None]
+    m = tl.max(largest, 1)
     m = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros([ROWS, SPLITS], tl.float32)
     acc = tl.zeros([ROWS, SPLITS, D], tl.float32)
@@ -57,12 +57,12 @@ def _merge_kernel(
         at = first + start * HQ
         lse = tl.load(partial_lse_ptr + at, mask=exists, other=float("-inf"))
         x = tl.load(partial_out_ptr + (at * D)[:, :, None] + d[None, None, :], mask=exists[:, :, None], other=0.0)
-        weight = tl.exp2(lse - m)
+        weight = tl.exp2(lse - m[:, None])
         acc += x * weight[:, :, None]
         total += weight
     l = tl.sum(total, 1)
     if SINKS:
-        l += sink_weight(tl.load(sinks_ptr + r % SINKS), m[:, 0])
+        l += sink_weight(tl.load(sinks_ptr + r % SINKS), m)
     x = tl.sum(acc, 1) / tl.where(l == 0.0, 1.0, l)[:, None]
     # a matrix product takes 16 rows or more
     COPIES: tl.constexpr = 16 // ROWS
