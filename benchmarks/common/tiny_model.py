@@ -94,7 +94,9 @@ _SLIDING = {"sliding_window": SLIDING_WINDOW, "layer_types": ["sliding_attention
 }
 # a mixture of all experts: a choice among them could change by a last bit
 _MELLUM = _SLIDING | {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
-_GPT_OSS = _SLIDING | {"num_local_experts": 2, "num_experts_per_tok": 2, "intermediate_size": 128, "swiglu_limit": 7.0}
+# one layer of each kind: behind a second layer of records a last bit moves log-probabilities by up to 0.1
+_GPT_OSS = _SLIDING | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+_GPT_OSS |= {"num_local_experts": 2, "num_experts_per_tok": 2, "intermediate_size": 128, "swiglu_limit": 7.0}
 # query heads that differ between layers of both kinds, and the full ones first
 _LAGUNA = {
     "sliding_window": SLIDING_WINDOW,

@@ -69,26 +69,41 @@ class Lives(RuleBasedStateMachine):
         poison=st.booleans(),
         checkpoint=st.sampled_from((0, 0, 2 * PAGE)),
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
+        # not with drafts or host memory, which are refused beside them
+        sliding=st.sampled_from((0, 0, 60, 150, 300)),
         host_pages=st.sampled_from(HOST_PAGES),
         policy=st.sampled_from(("write_through", "write_back", "write_through_selective")),
         core=st.sampled_from(calls.cores),
         order=st.sampled_from((COPIES_FIRST, FORWARD_FIRST)) | st.integers(0, 1 << 16),
     )
     def start(
-        self, poison: bool, checkpoint: int, drafts: int, host_pages: int, policy: str, core: str, order: int | str
+        self,
+        poison: bool,
+        checkpoint: int,
+        drafts: int,
+        sliding: int,
+        host_pages: int,
+        policy: str,
+        core: str,
+        order: int | str,
     ) -> None:
+        if sliding:
+            drafts = host_pages = checkpoint = 0
+
         self.world = World(
             self.preset,
             poison=poison,
             kernels_every=self.kernels_every,
             checkpoint=checkpoint,
             drafts=drafts,
+            sliding=sliding,
             host=HostOptions(host_pages, policy, order, core) if host_pages else None,
         )
         self.flushed = 0
         self.total["worlds with host memory"] += bool(host_pages)
         self.total["worlds with checkpoints"] += bool(checkpoint)
         self.total["worlds with drafts"] += bool(drafts)
+        self.total["worlds with sliding windows"] += bool(sliding)
         self.total["worlds"] += 1
 
     def teardown(self) -> None:
@@ -188,6 +203,11 @@ class Lives(RuleBasedStateMachine):
     def evict(self, pages: int) -> None:
         self.world.evict(pages * PAGE)
 
+    @precondition(lambda self: self.world.sliding)
+    @rule(pages=st.integers(1, 12))
+    def evict_sliding(self, pages: int) -> None:
+        self.world.evict_sliding(pages * PAGE)
+
     @precondition(lambda self: self.world.tier and self.world.running)
     @rule(
         index=st.integers(0, ROWS - 1),
@@ -252,6 +272,7 @@ OPTIONS = settings(
 def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0) -> dict[str, int]:
     """Run lives until so many steps are done; return the counts."""
     kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory")
+    kinds += ("worlds with sliding windows",)
     events = ("host hits", "failed loads", "flushes")
     total = dict.fromkeys(("steps", "forwards", "kernel forwards", *events, *kinds), 0)
     machine = type("Lives", (Lives,), {"preset": preset, "total": total, "kernels_every": kernels_every})
