@@ -70,7 +70,7 @@ class Lives(RuleBasedStateMachine):
         checkpoint=st.sampled_from((0, 0, 2 * PAGE)),
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
         # not with drafts or host memory, which are refused beside them
-        sliding=st.sampled_from((0, 0, 60, 150, 300)),
+        sliding=st.sampled_from((0, 0, 0, 60, 150)),
         host_pages=st.sampled_from(HOST_PAGES),
         policy=st.sampled_from(("write_through", "write_back", "write_through_selective")),
         core=st.sampled_from(calls.cores),

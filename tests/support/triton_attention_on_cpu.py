@@ -2,11 +2,13 @@
 """SGLang's Triton attention backend on a machine without a GPU, with torch in the place of its two attention kernels.
 
 The interpreter runs the kernels hundreds of times slower. What the backend does around them is SGLang's: slots of
-sliding windows, their lengths, what is stored where.
+sliding windows, what is stored where. But for one thing: with any cache a token of gpt-oss or Mellum that is decoded sees
+one token less there than a token of a prompt does; here it sees as many, as checkpoints are trained.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,36 @@ def install() -> None:
     """Put the torch forms in place, for good; the backend asks for them when it is made."""
     compat.resolve(f"{_KERNELS}.decode_attention").decode_attention_fwd = decode
     compat.resolve(f"{_KERNELS}.extend_attention").extend_attention_fwd = extend
+    backend = compat.resolve("sglang.srt.layers.attention.triton_backend").TritonAttnBackend
+    backend.__init__ = with_window_of_model(backend.__init__)
+    backend.init_forward_metadata = with_whole_windows(backend.init_forward_metadata)
+
+
+def with_window_of_model(make):
+    """Return what makes a backend and notes the window of the model's configuration."""
+
+    @functools.wraps(make)
+    def made(backend, model_runner, *args, **kwargs):
+        make(backend, model_runner, *args, **kwargs)
+        backend.window_of_model = model_runner.model_config.sliding_window_size
+
+    return made
+
+
+def with_whole_windows(describe):
+    """Return what describes a step, in a decode step with that window: the models of two families name one less."""
+
+    @functools.wraps(describe)
+    def described(backend, forward_batch):
+        size = backend.sliding_window_size
+        if forward_batch.forward_mode.is_decode():
+            backend.sliding_window_size = backend.window_of_model
+        try:
+            describe(backend, forward_batch)
+        finally:
+            backend.sliding_window_size = size
+
+    return described
 
 
 def _slots(indptr: torch.Tensor, indices: torch.Tensor, requests: int) -> Iterator[torch.Tensor]:
