@@ -87,6 +87,24 @@ _NEMOTRON_H = {
     # its activation is a square, so that a wide MLP drowns attention
     "intermediate_size": 64,
 }
+# a query sees so many tokens in layers with a sliding window
+SLIDING_WINDOW = 128
+_SLIDING = {"sliding_window": SLIDING_WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2} | {
+    "num_hidden_layers": 4
+}
+# a mixture of all experts: a choice among them could change by a last bit
+_MELLUM = _SLIDING | {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+# one layer of each kind: behind a second layer of records a last bit moves log-probabilities by up to 0.1
+_GPT_OSS = _SLIDING | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+_GPT_OSS |= {"num_local_experts": 2, "num_experts_per_tok": 2, "intermediate_size": 128, "swiglu_limit": 7.0}
+# query heads that differ between layers of both kinds, and the full ones first
+_LAGUNA = {
+    "sliding_window": SLIDING_WINDOW,
+    "num_hidden_layers": 4,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+    "num_attention_heads_per_layer": [4, 6] * 2,
+    "mlp_layer_types": ["dense"] * 4,
+}
 # what models of a family differ in from `save`
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _GDN,
@@ -94,6 +112,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_h1": _FALCON_H1,
     "granitemoehybrid": _GRANITE_HYBRID,
     "nemotron_h": _NEMOTRON_H,
+    "gpt_oss": _GPT_OSS,
+    "laguna": _LAGUNA,
+    "mellum": _MELLUM,
 }
 _ATTENTION = "kvarn_oracle"
 
@@ -133,7 +154,10 @@ def save(
     model = model_class(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2:
+            if name.endswith("sinks"):
+                # as large as the scores of keys, and such that 16 bits hold it
+                weight.normal_(0, 1).copy_(weight.bfloat16())
+            elif weight.dim() == 2:
                 # attention is to be peaked, and to weigh as much as the token itself
                 weight.normal_(0, peak if "q_proj" in name or "k_proj" in name else 0.08)
             elif name.endswith("dt_bias"):
@@ -248,12 +272,14 @@ def _oracle(folder: str, preset: str, cached: int, max_tokens: int) -> Any:
     """Return a model with the oracle's attention, for requests of at most so many tokens."""
     config = KVarNConfig.from_preset(preset)
 
-    def attend(module, query, key, value, mask, scaling, **kwargs):
+    def attend(module, query, key, value, mask, scaling, sliding_window=None, s_aux=None, **kwargs):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if sliding_window is not None:
+            return _attend_sliding(q, k, v, scaling, sliding_window, s_aux).to(query.dtype)[None], None
         # the cached tokens were computed by a request that found nothing in the cache
         parts = [(q[cached:], k, v, cached), (q[:cached], k[:cached], v[:cached], 0)]
         outs = [
-            reference.attention(*qkv, config, exact_start=start, sm_scale=scaling)
+            reference.attention(*qkv, config, exact_start=start, sm_scale=scaling, sinks=s_aux)
             for *qkv, start in parts
             if len(qkv[0])
         ]
@@ -268,6 +294,21 @@ def _oracle(folder: str, preset: str, cached: int, max_tokens: int) -> Any:
             # all in one chunk: transformers 5.12 hands states of these layers to wrong chunks
             module.chunk_size = max_tokens
     return model
+
+
+def _attend_sliding(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, window: int, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Attend tokens q [T, Hq, D], k, v [T, Hk, D] to the last `window` tokens each, its own among them, exactly."""
+    tokens, group = len(q), q.shape[1] // k.shape[1]
+    keys, values = (x.double().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    scores = (q.double().transpose(0, 1) @ keys.transpose(1, 2) * scaling).masked_fill(
+        (distance < 0) | (distance >= window), float("-inf")
+    )
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(-1, 1, 1).expand(-1, tokens, 1)], -1)
+    return (scores.softmax(-1)[..., :tokens] @ values).transpose(0, 1)
 
 
 def fail(signum: int, frame: Any) -> None:

@@ -229,11 +229,11 @@ class Attention:
         if self._decode_workspace is not None and decode_batch > len(self._decode_workspace.rotated_q):
             self._decode_workspace = self._make_decode_workspace(decode_batch)
 
-    def warm_up(self, cache: LayerCache) -> None:
+    def warm_up(self, cache: LayerCache, sinks: torch.Tensor | None = None) -> None:
         """Build every kernel of extend steps, by steps of zeros on page 0, which is padding.
 
         Args:
-            cache: of any layer; page 0 is written.
+            cache: of any layer; page 0 is written. sinks: of any layer, None for a model without.
         """
         batches = warm_up.batches(self.shape, self.config, self.ring_pages, self.device)
         steps = [Step(batch, self._plan_sparse(batch)) for batch in batches]
@@ -244,7 +244,7 @@ class Attention:
             tokens, dtype = step.batch.num_tokens, self.shape.dtype
             q = torch.zeros(tokens, self.shape.num_qo_heads, self.shape.head_dim, dtype=dtype, device=self.device)
             k = q.new_zeros(tokens, self.shape.num_kv_heads, self.shape.head_dim)
-            self.attend(QKV(q, k, torch.zeros_like(k)), torch.empty_like(q), cache, step, 1.0)
+            self.attend(QKV(q, k, torch.zeros_like(k)), torch.empty_like(q), cache, step, 1.0, sinks)
 
     def plan(self, batch: DecodeBatch | ExtendBatch) -> Step:
         """Plan a step: before its first layer, outside of CUDA graphs, without waiting for the device.
@@ -279,7 +279,15 @@ class Attention:
             is_large = pairs * self.shape.num_qo_heads * self.shape.head_dim >= DENSE_WORK
         return batch.num_tokens >= DENSE_TOKENS or is_large
 
-    def attend(self, new: QKV, out: torch.Tensor, cache: LayerCache, step: Step, sm_scale: float) -> None:
+    def attend(
+        self,
+        new: QKV,
+        out: torch.Tensor,
+        cache: LayerCache,
+        step: Step,
+        sm_scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
         """Store the new tokens of a step in one layer, encode the pages that they fill, and attend.
 
         Args:
@@ -288,18 +296,25 @@ class Attention:
             out: [T, Hq, D] model dtype, contiguous, written.
             cache: memory of this layer; rings are written, and the records of full pages.
             step: from `plan`; sm_scale: factor of the scores.
+            sinks: [Hq] any float dtype, attention sinks of the layer (see `reference.attention`), None without.
         """
         if isinstance(step.batch, DecodeBatch):
-            self._attend_decode(new, out, cache, step.batch, sm_scale)
+            self._attend_decode(new, out, cache, step.batch, sm_scale, sinks)
         else:
-            self._attend_extend(new, out, cache, step, sm_scale)
+            self._attend_extend(new, out, cache, step, sm_scale, sinks)
 
     def _attend_decode(
-        self, new: QKV, out: torch.Tensor, cache: LayerCache, batch: DecodeBatch, sm_scale: float
+        self,
+        new: QKV,
+        out: torch.Tensor,
+        cache: LayerCache,
+        batch: DecodeBatch,
+        sm_scale: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         workspace, config = self._decode_workspace, self.config
         if workspace is None:
-            torch_form.attend_decode(new, out, cache, batch, config, sm_scale)
+            torch_form.attend_decode(new, out, cache, batch, config, sm_scale, sinks)
             return
         rotate.rotate_to_rings(new, workspace.rotated_q, cache, batch, config)
         self._encode.encode_from_ring(cache, batch, config)
@@ -310,15 +325,22 @@ class Attention:
             decode.decode(cache, batch, workspace, config, sm_scale, block)
         # drafts that share their splits are heads of one request
         merged = out.view(-1, workspace.drafts * self.shape.num_qo_heads, self.shape.head_dim)
-        merge.merge_splits(merged, workspace.partial_out, workspace.partial_lse, workspace.split_indptr, config)
+        partial = (workspace.partial_out, workspace.partial_lse)
+        merge.merge_splits(merged, *partial, workspace.split_indptr, config, sinks)
 
     def _attend_extend(
-        self, new: QKV, out: torch.Tensor, cache: LayerCache, step: Step, sm_scale: float
+        self,
+        new: QKV,
+        out: torch.Tensor,
+        cache: LayerCache,
+        step: Step,
+        sm_scale: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         batch, plan, config = step.batch, step.plan, self.config
         assert isinstance(batch, ExtendBatch)
         if self.kernels.extend == "torch":
-            torch_form.attend_extend(new, out, cache, batch, config, sm_scale)
+            torch_form.attend_extend(new, out, cache, batch, config, sm_scale, sinks)
             return
         if plan is None:
             return
@@ -327,7 +349,7 @@ class Attention:
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
         self._encode.encode_from_chunk(rotated, cache, batch, config)
         if isinstance(plan, extend_dense.DensePlan):
-            extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale)
+            extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
         else:
-            extend.extend(rotated, out, cache, batch, plan, config, sm_scale)
+            extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
         self._store.store_chunk(rotated, cache, batch, config)

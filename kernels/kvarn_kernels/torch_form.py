@@ -92,6 +92,7 @@ def _attend(
     records: tuple[torch.Tensor, torch.Tensor],
     exact: tuple[torch.Tensor, torch.Tensor],
     sm_scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend queries of one page to N decoded keys and E exact ones; the last is the last query's own.
 
@@ -99,6 +100,7 @@ def _attend(
         q: float32 [n, Hq, D], rotated, consecutive positions.
         records: decoded keys and values, each float32 [Hk, N, D].
         exact: exact keys and values, each float32 [Hk, E, D], E >= n; query r sees the first E - n + 1 + r.
+        sinks: attention sinks [Hq], see `reference.attention`.
 
     Returns:
         float32 [n, Hq, D], rotated.
@@ -112,17 +114,27 @@ def _attend(
     if queries > 1:
         hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu_(keys - queries + 1)
         exact_scores.unflatten(1, (-1, queries)).masked_fill_(hidden, float("-inf"))
-    if record_k.shape[1] == 0:
-        out = exact_scores.softmax(-1) @ exact_v
-    else:
-        weights = torch.cat([rows @ record_k.transpose(1, 2), exact_scores], -1).softmax(-1)
-        split = record_k.shape[1]
-        out = weights[..., :split] @ record_v + weights[..., split:] @ exact_v
+    split = record_k.shape[1]
+    scores = [rows @ record_k.transpose(1, 2)] if split else []
+    scores.append(exact_scores)
+    if sinks is not None:
+        # [Hk, group * n, 1]; behind the keys, so that their weights are the first ones
+        scores.append(sinks.float().view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1, 1))
+    weights = torch.cat(scores, -1).softmax(-1)[..., : split + keys]
+    out = weights[..., split:] @ exact_v
+    if split:
+        out = weights[..., :split] @ record_v + out
     return out.reshape(qo_heads, queries, head_dim).transpose(0, 1)
 
 
 def attend_decode(
-    new: QKV, out: torch.Tensor, cache: LayerCache, batch: DecodeBatch, config: KVarNConfig, sm_scale: float
+    new: QKV,
+    out: torch.Tensor,
+    cache: LayerCache,
+    batch: DecodeBatch,
+    config: KVarNConfig,
+    sm_scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Store one new token per row, encode the pages they fill, and attend; see `Attention.attend`."""
     q, k, v = new
@@ -148,12 +160,18 @@ def attend_decode(
                 x.transpose(0, 1).float() for x in _ring_tokens(cache, batch.ring_pages[b], start, seq_lens[b])
             )
             records = (decoded[0][:, :start], decoded[1][:, :start])
-            rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale)[0]
+            rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale, sinks)[0]
     out.copy_(rotate(rotated_out))
 
 
 def _extend_request(
-    rotated: QKV, b: int, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig, sm_scale: float
+    rotated: QKV,
+    b: int,
+    cache: LayerCache,
+    batch: ExtendBatch,
+    config: KVarNConfig,
+    sm_scale: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Encode, attend and store request b of a batch.
 
@@ -187,15 +205,20 @@ def _extend_request(
         n = record_pages(start, exact_start, config) * TILE_SIZE
         block = slice(start - begin, start - begin + QUERY_BLOCK)
         seen = slice(n - first_exact, start + QUERY_BLOCK - first_exact)
-        out[block] = _attend(
-            queries[block], (records[0][:, :n], records[1][:, :n]), (exact_k[:, seen], exact_v[:, seen]), sm_scale
-        )
+        older, own = (records[0][:, :n], records[1][:, :n]), (exact_k[:, seen], exact_v[:, seen])
+        out[block] = _attend(queries[block], older, own, sm_scale, sinks)
     _store_tokens(k, v, cache, ring, prefix_len)
     return out[lead : lead + len(q)]
 
 
 def attend_extend(
-    new: QKV, out: torch.Tensor, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig, sm_scale: float
+    new: QKV,
+    out: torch.Tensor,
+    cache: LayerCache,
+    batch: ExtendBatch,
+    config: KVarNConfig,
+    sm_scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Store new tokens, encode the pages they fill, and attend; see `Attention.attend`."""
     q, k, v = new
@@ -203,5 +226,5 @@ def attend_extend(
     for b, new_tokens in enumerate(batch.new_tokens):
         own = slice(start, start + new_tokens)
         rotated = QKV(rotate(q[own]), rotate(k[own]).to(cache.dtype), rotate(v[own]).to(cache.dtype))
-        out[own] = rotate(_extend_request(rotated, b, cache, batch, config, sm_scale)).to(out.dtype)
+        out[own] = rotate(_extend_request(rotated, b, cache, batch, config, sm_scale, sinks)).to(out.dtype)
         start = own.stop

@@ -32,10 +32,13 @@ _WITHOUT_NORMS = "falcon_h1.FalconH1HybridAttentionDecoderLayer"
 
 
 def known(model: torch.nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Yield the attention modules whose arithmetic is known, each with the module that it is a part of."""
+    """Yield the attention modules whose arithmetic is known, each with the module that it is a part of.
+
+    Layers with a sliding window are left out: their keys and values stay in 16 bits.
+    """
     for parent in model.modules():
         for module in parent.children():
-            if is_known(module):
+            if is_known(module) and not _slides(module.attn):
                 yield module, parent
 
 
@@ -44,8 +47,13 @@ def unknown(model: torch.nn.Module) -> list[str]:
     return [
         type(module).__name__
         for module in model.modules()
-        if any(isinstance(child, compat.RadixAttention) for child in module.children()) and not is_known(module)
+        if any(isinstance(child, compat.RadixAttention) and not _slides(child) for child in module.children())
+        and not is_known(module)
     ]
+
+
+def _slides(attn: Any) -> bool:
+    return attn.sliding_window_size > -1
 
 
 def is_known(module: Any) -> bool:

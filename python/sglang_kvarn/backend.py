@@ -13,7 +13,7 @@ from kvarn_kernels.batch import QKV, Limits
 
 from sglang_kvarn import balanced_layers, budget, compat, hook, refusals, scales, settings
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
-from sglang_kvarn.pool import KVarNTokenToKVPool
+from sglang_kvarn.mixed_pool import records_of
 from sglang_kvarn.refused import Refused
 
 logger = logging.getLogger(__name__)
@@ -26,15 +26,15 @@ class KVarNAttentionBackend(compat.AttentionBackend):
 
     def __init__(self, model_runner: Any) -> None:
         hook.verify_hooks()
-        pool = model_runner.token_to_kv_pool
-        if not isinstance(pool, KVarNTokenToKVPool):
+        pool = records_of(model_runner.token_to_kv_pool)
+        if pool is None:
             raise Refused(
-                f"--attention-backend kvarn needs a kvarn cache, not {type(pool).__name__}: "
+                f"--attention-backend kvarn needs a kvarn cache, not {type(model_runner.token_to_kv_pool).__name__}: "
                 "add --kv-cache-dtype kvarn or drop --attention-backend"
             )
         refusals.check_device(model_runner.device, model_runner.dtype)
         refusals.check_states_on_device(model_runner.device, model_runner.model_config)
-        refusals.check_layers(model_runner.model)
+        refusals.check_layers(model_runner.model, pool.layer_ids, pool.shape)
         self.pool = pool
         # copies to and from host memory wait for it
         pool.forward_stream = getattr(model_runner, "forward_stream", None)
@@ -48,7 +48,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         self._buffers = DecodeBuffers(limits.decode_batch, self.req_to_token, pool.rings)
         self.attention = Attention(pool.shape, pool.config, self.req_to_token.device, limits)
         if self.req_to_token.is_cuda:
-            self.attention.warm_up(pool.layer_cache(pool.layer_ids[0]))
+            self.attention.warm_up(pool.layer_cache(pool.layer_ids[0]), compat.attention_sinks(model_runner.model))
         self._step: Step | None = None
         drafts = limits.draft_tokens
         self._verify_mask = compat.unread_verify_mask(limits.decode_batch // drafts, drafts, model_runner.device)
@@ -120,6 +120,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         q, k, v = qkv
         step = self._step
         assert step is not None, "init_forward_metadata comes before the forward pass"
+        sinks = extra.pop("sinks", None)
         refusals.check_call(k, save_kv_cache, extra)
         head_dim = layer.head_dim
         q = q.reshape(-1, layer.tp_q_head_num, head_dim)
@@ -129,6 +130,6 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         # a prefill graph pads the tokens; zeros, so that nothing undefined flows on through their rows
         out = torch.zeros_like(q) if q.shape[0] > step.batch.num_tokens else torch.empty_like(q)
         cache = self.pool.layer_cache(layer.layer_id)
-        self.attention.attend(QKV(q, k, v), out, cache, step, layer.scaling)
+        self.attention.attend(QKV(q, k, v), out, cache, step, layer.scaling, sinks)
         balanced_layers.add_output_bias(layer, out)
         return out.view(-1, layer.tp_q_head_num * head_dim)

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from sglang_kvarn import capacity, compat, settings
-from sglang_kvarn.capacity import GIB, MIB, STATES_PER_SESSION, TYPICAL_SESSION, Bounds, ModelShape, States
+from sglang_kvarn.capacity import (
+    GIB,
+    MIB,
+    STATES_PER_SESSION,
+    TYPICAL_SESSION,
+    Bounds,
+    ModelShape,
+    SlidingShare,
+    States,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +33,46 @@ def layer_ids(configurator: Any) -> list[int]:
 def model_shape(configurator: Any) -> ModelShape:
     """Read the shape of the rank's model from SGLang's KVCacheConfigurator."""
     layers, tp_size = len(layer_ids(configurator)), compat.get_parallel().attn_tp_size
-    return capacity.rank_shape(configurator.model_config, configurator.model_dtype, tp_size, layers)
+    model = configurator.model_config
+    return capacity.rank_shape(model, configurator.model_dtype, tp_size, layers, compat.query_heads(model))
+
+
+def sliding_layer_ids(configurator: Any) -> list[int]:
+    """Return the layers of the rank that have a sliding window, from SGLang's KVCacheConfigurator."""
+    found = configurator.layer_info
+    return compat.sliding_layers(configurator.model_config, found.start_layer, found.end_layer)
+
+
+def sliding_share(configurator: Any) -> SlidingShare:
+    """Return how records and sliding windows share memory, from SGLang's KVCacheConfigurator, in a scheduler."""
+    config, server_args = settings.target_preset(configurator), configurator.server_args
+    assert config is not None, "another cache is SGLang's to size"
+    shape, itemsize = model_shape(configurator), configurator.model_dtype.itemsize
+    heads, *channels = compat.sliding_shape(configurator.model_config, compat.get_parallel().attn_tp_size)
+    found = bounds(server_args, configurator.model_config.context_len)
+    assert found.requests is not None, "charge_fixed_bytes comes first"
+    args = compat.resolved_arguments(server_args)
+    chunks = found.chunk_len if args.disable_overlap_schedule else 2 * found.chunk_len
+    each = configurator.sliding_window_size + compat.sliding_eviction_interval() + 2 * settings.PAGE_SIZE
+    return SlidingShare(
+        token=shape.token_bytes(config),
+        plain_token=shape.full_token_bytes(itemsize),
+        sliding_token=len(sliding_layer_ids(configurator)) * heads * sum(channels) * itemsize,
+        ratio=compat.scheduler_argument(server_args, "swa_full_tokens_ratio"),
+        is_chosen=not compat.is_sliding_ratio_open(server_args),
+        least=each + chunks + settings.PAGE_SIZE,
+        most=found.requests * each + chunks + settings.PAGE_SIZE if args.disable_radix_cache else None,
+    )
+
+
+def choose_sizes(original: Callable[..., Any], kvc: Any) -> Any:
+    """Choose who sizes the pool. Hook around ``create_memory_pool_configurator``."""
+    if settings.target_preset(kvc) is None or not sliding_layer_ids(kvc):
+        return original(kvc)
+    # subclasses SGLang's, which is imported once SGLang sizes a kvarn pool, not when plugins load
+    from sglang_kvarn.mixed_sizes import MixedPoolConfigurator
+
+    return MixedPoolConfigurator(kvc)
 
 
 def draft_token_bytes(configurator: Any) -> int:

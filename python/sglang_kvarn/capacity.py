@@ -78,6 +78,64 @@ class States:
         return (by_states, "states") if by_states < by_tokens else (by_tokens, "tokens")
 
 
+@dataclass(frozen=True)
+class SlidingShare:
+    """Share memory between records and sliding windows, whose tokens stay in 16 bits.
+
+    Attributes:
+        token: bytes of a token in records, all layers; plain_token: what it takes in 16 bits.
+        sliding_token: bytes of a token in all layers with a sliding window.
+        ratio: tokens of sliding windows for each other token; is_chosen: by the user, who takes it as it is. Else the
+            sliding windows get the bytes that they have with this ratio beside a 16-bit cache.
+        least: tokens with which a request can run; fewer would let it wait without end.
+        most: that requests can use, None where the prefix cache keeps sliding windows too.
+
+    Example: 12 layers of each kind with 8 KV heads of 64 channels (gpt-oss-20b), ``kvarn``, SGLang's ratio of 0.8 and
+    40 GiB: 970,880 tokens and 776,704 of sliding windows in 16 bits, here 4,212,736 and as many of sliding windows.
+    """
+
+    token: int
+    plain_token: int
+    sliding_token: int
+    ratio: float
+    is_chosen: bool
+    least: int
+    most: int | None = None
+
+    def of_memory(self, available: int) -> tuple[int, int]:
+        """Return tokens, and tokens of sliding windows, that take so many bytes.
+
+        Raises:
+            Refused: the bytes do not suffice for one request.
+        """
+        of_token = self.token if self.is_chosen else self.plain_token
+        sliding = self._bounded(self.ratio * available / (of_token + self.ratio * self.sliding_token))
+        left = available - sliding * self.sliding_token
+        if left < self.token * PAGE_SIZE:
+            raise Refused(
+                f"a kvarn cache of this model needs {sliding * self.sliding_token / MIB:,.1f} MiB for sliding windows "
+                f"and more for the rest, but there are {max(available, 0) / MIB:,.1f} MiB: raise --mem-fraction-static "
+                "or lower --chunked-prefill-size"
+            )
+        return left // self.token // PAGE_SIZE * PAGE_SIZE, sliding
+
+    def of_tokens(self, tokens: int, most: int | None) -> int:
+        """Return the tokens of sliding windows beside so many others; most: that there is memory for."""
+        sliding = self._bounded(self.ratio * tokens)
+        return sliding if most is None else min(sliding, most)
+
+    def _bounded(self, sliding: float) -> int:
+        found = int(sliding) // PAGE_SIZE * PAGE_SIZE
+        if not self.is_chosen:
+            return whole_pages(max(found if self.most is None else min(found, self.most), self.least))
+        if found < self.least:
+            raise Refused(
+                f"--swa-full-tokens-ratio {self.ratio} leaves {found:,} tokens for sliding windows, and a request may "
+                f"need {self.least:,}: drop --swa-full-tokens-ratio, or lower --chunked-prefill-size"
+            )
+        return found
+
+
 def state_ratio(state_bytes: int, per_session: int, token_bytes: int) -> float:
     """Return bytes of states for each byte of tokens with which both run out at the same number of typical sessions."""
     return per_session * state_bytes / (TYPICAL_SESSION * token_bytes)
@@ -119,10 +177,16 @@ def whole_pages(tokens: int) -> int:
     return -(-tokens // PAGE_SIZE) * PAGE_SIZE
 
 
-def rank_shape(model_config: Any, dtype: torch.dtype, tp_size: int, layers: int) -> ModelShape:
-    """Return the shape of a rank from SGLang's ModelConfig; layers: of this rank that have a KV cache."""
+def rank_shape(
+    model_config: Any, dtype: torch.dtype, tp_size: int, layers: int, num_qo_heads: int | None = None
+) -> ModelShape:
+    """Return the shape of a rank from SGLang's ModelConfig.
+
+    Args:
+        layers: of this rank that have a KV cache; num_qo_heads: of the model in these layers, where others differ.
+    """
     attention = AttentionShape(
-        num_qo_heads=model_config.num_attention_heads // tp_size,
+        num_qo_heads=(num_qo_heads or model_config.num_attention_heads) // tp_size,
         num_kv_heads=model_config.get_num_kv_heads(tp_size),
         head_dim=model_config.head_dim,
         dtype=dtype,

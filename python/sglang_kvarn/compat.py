@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 import os
 import pkgutil
@@ -37,16 +38,19 @@ _NAMES = {
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
     "MHATokenToKVPool": "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+    "MemoryPoolConfig": "sglang.srt.model_executor.pool_configurator:MemoryPoolConfig",
+    "MemoryPoolConfigurator": "sglang.srt.model_executor.pool_configurator:MemoryPoolConfigurator",
     "ModelConfig": "sglang.srt.configs.model_config:ModelConfig",
     "PagedTokenToKVPoolAllocator": "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator",
     "PlatformEnum": "sglang.srt.platforms.device_mixin:PlatformEnum",
     "RMSNorm": "sglang.srt.layers.layernorm:RMSNorm",
     "RadixAttention": "sglang.srt.layers.radix_attention:RadixAttention",
     "SRTPlatform": "sglang.srt.platforms.interface:SRTPlatform",
+    "SWAKVPool": "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool",
+    "SWATokenToKVPoolAllocator": "sglang.srt.mem_cache.allocator.swa:SWATokenToKVPoolAllocator",
     "UnquantizedLinearMethod": "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
     "add_attention_backend_choices": "sglang.srt.server_args:add_attention_backend_choices",
     "envs": "sglang.srt.environ:envs",
-    "evict": "sglang.srt.mem_cache.common:evict_from_tree_cache",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "is_hybrid_swa_model": "sglang.srt.configs.model_config:is_hybrid_swa_model",
     "is_minimax_sparse": "sglang.srt.configs.model_config:is_minimax_sparse",
@@ -68,6 +72,9 @@ _ADDED_ARGUMENTS = {
 
 # --mamba-full-memory-ratio where nobody chooses it
 STOCK_STATE_RATIO = 0.9
+
+# --swa-full-tokens-ratio where nobody chooses it: tokens of sliding windows for each other token
+STOCK_SLIDING_RATIO = 0.8
 
 # see `resolution_target`: until 0.5.18, from 0.5.20 on
 RESOLUTION_TARGETS = ("server_args.ServerArgs.__post_init__", "server_args.ServerArgs.resolve_once")
@@ -325,13 +332,85 @@ def checkpoints_states(server_args: Any, model_config: Any) -> bool:
 
 
 def attention_layers(model_config: Any, start: int, end: int) -> list[int]:
-    """Return the ids of the layers in [start, end) that have keys and values, as the whole model counts them.
+    """Return the ids of the layers in [start, end) that keep all keys and values, as the whole model counts them.
 
-    The other layers of a hybrid model keep states: linear attention, a state space.
+    The other layers of a hybrid model keep states (linear attention, a state space) or a sliding window.
     """
-    states = hybrid_config(model_config)
-    ids = range(start, end) if states is None else states.full_attention_layer_ids
+    ids: Any = range(start, end)
+    if model_config.is_hybrid_swa:
+        ids = model_config.full_attention_layer_ids or []
+    elif (states := hybrid_config(model_config)) is not None:
+        ids = states.full_attention_layer_ids
     return [i for i in ids if start <= i < end]
+
+
+def sliding_layers(model_config: Any, start: int, end: int) -> list[int]:
+    """Return the ids of the layers in [start, end) that SGLang gives a pool for their sliding windows."""
+    ids = model_config.swa_attention_layer_ids or [] if model_config.is_hybrid_swa else []
+    return [i for i in ids if start <= i < end]
+
+
+def sliding_shape(model_config: Any, ranks: int) -> tuple[int, int, int]:
+    """Return (KV heads of a rank, channels of a key, channels of a value) of layers with sliding windows."""
+    return model_config.get_swa_num_kv_heads(ranks), model_config.swa_head_dim, model_config.swa_v_head_dim
+
+
+def splits_sliding_windows(server_args: Any) -> bool:
+    """Whether SGLang will give a model's sliding windows a pool, from arguments that need not be resolved yet.
+
+    SGLang's ModelConfig is made from resolved arguments and kept, so the configuration is read without it. What cannot
+    be read yet, e.g. because resolution fetches it, counts as a model without windows.
+    """
+    if server_args.disable_hybrid_swa_memory:
+        return False
+    utils = "sglang.srt.utils.hf_transformers_utils"
+    try:
+        config = resolve(f"{utils}.get_config")(
+            server_args.model_path,
+            trust_remote_code=server_args.trust_remote_code,
+            revision=server_args.revision,
+            model_override_args=json.loads(server_args.json_model_override_args),
+        )
+    except (OSError, ValueError):
+        return False
+    text = resolve(f"{utils}.get_hf_text_config")(config)
+    return resolve(_NAMES["is_hybrid_swa_model"])(config.architectures or [], text)
+
+
+def is_sliding_ratio_open(server_args: Any) -> bool:
+    """Whether nobody chose ``--swa-full-tokens-ratio``; before 0.5.23 the default cannot be told from a choice."""
+    if _since("0.5.23"):
+        return not scheduler_argument(server_args, "_swa_full_tokens_ratio_explicitly_set")
+    return scheduler_argument(server_args, "swa_full_tokens_ratio") == STOCK_SLIDING_RATIO
+
+
+def sliding_eviction_interval() -> int:
+    """Return the tokens of a request after which SGLang frees what left its sliding windows."""
+    return max(1, resolve(_NAMES["envs"]).SGLANG_SWA_EVICTION_INTERVAL.get())
+
+
+def query_heads(model_config: Any) -> int | None:
+    """Return how many query heads the layers with full attention have; None where they differ."""
+    each = getattr(model_config.hf_text_config, "num_attention_heads_per_layer", None)
+    if not each:
+        return model_config.num_attention_heads
+    first, *others = {each[i] for i in attention_layers(model_config, 0, len(each))} or [None]
+    return None if others else first
+
+
+def attention_sinks(model: torch.nn.Module) -> Any:
+    """Return the attention sinks of some layer of a model, None where it has none."""
+    return next((x for name, x in model.named_parameters() if name.endswith(".sinks")), None)
+
+
+def evict(tree_cache: Any, tokens: int) -> None:
+    """Evict from the prefix cache until so many tokens are free, those of sliding windows aside."""
+    allocator = tree_cache.token_to_kv_pool_allocator
+    if not isinstance(allocator, resolve(_NAMES["SWATokenToKVPoolAllocator"])):
+        resolve("sglang.srt.mem_cache.common.evict_from_tree_cache")(tree_cache, tokens)
+    elif (missing := tokens - allocator.full_available_size()) > 0:
+        params = resolve("sglang.srt.mem_cache.base_prefix_cache.EvictParams")
+        tree_cache.evict(params(num_tokens=missing))
 
 
 def is_sparse(model_config: Any) -> bool:

@@ -27,10 +27,32 @@ def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **k
     if settings.target_preset(configurator) is None:
         return original(configurator, *args, **kwargs)
     # the pool subclasses SGLang's, so its module is imported once SGLang builds a kvarn pool, not when plugins load
-    from sglang_kvarn import pool
+    from sglang_kvarn import mixed_pool, pool
 
-    tokens = kwargs["sizes"].max_total_num_tokens
-    return pool.build(configurator, max_total_num_tokens=tokens, req_to_token_pool=kwargs["req_to_token_pool"])
+    sizes = kwargs["sizes"]
+    tokens, sliding_tokens = sizes.max_total_num_tokens, sizes.swa_max_total_num_tokens
+    records = pool.build(
+        configurator,
+        max_total_num_tokens=tokens,
+        sliding_tokens=sliding_tokens or 0,
+        req_to_token_pool=kwargs["req_to_token_pool"],
+    )
+    if not (ids := budget.sliding_layer_ids(configurator)):
+        return records
+    ranks = compat.get_parallel().attn_tp_size
+    shape = compat.sliding_shape(configurator.model_config, ranks)
+    return mixed_pool.MixedPool(records, sliding_tokens, ids, shape)
+
+
+def _compose_backends(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
+    """Attend sliding windows by what SGLang made, and records by our backend."""
+    pool = runner.token_to_kv_pool
+    if rings.of_pool(getattr(pool, "full_kv_pool", None)) is None:
+        return original(runner, full_attn_backend)
+    from sglang_kvarn.mixed_backend import MixedBackend
+
+    ids = [layer for layer, (_, is_sliding) in pool.layers_mapping.items() if is_sliding]
+    return MixedBackend(_create_backend(runner), full_attn_backend, ids)
 
 
 def _choose_host_pool(original: Callable[..., Any], source: Any) -> Any:
@@ -181,6 +203,20 @@ HOOKS = (
         ("self", "req_ids", "batch_tokens", "total_lens"),
         drafts.keep_chains,
         why="A token that fills up a short chain could be accepted out of its place.",
+    ),
+    Hook(
+        "model_executor.pool_configurator.create_memory_pool_configurator",
+        "around",
+        ("kvc",),
+        budget.choose_sizes,
+        why="Tokens and sliding windows of a model with both would share memory by the bytes of another cache.",
+    ),
+    Hook(
+        "layers.attention.attention_registry.attn_backend_wrapper",
+        "around",
+        ("runner", "full_attn_backend"),
+        _compose_backends,
+        why="A backend of SGLang's would attend the records of a model with sliding windows, too.",
     ),
     Hook(
         f"{_CONFIGURATOR}._handle_max_mamba_cache",

@@ -54,6 +54,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         exports_facts: whether its sizes are among the metrics of the server.
         rings: which pages hold the exact tokens of which request.
         states: that SGLang keeps for the other layers, None where there are none.
+        sliding_tokens: of SGLang's pool for the layers with a sliding window, 0 where there are none.
         draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
     """
 
@@ -67,13 +68,14 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         rows: int,
         device: str,
         states: States | None = None,
+        sliding_tokens: int = 0,
         draft_tokens: int = 1,
     ) -> None:
         """Allocate everything.
 
         Args:
             tokens: of the pool, whole pages; rows: of SGLang's ReqToTokenPool, the padding row included.
-            states: that SGLang keeps for the other layers.
+            states: that SGLang keeps for the other layers; sliding_tokens: that it keeps for them.
             draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
 
         Raises:
@@ -81,7 +83,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         """
         hook.verify_hooks()
         self.config, self._rows, self.shape, self.layer_ids = config, rows, shape, layer_ids
-        self.states, self.draft_tokens = states, draft_tokens
+        self.states, self.sliding_tokens, self.draft_tokens = states, sliding_tokens, draft_tokens
         super().__init__(
             tokens,
             page_size=PAGE_SIZE,
@@ -149,6 +151,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             "ring_tokens": self.rings.tokens_per_ring,
             "host_tokens": 0 if self.host is None else self.host.size,
             **({} if self.states is None else self._state_facts(self.states)),
+            **({"sliding_tokens": self.sliding_tokens} if self.sliding_tokens else {}),
         }
 
     def _state_facts(self, states: States) -> dict[str, Any]:
@@ -196,11 +199,14 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         """Move nothing: the accepted drafts of a chain are where they belong already, and trees are refused."""
 
 
-def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: Any) -> KVarNTokenToKVPool:
+def build(
+    configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: Any, sliding_tokens: int = 0
+) -> KVarNTokenToKVPool:
     """Build the pool of a kvarn target model.
 
     Args:
         configurator: SGLang's KVCacheConfigurator; max_total_num_tokens: of the pool, whole pages.
+        sliding_tokens: of the pool beside it, for layers with a sliding window.
         req_to_token_pool: SGLang's ReqToTokenPool, which gets the rings.
 
     Raises:
@@ -220,6 +226,7 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
         rows=rows,
         device=configurator.device,
         states=budget.states(configurator),
+        sliding_tokens=sliding_tokens,
         draft_tokens=draft_tokens,
     )
     setattr(req_to_token_pool, ATTRIBUTE, pool.rings)
@@ -229,6 +236,8 @@ def build(configurator: Any, *, max_total_num_tokens: int, req_to_token_pool: An
             _log_draft(drafted, shape.token_bytes(config), configurator)
         if pool.states is not None:
             _log_states(pool, pool.states, configurator)
+        if sliding_tokens:
+            _log_sliding(pool, sliding_tokens, configurator)
         if configurator.server_args.enable_metrics:
             pool.exports_facts = True
             report.export(pool.facts())
@@ -274,4 +283,21 @@ def _log_states(pool: KVarNTokenToKVPool, states: States, configurator: Any) -> 
         f" (and in a verify step one after each of {pool.draft_tokens} drafts)" if pool.draft_tokens > 1 else "",
         capacity.describe_sessions(states, pool.size),
         compat.scheduler_argument(configurator.server_args, "mamba_full_memory_ratio"),
+    )
+
+
+def _log_sliding(pool: KVarNTokenToKVPool, tokens: int, configurator: Any) -> None:
+    share = budget.sliding_share(configurator)
+    logger.info(
+        "KVarN: of %d layers %d keep records and %d a sliding window of %d tokens, attended by %s in 16 bits, %s bytes "
+        "per token: a pool of %s tokens for them in %.1f MiB, %s",
+        configurator.model_config.num_hidden_layers,
+        len(pool.layer_ids),
+        len(budget.sliding_layer_ids(configurator)),
+        configurator.sliding_window_size + 1,
+        compat.resolved_arguments(configurator.server_args).attention_backend,
+        f"{share.sliding_token:,}",
+        f"{tokens:,}",
+        tokens * share.sliding_token / MIB,
+        "as --swa-full-tokens-ratio says" if share.is_chosen else "as many as beside a 16-bit cache",
     )

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
+from kvarn_kernels.shape import AttentionShape
 
 from sglang_kvarn import capacity, compat, settings
 from sglang_kvarn.drafts import DFLASH, NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
 UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNTESTED_DRAFTS"
+UNTESTED_WINDOWS_ENV = "KVARN_UNTESTED_WINDOWS"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
@@ -30,6 +32,9 @@ _SESSION = "a session may be cut back into a page that is already quantised"
 
 _FULL_LAYERS = {"full_attention", "attention"}
 _STATE_LAYERS = {"linear_attention", "mamba"}
+_SLIDING_LAYERS = {"sliding_attention"}
+# models of which some layers have a sliding window in a pool of SGLang's, as tested
+WITH_WINDOWS = ("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM")
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
 # what SGLang writes into the code of a model, so that no configuration shows it
 _IN_CODE = {
@@ -166,14 +171,14 @@ _HOST_MEMORY = (
 
 ARGUMENTS = (
     Refusal(
-        lambda args: args.attention_backend != settings.ATTENTION_BACKEND,
+        lambda args: args.attention_backend != settings.ATTENTION_BACKEND and not compat.splits_sliding_windows(args),
         "--kv-cache-dtype {preset} needs the attention backend kvarn, not {args.attention_backend}, because no other"
         " one reads its records: drop --attention-backend, or --kv-cache-dtype for a model that needs another backend",
     ),
     Refusal(
         lambda args: (
-            args.prefill_attention_backend not in (None, settings.ATTENTION_BACKEND)
-            or args.decode_attention_backend not in (None, settings.ATTENTION_BACKEND)
+            not {args.prefill_attention_backend, args.decode_attention_backend} <= {None, settings.ATTENTION_BACKEND}
+            and not compat.splits_sliding_windows(args)
         ),
         "--kv-cache-dtype {preset} needs the attention backend kvarn for prefill and decode, because no other one"
         " reads its records: drop --prefill-attention-backend and --decode-attention-backend",
@@ -406,6 +411,7 @@ def _check_model_with(server_args: Any) -> None:
     model_config = compat.model_config(server_args)
     check_model(model_config)
     check_states(server_args, model_config)
+    check_windows(server_args, model_config)
 
 
 def check_model(model_config: Any) -> None:
@@ -430,7 +436,15 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     config, text = model_config.hf_config, model_config.hf_text_config
     kinds = set(getattr(text, "layer_types", None) or ())
     # first: Inkling's state cannot be asked for before SGLang publishes its arguments
-    yield compat.is_window_model(model_config) or "sliding_attention" in kinds, "sliding-window layers"
+    is_window_model = compat.is_window_model(model_config) or bool(_SLIDING_LAYERS & kinds)
+    is_tested = is_window_model and set(config.architectures) <= set(WITH_WINDOWS)
+    yield is_window_model and not is_tested, "sliding-window layers of a kind that is not tested"
+    is_served = is_tested and model_config.is_hybrid_swa
+    yield is_tested and not is_served, "sliding-window layers, of which --disable-hybrid-swa-memory keeps all tokens"
+    if is_served:
+        layers = (0, model_config.num_hidden_layers)
+        both = (compat.attention_layers(model_config, *layers), compat.sliding_layers(model_config, *layers))
+        yield not all(both), "only layers with full attention or only sliding-window layers in a pool for both"
     yield model_config.attention_arch.name == "MLA", "latent attention (MLA)"
     yield compat.is_sparse(model_config), "sparse attention (to tokens that an index chooses)"
     states = compat.hybrid_config(model_config)
@@ -440,12 +454,12 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     yield getattr(config, "dual_chunk_attention_config", None) is not None, "dual-chunk attention"
     yield getattr(model_config, "attention_chunk_size", None) is not None, "chunked attention"
     yield (getattr(text, "loop_num", None) or 1) > 1, "loops over its layers, with windows from the second one on"
-    kinds -= _FULL_LAYERS | (_STATE_LAYERS if is_known else set())
+    kinds -= _FULL_LAYERS | (_STATE_LAYERS if is_known else set()) | (_SLIDING_LAYERS if is_served else set())
     yield bool(kinds), f"layers of type {', '.join(sorted(kinds))}"
     yield model_config.is_encoder_decoder, "cross attention"
     bidirectional = getattr(text, "use_bidirectional_attention", None) or getattr(text, "is_causal", None) is False
     yield bool(bidirectional), _BIDIRECTIONAL
-    yield bool(model_config.has_attention_sinks), "attention sinks"
+    yield bool(model_config.has_attention_sinks) and not is_served, "attention sinks"
     yield getattr(text, "attn_logit_softcapping", None) is not None, "a logit cap"
     yield getattr(model_config, "use_alibi", False), "a bias by position (ALiBi)"
     yield (getattr(text, "num_kv_shared_layers", None) or 0) > 0, "layers that share another layer's keys and values"
@@ -458,8 +472,7 @@ def _head_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     keys, values = model_config.head_dim, model_config.v_head_dim
     yield keys not in SUPPORTED_HEAD_DIMS, f"head_dim {keys}"
     yield values != keys, f"values of {values} and keys of {keys} channels"
-    heads = getattr(model_config.hf_text_config, "num_attention_heads_per_layer", None) or ()
-    yield not set(heads) <= {model_config.num_attention_heads}, "layers with different numbers of query heads"
+    yield compat.query_heads(model_config) is None, "layers with different numbers of query heads"
 
 
 def check_states(server_args: Any, model_config: Any) -> None:
@@ -530,6 +543,48 @@ def check_states(server_args: Any, model_config: Any) -> None:
         raise Refused(
             f"a kvarn cache needs a --mamba-track-interval that is a multiple of the page size {settings.PAGE_SIZE}, "
             f"not {args.mamba_track_interval}: drop --mamba-track-interval"
+        )
+
+
+def check_windows(server_args: Any, model_config: Any) -> None:
+    """Refuse arguments that are not tested beside sliding windows in a pool of SGLang's.
+
+    Args:
+        server_args: ServerArgs, resolved or on the way; model_config: SGLang's ModelConfig.
+
+    Raises:
+        Refused: one sentence: what is expected, what came, why, what to do.
+    """
+    if not model_config.is_hybrid_swa:
+        return
+    args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
+    backends = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend}
+    untested = (
+        (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "host memory"),
+        (bool(args.speculative_algorithm), "--speculative-algorithm", "drafts"),
+        (args.tp_size > 1, "--tp-size", "more than one GPU"),
+        (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
+    )
+    for applies, flag, what in untested:
+        if applies:
+            raise Refused(
+                f"{flag} cannot be combined with a kvarn cache of {model}, because {what} beside sliding windows "
+                f"{'are' if what.endswith('s') else 'is'} not tested yet: drop {flag}"
+            )
+    if settings.ATTENTION_BACKEND in backends:
+        raise Refused(
+            f"--attention-backend kvarn cannot attend the sliding windows of {model}, which stay in 16 bits: drop "
+            "--attention-backend, or name one of SGLang's for them"
+        )
+    if "torch_native" in backends:
+        raise Refused(
+            f"--attention-backend torch_native cannot attend the sliding windows of {model}, because it reads them at "
+            "the slots of the other layers, whatever the cache: drop --attention-backend, or set it to triton"
+        )
+    if args.device != "cpu" and os.environ.get(UNTESTED_WINDOWS_ENV) != "1":
+        raise Refused(
+            f"a kvarn cache of {model} cannot be served on a GPU yet, because one beside sliding windows has run on a "
+            f"CPU only: drop --kv-cache-dtype, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
         )
 
 
@@ -609,14 +664,17 @@ def check_states_on_device(device: str, model_config: Any) -> None:
         )
 
 
-def check_layers(model: torch.nn.Module) -> None:
+def check_layers(model: torch.nn.Module, layer_ids: list[int], shape: AttentionShape) -> None:
     """Refuse attention layers with a property that the kernels do not compute.
+
+    Args:
+        layer_ids: those in records; shape: that pool and workspaces are made for.
 
     Raises:
         ValueError: the first such property.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, compat.RadixAttention)]
-    shapes = {(layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim) for layer in layers}
+    layers = [x for x in model.modules() if isinstance(x, compat.RadixAttention) and x.layer_id in layer_ids]
+    heads = (shape.num_qo_heads, shape.num_kv_heads, shape.head_dim)
     for layer in layers:
         properties = (
             (layer.logit_cap > 0, f"a logit cap of {layer.logit_cap}"),
@@ -626,8 +684,10 @@ def check_layers(model: torch.nn.Module) -> None:
             (layer.xai_temperature_len > 0, "temperature by position"),
             (layer.head_dim not in SUPPORTED_HEAD_DIMS, f"head_dim {layer.head_dim}"),
             (layer.v_head_dim != layer.head_dim, "values and keys of different width"),
-            # the pool and the workspace of the decode kernels have one shape
-            (len(shapes) > 1, "attention layers of different shapes"),
+            (
+                (layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim) != heads,
+                "attention layers of another shape than its configuration says",
+            ),
         )
         for applies, what in properties:
             if applies:

@@ -27,7 +27,9 @@ def add_to_server_info(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     if settings.preset_of(scheduler.server_args) is None:
         return result
     allocator = scheduler.token_to_kv_pool_allocator
-    pool = allocator.get_kvcache()
+    # beside sliding windows, whose allocator counts the smaller one of two parts
+    pool = getattr(allocator.get_kvcache(), "full_kv_pool", allocator.get_kvcache())
+    allocator = pool.rings.allocator
     used = (allocator.size - allocator.available_size()) // settings.PAGE_SIZE
     host = 0 if pool.host is None else (pool.host.size - pool.host.available_size()) // settings.PAGE_SIZE
     used = {"pages_in_use": used, "host_pages_in_use": host, "rings_in_use": pool.rings.out}

@@ -55,14 +55,25 @@ def apply_defaults(server_args: Any) -> None:
     preset = preset_of(server_args)
     if preset is not None:
         if server_args.attention_backend is None:
-            server_args.attention_backend = ATTENTION_BACKEND
+            server_args.attention_backend = _attention_backend(server_args)
         if server_args.page_size is None:
             server_args.page_size = PAGE_SIZE
     platform.apply_defaults(server_args)
 
 
+def _attention_backend(server_args: Any) -> str | None:
+    """Return the attention backend where nobody chose one; None: SGLang's choice, for sliding windows."""
+    if not compat.splits_sliding_windows(server_args):
+        return ATTENTION_BACKEND
+    # the one for a CPU, torch_native, is refused
+    return "triton" if server_args.device in (None, "cpu") and platform.is_active() else None
+
+
 def cache_dtype(original: Any, **kwargs: Any) -> tuple[str | None, torch.dtype]:
-    """Name the storage type of the cache: bytes. Hook around ``configure_kv_cache_dtype``."""
+    """Name the storage type of what is not in records. Hook around ``configure_kv_cache_dtype``.
+
+    The pool of records is bytes whatever this says.
+    """
     name = kwargs["server_args_kv_cache_dtype"]
     if not is_kvarn(name):
         return original(**kwargs)
@@ -71,4 +82,4 @@ def cache_dtype(original: Any, **kwargs: Any) -> tuple[str | None, torch.dtype]:
         # its own format where one was given, else that of the model; the name that SGLang keeps is the target's
         _, dtype = original(**kwargs | {"server_args_kv_cache_dtype": "auto"})
         return None, dtype
-    return None, torch.uint8
+    return None, kwargs["model_dtype"]

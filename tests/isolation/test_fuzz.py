@@ -78,6 +78,8 @@ class Lives(RuleBasedStateMachine):
         poison=st.booleans(),
         checkpoint=st.sampled_from((0, 0, 2 * PAGE)),
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
+        # not with drafts or host memory, which are refused beside them
+        sliding=st.sampled_from((0, 0, 0, 60, 150)),
         host_pages=st.sampled_from(HOST_PAGES),
         policy=st.sampled_from(("write_through", "write_back", "write_through_selective")),
         core=st.sampled_from(calls.cores),
@@ -89,19 +91,24 @@ class Lives(RuleBasedStateMachine):
         poison: bool,
         checkpoint: int,
         drafts: int,
+        sliding: int,
         host_pages: int,
         policy: str,
         core: str,
         order: int | str,
         prefetch: str,
     ) -> None:
+        if self.has_files:
+            sliding = 0
+        if sliding:
+            drafts = host_pages = checkpoint = 0
         if self.has_files and not host_pages:
             host_pages = SOME_PAGES[-1]
         self.files = tempfile.TemporaryDirectory() if self.has_files else None
         folder = Folder(Path(self.files.name)) if self.files else None
         self.host = {"pages": host_pages, "policy": policy, "seed": order, "core": core}
         self.host |= {"folder": folder, "prefetch": prefetch}
-        self.options = {"poison": poison, "checkpoint": checkpoint, "drafts": drafts}
+        self.options = {"poison": poison, "checkpoint": checkpoint, "drafts": drafts, "sliding": sliding}
         self.begin(self.preset, factors=0)
         if self.files:
             # lives are short, and need something that can be written
@@ -111,6 +118,7 @@ class Lives(RuleBasedStateMachine):
         self.total["worlds with host memory"] += bool(host_pages)
         self.total["worlds with checkpoints"] += bool(checkpoint)
         self.total["worlds with drafts"] += bool(drafts)
+        self.total["worlds with sliding windows"] += bool(sliding)
         self.total["worlds"] += 1
 
     def begin(self, preset: str, factors: int) -> None:
@@ -227,6 +235,11 @@ class Lives(RuleBasedStateMachine):
     @rule(pages=st.integers(1, 14))
     def evict(self, pages: int) -> None:
         self.world.evict(pages * PAGE)
+
+    @precondition(lambda self: self.world.sliding)
+    @rule(pages=st.integers(1, 12))
+    def evict_sliding(self, pages: int) -> None:
+        self.world.evict_sliding(pages * PAGE)
 
     @precondition(lambda self: self.world.tier and self.world.running)
     @rule(
@@ -372,6 +385,7 @@ def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, has_files: 
         has_files: whether every world has host memory, and files behind it.
     """
     kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory", "worlds with files")
+    kinds += ("worlds with sliding windows",)
     events = ("host hits", "storage hits", "failed loads", "flushes")
     total = dict.fromkeys(("steps", "forwards", "kernel forwards", *events, *kinds), 0)
     chosen = {"preset": preset, "total": total, "kernels_every": kernels_every, "has_files": has_files}

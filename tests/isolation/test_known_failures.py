@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from history import PAGE
+from sglang_kvarn import compat
 from world import CONTEXT, ROWS, World, prefill, tokens, use_plain_allocation_kernels
 
 PRESETS = ["kvarn", "kvarn_canonical"]
@@ -335,3 +336,60 @@ def test_a_state_that_is_evicted_while_its_pages_stay_costs_the_hit_and_nothing_
     # the later copy was a duplicate, and is free
     assert pages_in(world, late)[:2] == cached and {early, late} <= set(world.running)
     world.check_accounts()
+
+
+@pytest.fixture(params=PRESETS)
+def sliding(request, monkeypatch) -> World:
+    """A world of which other layers have sliding windows of 150 tokens."""
+    use_plain_allocation_kernels(monkeypatch)
+    return World(request.param, sliding=150)
+
+
+def test_pages_whose_sliding_windows_are_gone_are_replaced_by_those_of_who_computes_them_again(sliding):
+    """Nobody holds the pages: the prefix cache takes those of the request, with their windows."""
+    first = prefill(sliding, tokens(3 * PAGE + 5, 1))
+    sliding.finish(first)
+    sliding.evict_sliding(2 * PAGE)
+    again = prefill(sliding, tokens(3 * PAGE + 5, 1) + [7])
+    assert again.exact_start == 0, "a match ends where a window is whole"
+    sliding.check_accounts()
+    for _ in range(PAGE):
+        # every step checks outputs, records, the ring and the window
+        sliding.decode()
+    sliding.finish(again)
+    hit = prefill(sliding, tokens(3 * PAGE + 5, 1) + [8])
+    # 0.5.23 has freed more windows while the request went on
+    assert hit.exact_start in (PAGE, 3 * PAGE)
+    sliding.decode()
+    sliding.check_accounts()
+
+
+def test_pages_that_a_request_holds_get_the_sliding_windows_of_who_computes_them_again(sliding):
+    """The pages are locked by a request that is past them: they stay, and the windows are mapped to them."""
+    holder = prefill(sliding, tokens(3 * PAGE + 5, 1))
+    for _ in range(2 * PAGE):
+        sliding.decode()
+    sliding.evict_sliding(12 * PAGE)
+    again = prefill(sliding, tokens(3 * PAGE + 5, 1) + [7])
+    sliding.check_accounts()
+    assert holder in sliding.running and again in sliding.running
+    for _ in range(PAGE):
+        sliding.decode()
+    sliding.finish(holder)
+    hit = prefill(sliding, tokens(3 * PAGE + 5, 1) + [8])
+    assert hit.exact_start == 3 * PAGE
+    sliding.decode()
+    sliding.check_accounts()
+
+
+def test_a_ring_is_evicted_for_without_the_loss_of_sliding_windows(sliding):
+    """A ring has no window: SGLang's eviction for so many tokens would drop as many of both kinds."""
+    finished = prefill(sliding, tokens(2 * PAGE + 5, 1))
+    sliding.finish(finished)
+    before = sliding.tree.swa_evictable_size()
+    # more than the free pages, and than all pages of sliding windows
+    compat.evict(sliding.tree, sliding.allocator.full_available_size())
+    assert sliding.tree.swa_evictable_size() == before > 0
+    compat.evict(sliding.tree, sliding.allocator.full_available_size() + PAGE)
+    assert sliding.tree.full_evictable_size() < 2 * PAGE
+    sliding.check_accounts()

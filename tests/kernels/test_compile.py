@@ -27,6 +27,7 @@ KERNELS = {
     "_extend_kernel",
     "_dequantise_kernel",
     "_merge_parts_kernel",
+    "_weigh_against_sinks_kernel",
     "_plan_kernel",
     "_decode_kernel",
     "_merge_kernel",

@@ -7,7 +7,7 @@ import inspect
 import flashinfer_standin
 import pytest
 import torch
-from builders import DEVICE, PAGE, attention_for, cache_for, make_request, prefill, run_extend, shape_of
+from builders import DEVICE, PAGE, attention_for, cache_for, make_request, prefill, run_extend, shape_of, with_sinks
 from kvarn_kernels.attention import Attention
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense, paged_calls, segments
@@ -69,9 +69,12 @@ def dense_attention(cache, config) -> Attention:
     return attention
 
 
-@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
-def test_no_step_launches_what_the_warm_up_did_not(preset, launches, monkeypatch):
+@pytest.mark.parametrize(
+    ("preset", "has_sinks"), [("kvarn", False), ("kvarn_canonical", False), ("kvarn", True)], ids=str
+)
+def test_no_step_launches_what_the_warm_up_did_not(preset, has_sinks, launches, monkeypatch):
     config = KVarNConfig.from_preset(preset)
+    sinks = torch.zeros(HEADS[0], dtype=torch.bfloat16, device=DEVICE) if has_sinks else None
     monkeypatch.setattr(extend, "MIN_SPLIT_PAGES", 1)
     monkeypatch.setattr(segments, "SPLIT_PAGES", 1)
     requests = [make_request(n, HEADS, HEAD_DIM, torch.float16, row=row, first_page=8 * row - 7, seed=row)
@@ -84,7 +87,7 @@ def test_no_step_launches_what_the_warm_up_did_not(preset, launches, monkeypatch
     encoders, encoder = [], attentions[0]._encode
     encode_from_chunk = encoder.encode_from_chunk
     monkeypatch.setattr(encoder, "encode_from_chunk", lambda *a: encoders.append(a) or encode_from_chunk(*a))
-    attentions[-1].warm_up(cache)
+    attentions[-1].warm_up(cache, sinks)
     warmed = set(launches.variants)
     assert torch.isfinite(cache.exact[0]).all()
     assert encoders and {name for name, *_ in warmed} >= {"_rotate_kernel", "_extend_kernel", "_store_kernel"}
@@ -93,7 +96,7 @@ def test_no_step_launches_what_the_warm_up_did_not(preset, launches, monkeypatch
     # what they would launch is enough
     launches.runs = False
     monkeypatch.setattr(encoder, "encode_from_chunk", lambda *a: None)
-    for attention in attentions:
+    for attention in (attentions if sinks is None else [with_sinks(each, sinks) for each in attentions]):
         prefill(attention, requests[0], [PAGE + 1, 3 * PAGE - 1, 40], cache, config)
         prefill(attention, requests[1], [PAGE], cache, config)
         padded = dataclasses.replace(make_request(1, HEADS, HEAD_DIM, torch.float16), row=0, pages=[0])

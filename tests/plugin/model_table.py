@@ -101,6 +101,8 @@ SERVED_HYBRIDS = _rows(
     Qwen3_5MoeForCausalLM qwen3_5_moe_text  Qwen3_5MoeForConditionalGeneration qwen3_5_moe
     """
 )
+# some layers have a sliding window, in a pool of SGLang's own
+SERVED_WINDOWS = _rows("GptOssForCausalLM gpt_oss  LagunaForCausalLM laguna  MellumForCausalLM mellum")
 # the same states, but SGLang has a prefix cache for them only if a page is one token
 SERVED_UNCACHED = _rows(
     """
@@ -121,9 +123,9 @@ REFUSED = {
         Gemma3nForCausalLM gemma3n_text  Gemma3nForConditionalGeneration gemma3n
         Gemma4ForCausalLM gemma4_text  Gemma4ForConditionalGeneration gemma4
         Gemma4UnifiedForConditionalGeneration gemma4_unified
-        GptOssForCausalLM gpt_oss  GraniteMoeSWAForCausalLM granitemoe_swa  GraniteSWAForCausalLM granite_swa
-        IQuestQ1ForCausalLM iquest_q1  InklingForConditionalGeneration inkling_mm_model  LagunaForCausalLM laguna
-        Llama4ForConditionalGeneration llama4  MellumForCausalLM mellum
+        GraniteMoeSWAForCausalLM granitemoe_swa  GraniteSWAForCausalLM granite_swa
+        IQuestQ1ForCausalLM iquest_q1  InklingForConditionalGeneration inkling_mm_model
+        Llama4ForConditionalGeneration llama4
         MiMoV2FlashForCausalLM -  MiMoV2ForCausalLM -
         MuseGlimmerForCausalLM -  MuseGlimmerForConditionalGeneration -  MuseSparkForConditionalGeneration -
         Spark2_5ForCausalLM spark2_5  Step3p5ForCausalLM step3p5  Step3p7ForConditionalGeneration step3p7
@@ -198,6 +200,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "IQuestLoopCoderForCausalLM": {"loop_num": 2},
     "InternS2PreviewForConditionalGeneration": {"text_config": {"full_attention_interval": 4}},
     "JetVLMForConditionalGeneration": {"text_config": LLAMA},
+    # without layer types all of them have full attention
+    "LagunaForCausalLM": WINDOWS | {"num_hidden_layers": 2, "num_attention_heads_per_layer": [64, 48]},
+    "MellumForCausalLM": WINDOWS | {"num_hidden_layers": 2},
     "KimiK3ForConditionalGeneration": {"text_config": LLAMA | LATENT | {"linear_attn_config": KDA}},
     "KimiK3LinearForCausalLM": LATENT,
     "KimiLinearForCausalLM": LATENT,

@@ -32,6 +32,7 @@ def model(path="llama.LlamaAttention", *, factor=32.0, bias=True, method=None, *
         module.add_module(name, linear)
     module.attn = torch.nn.Module()
     module.attn.tp_q_head_num, module.attn.tp_k_head_num, module.attn.head_dim = HEADS, KV_HEADS, D
+    module.attn.sliding_window_size = -1
     module.rotary_emb = SimpleNamespace(rotary_dim=D, is_neox_style=True)
     if path.startswith("qwen3"):
         for name, scale in (("q_norm", 1 / factor), ("k_norm", factor)):
@@ -95,6 +96,15 @@ def test_a_loaded_model_is_balanced_for_a_kvarn_cache_of_its_own(preset, is_draf
     loaded = runner(made, kv_cache_dtype=preset, is_draft_worker=is_draft)
     assert balanced_layers.balance_loaded(None, loaded) is None
     assert changed(made, before) == is_balanced
+
+
+def test_layers_with_a_sliding_window_keep_their_weights(runner, caplog):
+    caplog.set_level("INFO")
+    made = model()
+    made[0].self_attn.attn.sliding_window_size = 127
+    before = weights(made)
+    balanced_layers.balance_layers(runner(made))
+    assert not changed(made, before) and not any("KVarN" in record.message for record in caplog.records)
 
 
 def test_a_second_load_changes_nothing(runner):

@@ -28,7 +28,12 @@ def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **cha
         speculative_algorithm=None,
     )
     model = SimpleNamespace(
-        get_num_kv_heads=lambda size: max(1, 2 // size), num_attention_heads=4, head_dim=64, context_len=4096
+        get_num_kv_heads=lambda size: max(1, 2 // size),
+        num_attention_heads=4,
+        head_dim=64,
+        context_len=4096,
+        is_hybrid_swa=False,
+        hf_text_config=SimpleNamespace(),
     )
     return SimpleNamespace(
         is_draft_worker=False,
@@ -360,3 +365,61 @@ def test_without_a_prefix_cache_no_session_waits(monkeypatch):
     kvc.server_args.max_mamba_cache_size = 40
     kept = budget.states(kvc)
     assert (kept.per_request, kept.per_session) == (1, 0) and capacity.describe_sessions(kept, 1 << 20) == ""
+
+
+# 12 layers of each kind with 8 KV heads of 64 channels, gpt-oss-20b, one request of chunks of 8,192 tokens at least
+GPT_OSS = capacity.SlidingShare(5664, 24_576, 24_576, ratio=0.8, is_chosen=False, least=17_023)
+
+
+def test_sliding_windows_get_the_bytes_that_they_have_beside_a_16_bit_cache():
+    tokens, sliding = GPT_OSS.of_memory(40 * GIB)
+    assert (tokens, sliding) == (4212736, 776704)
+    assert 40 * GIB - 128 * 5664 < tokens * 5664 + sliding * 24_576 <= 40 * GIB
+    # the stock pool has as many of sliding windows for 0.8 of its tokens
+    assert tokens >= 4.2 * sliding / 0.8
+
+
+def test_sliding_windows_have_room_for_a_request_and_no_more_than_requests_can_use():
+    tokens, sliding = GPT_OSS.of_memory(GIB)
+    assert sliding == 19_328 > GPT_OSS.least
+    tokens, sliding = GPT_OSS.of_memory(GIB // 2)
+    assert sliding == 17_024 and tokens * 5664 + sliding * 24_576 <= GIB // 2
+    few = dataclasses.replace(GPT_OSS, most=30_000)
+    assert few.of_memory(40 * GIB)[1] == 30_080 and few.of_memory(40 * GIB)[0] > 4212736
+    with pytest.raises(ValueError, match=r"needs 399\.0 MiB for sliding windows .*, but there are 384\.0"):
+        GPT_OSS.of_memory(384 * MIB)
+
+
+def test_a_chosen_ratio_is_taken_as_it_is_or_refused():
+    chosen = dataclasses.replace(GPT_OSS, ratio=0.1, is_chosen=True)
+    tokens, sliding = chosen.of_memory(40 * GIB)
+    assert 0 <= 0.1 * tokens - sliding < 256 and 0.99 < (tokens * 5664 + sliding * 24_576) / (40 * GIB) <= 1
+    with pytest.raises(ValueError, match=r"ratio 0.1 leaves 12,800 tokens .* may need 17,023: drop --swa-full-tokens"):
+        chosen.of_tokens(128_000, None)
+
+
+def test_fewer_tokens_have_fewer_sliding_windows_but_never_more_than_there_is_memory_for():
+    assert GPT_OSS.of_tokens(100_096, 776704) == 80_000
+    assert GPT_OSS.of_tokens(2_000_000, 776704) == 776704
+    assert GPT_OSS.of_tokens(1024, 776704) == 17_024
+
+
+def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
+    kvc = configurator("kvarn", sliding_window_size=127)
+    kvc.model_config.is_hybrid_swa, kvc.layer_info.end_layer = True, 4
+    kvc.model_config.full_attention_layer_ids, kvc.model_config.swa_attention_layer_ids = [1, 3], [0, 2]
+    kvc.model_config.get_swa_num_kv_heads = lambda ranks: 3
+    kvc.model_config.swa_head_dim = kvc.model_config.swa_v_head_dim = 64
+    vars(kvc.server_args).update(
+        {"disable_overlap_schedule": False, "disable_radix_cache": True, "swa_full_tokens_ratio": 0.8}
+    )
+    monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
+    monkeypatch.setattr(compat, "attention_backends", lambda args: 1)
+    monkeypatch.setattr(compat, "is_sliding_ratio_open", lambda args: True)
+    monkeypatch.setattr(compat, "sliding_eviction_interval", lambda: 128)
+    share = budget.sliding_share(kvc)
+    assert (share.token, share.plain_token) == (2 * 2 * 59, 2 * 2 * 2 * 64 * 2)
+    assert share.sliding_token == 2 * 3 * 2 * 64 * 2
+    # a request holds its window, what SGLang frees later, and pages at both ends; two chunks of 256 are under way
+    assert (share.least, share.most) == (127 + 128 + 256 + 512 + 128, 4 * (127 + 128 + 256) + 512 + 128)
+    assert share.ratio == 0.8 and not share.is_chosen

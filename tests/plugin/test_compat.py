@@ -88,11 +88,22 @@ def test_an_argument_of_a_scheduler_is_read_where_it_was_set(server_args, model_
 
 def test_attention_layers_are_those_of_a_hybrid_that_keep_no_states(monkeypatch):
     monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
-    assert compat.attention_layers(object(), 2, 5) == [2, 3, 4]
+    plain = SimpleNamespace(is_hybrid_swa=False)
+    assert compat.attention_layers(plain, 2, 5) == [2, 3, 4]
     found = SimpleNamespace(full_attention_layer_ids=[3, 7, 11])
     monkeypatch.setattr(compat, "hybrid_config", lambda model: found)
-    assert compat.attention_layers(object(), 0, 12) == [3, 7, 11]
-    assert compat.attention_layers(object(), 4, 11) == [7]
+    assert compat.attention_layers(plain, 0, 12) == [3, 7, 11]
+    assert compat.attention_layers(plain, 4, 11) == [7] and compat.sliding_layers(plain, 0, 12) == []
+
+
+def test_attention_layers_and_sliding_windows_are_those_of_sglang():
+    model = SimpleNamespace(is_hybrid_swa=True, swa_attention_layer_ids=[0, 2, 4], full_attention_layer_ids=[1, 3, 5])
+    assert compat.attention_layers(model, 0, 6) == [1, 3, 5] and compat.attention_layers(model, 2, 4) == [3]
+    assert compat.sliding_layers(model, 0, 6) == [0, 2, 4] and compat.sliding_layers(model, 2, 4) == [2]
+    heads = SimpleNamespace(num_attention_heads_per_layer=[96, 64, 96, 64, 96, 64])
+    assert compat.query_heads(SimpleNamespace(**vars(model), hf_text_config=heads)) == 64
+    heads.num_attention_heads_per_layer[3] = 32
+    assert compat.query_heads(SimpleNamespace(**vars(model), hf_text_config=heads)) is None
 
 
 @pytest.mark.parametrize(("found", "right"), [("0.5.16", False), ("0.5.18", False), ("0.5.20", True), ("0.5.23", True)])

@@ -15,7 +15,18 @@ from unittest import mock
 
 import pytest
 import states_on_cpu
-from model_table import CHANGES, DRAFTS, LATENT, REFUSED, SERVED, SERVED_HYBRIDS, SERVED_UNCACHED, WINDOWS, WRAPPERS
+from model_table import (
+    CHANGES,
+    DRAFTS,
+    LATENT,
+    REFUSED,
+    SERVED,
+    SERVED_HYBRIDS,
+    SERVED_UNCACHED,
+    SERVED_WINDOWS,
+    WINDOWS,
+    WRAPPERS,
+)
 from sglang_kvarn import compat, refusals
 
 TWO_LAYERS = {"num_hidden_layers": 2}
@@ -145,7 +156,7 @@ def refused(word: str):
 
 def test_every_architecture_of_sglang_is_judged():
     refused = [name for verdicts in REFUSED.values() for name in verdicts]
-    judged = [*SERVED, *SERVED_HYBRIDS, *SERVED_UNCACHED, *refused, *DRAFTS, *WRAPPERS]
+    judged = [*SERVED, *SERVED_HYBRIDS, *SERVED_UNCACHED, *SERVED_WINDOWS, *refused, *DRAFTS, *WRAPPERS]
     assert len(INSTALLED) > 150 and len(judged) == len(set(judged))
     new = sorted(set(INSTALLED) - set(judged))
     assert not new, f"SGLang {compat.version()} adds architectures that nobody judged: {', '.join(new)}"
@@ -323,11 +334,56 @@ def test_launch_judges_by_the_configuration(launch, architecture, model_type, ch
         launch(architecture, model_type, changes)
 
 
-@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "MiMoV2ForCausalLM", "UnlimitedOCRForCausalLM"])
+@pytest.mark.parametrize("architecture", ["MiMoV2ForCausalLM", "UnlimitedOCRForCausalLM"])
 def test_launch_refuses_windows_also_where_their_memory_is_disabled(launch, architecture):
     model_type = REFUSED["sliding-window layers"][architecture]
     with refused("sliding-window layers"):
         launch(architecture, model_type, CHANGES.get(architecture, {}), disable_hybrid_swa_memory=True)
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_WINDOWS), ids=lambda value: value)
+def test_launch_takes_models_with_sliding_windows(launch, architecture, model_type):
+    launch(architecture, model_type, CHANGES.get(architecture, {}))
+    with refused("of which --disable-hybrid-swa-memory keeps all tokens"):
+        launch(architecture, model_type, CHANGES.get(architecture, {}), disable_hybrid_swa_memory=True)
+
+
+@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
+def test_launch_refuses_models_with_one_kind_of_layer_in_a_pool_for_two(launch, kind):
+    with refused("only layers with full attention or only sliding-window layers"):
+        launch("GptOssForCausalLM", "gpt_oss", TWO_LAYERS | {"layer_types": [kind] * 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        ({"tp_size": 2}, "--tp-size"),
+        ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend and --decode-attention-backend"),
+        ({"attention_backend": "kvarn"}, "--attention-backend"),
+        ({"attention_backend": "torch_native"}, "--attention-backend"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_launch_refuses_arguments_beside_sliding_windows(launch, arguments, flag):
+    architecture = "LagunaForCausalLM"
+    with pytest.raises(ValueError, match=rf"^{flag}.* cannot .*{architecture}.*: drop {flag}"):
+        launch(architecture, "laguna", CHANGES[architecture], **arguments)
+
+
+def test_drafts_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypatch):
+    monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
+    config = SimpleNamespace(is_hybrid_swa=True, hf_config=SimpleNamespace(architectures=["GptOssForCausalLM"]))
+    off = {"enable_hierarchical_cache": False, "speculative_algorithm": None, "tp_size": 1, "device": "cpu"}
+    off |= {"attention_backend": "fa3", "prefill_attention_backend": None, "decode_attention_backend": None}
+    refusals.check_windows(SimpleNamespace(**off), config)
+    with pytest.raises(ValueError, match=r"drafts beside sliding windows are not tested yet: drop --speculative-alg"):
+        refusals.check_windows(SimpleNamespace(**off | {"speculative_algorithm": "EAGLE3"}), config)
+    on_gpu = SimpleNamespace(**off | {"device": "cuda"})
+    with pytest.raises(ValueError, match=r"on a CPU only: drop --kv-cache-dtype, or set KVARN_UNTESTED_WINDOWS=1"):
+        refusals.check_windows(on_gpu, config)
+    monkeypatch.setenv(refusals.UNTESTED_WINDOWS_ENV, "1")
+    refusals.check_windows(on_gpu, config)
 
 
 def test_resolution_leaves_errors_that_are_not_about_the_model_to_sglang(server_args, model_dir):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kvarn_kernels.shape import AttentionShape
 from sglang_kvarn import compat, refusals
 from sglang_kvarn.refused import Refused
 
@@ -388,6 +389,9 @@ def test_ranks_that_do_not_fit_the_heads_are_refused_in_the_parent(server_args, 
         args.check_server_args()
 
 
+SHAPE = AttentionShape(num_qo_heads=4, num_kv_heads=2, head_dim=64, dtype=torch.float32)
+
+
 class Layers(torch.nn.Module):
     """A model with one attention layer."""
 
@@ -410,17 +414,18 @@ class Layers(torch.nn.Module):
     ids=str,
 )
 def test_check_layers_names_the_property(kwargs, word):
-    refusals.check_layers(Layers())
+    refusals.check_layers(Layers(), [0], SHAPE)
     with pytest.raises(ValueError, match=f"Layers has .*{word}"):
-        refusals.check_layers(Layers(**kwargs))
+        refusals.check_layers(Layers(**kwargs), [0], SHAPE)
+    # SGLang's own backend attends the other layers
+    refusals.check_layers(Layers(**kwargs), [1], SHAPE)
 
 
-def test_check_layers_refuses_layers_of_different_shapes():
-    layers = torch.nn.ModuleList([Layers(), Layers(layer_id=1)])
-    refusals.check_layers(layers)
-    layers.append(Layers(layer_id=2, num_heads=8))
-    with pytest.raises(ValueError, match="layers of different shapes"):
-        refusals.check_layers(layers)
+def test_check_layers_refuses_layers_of_another_shape():
+    layers = torch.nn.ModuleList([Layers(), Layers(layer_id=1), Layers(layer_id=2, num_heads=8)])
+    refusals.check_layers(layers, [0, 1], SHAPE)
+    with pytest.raises(ValueError, match="layers of another shape"):
+        refusals.check_layers(layers, [0, 1, 2], SHAPE)
 
 
 def test_check_call_refuses_shared_caches_and_sinks():

@@ -13,7 +13,9 @@ from sglang_kvarn.rings import ATTRIBUTE, Rings
 
 PAGE, RING = 128, 3
 # a prefix cache that holds nothing, as SGLang has without one
-NO_TREE = SimpleNamespace(is_chunk_cache=lambda: True, supports_prefix_sharing=lambda: False)
+NO_TREE = SimpleNamespace(
+    is_chunk_cache=lambda: True, supports_prefix_sharing=lambda: False, token_to_kv_pool_allocator=None
+)
 
 
 def request(prefix: int):

@@ -37,19 +37,19 @@ def test_engine_lists_presets_for_a_wrong_name(server_args, model_dir):
         server_args(model_path=model_dir(), kv_cache_dtype="kvarn_k3v3")
 
 
-def test_cache_dtype_is_bytes_for_the_target_and_model_dtype_for_a_draft():
+def test_cache_dtype_is_that_of_what_is_not_in_records():
     configure = compat.resolve("sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype")
     common = dict(
         model=None, model_dtype=torch.bfloat16, is_dflash=False, speculative_draft_attention_backend=None
     )
     target = configure(server_args_kv_cache_dtype="kvarn", is_draft_worker=False, **common)
     draft = configure(server_args_kv_cache_dtype="kvarn", is_draft_worker=True, **common)
-    assert target == (None, torch.uint8) and draft == (None, torch.bfloat16)
+    assert target == (None, torch.bfloat16) and draft == (None, torch.bfloat16)
     if compat.has_argument("speculative_draft_kv_cache_dtype"):
         common["speculative_draft_kv_cache_dtype"] = "fp8_e4m3"
         draft = configure(server_args_kv_cache_dtype="kvarn", is_draft_worker=True, **common)
         target = configure(server_args_kv_cache_dtype="kvarn", is_draft_worker=False, **common)
-        assert draft == (None, torch.float8_e4m3fn) and target == (None, torch.uint8)
+        assert draft == (None, torch.float8_e4m3fn) and target == (None, torch.bfloat16)
     stock = configure(server_args_kv_cache_dtype="fp8_e4m3", is_draft_worker=False, **common)
     assert stock == (None, torch.float8_e4m3fn)
 

@@ -58,6 +58,12 @@ STOCK = {
     "budget.cell_size": [((Unread(), configurator(), Unread()), {})],
     "budget.charge_fixed_bytes": [((configurator(), Unread()), {})],
     "budget.cap_rows": [((configurator(), Unread()), {}), ((configurator(),), {"token_capacity": Unread()})],
+    "budget.choose_sizes": [((configurator(),), {})],
+    "plugin._compose_backends": [
+        ((SimpleNamespace(token_to_kv_pool=pool), Unread()), {})
+        # plain, and with sliding windows
+        for pool in (SimpleNamespace(size=4), SimpleNamespace(full_kv_pool=SimpleNamespace(size=4)))
+    ],
     "plugin._build_pool": [((configurator(),), {"sizes": Unread(), "req_to_token_pool": Unread()})],
     "report.add_to_server_info": [
         ((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)), Unread()), {}),
@@ -105,7 +111,7 @@ def test_a_hook_passes_arguments_and_result_of_a_stock_server_on(declared, args,
     caplog.set_level("DEBUG")
     # as on a machine with a GPU; on a CPU the platform that comes with the plugin has defaults of its own
     monkeypatch.setattr("sglang_kvarn.cpu.platform._has_accelerator", lambda: True)
-    for module in ("pool", "backend", "host_pool"):
+    for module in ("pool", "backend", "host_pool", "mixed_pool", "mixed_backend", "mixed_sizes"):
         monkeypatch.setitem(sys.modules, f"sglang_kvarn.{module}", None)
         monkeypatch.delattr(sglang_kvarn, module, raising=False)
     before = [copy.copy(vars(x)) for x in args if isinstance(x, SimpleNamespace)]

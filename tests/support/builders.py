@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from kvarn_kernels import reference, torch_form
@@ -224,6 +225,17 @@ def attention_for(
     if attention._decode_workspace is not None:
         poison(attention._decode_workspace)
     return attention
+
+
+def with_sinks(attend: Attend, sinks: torch.Tensor) -> Attend:
+    """Return what feeds a step of a layer with attention sinks [Hq]."""
+    if not isinstance(attend, Attention):
+        return partial(attend, sinks=sinks)
+
+    def run(new, out, cache, batch, config, sm_scale):
+        attend.attend(new, out, cache, attend.plan(batch), sm_scale, sinks)
+
+    return run
 
 
 def poison(workspace: DecodeWorkspace) -> None:

@@ -28,7 +28,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 import triton
-from builders import attention_for, make_cache, make_request, run_decode, run_extend, shape_of
+from builders import attention_for, make_cache, make_request, run_decode, run_extend, shape_of, with_sinks
 from kvarn_kernels.attention import TRITON
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense
@@ -59,11 +59,15 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     # the merge has a form for many heads
     few, many = 4, -(-FEW_ROWS // heads[0])
     attention = attention_for(cache, heads[0], config, TRITON, max_batch=max(few, many), max_pages=64, gpu=gpu)
-    run_extend(attention, [request], [(100, 300)], cache, config)
-    extend.MIN_SPLIT_PAGES = 1
-    run_extend(attention, [request], [(100, 300)], cache, config)
-    for size in (few, many):
-        run_decode(attention, [request], [299], cache, config, padding=size - 1)
+    sinks = with_sinks(attention, torch.zeros(heads[0], dtype=dtype))
+    least = extend.MIN_SPLIT_PAGES
+    for attend in (attention, sinks):
+        extend.MIN_SPLIT_PAGES = least
+        run_extend(attend, [request], [(100, 300)], cache, config)
+        extend.MIN_SPLIT_PAGES = 1
+        run_extend(attend, [request], [(100, 300)], cache, config)
+        for size in (few, many):
+            run_decode(attend, [request], [299], cache, config, padding=size - 1)
     more = config.ring_pages(head_dim, dtype.itemsize, DRAFTS) - config.ring_pages(head_dim, dtype.itemsize)
     drafted = make_cache(config, heads[1], head_dim, dtype, pages=8, rows=4, more_ring_pages=more)
     verify = attention_for(drafted, heads[0], config, TRITON, max_batch=DRAFTS, max_pages=64, drafts=DRAFTS, gpu=gpu)
@@ -73,7 +77,8 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     for pages in (8, 2):
         device, library = torch.device("cpu"), MagicMock()
         attention._dense_workspace = extend_dense.make_workspace(shape_of(cache, heads[0]), pages, device, library)
-        run_extend(attention, [request], [(100, 300)], cache, config)
+        for attend in (attention, sinks):
+            run_extend(attend, [request], [(100, 300)], cache, config)
     return launches
 
 

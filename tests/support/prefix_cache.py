@@ -35,13 +35,37 @@ class RadixCalls:
     # trees with host memory that SGLang has
     cores = ("python",)
 
-    def make_tree(self, rows, allocator, host=None):
-        """Return an empty prefix cache over these pools, and over host memory if there is any (HostOptions)."""
+    def make_tree(self, rows, allocator, host=None, sliding=0):
+        """Return an empty prefix cache over these pools.
+
+        Args:
+            host: host memory behind it, if there is any (HostOptions).
+            sliding: tokens before a query in the sliding windows that it keeps too, 0 for none.
+        """
+        if sliding:
+            return self._make_sliding_tree(rows, allocator, sliding, "sglang.srt.mem_cache.unified_cache_components")
         if host is None:
             return compat.resolve("sglang.srt.mem_cache.radix_cache.RadixCache")(self._parameters(rows, allocator))
         parameters = self._parameters(rows, allocator, tp_cache_group=self._one_rank())
         arguments = SimpleNamespace(**self._host_arguments(allocator, host), served_model_name="world")
         return compat.resolve("sglang.srt.mem_cache.hiradix_cache.HiRadixCache")(parameters, arguments)
+
+    def _make_sliding_tree(self, rows, allocator, sliding: int, components: str):
+        kind = compat.resolve(f"{components}.ComponentType")
+        more = {"tree_components": (kind.FULL, kind.SWA), "sliding_window_size": sliding}
+        cache = compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
+        return cache(self._parameters(rows, allocator, **more))
+
+    def evict_sliding(self, tree, req, end: int) -> None:
+        """Free what left the sliding window of a request that has so many tokens."""
+        compat.resolve("sglang.srt.mem_cache.common.free_swa_out_of_window_slots")(
+            req,
+            end,
+            sliding_window_size=tree.sliding_window_size,
+            page_size=PAGE,
+            req_to_token_pool=tree.req_to_token_pool,
+            token_to_kv_pool_allocator=tree.token_to_kv_pool_allocator,
+        )
 
     @staticmethod
     def _one_rank() -> SimpleNamespace:
@@ -152,7 +176,7 @@ class RadixCalls:
 
     def cached_slots(self, tree) -> torch.Tensor:
         """Return the slots that the tree holds."""
-        if hasattr(tree, "cache_controller"):
+        if getattr(tree, "cache_controller", None) is not None:
             return torch.cat([torch.empty(0), *(device for _, _, device, _ in self.nodes(tree) if device is not None)])
         return tree.all_values_flatten() if tree.root_node.children else torch.empty(0)
 
@@ -186,7 +210,7 @@ class RadixCalls:
 
     def lock(self, tree, req) -> None:
         """Keep the matched prefix of a request from eviction."""
-        tree.inc_lock_ref(req.last_node)
+        req.swa_uuid_for_lock = tree.inc_lock_ref(req.last_node).swa_uuid_for_lock
 
     def set_extend_range(self, req, start: int, end: int) -> None:
         """Choose the tokens of a request's next chunk."""
@@ -234,7 +258,9 @@ class UnifiedCalls(RadixCalls):
     rejects_after_load = False
     cores = ("python", "rust")
 
-    def make_tree(self, rows, allocator, host=None):
+    def make_tree(self, rows, allocator, host=None, sliding=0):
+        if sliding:
+            return self._make_sliding_tree(rows, allocator, sliding, "sglang.srt.mem_cache.unified_cache.components")
         full = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").FULL
         cache = compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
         if host is None:
@@ -246,6 +272,9 @@ class UnifiedCalls(RadixCalls):
         tree = cache(parameters)
         tree.init_hicache(compat.resolve("sglang.srt.runtime_context.get_server_args")(), parameters)
         return tree
+
+    def evict_sliding(self, tree, req, end: int) -> None:
+        tree.evict_sliding_windows(req, end, eviction_interval=1)
 
     def host_pool(self, tree):
         return tree.cache_controller.mem_pool_host.anchor_entry.host_pool

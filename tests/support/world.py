@@ -34,6 +34,8 @@ ROWS, CONTEXT, PADDING = 4, 1024, 2
 SHAPE = AttentionShape(QO_HEADS, KV_HEADS, HEAD_DIM, torch.float32)
 # pages of the pool besides those of rings
 TOKEN_PAGES = 16
+# pages for sliding windows, fewer than tokens have, so that the prefix cache loses windows before it loses pages
+SLIDING_PAGES = 12
 # float32 sums of the torch form against float64 ones; one wrong key among 1,000 is above 1e-3
 BOUND = 2e-5
 # fp16 operands of the kernels: a score of 10 is off by up to 10 * 2^-11; of each head by itself
@@ -138,6 +140,8 @@ class World:
         pool_pages: as many as `rings` rings take, and 16; by default so few that not every row finds a ring.
         checkpoint: tokens between the states of a hybrid model, where a match of the prefix cache may end; 0: anywhere.
         drafts: the most tokens of a request in a verify step; 0: requests decode.
+        sliding: tokens before a query in the sliding windows of other layers, which SGLang keeps; 0: none. A tag stands
+            for what such a layer stores.
         host: host memory behind the prefix cache, with two layers instead of one and a device that runs late.
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
@@ -155,6 +159,7 @@ class World:
         rings: int = ROWS - 1,
         checkpoint: int = 0,
         drafts: int = 0,
+        sliding: int = 0,
         host: HostOptions | None = None,
     ) -> None:
         self.config = KVarNConfig.from_preset(preset)
@@ -162,6 +167,7 @@ class World:
         each = max(drafts, 1)
         self.pool_pages = TOKEN_PAGES + rings * self.config.ring_pages(HEAD_DIM, SHAPE.dtype.itemsize, each)
         self.poison, self.kernels_every, self.checkpoint, self.drafts = poison, kernels_every, checkpoint, drafts
+        self.sliding = sliding
         calls.set_drafts(drafts)
         self.pool = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
             self.pool_pages * PAGE,
@@ -176,10 +182,11 @@ class World:
         self.rows = memory_pool.ReqToTokenPool(
             size=ROWS, max_context_len=CONTEXT, device="cpu", enable_memory_saver=False
         )
-        self.allocator = compat.PagedTokenToKVPoolAllocator(
-            self.pool_pages * PAGE, PAGE, torch.uint8, "cpu", self.pool, need_sort=False
-        )
-        make_tree = partial(calls.make_tree, self.rows, self.allocator)
+        self.allocator = self._make_allocator()
+        # of the records; beside sliding windows one of two
+        self.paged = self.allocator.full_attn_allocator if sliding else self.allocator
+        self.tags = torch.zeros((SLIDING_PAGES + 1) * PAGE, dtype=torch.int64)
+        make_tree = partial(calls.make_tree, self.rows, self.allocator, sliding=sliding)
         self.tier = HostTier(host, self.pool, make_tree, self.pages) if host else None
         self.tree = self.tier.tree if self.tier else make_tree()
         self.rings = self.pool.rings
@@ -197,13 +204,22 @@ class World:
         self._poisoned: list[int] = []
         self._poison_free_memory()
 
+    def _make_allocator(self):
+        if not self.sliding:
+            size = self.pool_pages * PAGE
+            return compat.PagedTokenToKVPoolAllocator(size, PAGE, torch.uint8, "cpu", self.pool, need_sort=False)
+        make_pool, shape = compat.resolve("sglang_kvarn.mixed_pool.MixedPool"), (KV_HEADS, HEAD_DIM, HEAD_DIM)
+        pool = make_pool(self.pool, SLIDING_PAGES * PAGE, [1], shape)
+        sizes = (pool.size, pool.size_swa, PAGE, torch.uint8, "cpu", pool)
+        return compat.SWATokenToKVPoolAllocator(*sizes, need_sort=False)
+
     def _poison_free_memory(self) -> None:
         """Fill every free page with NaN, as soon as no prepared step may still write it."""
         if not self.poison:
             return
         if self.tier:
             self.tier.poison()
-        free = self.allocator.free_pages.tolist()
+        free = self.paged.free_pages.tolist()
         if free == self._poisoned:
             return
         self._poisoned = free
@@ -212,7 +228,10 @@ class World:
 
     def free_tokens(self) -> int:
         """Tokens that can be allocated, evicting the whole tree if need be."""
-        return self.allocator.available_size() + self.tree.evictable_size()
+        if not self.sliding:
+            return self.allocator.available_size() + self.tree.evictable_size()
+        full = self.allocator.full_available_size() + self.tree.full_evictable_size()
+        return min(full, self.allocator.swa_available_size() + self.tree.swa_evictable_size())
 
     def evict(self, tokens: int) -> None:
         """Drop cached pages that no request uses."""
@@ -222,12 +241,43 @@ class World:
         )
         self._poison_free_memory()
 
+    def evict_sliding(self, tokens: int) -> None:
+        """Drop sliding windows of cached pages, which stay without them."""
+        self.steps += 1
+        params = compat.resolve("sglang.srt.mem_cache.base_prefix_cache.EvictParams")
+        self.tree.evict(params(swa_num_tokens=tokens))
+        self._poison_free_memory()
+
+    def _check_sliding(self) -> None:
+        """No page of sliding windows is of two pages of tokens, and rings have none."""
+        table = self.allocator.full_to_swa_index_mapping[:-1].view(-1, PAGE)
+        pages = table[:, 0] // PAGE
+        used = pages[pages > 0].tolist()
+        free = self.allocator.swa_attn_allocator.free_pages.tolist()
+        assert sorted(used + free) == list(range(1, SLIDING_PAGES + 1)), (used, free)
+        rings = [page for request in self.holders() for page in self.rings.pages[request.row].tolist()]
+        assert not table[rings].any(), "a ring has a sliding window"
+        assert not table[self.paged.free_pages].any(), "a free page has a sliding window"
+
+    def _slide(self, step: Step) -> None:
+        """Let a layer with a sliding window store and read: SGLang's slots of it hold what the history says."""
+        for request, (start, end), slots in zip(step.requests, step.spans, step.slots, strict=True):
+            own = torch.tensor([h >> 1 for h in request.history.hashes[:end]])
+            places = self.allocator.full_to_swa_index_mapping[slots.long()]
+            if start == 0 or request.row is not None:
+                assert places[start:].all(), f"request {request.req.rid}: a new token has no sliding window"
+                self.tags[places[start:]] = own[start:]
+                seen = max(start - self.sliding, 0)
+                assert torch.equal(self.tags[places[seen:]], own[seen:]), f"request {request.req.rid}: sliding window"
+
     def check_accounts(self) -> None:
         """Every page is free, or in the tree, or one request's own, or in its ring; no page is two of these.
 
         Pages of host memory are free or in the tree, and what the tree has here and there is what it should be.
         """
-        free = self.allocator.free_pages.tolist()
+        free = self.paged.free_pages.tolist()
+        if self.sliding:
+            self._check_sliding()
         cached = (calls.cached_slots(self.tree)[::PAGE] // PAGE).long().tolist()
         own, in_rings = [], []
         for request in self.holders():
@@ -648,6 +698,8 @@ class World:
             q, k, v = (torch.cat([x, x.new_full((padded, *x.shape[1:]), 1e4)]) for x in (q, k, v))
         step.new = QKV(q, k, v)
         layers = [partial(self._forward, step, n) for n in range(len(self.caches))]
+        if self.sliding:
+            self._slide(step)
         if self.tier:
             self.tier.launch_forward(layers, step.consumer, graph=not step.is_extend)
         else:
@@ -722,6 +774,8 @@ class World:
             if request.row is None:
                 continue
             decoded = request in self.running
+            if decoded and self.sliding:
+                calls.evict_sliding(self.tree, request.req, end - 1)
             if step.drafts:
                 calls.note_accepted(request.req, end)
             if end == len(request.history.tokens):

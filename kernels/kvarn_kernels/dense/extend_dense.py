@@ -18,7 +18,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import paged_calls, segments
 from kvarn_kernels.dense.dequantise import PageList, dequantise
 from kvarn_kernels.dense.dequantise_cuda import dequantise as dequantise_by_cuda
-from kvarn_kernels.dense.merge_parts import merge_parts
+from kvarn_kernels.dense.merge_parts import merge_parts, weigh_against_sinks
 from kvarn_kernels.dense.paged_calls import Library, Run, to_device
 from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.memory import LayerCache
@@ -177,6 +177,7 @@ def extend_dense(
     plan: DensePlan,
     config: KVarNConfig,
     sm_scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend the new tokens of each request by the position rule.
 
@@ -188,13 +189,14 @@ def extend_dense(
         new: q [at least T, Hq, D]; k, v: [at least T, Hk, D]; model dtype, not rotated.
         out: [at least T, Hq, D] model dtype, contiguous; the first T rows are written.
         cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
+        sinks: attention sinks, [Hq] any float dtype, None without. They are the last to be merged.
     """
     workspace = plan.workspace
     pages = (workspace.keys, workspace.values)
     q, out = new.q[: batch.num_tokens], out[: batch.num_tokens]
     write = dequantise_by_cuda if workspace.compiled else dequantise
     lse = None
-    if len(plan.segments) > 1:
+    if len(plan.segments) > 1 or sinks is not None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for segment in plan.segments:
         write(pages, new, segment.pages, cache, batch, config)
@@ -210,3 +212,6 @@ def extend_dense(
             assert lse is not None and part_lse is not None
             shape = (segment.splits, -1)
             merge_parts(out, lse, segment.begin, part.unflatten(0, shape), part_lse.unflatten(0, shape), segment.seen)
+    if sinks is not None:
+        assert lse is not None
+        weigh_against_sinks(out, lse, sinks)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merge what further segments of an extend step gave into its output, in the model's frame."""
+"""Merge what further segments of an extend step gave into its output, and attention sinks; in the model's frame."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.device.numerics import cast
+from kvarn_kernels.read.attend import sink_weight
 
 # query heads of a program
 ROWS = 16
@@ -79,6 +80,50 @@ def merge_parts(
         begin=begin,
         num_rows=num_rows,
         splits=splits,
+        HQ=num_qo_heads,
+        D=head_dim,
+        ROWS=ROWS,
+        num_warps=4,
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _weigh_against_sinks_kernel(
+    out_ptr,  # [T, Hq, D] model dtype, written
+    lse_ptr,  # [T, Hq] float32, base 2
+    sinks_ptr,  # [Hq] any float dtype
+    num_rows,  # T * Hq
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = r < num_rows
+    out_ptrs = out_ptr + (r * D)[:, None] + tl.arange(0, D)[None, :]
+    x = tl.load(out_ptrs, mask=valid[:, None], other=0.0).to(tl.float32)
+    lse = tl.load(lse_ptr + r, mask=valid, other=0.0)
+    share = 1.0 / (1.0 + sink_weight(tl.load(sinks_ptr + r % HQ), lse))
+    tl.store(out_ptrs, cast(x * share[:, None], out_ptr.dtype.element_ty), mask=valid[:, None])
+
+
+_weigh_against_sinks_launcher = TritonLauncher(_weigh_against_sinks_kernel)
+
+
+def weigh_against_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Take from outputs the weight that attention sinks have: out *= 1 / (1 + exp2(log2(e) * sink - lse)).
+
+    Args:
+        out: [T, Hq, D] model dtype, contiguous, written; lse: float32 [T, Hq], base 2, finite.
+        sinks: any float dtype [Hq].
+    """
+    tokens, num_qo_heads, head_dim = out.shape
+    num_rows = tokens * num_qo_heads
+    _weigh_against_sinks_launcher(
+        (-(-num_rows // ROWS), 1, 1),
+        out_ptr=out,
+        lse_ptr=lse,
+        sinks_ptr=sinks,
+        num_rows=num_rows,
         HQ=num_qo_heads,
         D=head_dim,
         ROWS=ROWS,

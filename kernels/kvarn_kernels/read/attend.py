@@ -22,6 +22,7 @@ from kvarn_kernels.record.unpack import load_key_words, load_value_words, unpack
 # below 65,504
 SHIFT = tl.constexpr(4.0)
 LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -83,6 +84,16 @@ def weigh(s, m, l):
     alpha = tl.exp2(m - m_safe)
     p = tl.exp2(s - (m_safe - SHIFT)[:, None])
     return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def sink_weight(sink, m):
+    """Return what an attention sink adds to a sum of weights exp2(score - m), where it is added once for a query.
+
+    Args:
+        sink: any float dtype, natural logarithm, not scaled; m: float32, finite, of base 2.
+    """
+    return tl.exp2(sink.to(tl.float32) * _LOG2_E - m)
 
 
 @triton.jit

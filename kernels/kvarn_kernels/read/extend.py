@@ -24,7 +24,7 @@ from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.device.numerics import cast, dot
 from kvarn_kernels.memory import LayerCache
-from kvarn_kernels.read.attend import LOG2_E, SHIFT, attend_exact, normalise_query, weigh
+from kvarn_kernels.read.attend import LOG2_E, SHIFT, attend_exact, normalise_query, sink_weight, weigh
 from kvarn_kernels.read.merge import merge_splits
 from kvarn_kernels.record import tile
 from kvarn_kernels.record.hadamard import hadamard_signs, unrotate
@@ -58,6 +58,7 @@ def _extend_kernel(
     out_ptr,  # [T, Hq, D] model dtype, written unless SPLIT
     partial_out_ptr,  # [T, splits, Hq, D] float32, written if SPLIT
     partial_lse_ptr,  # [T, splits, Hq] float32, base 2
+    sinks_ptr,  # [Hq] any float dtype, read if SINKS and not SPLIT
     stride_page_table,
     sm_scale_log2,
     num_tiles,
@@ -75,6 +76,7 @@ def _extend_kernel(
     WINDOW: tl.constexpr,
     RING_PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
+    SINKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -150,6 +152,10 @@ def _extend_kernel(
         acc = blocks[0]
 
     empty = l == 0.0
+    if SINKS and not SPLIT:
+        # weights of keys are 2^SHIFT times as large
+        sink = tl.load(sinks_ptr + head * GROUP + group_head, mask=valid, other=0.0)
+        l += sink_weight(sink, tl.where(empty, 0.0, m) - SHIFT)
     acc = acc / tl.where(empty, 1.0, l)[:, None]
     if SPLIT:
         at = (((first_token + position) * splits + split) * HK + head) * GROUP + group_head
@@ -243,6 +249,7 @@ def extend(
     plan: ExtendPlan,
     config: KVarNConfig,
     sm_scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend the new tokens of each request by the position rule.
 
@@ -253,6 +260,7 @@ def extend(
         rotated: q float32 [T, Hq, D]; k, v [T, Hk, D] model dtype; rotated, contiguous.
         out: [T, Hq, D] model dtype, contiguous, written, not rotated.
         cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
+        sinks: attention sinks, [Hq] any float dtype, None without.
     """
     blocks, splits, heads = plan.blocks, plan.splits, rotated.q.shape[1]
     group = heads // cache.num_kv_heads
@@ -279,6 +287,7 @@ def extend(
         out_ptr=out,
         partial_out_ptr=partial_out,
         partial_lse_ptr=partial_lse,
+        sinks_ptr=sinks,
         stride_page_table=batch.page_table.stride(0),
         sm_scale_log2=sm_scale * LOG2_E,
         num_tiles=plan.num_tiles,
@@ -296,8 +305,9 @@ def extend(
         WINDOW=config.window_pages,
         RING_PAGES=batch.ring_pages.shape[1],
         SPLIT=splits > 1,
+        SINKS=sinks is not None,
         STAGES=blocks.stages,
         num_warps=blocks.warps,
     )
     if partial_out is not None and partial_lse is not None and plan.split_indptr is not None:
-        merge_splits(out[: batch.num_tokens], partial_out, partial_lse, plan.split_indptr, config)
+        merge_splits(out[: batch.num_tokens], partial_out, partial_lse, plan.split_indptr, config, sinks)

@@ -10,6 +10,7 @@ import triton.language as tl
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.device.numerics import cast
+from kvarn_kernels.read.attend import sink_weight
 from kvarn_kernels.record.hadamard import hadamard_signs, unrotate
 
 # partial results (rows x splits) that one program loads at a time
@@ -25,8 +26,10 @@ def _merge_kernel(
     indptr_ptr,  # [T + 1] int32, first split of each token
     out_ptr,  # [T * Hq, D] model dtype, written
     signs_ptr,  # [D, D] bfloat16
+    sinks_ptr,  # [SINKS] any float dtype, read if SINKS
     num_rows,
     HQ: tl.constexpr,
+    SINKS: tl.constexpr,  # query heads of a token, 0 without attention sinks
     D: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -45,7 +48,7 @@ def _merge_kernel(
         exists = start + n[None, :] < count[:, None]
         lse = tl.load(partial_lse_ptr + first + start * HQ, mask=exists, other=float("-inf"))
         largest = tl.maximum(largest, lse)
-    m = tl.max(largest, 1)[:, None]
+    m = tl.max(largest, 1)
     m = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros([ROWS, SPLITS], tl.float32)
     acc = tl.zeros([ROWS, SPLITS, D], tl.float32)
@@ -54,10 +57,12 @@ def _merge_kernel(
         at = first + start * HQ
         lse = tl.load(partial_lse_ptr + at, mask=exists, other=float("-inf"))
         x = tl.load(partial_out_ptr + (at * D)[:, :, None] + d[None, None, :], mask=exists[:, :, None], other=0.0)
-        weight = tl.exp2(lse - m)
+        weight = tl.exp2(lse - m[:, None])
         acc += x * weight[:, :, None]
         total += weight
     l = tl.sum(total, 1)
+    if SINKS:
+        l += sink_weight(tl.load(sinks_ptr + r % SINKS), m)
     x = tl.sum(acc, 1) / tl.where(l == 0.0, 1.0, l)[:, None]
     # a matrix product takes 16 rows or more
     COPIES: tl.constexpr = 16 // ROWS
@@ -87,6 +92,7 @@ def merge_splits(
     partial_lse: torch.Tensor,
     indptr: torch.Tensor,
     config: KVarNConfig,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Combine partial results by their lse and write out = (sum) H.
 
@@ -94,6 +100,7 @@ def merge_splits(
         out: [N, Hq, D] model dtype, contiguous, written.
         partial_out: float32 [S, Hq, D]; partial_lse: float32 [S, Hq], base 2, -inf where a split holds no key.
         indptr: int32 [at least N + 1]; the splits indptr[n] .. indptr[n + 1] - 1 belong to token n.
+        sinks: attention sinks, any float dtype [Hq], or [Hq / n] for n drafts that were attended together.
     """
     num_tokens, num_qo_heads, head_dim = out.shape
     num_rows = num_tokens * num_qo_heads
@@ -105,8 +112,10 @@ def merge_splits(
         indptr_ptr=indptr,
         out_ptr=out,
         signs_ptr=hadamard_signs(head_dim, torch.bfloat16, out.device),
+        sinks_ptr=sinks,
         num_rows=num_rows,
         HQ=num_qo_heads,
+        SINKS=0 if sinks is None else sinks.shape[0],
         D=head_dim,
         ROWS=rows,
         SPLITS=RESULTS // rows,

@@ -19,6 +19,7 @@ def attention(
     *,
     exact_start: int = 0,
     sm_scale: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend the last Tq tokens of a sequence to all of it, by the position rule.
 
@@ -31,6 +32,8 @@ def attention(
         k, v: [T, Hk, D] after RoPE, not rotated, positions 0 .. T - 1; their dtype is the model's.
         exact_start: tokens taken from the prefix cache, a multiple of the page; they are never read exactly.
         sm_scale: factor of the scores, default 1 / sqrt(D).
+        sinks: [Hq], attention sinks: a score of each query head that takes weight and has no value, not scaled.
+            weight(j) = exp(score(j)) / (exp(sink) + sum over keys of exp(score))
 
     Returns:
         float32 [Tq, Hq, D], in the model's frame. Scores and sums in float64.
@@ -64,6 +67,10 @@ def attention(
     scores = torch.where(
         exact, rotated_q @ expand(exact_k).transpose(1, 2), rotated_q @ expand(record_k).transpose(1, 2)
     )
-    weights = (scores * sm_scale).masked_fill(j > i, float("-inf")).softmax(-1)
+    scores = (scores * sm_scale).masked_fill(j > i, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores).view(-1, 1, 1).expand(-1, queries, 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., :tokens]
     out = (weights * exact) @ expand(exact_v) + (weights * ~exact) @ expand(record_v)
     return rotate(out.float()).transpose(0, 1)

@@ -8,6 +8,14 @@ from typing import Any
 from sglang_kvarn import compat
 
 
+def _make_allocator(*args: Any, **kwargs: Any) -> Any:
+    """Make SGLang's allocator of a pool; 0.5.16 asks here for that of two parts too, and says the size of one."""
+    pool = kwargs.get("kvcache")
+    if isinstance(pool, compat.SWAKVPool):
+        return compat.SWATokenToKVPoolAllocator(pool.size, pool.size_swa, **kwargs)
+    return compat.PagedTokenToKVPoolAllocator(*args, **kwargs)
+
+
 class KVarNCpuPlatform(compat.CpuDeviceMixin, compat.SRTPlatform):
     """Run every layer by its torch form (``forward_native``) on the CPU.
 
@@ -35,4 +43,4 @@ class KVarNCpuPlatform(compat.CpuDeviceMixin, compat.SRTPlatform):
         return True
 
     def get_paged_allocator_cls(self) -> Any:
-        return compat.PagedTokenToKVPoolAllocator
+        return _make_allocator

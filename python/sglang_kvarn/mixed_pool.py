@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token pool of a model with sliding windows: records for the layers with full attention, 16 bits for the rest.
+
+SGLang's allocator for such models hands out slots of the records; a table of its own gives the slot of the sliding
+windows that belongs to each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_kvarn import compat
+from sglang_kvarn.pool import KVarNTokenToKVPool
+
+
+class MixedPool(compat.SWAKVPool):
+    """Hold records, and 16-bit tokens for layers with a sliding window. A subclass, as SGLang asks by class.
+
+    Attributes:
+        full_kv_pool: the records; swa_kv_pool: SGLang's pool of the sliding windows.
+    """
+
+    def __init__(
+        self, records: KVarNTokenToKVPool, tokens: int, layer_ids: list[int], shape: tuple[int, int, int]
+    ) -> None:
+        """Make the pool of the sliding windows beside the records.
+
+        Args:
+            tokens: of the sliding windows, whole pages; layer_ids: of the layers that have them.
+            shape: of these layers: KV heads, channels of a key, channels of a value.
+        """
+        heads, head_dim, v_head_dim = shape
+
+        def make(**arguments: Any) -> Any:
+            # SGLang calls it for both parts, and names the shape of a sliding window for one of them
+            return compat.MHATokenToKVPool(**arguments) if "swa_head_num" in arguments else records
+
+        super().__init__(
+            size=records.size,
+            size_swa=tokens,
+            page_size=records.page_size,
+            dtype=records.shape.dtype,
+            head_num=records.head_num,
+            head_dim=records.head_dim,
+            v_head_dim=records.head_dim,
+            swa_head_num=heads,
+            swa_head_dim=head_dim,
+            swa_v_head_dim=v_head_dim,
+            swa_attention_layer_ids=layer_ids,
+            full_attention_layer_ids=records.layer_ids,
+            device=records.device,
+            token_to_kv_pool_class=make,
+        )
+        # no row for a slot, but the width of one, for which SGLang's backends ask
+        self._no_rows = torch.empty(0, heads, v_head_dim, dtype=self.dtype, device=self.device)
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Return the bytes of the records and those of the sliding windows."""
+        return self.full_kv_pool.get_kv_size_bytes(), sum(self.swa_kv_pool.get_kv_size_bytes())
+
+    def get_value_buffer(self, layer_id: int) -> torch.Tensor:
+        """Return the values of a sliding window; of another layer no row, whose width SGLang's Triton backend asks."""
+        _, is_sliding = self.layers_mapping[layer_id]
+        return super().get_value_buffer(layer_id) if is_sliding else self._no_rows
+
+
+def records_of(pool: Any) -> KVarNTokenToKVPool | None:
+    """Return the records in SGLang's token pool, None where there are none."""
+    pool = pool.full_kv_pool if isinstance(pool, MixedPool) else pool
+    return pool if isinstance(pool, KVarNTokenToKVPool) else None

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models in which some layers have a sliding window: records for the others, SGLang's pool and attention for those."""
+
+from __future__ import annotations
+
+import functools
+
+import hybrids
+import pytest
+import triton_attention_on_cpu
+
+from benchmarks.common import tiny_model
+from benchmarks.common.tiny_model import answers, flush, prompt
+
+NEW, PRESET = 8, hybrids.PRESET
+# by family, the arguments of its engine. SGLang would run experts of gpt-oss by kernels for GPUs; the least pool of
+# sliding windows that is allowed holds those of a few prompts
+FAMILIES = {"gpt_oss": {"moe_runner_backend": "triton"}, "laguna": {"swa_full_tokens_ratio": 0.09}, "mellum": {}}
+steady = functools.partial(hybrids.steady, new_tokens=NEW)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def attention(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        triton_attention_on_cpu.prepare(patch, tmp_path_factory.mktemp("plugin"))
+        # experts of gpt-oss compile their activation, which takes a minute
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        yield
+
+
+@pytest.fixture(scope="module", params=["gpt_oss", "laguna", pytest.param("mellum", marks=pytest.mark.long)])
+def served(request, start_engine, tmp_path_factory):
+    """Return (engine, folder of its model)."""
+    folder = tiny_model.save(tmp_path_factory.mktemp(request.param), request.param)
+    with start_engine(model_path=folder, kv_cache_dtype=PRESET, **FAMILIES[request.param]) as engine:
+        yield engine, folder
+
+
+@pytest.mark.parametrize("length", [127, 129, 300, 520])
+def test_answer_of_a_model_with_windows_is_the_oracles(served, length):
+    engine, folder = served
+    tokens, expected = steady(folder, length)
+    flush(engine)
+    (miss,) = answers(engine, [tokens], NEW)
+    assert miss["cached"] == 0 and miss["tokens"] == expected
+
+
+def test_a_hit_is_the_oracles_and_needs_its_window(served):
+    engine, folder = served
+    tokens = prompt(400, seed=400)
+    longer, expected = steady(folder, 470, after=tokens, cached=384)
+    flush(engine)
+    answers(engine, [tokens], NEW)
+    (hit,) = answers(engine, [longer], NEW)
+    assert hit["cached"] == 384 and hit["tokens"] == expected
+
+
+def test_a_second_turn_hits_what_was_decoded(served):
+    engine, folder = served
+    tokens, expected = steady(folder, 252)
+    flush(engine)
+    (first,) = answers(engine, [tokens], NEW)
+    turn, continued = steady(folder, 300, after=tokens + expected, cached=256)
+    (hit,) = answers(engine, [turn], NEW)
+    assert first["tokens"] == expected and hit["cached"] == 256 and hit["tokens"] == continued
+
+
+def test_more_requests_than_rows_are_all_answered_as_alone(served):
+    engine, folder = served
+    prompts, expected = zip(*[steady(folder, length) for length in (60, 130, 257, 140, 128, 90)], strict=True)
+    flush(engine)
+    together = answers(engine, list(prompts), NEW)
+    assert [answer["tokens"] for answer in together] == list(expected)
+
+
+def test_a_prompt_whose_windows_are_gone_is_computed_again(served):
+    engine, folder = served
+    tokens = prompt(520, seed=520)
+    longer, expected = steady(folder, 560, after=tokens)
+    flush(engine)
+    answers(engine, [tokens], NEW)
+    facts = engine.get_server_info()["internal_states"][0]["kvarn"]
+    if facts["sliding_tokens"] > 2000:
+        pytest.skip("the windows of this engine stay")
+    for seed in range(5):
+        answers(engine, [prompt(260, seed=seed)], NEW)
+    (again,) = answers(engine, [longer], NEW)
+    assert again["cached"] == 0 and again["tokens"] == expected
+    (hit,) = answers(engine, [longer], NEW)
+    assert hit["cached"] == 512 and hit["tokens"] == expected
