@@ -56,7 +56,7 @@ def sliding_share(configurator: Any) -> SlidingShare:
     each = configurator.sliding_window_size + compat.sliding_eviction_interval() + 2 * settings.PAGE_SIZE
     return SlidingShare(
         token=shape.token_bytes(config),
-        plain_token=shape.full_token_bytes(itemsize),
+        plain_token=shape.full_token_bytes(configurator.model_dtype.itemsize),
         sliding_token=len(sliding_layer_ids(configurator)) * heads * sum(channels) * itemsize,
         ratio=compat.scheduler_argument(server_args, "swa_full_tokens_ratio"),
         is_chosen=not compat.is_sliding_ratio_open(server_args),

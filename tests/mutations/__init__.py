@@ -18,11 +18,12 @@ from . import (
     rings,
     states,
     torch_form,
+    windows,
     write,
 )
 
 _ROOMS = (
     *(record, write, decode, columns, decode_plan, extend, dense, dequantise, attention, torch_form),
-    *(balance, plugin, rings, metadata, drafts, states, host),
+    *(balance, plugin, rings, metadata, drafts, states, host, windows),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

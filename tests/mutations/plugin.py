@@ -80,8 +80,8 @@ MUTATIONS = (
     Mutation(
         "records for layers that keep states",
         COMPAT,
-        "ids = range(start, end) if states is None else states.full_attention_layer_ids",
-        "ids = range(start, end)",
+        "        ids = states.full_attention_layer_ids\n",
+        "        ids = range(start, end)\n",
         (TEST_COMPAT,),
     ),
     Mutation(

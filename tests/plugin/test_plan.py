@@ -131,12 +131,13 @@ def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, caps
 @pytest.mark.parametrize(
     ("changes", "flags", "sentence"),
     [
+        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, (), "a plan does not share memory with"),
         ({"head_dim": 96}, (), "LlamaForCausalLM has head_dim 96, which a kvarn cache does not serve"),
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),
         ({}, TIGHT, "a kvarn cache needs"),
     ],
-    ids=["model", "ranks", "weights", "requests"],
+    ids=["windows", "model", "ranks", "weights", "requests"],
 )
 def test_plan_refuses_in_one_sentence(changes, flags, sentence, model_dir, capsys):
     folder = model_dir(**changes)

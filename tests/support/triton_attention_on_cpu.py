@@ -2,8 +2,8 @@
 """SGLang's Triton attention backend on a machine without a GPU, with torch in the place of its two attention kernels.
 
 The interpreter runs the kernels hundreds of times slower. What the backend does around them is SGLang's: slots of
-sliding windows, what is stored where. But for one thing: with any cache a token of gpt-oss or Mellum that is decoded sees
-one token less there than a token of a prompt does; here it sees as many, as checkpoints are trained.
+sliding windows, what is stored where. But for one thing: with any cache a token of gpt-oss or Mellum that is decoded
+sees one token less there than a token of a prompt does; here it sees as many, as checkpoints are trained.
 """
 
 from __future__ import annotations

@@ -58,6 +58,11 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"expected the folder of a model, with config.json, got {options.folder}: name one")
     model = compat.ModelConfig(options.folder)
     refusals.check_model(model)
+    if model.is_hybrid_swa:
+        raise Refused(
+            f"a plan does not share memory with the sliding windows of {model.hf_config.architectures[0]} yet: start a "
+            "server, whose log says how many tokens of both kinds it has"
+        )
     refusals.check_ranks(options.tp, model, on_cpu=False)
     refusals.check_ranks_of_states(options.tp, model)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
