@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 )
 from prefix_cache import calls
 from sglang_kvarn import compat
-from storage_tier import DAMAGES, Folder
+from storage_tier import DAMAGES, Folder, page_keys
 from streams import COPIES_FIRST, FORWARD_FIRST
 from world import (
     CONTEXT,
@@ -291,7 +291,10 @@ class Lives(RuleBasedStateMachine):
         if settled:
             self.world.settle()
         folder = self.world.tier.storage.folder
-        folder.wipe() if way == "wiped" else folder.damage(index, way)
+        if way == "wiped":
+            folder.wipe()
+        elif names := folder.names():
+            folder.damage(names[index % len(names)], way)
 
     @precondition(lambda self: self.world.stores and self.world.running)
     @rule(index=st.integers(0, ROWS - 1), tail=TAILS, settled=st.booleans(), chunk=CHUNKS)
@@ -304,30 +307,23 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.world.stores and self.world.running)
     @rule(
         index=st.integers(0, ROWS - 1),
-        written=st.booleans(),
-        way=st.sampled_from((None, *DAMAGES)),
-        preset=st.sampled_from((None, None, OTHER_PRESET)),
-        factors=st.sampled_from((0, 0, 1)),
+        change=st.sampled_from(("preset", "factors", "unwritten", "damaged")),
+        way=st.sampled_from(DAMAGES),
+        page=st.integers(0, 2),
         tail=TAILS,
         settled=st.booleans(),
         chunk=CHUNKS,
     )
     def come_back_to_a_server_without_some(
-        self,
-        index: int,
-        written: bool,
-        way: str | None,
-        preset: str | None,
-        factors: int,
-        tail: int,
-        settled: bool,
-        chunk: int,
+        self, index: int, change: str, way: str, page: int, tail: int, settled: bool, chunk: int
     ) -> None:
-        """As before, but files are damaged in a way, or not written, or of another preset or other factors."""
-        left = self.end(index, written=written)
-        if way:
-            self.world.tier.storage.folder.damage(index, way)
-        self.start_again(preset or self.preset, factors)
+        """As before, but the server has another preset or other factors, or a page is damaged, or not written yet."""
+        left = self.end(index, written=change != "unwritten")
+        storage = self.world.tier.storage
+        files = {key + storage.suffix for key in page_keys(left.history.tokens)}
+        if change == "damaged" and (found := sorted(files & set(storage.folder.names()))):
+            storage.folder.damage(found[page % len(found)], way)
+        self.start_again(OTHER_PRESET if change == "preset" else self.preset, int(change == "factors"))
         self.go_on(left, tail, settled=settled, chunk=chunk)
 
     def end(self, index: int, *, written: bool) -> Request:

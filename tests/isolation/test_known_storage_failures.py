@@ -88,8 +88,8 @@ def test_a_prefix_from_files_is_read_as_one_that_never_left(folder, core):
 def test_a_damaged_file_is_a_miss(folder, way):
     write(folder)
     first = folder.names()
-    for index in range(3):
-        folder.damage(index, way)
+    for name in first:
+        folder.damage(name, way)
     assert read(folder) == 0
     # a file that is gone is written again, the others stay as they are
     assert folder.names() == first
@@ -182,8 +182,8 @@ def test_a_short_file_that_is_taken_is_found(folder, monkeypatch):
         return target_location
 
     write(folder)
-    for index in range(3):
-        folder.damage(index, "cut")
+    for name in folder.names():
+        folder.damage(name, "cut")
     monkeypatch.setattr(compat.resolve("sglang.srt.mem_cache.hicache_storage.HiCacheFile"), "get", get)
     with pytest.raises(AssertionError, match=r"error|memory: pages"):
         read(folder)
@@ -195,8 +195,8 @@ def test_a_page_without_its_header_that_is_taken_is_found(folder, monkeypatch, w
         host.kv_buffer[int(index) // PAGE] = data_page.view(host.layer_num, -1)
 
     write(folder)
-    for index in range(3):
-        folder.damage(index, way)
+    for name in folder.names():
+        folder.damage(name, way)
     monkeypatch.setattr(KVarNHostPool, "set_from_flat_data_page", take)
     with pytest.raises(AssertionError, match=r"error|memory: pages"):
         read(folder)

@@ -130,11 +130,8 @@ class Folder:
         assert key in self._pages, f"a file has the key {key}, which is of no page of any request"
         return self._pages[key]
 
-    def damage(self, index: int, way: str) -> None:
-        """Damage one of the files, if there are any."""
-        if not (names := self.names()):
-            return
-        name = names[index % len(names)]
+    def damage(self, name: str, way: str) -> None:
+        """Damage a file, in one of DAMAGES."""
         file = self.path / name
         content = file.read_bytes()
         self.damaged.add(name)
