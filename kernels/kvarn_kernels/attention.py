@@ -32,10 +32,10 @@ CPU_FORM_ENV = "KVARN_CPU_FORM"
 # an extend step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of the
 # products grows with its work, that of the host does not. With FlashAttention 3 (FA3), new * cached tokens reach
 # FA3_WORK. One layer of 32/8 heads of 128 on an H200, with everything around the attention:
-#     32 new tokens on 32,640 cached    Triton 173 us      FA3 118 us
-#     128 on 8,064                             206 us          98 us
-#     128 on 32,640                            601 us          218 us
-#     128 on 98,176                            1,638 us        583 us
+#     32 new tokens on 32,640 cached    Triton 173 us      FA3 123 us
+#     128 on 8,064                             207 us          109 us
+#     128 on 32,640                            595 us          224 us
+#     128 on 98,176                            1,619 us        559 us
 # With FlashInfer, new * cached * query heads * head_dim reach DENSE_WORK; its wrappers cost the host more, and it cuts
 # no contexts. The same on an H100 ("split" as in dense/segments.py):
 #     128 on 8,192                      Triton 201 us      FlashInfer 209 us

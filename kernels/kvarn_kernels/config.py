@@ -67,7 +67,7 @@ class KVarNConfig:
         """
         return -(-(self.ring_len + draft_tokens - 1) // self.exact_tokens(head_dim, itemsize))
 
-    @lru_cache(maxsize=32)  # noqa: B019  (a frozen key; in each layer a call of `tile` would cost 20 us)
+    @lru_cache(maxsize=32)  # noqa: B019  (a frozen key; a call of `tile` in each layer costs the host microseconds)
     def exact_tokens(self, head_dim: int, itemsize: int) -> int:
         """Return how many exact tokens a page of a ring holds."""
         return tile.exact_tokens(head_dim, self.k_bits, self.v_bits, itemsize)
