@@ -77,7 +77,8 @@ def test_a_changing_number_of_drafts_has_an_attention_backend_for_each(server_ar
 def test_a_backend_expects_the_drafts_that_sglang_names_before_it_makes_it(monkeypatch, server_args, model_dir):
     model = model_dir()
     assert compat.verified_tokens(server_args(model_path=model, kv_cache_dtype="kvarn")) == 1
-    made = server_args(model_path=model, kv_cache_dtype="kvarn", speculative_algorithm="NGRAM")
+    ngram = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
+    made = server_args(model_path=model, kv_cache_dtype="kvarn", **ngram)
     # as a worker does for each number: in the arguments, or from 0.5.20 on in what it has published of them
     spec = made
     if compat._since("0.5.20"):
