@@ -97,6 +97,8 @@ _RIGHT_SINCE = {"GraniteMoeHybridConfig": "0.5.23"}
 _SUMS_ONCE_SINCE = {"FalconH1Config": "0.5.23"}
 # the first version, of those that are tested, whose model runs a verify step
 _VERIFIES_SINCE = {"FalconH1Config": "0.5.23"}
+# the first version with which the test of a model on a GPU (tests/engine/test_gpu_engines.py) failed
+_FAILED_ON_GPUS_SINCE = {"FalconH1Config": "0.5.23", "GraniteMoeHybridConfig": "0.5.23"}
 
 
 def __getattr__(name: str) -> Any:
@@ -328,6 +330,17 @@ def verifies_drafts(config: Any) -> bool:
     return _since(_VERIFIES_SINCE.get(type(config).__name__, "0"))
 
 
+def failed_on_gpus(config: Any) -> bool:
+    """Whether the test of the model of a `hybrid_config` failed on a GPU."""
+    first = _FAILED_ON_GPUS_SINCE.get(type(config).__name__)
+    return first is not None and _since(first)
+
+
+def compared_drafts_beside_states_on_gpus() -> bool:
+    """Whether answers with drafts of models with states were right on a GPU with this version of SGLang."""
+    return not _since("0.5.18")
+
+
 def saves_states_at_page_ends() -> bool:
     """Whether SGLang saves the right states for its prefix cache where pages have 128 tokens.
 
@@ -529,11 +542,6 @@ def lock_host_prefix(adder: Any, req: Any) -> Iterator[None]:
             yield
         finally:
             req.best_match_node.release_host()
-
-
-def compared_host_memory_on_gpus() -> bool:
-    """Whether answers behind host memory were compared on a GPU with this version of SGLang."""
-    return not _since("0.5.18")
 
 
 def fences_host_copies() -> bool:

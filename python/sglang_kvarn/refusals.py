@@ -18,7 +18,7 @@ from sglang_kvarn.drafts import DFLASH, NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
 UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNTESTED_DRAFTS"
-UNTESTED_WINDOWS_ENV = "KVARN_UNTESTED_WINDOWS"
+UNTESTED_WINDOWS_ENV, UNTESTED_STATES_ENV = "KVARN_UNTESTED_WINDOWS", "KVARN_UNTESTED_STATES"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
@@ -120,11 +120,11 @@ _HOST_MEMORY = (
     _host_memory(
         lambda args: (
             args.device != "cpu"
-            and (args.speculative_algorithm is not None or not compat.compared_host_memory_on_gpus())
+            and (args.speculative_algorithm is not None or args.hicache_storage_backend is not None)
             and os.environ.get(UNTESTED_HICACHE_ENV) != "1"
         ),
         _HICACHE,
-        "on a GPU its answers were compared with SGLang 0.5.16 only, and without drafts",
+        "on a GPU its answers were compared without drafts and without a storage only",
         f"drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it",
         typed=False,
     ),
@@ -498,11 +498,12 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--speculative-adaptive cannot be combined with a kvarn cache of {model}, because a changing number of "
             "drafts is not tested beside states yet: drop --speculative-adaptive"
         )
-    if algorithm and args.device != "cpu" and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
+    untested = args.device != "cpu" and not compat.compared_drafts_beside_states_on_gpus()
+    if algorithm and untested and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
         raise Refused(
-            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts "
-            f"beside states have not run on a GPU yet: drop --speculative-algorithm, or set {UNTESTED_DRAFTS_ENV}=1 to "
-            "try it"
+            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because on a GPU "
+            "answers with drafts beside states were compared with SGLang 0.5.16 only: drop --speculative-algorithm, or "
+            f"set {UNTESTED_DRAFTS_ENV}=1 to try it"
         )
     if algorithm and not compat.verifies_drafts(states):
         raise Refused(
@@ -651,16 +652,24 @@ def check_device(device: str, dtype: torch.dtype) -> None:
 
 
 def check_states_on_device(device: str, model_config: Any) -> None:
-    """Refuse GPUs on which SGLang has gated delta nets beside its own attention backends only.
+    """Refuse GPUs on which SGLang has gated delta nets beside its own attention backends only, or answers went wrong.
 
     Raises:
         Refused: the model and the GPU.
     """
-    is_delta = compat.has_gated_delta_nets(compat.hybrid_config(model_config))
-    if device == "cuda" and is_delta and torch.cuda.get_device_capability() >= (10, 0):
+    states, model = compat.hybrid_config(model_config), model_config.hf_config.architectures[0]
+    if device != "cuda" or states is None:
+        return
+    if compat.has_gated_delta_nets(states) and torch.cuda.get_device_capability() >= (10, 0):
         raise Refused(
-            f"SGLang runs {model_config.hf_config.architectures[0]} on {torch.cuda.get_device_name()} beside attention "
-            "backends of its own only, and a kvarn cache has another: use a GPU up to Hopper or drop --kv-cache-dtype"
+            f"SGLang runs {model} on {torch.cuda.get_device_name()} beside attention backends of its own only, and a "
+            "kvarn cache has another: use a GPU up to Hopper or drop --kv-cache-dtype"
+        )
+    if compat.failed_on_gpus(states) and os.environ.get(UNTESTED_STATES_ENV) != "1":
+        raise Refused(
+            f"a kvarn cache of {model} is not served on a GPU with SGLang {compat.version()}, because its test failed "
+            "there, for a reason that is not known yet: drop --kv-cache-dtype, or set "
+            f"{UNTESTED_STATES_ENV}=1 to try it"
         )
 
 

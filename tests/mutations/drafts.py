@@ -247,6 +247,13 @@ MUTATIONS = (
         (f"{TEST_MODELS}::test_launch_takes_drafts_that_are_tested_beside_states",),
     ),
     Mutation(
+        "drafts beside states on a GPU where nobody compared them",
+        REFUSALS,
+        "not compat.compared_drafts_beside_states_on_gpus()",
+        "False",
+        (f"{TEST_MODELS}::test_drafts_beside_states_are_a_trial_on_a_gpu",),
+    ),
+    Mutation(
         "drafts beside states at which SGLang stops",
         REFUSALS,
         "if algorithm and not compat.verifies_drafts(states):",

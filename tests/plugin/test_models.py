@@ -301,7 +301,10 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
     args = SimpleNamespace(speculative_algorithm="NGRAM", device="cpu", **off)
     refusals.check_states(args, model_config)
     args.device = "cuda"
-    with pytest.raises(ValueError, match="have not run on a GPU yet: drop --speculative-algorithm, or set KVARN_"):
+    monkeypatch.setattr(compat, "version", lambda: "0.5.16")
+    refusals.check_states(args, model_config)
+    monkeypatch.setattr(compat, "version", lambda: "0.5.23")
+    with pytest.raises(ValueError, match=r"with SGLang 0\.5\.16 only: drop --speculative-algorithm, or set KVARN_"):
         refusals.check_states(args, model_config)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
     refusals.check_states(args, model_config)

@@ -218,11 +218,12 @@ def test_check_arguments_takes_host_memory(served, monkeypatch, layout):
 
 
 @pytest.mark.parametrize("drafts", [{}, {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}])
-@pytest.mark.parametrize("compared", [True, False])
-def test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared(served, monkeypatch, drafts, compared):
-    monkeypatch.setattr(compat, "compared_host_memory_on_gpus", lambda: compared)
-    args = Changed(served, device="cuda", enable_hierarchical_cache=True, **drafts)
-    if compared and not drafts:
+@pytest.mark.parametrize("storage", [None, "file"])
+def test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared(served, monkeypatch, drafts, storage):
+    args = Changed(
+        served, device="cuda", enable_hierarchical_cache=True, hicache_storage_backend=storage, **drafts
+    )
+    if not storage and not drafts:
         refusals.check_arguments(args)
     else:
         assert refused(args).endswith("set KVARN_UNTESTED_HICACHE=1 to try it")
@@ -465,6 +466,27 @@ def test_gated_delta_nets_are_refused_where_sglang_wants_attention_of_its_own(
     refusals.check_states_on_device("cpu", model)
     with pytest.raises(ValueError, match="Any on a GPU") if is_refused else contextlib.nullcontext():
         refusals.check_states_on_device("cuda", model)
+
+
+@pytest.mark.parametrize(
+    ("version", "name", "is_refused"),
+    [
+        ("0.5.16", "FalconH1Config", False),
+        ("0.5.23", "FalconH1Config", True),
+        ("0.5.23", "GraniteMoeHybridConfig", True),
+        ("0.5.23", "NemotronHConfig", False),
+    ],
+)
+def test_models_whose_test_failed_on_a_gpu_are_a_trial_there(monkeypatch, version, name, is_refused):
+    monkeypatch.setattr(compat, "version", lambda: version)
+    monkeypatch.setattr(compat, "hybrid_config", lambda model: type(name, (), {})())
+    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Any"]))
+    refusals.check_states_on_device("cpu", model)
+    refuses = pytest.raises(ValueError, match=f"set {refusals.UNTESTED_STATES_ENV}=1")
+    with refuses if is_refused else contextlib.nullcontext():
+        refusals.check_states_on_device("cuda", model)
+    monkeypatch.setenv(refusals.UNTESTED_STATES_ENV, "1")
+    refusals.check_states_on_device("cuda", model)
 
 
 def test_pool_refuses_foreign_readers_and_writers():
