@@ -33,7 +33,7 @@ from kvarn_kernels.read import extend as extend_module
 from test_decode import TOLERANCE, decode_step, make_requests
 from test_extend import BOUND, rotated_extend
 from test_extend_dense import BOUND as DENSE_BOUND
-from test_extend_dense import both_libraries, workspace_for
+from test_extend_dense import FA3, FLASHINFER, both_libraries, workspace_for
 from test_position_rule import chunks_of, prompt
 from test_verify import verify_together
 
@@ -130,8 +130,7 @@ def test_drafts_that_share_their_splits_match_the_oracle(window):
     verify_together(requests, starts, (4, 2), KVARN, drafts, TRITON, sliding_window=window)
 
 
-@both_rules
-@in_every_window
+@pytest.mark.parametrize(("window", "config"), [*((n, KVARN) for n in WINDOWS), (300, CANONICAL)], ids=str)
 def test_extend_kernel_matches_the_oracle(config, window):
     request = make_request(3 * PAGE + 51, (3, 1), 64, torch.float16)
     out = prefill(extend_kernel(window), request, [70, 3 * PAGE - 19], cache_for(request, config), config)
@@ -148,12 +147,14 @@ def test_extend_kernel_matches_the_oracle_where_pages_are_split(monkeypatch, win
     assert relative_rms(out, oracle(request, KVARN, cached, sliding_window=window)) < BOUND[torch.float16]
 
 
-@both_libraries
-@pytest.mark.parametrize("room", [60, 0], ids=["one_call", "several_calls"])
-@in_every_window
-def test_dense_steps_match_the_oracle(window, room, library):
-    request = make_request(6 * PAGE + 11, (4, 2), 64, torch.float16)
-    other = make_request(200, (4, 2), 64, torch.float16, row=2, first_page=10)
+@pytest.mark.parametrize(
+    ("window", "room", "library"),
+    [(1, 0, FLASHINFER), (100, 60, FA3), (PAGE + 1, 0, FA3), (300, 60, FLASHINFER), (300, 0, FLASHINFER)],
+    ids=str,
+)
+def test_dense_steps_match_the_oracle_in_one_call_and_in_several(window, room, library):
+    request = make_request(5 * PAGE + 11, (2, 1), 64, torch.float16)
+    other = make_request(200, (2, 1), 64, torch.float16, row=2, first_page=10)
     workspace, calls = workspace_for(request, fewest_pages(window) + room, library), []
 
     def attend(new, out, cache, batch, config, sm_scale):
@@ -170,14 +171,13 @@ def test_dense_steps_match_the_oracle(window, room, library):
         assert relative_rms(found, oracle(own, KVARN, sliding_window=window)) < DENSE_BOUND[torch.float16]
 
 
-@pytest.mark.parametrize("form", ["torch", "kernel"])
+@pytest.mark.parametrize(("form", "window"), [("torch", 100), ("torch", 300), ("kernel", 200)])
 @both_rules
-@pytest.mark.parametrize("window", [100, 300])
 def test_the_bits_of_an_output_do_not_depend_on_chunks(form, config, window):
-    tokens = 4 * PAGE + 7
+    tokens = (4 if form == "torch" else 3) * PAGE + 7
     attend = in_layer(torch_form.attend_extend, sliding_window=window) if form == "torch" else extend_kernel(window)
     whole = prefill(attend, prompt(tokens), [tokens], cache_for(prompt(tokens), config), config)
-    for size in (100, PAGE + 1):
+    for size in (100, PAGE + 1) if form == "torch" else (150,):
         out = prefill(attend, prompt(tokens), chunks_of(size, tokens), cache_for(prompt(tokens), config), config)
         assert torch.equal(out, whole)
 
