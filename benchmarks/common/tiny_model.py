@@ -178,10 +178,10 @@ def save(
                 # attention is to be peaked, and to weigh as much as the token itself
                 weight.normal_(0, peak if "q_proj" in name or "k_proj" in name else 0.08)
                 if family == "gemma3_text" and "embed_tokens" in name:
-                    weight.mul_(0.125)
+                    weight.mul_(1 / 32)
             elif family == "gemma3_text" and name == "model.norm.weight":
                 # logits as large as those of the others; the norm adds one
-                weight.fill_(7)
+                weight.fill_(31)
             elif name.endswith("dt_bias"):
                 # steps of about 1/50, so that a state remembers as many tokens
                 weight.normal_(-4, 1)

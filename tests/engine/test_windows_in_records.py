@@ -44,7 +44,8 @@ def test_answer_is_the_oracles(served, length):
 
 def test_a_second_turn_hits_what_was_decoded(served):
     engine, folder, preset = served
-    tokens, expected = steady(folder, 380, preset=preset)
+    # the last token of an answer is not fed
+    tokens, expected = steady(folder, 382, preset=preset)
     flush(engine)
     (first,) = answers(engine, [tokens], NEW)
     turn, continued = steady(folder, 450, after=tokens + expected, cached=384, preset=preset)
