@@ -195,7 +195,17 @@ def save(
     model.save_pretrained(folder)
     if family == "nemotron_h":
         _name_as_published(folder)
+    if family == "olmo3":
+        _turn_as_published(folder)
     return str(folder)
+
+
+def _turn_as_published(folder: Path) -> None:
+    """Put RoPE into a folder as a published Olmo 3 has it, one for all layers: SGLang does not read transformers' way."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    (theta,) = {each["rope_theta"] for each in config.pop("rope_parameters").values()}
+    file.write_text(json.dumps(config | {"rope_theta": theta}))
 
 
 def _name_as_published(folder: Path) -> None:
