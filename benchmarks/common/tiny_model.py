@@ -201,7 +201,7 @@ def save(
 
 
 def _turn_as_published(folder: Path) -> None:
-    """Put RoPE into a folder as a published Olmo 3 has it, one for all layers: SGLang does not read transformers' way."""
+    """Put RoPE into a folder as a published Olmo 3 has it, one for all layers: SGLang reads no other."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     (theta,) = {each["rope_theta"] for each in config.pop("rope_parameters").values()}
