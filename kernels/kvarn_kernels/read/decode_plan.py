@@ -91,8 +91,8 @@ class DecodeWorkspace:
 
     def with_plan(self, sliding_window: int) -> DecodeWorkspace:
         """Return the same memory with a plan of its own, for the layers of a step that have a sliding window."""
-        plan = {name: torch.zeros_like(getattr(self, name)) for name in ("split_requests", "split_indptr")}
-        return replace(self, sliding_window=sliding_window, **plan)
+        requests, indptr = torch.zeros_like(self.split_requests), torch.zeros_like(self.split_indptr)
+        return replace(self, split_requests=requests, split_indptr=indptr, sliding_window=sliding_window)
 
 
 def make_workspace(
