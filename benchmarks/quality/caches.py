@@ -20,8 +20,9 @@ from kvarn_kernels.shape import AttentionShape
 from benchmarks.quality import published
 
 PAGE = TILE_SIZE
-# attends q [T, Hq, D] to k, v [T, Hk, D] (after RoPE, model dtype), causally: float32 [T, Hq, D]
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+# attends q [T, Hq, D] to k, v [T, Hk, D] (after RoPE, model dtype) with a scale of the scores, causally, to the tokens
+# of a sliding window, 0 for all: float32 [T, Hq, D]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def attend_pages(
     cached: tuple[torch.Tensor, torch.Tensor],
     is_exact: Callable[[int, torch.Tensor], torch.Tensor],
     sm_scale: float,
+    sliding_window: int = 0,
 ) -> torch.Tensor:
     """Attend page by page, reading each key page exactly or from the cache.
 
@@ -57,6 +59,7 @@ def attend_pages(
         q: [T, Hq, D]. exact, cached: (k, v), each [T, Hk, D], in the frame of q.
         is_exact: for a query page and the key pages int64 [n] up to it, which of them are read exactly, bool
             [n].
+        sliding_window: tokens up to its own that a query sees, 0 for all.
     """
     tokens, qo_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
@@ -74,7 +77,8 @@ def attend_pages(
         # [Hk, group, n, D]
         own = q[start:end].float().transpose(0, 1).unflatten(0, (kv_heads, qo_heads // kv_heads))
         scores = (own @ k.unsqueeze(1).transpose(-1, -2)) * sm_scale
-        scores.masked_fill_(positions[:end] > positions[start:end, None], float("-inf"))
+        distance = positions[start:end, None] - positions[:end]
+        scores.masked_fill_((distance < 0) | (distance >= (sliding_window or end)), float("-inf"))
         out[start:end] = (scores.softmax(-1) @ v.unsqueeze(1)).flatten(0, 1).transpose(0, 1)
     return out
 
@@ -90,8 +94,10 @@ def _no_pages(page: int, keys: torch.Tensor) -> torch.Tensor:
 def unquantised() -> Cache:
     """Return the cache that the others are compared with: k and v in the model's 16-bit dtype."""
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
-        return attend_pages(q, (k, v), (k, v), _all_pages, sm_scale)
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, sliding_window: int = 0
+    ) -> torch.Tensor:
+        return attend_pages(q, (k, v), (k, v), _all_pages, sm_scale, sliding_window)
 
     return Cache("16-bit", lambda head_dim: 4 * head_dim, attend)
 
@@ -100,9 +106,11 @@ def fp8() -> Cache:
     """Return SGLang's fp8 cache: e4m3, scale 1.0, every token of the cache, also those of the query's own
     page."""
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, sliding_window: int = 0
+    ) -> torch.Tensor:
         cached = tuple(x.to(torch.float8_e4m3fn).to(x.dtype) for x in (k, v))
-        return attend_pages(q, (k, v), cached, _no_pages, sm_scale)
+        return attend_pages(q, (k, v), cached, _no_pages, sm_scale, sliding_window)
 
     return Cache("fp8_e4m3", lambda head_dim: 2 * head_dim, attend)
 
@@ -119,14 +127,17 @@ def kvarn(name: str, window_pages: int | None = None) -> Cache:
         config = replace(config, name=f"{config.name} window {window_pages}", window_pages=window_pages)
 
     # one for each shape and length, not for each layer
-    @lru_cache(maxsize=2)
-    def attention_of(shape: AttentionShape, device: torch.device, pages: int) -> Attention:
-        return Attention(shape, config, device, Limits(1, pages, 1, pages))
+    @lru_cache(maxsize=4)
+    def attention_of(shape: AttentionShape, device: torch.device, pages: int, sliding_window: int) -> Attention:
+        return Attention(shape, config, device, Limits(1, pages, 1, pages), sliding_windows=[sliding_window])
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, sliding_window: int = 0
+    ) -> torch.Tensor:
         tokens, kv_heads, head_dim = k.shape
         pages = -(-tokens // PAGE)
-        attention = attention_of(AttentionShape(q.shape[1], kv_heads, head_dim, q.dtype), q.device, pages)
+        shape = AttentionShape(q.shape[1], kv_heads, head_dim, q.dtype)
+        attention = attention_of(shape, q.device, pages, sliding_window)
         ring = range(pages + 1, pages + 1 + config.ring_pages(head_dim, k.element_size()))
         size = (ring.stop, kv_heads, config.record_bytes(head_dim))
         records = torch.zeros(size, dtype=torch.uint8, device=k.device)
@@ -146,7 +157,7 @@ def kvarn(name: str, window_pages: int | None = None) -> Cache:
         )
         out = torch.empty_like(q)
         cache = LayerCache(records, head_dim, q.dtype)
-        attention.attend(QKV(q, k, v), out, cache, attention.plan(batch), sm_scale)
+        attention.attend(QKV(q, k, v), out, cache, attention.plan(batch), sm_scale, None, sliding_window)
         return out.float()
 
     return Cache(config.name, config.bytes_per_token, attend, config, balanced=True)
@@ -183,12 +194,14 @@ def published_kvarn(k_bits: int, v_bits: int, prompt: int) -> Cache:
     def is_exact(page: int, keys: torch.Tensor) -> torch.Tensor:
         return (keys == 0) | (keys == page) | (page < prompt_pages)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, sliding_window: int = 0
+    ) -> torch.Tensor:
         q, k, v = (reference.rotate(x).half() for x in (q, k, v))
         k_tiles = published.round_trip(whole_tiles(k).transpose(-1, -2), k_bits).transpose(-1, -2)
         v_tiles = published.round_trip(whole_tiles(v), v_bits)
         cached = (_replace_pages(k, k_tiles), _replace_pages(v, v_tiles))
-        return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale))
+        return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale, sliding_window))
 
     def bytes_per_token(head_dim: int) -> float:
         return head_dim * (k_bits + v_bits) / 8 + 6 * head_dim / PAGE + 6
@@ -202,14 +215,16 @@ def _read_back(config: KVarNConfig, read: Callable[[torch.Tensor, int], torch.Te
     def is_exact(page: int, keys: torch.Tensor) -> torch.Tensor:
         return keys >= page - config.window_pages
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, sliding_window: int = 0
+    ) -> torch.Tensor:
         q, k, v = (reference.rotate(x).to(x.dtype) for x in (q, k, v))
         k_tiles, v_tiles = whole_tiles(k), whole_tiles(v)
         # the first token of a page is exact and left out of the statistics
         k_tiles[..., 1:, :] = read(k_tiles[..., 1:, :].transpose(-1, -2), config.k_bits).transpose(-1, -2)
         v_tiles[..., 1:, :] = read(v_tiles[..., 1:, :], config.v_bits)
         cached = (_replace_pages(k, k_tiles), _replace_pages(v, v_tiles))
-        return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale))
+        return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale, sliding_window))
 
     return Cache(config.name, config.bytes_per_token, attend)
 

@@ -28,7 +28,9 @@ def shares(model: Model, pieces: list[Text]) -> dict[tuple[str, str, int], float
     """
     found = defaultdict(list)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, sliding_window: int = 0
+    ) -> torch.Tensor:
         k_tiles, v_tiles = (caches.whole_tiles(reference.rotate(x))[..., 1:, :] for x in (k, v))
         for side, tiles in (("keys", k_tiles.transpose(-1, -2)), ("values", v_tiles)):
             variance = (tiles - tiles.mean(-1, keepdim=True)).square().sum()
@@ -36,7 +38,7 @@ def shares(model: Model, pieces: list[Text]) -> dict[tuple[str, str, int], float
                 for bits in BITS:
                     error = (read_back(tiles, bits) - tiles).square().sum()
                     found[side, encoder, bits].append((error / variance).item())
-        return caches.unquantised().attend(q, k, v, sm_scale)
+        return caches.unquantised().attend(q, k, v, sm_scale, sliding_window)
 
     for piece in pieces:
         model.logits(piece.tokens, attend)

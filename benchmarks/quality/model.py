@@ -60,11 +60,13 @@ class Model:
         v: torch.Tensor,
         mask: Any,
         scaling: float,
+        sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend [1, H, T, D] after RoPE with the cache and in the frame of this pass: [1, T, Hq, D]."""
         inputs = self.frame.enter(*(x[0].transpose(0, 1) for x in (q, k, v)))
-        out = self.frame.leave(self.attend(*(x.to(self.dtype).contiguous() for x in inputs), scaling))
+        cached = (x.to(self.dtype).contiguous() for x in inputs)
+        out = self.frame.leave(self.attend(*cached, scaling, sliding_window or 0))
         if (bias := self.output_bias.get(module)) is not None:
             out = out + bias.repeat_interleave(out.shape[1] // len(bias), 0)
         return out[None].to(q.dtype), None

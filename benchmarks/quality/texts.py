@@ -53,7 +53,7 @@ def load(name: str, length: int, seed: int, tokenizer: Any) -> Text:
 
     Args:
         name: one of `KINDS`, or a path, which may begin in the folder of the standard library.
-        length: tokens wanted.
+        length: tokens wanted, with those that the model was trained to begin a text with.
 
     Raises:
         ValueError: the text is shorter than that.
@@ -63,7 +63,10 @@ def load(name: str, length: int, seed: int, tokenizer: Any) -> Text:
     latest = max(0, len(content) - 12 * length)
     offset = random.Random(f"{seed} {Path(name).name}").randrange(latest + 1)
     start = content.rfind("\n", 0, offset) + 1
-    tokens = tokenizer(content[start : start + 16 * length], add_special_tokens=False).input_ids[:length]
+    # Gemma 3 stutters without the one that begins every text
+    first = tokenizer("").input_ids
+    tokens = tokenizer(content[start : start + 16 * length], add_special_tokens=False).input_ids
+    tokens = [*first, *tokens][:length]
     if len(tokens) < length:
         raise ValueError(f"expected {name} to hold {length} tokens, got {len(tokens)}: lower --context")
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -63,6 +64,7 @@ class Kernels:
     dequantise: str = "triton"
 
 
+ExtendSteps = extend.ExtendPlan | extend_dense.DensePlan
 TORCH = Kernels("torch", "torch", "torch")
 TRITON = Kernels("triton", "triton", "triton")
 
@@ -73,10 +75,12 @@ class Step:
 
     Attributes:
         batch: what the step is; plan: how it runs, where that depends on the step and is not kept in a workspace.
+        sliding_plans: the same for layers with a sliding window, by its tokens.
     """
 
     batch: DecodeBatch | ExtendBatch
-    plan: extend.ExtendPlan | extend_dense.DensePlan | None = None
+    plan: ExtendSteps | None = None
+    sliding_plans: dict[int, ExtendSteps] = field(default_factory=dict)
 
 
 def choose_kernels(
@@ -126,6 +130,7 @@ class Attention:
     Attributes:
         shape, config, device: of the model, the preset and where it runs.
         kernels: what runs each part.
+        sliding_windows: that layers may have, in tokens.
     """
 
     def __init__(
@@ -136,6 +141,7 @@ class Attention:
         limits: Limits,
         kernels: Kernels | None = None,
         gpu: Gpu | None = None,
+        sliding_windows: Iterable[int] = (),
     ) -> None:
         """Choose the kernels and allocate their workspaces.
 
@@ -143,16 +149,21 @@ class Attention:
             limits: of the steps.
             kernels: instead of `choose_kernels`; with the device "meta", what another device would take.
             gpu: the GPU to plan for, the device itself by default.
+            sliding_windows: of the model's layers, in tokens, a query's own among them; layers that read all tokens
+                need not be named.
         """
         self.shape, self.config, self.device, self._limits = shape, config, device, limits
         self._gpu = gpu_of(device) if gpu is None else gpu
         self.kernels = choose_kernels(shape, config, device, gpu) if kernels is None else kernels
+        self.sliding_windows = tuple(sorted(set(sliding_windows) - {0}))
         compiled = self.kernels.encode == "cuda"
         self._encode: ModuleType = encode_cuda if compiled else encode
         self._rotate: ModuleType = chunk_cuda if compiled else rotate
         self._store: ModuleType = chunk_cuda if compiled else store
         many = columns_sm90.serves(shape.head_dim, shape.group, self._drafts_of_split, self._gpu)
-        self._decode_cuda: ModuleType = columns_sm90 if many else decode_sm90
+        # of the two only decode_sm90 knows sliding windows, and the layers of a step share its partial results
+        self._decode_cuda: ModuleType = columns_sm90 if many and not self.sliding_windows else decode_sm90
+        self._sliding_workspaces: dict[int, decode_plan.DecodeWorkspace] = {}
         self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
         self._dense_workspace = self._make_dense_workspace()
 
@@ -167,9 +178,11 @@ class Attention:
         else:
             resident, columns = decode.resident_programs(self._gpu), decode.columns(self.shape.group)
         requests = -(-max_batch // each)
-        return decode_plan.make_workspace(
+        made = decode_plan.make_workspace(
             self.shape, self.config, self.device, requests, pages, resident, each, columns
         )
+        self._sliding_workspaces = {tokens: made.with_plan(tokens) for tokens in self.sliding_windows}
+        return made
 
     @property
     def _drafts_of_split(self) -> int:
@@ -186,7 +199,9 @@ class Attention:
         pages, compiled = self._limits.extend_pages, self.kernels.dequantise == "cuda"
         for library in dict.fromkeys((self.kernels.dense, paged_calls.FLASHINFER)):
             try:
-                made = extend_dense.make_workspace(self.shape, pages, self.device, library, compiled=compiled)
+                made = extend_dense.make_workspace(
+                    self.shape, pages, self.device, library, compiled=compiled, sliding_windows=self.sliding_windows
+                )
             except (ImportError, RuntimeError, OSError) as error:
                 # FlashInfer builds its kernels with nvcc where they are not installed ready-made
                 name = extend_dense.LIBRARIES[library].name
@@ -201,11 +216,13 @@ class Attention:
     def num_bytes(self) -> int:
         """Bytes of the workspaces, with what a library allocates for them while the server runs."""
         total = 0 if self._decode_workspace is None else self._decode_workspace.num_bytes
+        total += sum(workspace.plan_bytes for workspace in self._sliding_workspaces.values())
         if self.kernels.dense:
             # the pages of a chunk and of its window count twice: exact, and as records for the pages after them
             request_pages = self._limits.request_pages + self._limits.chunk_pages + 2
-            pages, library = self._limits.extend_pages, self.kernels.dense
-            total += extend_dense.workspace_bytes(self.shape, pages, request_pages, library)
+            pages, library, chunk = self._limits.extend_pages, self.kernels.dense, self._limits.chunk_pages
+            windows = self.sliding_windows
+            total += extend_dense.workspace_bytes(self.shape, pages, request_pages, library, windows, chunk)
         return total
 
     def describe(self) -> str:
@@ -232,15 +249,23 @@ class Attention:
             sinks: of any layer, None for a model without.
         """
         batches = warm_up.batches(self.shape, self.config, ring_pages, self.device)
-        steps = [Step(batch, self._plan_sparse(batch)) for batch in batches]
-        if self._dense_workspace is not None:
-            page = warm_up.page_on_records(self.config, ring_pages, self.device)
-            steps.append(Step(page, extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu)))
+        page = warm_up.page_on_records(self.config, ring_pages, self.device)
+        for tokens in (0, *self.sliding_windows):
+            plans = [(batch, self._plan_sparse(batch, tokens)) for batch in batches]
+            if self._dense_workspace is not None:
+                dense = extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu, tokens)
+                plans.append((page, dense))
+            self._run_zeros([Step(batch, plan, {tokens: plan}) for batch, plan in plans], cache, sinks, tokens)
+
+    def _run_zeros(
+        self, steps: list[Step], cache: LayerCache, sinks: torch.Tensor | None, sliding_window: int
+    ) -> None:
         for step in steps:
             tokens, dtype = step.batch.num_tokens, self.shape.dtype
             q = torch.zeros(tokens, self.shape.num_qo_heads, self.shape.head_dim, dtype=dtype, device=self.device)
             k = q.new_zeros(tokens, self.shape.num_kv_heads, self.shape.head_dim)
-            self.attend(QKV(q, k, torch.zeros_like(k)), torch.empty_like(q), cache, step, 1.0, sinks)
+            new = QKV(q, k, torch.zeros_like(k))
+            self.attend(new, torch.empty_like(q), cache, step, 1.0, sinks, sliding_window)
 
     def plan(self, batch: DecodeBatch | ExtendBatch) -> Step:
         """Plan a step: before its first layer, outside of CUDA graphs, without waiting for the device.
@@ -255,20 +280,31 @@ class Attention:
                     f"got {batch.drafts}"
                 )
             if self._decode_workspace is not None:
-                decode_plan.plan_decode(batch, self._decode_workspace, self.config)
+                for workspace in (self._decode_workspace, *self._sliding_workspaces.values()):
+                    decode_plan.plan_decode(batch, workspace, self.config)
             return Step(batch)
         if self.kernels.extend == "torch" or batch.num_tokens == 0:
             return Step(batch)
-        if self._dense_workspace is not None and self._is_long(batch):
-            return Step(batch, extend_dense.plan_dense(batch, self._dense_workspace, self.config, self._gpu))
-        return Step(batch, self._plan_sparse(batch))
+        plans: dict[int, ExtendSteps] = {}
+        for tokens in (0, *self.sliding_windows):
+            # calls of a library that were planned for this step already
+            calls = sum(len(p.segments) for p in plans.values() if isinstance(p, extend_dense.DensePlan))
+            plans[tokens] = self._plan_extend(batch, tokens, calls)
+        return Step(batch, plans.pop(0), plans)
 
-    def _plan_sparse(self, batch: ExtendBatch) -> extend.ExtendPlan:
-        return extend.plan_extend(batch, self.shape, self.config, self._gpu)
+    def _plan_extend(self, batch: ExtendBatch, sliding_window: int, first_call: int) -> ExtendSteps:
+        if self._dense_workspace is not None and self._is_long(batch, sliding_window):
+            workspace, config = self._dense_workspace, self.config
+            return extend_dense.plan_dense(batch, workspace, config, self._gpu, sliding_window, first_call)
+        return self._plan_sparse(batch, sliding_window)
 
-    def _is_long(self, batch: ExtendBatch) -> bool:
+    def _plan_sparse(self, batch: ExtendBatch, sliding_window: int = 0) -> extend.ExtendPlan:
+        return extend.plan_extend(batch, self.shape, self.config, self._gpu, sliding_window)
+
+    def _is_long(self, batch: ExtendBatch, sliding_window: int = 0) -> bool:
         """Whether a step is better attended densely; see `DENSE_TOKENS`."""
-        pairs = batch.num_tokens * max(batch.prefix_lens_host)
+        cached = max(batch.prefix_lens_host)
+        pairs = batch.num_tokens * (min(cached, sliding_window) if sliding_window else cached)
         if self.kernels.dense == paged_calls.FA3:
             is_large = pairs >= FA3_WORK
         else:
@@ -283,6 +319,7 @@ class Attention:
         step: Step,
         sm_scale: float,
         sinks: torch.Tensor | None = None,
+        sliding_window: int = 0,
     ) -> None:
         """Store the new tokens of a step in one layer, encode the pages that they fill, and attend.
 
@@ -293,11 +330,13 @@ class Attention:
             cache: memory of this layer; rings are written, and the records of full pages.
             step: from `plan`; sm_scale: factor of the scores.
             sinks: [Hq] any float dtype, attention sinks of the layer (see `reference.attention`), None without.
+            sliding_window: of the layer, one of `sliding_windows`: the newest tokens that a query reads; 0 for all.
         """
+        assert sliding_window in (0, *self.sliding_windows), "steps are planned for the windows of the model"
         if isinstance(step.batch, DecodeBatch):
-            self._attend_decode(new, out, cache, step.batch, sm_scale, sinks)
+            self._attend_decode(new, out, cache, step.batch, sm_scale, sinks, sliding_window)
         else:
-            self._attend_extend(new, out, cache, step, sm_scale, sinks)
+            self._attend_extend(new, out, cache, step, sm_scale, sinks, sliding_window)
 
     def _attend_decode(
         self,
@@ -307,11 +346,13 @@ class Attention:
         batch: DecodeBatch,
         sm_scale: float,
         sinks: torch.Tensor | None,
+        sliding_window: int,
     ) -> None:
         workspace, config = self._decode_workspace, self.config
         if workspace is None:
-            torch_form.attend_decode(new, out, cache, batch, config, sm_scale, sinks)
+            torch_form.attend_decode(new, out, cache, batch, config, sm_scale, sinks, sliding_window)
             return
+        workspace = self._sliding_workspaces.get(sliding_window, workspace)
         rotate.rotate_to_rings(new, workspace.rotated_q, cache, batch, config)
         self._encode.encode_from_ring(cache, batch, config)
         if self.kernels.decode == "cuda":
@@ -332,11 +373,13 @@ class Attention:
         step: Step,
         sm_scale: float,
         sinks: torch.Tensor | None,
+        sliding_window: int,
     ) -> None:
-        batch, plan, config = step.batch, step.plan, self.config
+        batch, config = step.batch, self.config
+        plan = step.sliding_plans.get(sliding_window, step.plan)
         assert isinstance(batch, ExtendBatch)
         if self.kernels.extend == "torch":
-            torch_form.attend_extend(new, out, cache, batch, config, sm_scale, sinks)
+            torch_form.attend_extend(new, out, cache, batch, config, sm_scale, sinks, sliding_window)
             return
         if plan is None:
             return

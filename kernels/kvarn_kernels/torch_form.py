@@ -31,6 +31,11 @@ def record_pages(position: int, exact_start: int, config: KVarNConfig) -> int:
     return min(page, max(page - config.window_pages, exact_start // TILE_SIZE))
 
 
+def first_page(position: int, sliding_window: int) -> int:
+    """Return the page of the first key that the query at a position reads; sliding_window: in tokens, 0 for none."""
+    return max(position - sliding_window + 1, 0) // TILE_SIZE if sliding_window else 0
+
+
 def _decode_pages(
     cache: LayerCache, pages: torch.Tensor, config: KVarNConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,14 +98,15 @@ def _attend(
     exact: tuple[torch.Tensor, torch.Tensor],
     sm_scale: float,
     sinks: torch.Tensor | None = None,
+    sliding_window: int = 0,
 ) -> torch.Tensor:
-    """Attend queries of one page to N decoded keys and E exact ones; the last is the last query's own.
+    """Attend queries of one page to N decoded keys and E exact ones, of consecutive tokens up to the last query's own.
 
     Args:
         q: float32 [n, Hq, D], rotated, consecutive positions.
         records: decoded keys and values, each float32 [Hk, N, D].
         exact: exact keys and values, each float32 [Hk, E, D], E >= n; query r sees the first E - n + 1 + r.
-        sinks: attention sinks [Hq], see `reference.attention`.
+        sinks: attention sinks [Hq], and sliding_window: see `reference.attention`.
 
     Returns:
         float32 [n, Hq, D], rotated.
@@ -110,17 +116,23 @@ def _attend(
     kv_heads, keys, _ = exact_k.shape
     # [Hk, group * n, D]
     rows = (q * sm_scale).transpose(0, 1).reshape(kv_heads, -1, head_dim)
-    exact_scores = rows @ exact_k.transpose(1, 2)
-    if queries > 1:
-        hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu_(keys - queries + 1)
-        exact_scores.unflatten(1, (-1, queries)).masked_fill_(hidden, float("-inf"))
     split = record_k.shape[1]
-    scores = [rows @ record_k.transpose(1, 2)] if split else []
-    scores.append(exact_scores)
+    parts = [rows @ record_k.transpose(1, 2)] if split else []
+    scores = torch.cat([*parts, rows @ exact_k.transpose(1, 2)], -1)
+    if queries > 1 or sliding_window:
+        own = torch.arange(split + keys - queries, split + keys, device=q.device)[:, None]
+        # without a window all queries see all decoded keys
+        first = 0 if sliding_window else split
+        key = torch.arange(first, split + keys, device=q.device)
+        hidden = key > own
+        if sliding_window:
+            hidden |= key <= own - sliding_window
+        scores[..., first:].unflatten(1, (-1, queries)).masked_fill_(hidden, float("-inf"))
     if sinks is not None:
         # [Hk, group * n, 1]; behind the keys, so that their weights are the first ones
-        scores.append(sinks.float().view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1, 1))
-    weights = torch.cat(scores, -1).softmax(-1)[..., : split + keys]
+        column = sinks.float().view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1, 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., : split + keys]
     out = weights[..., split:] @ exact_v
     if split:
         out = weights[..., :split] @ record_v + out
@@ -135,6 +147,7 @@ def attend_decode(
     config: KVarNConfig,
     sm_scale: float,
     sinks: torch.Tensor | None = None,
+    sliding_window: int = 0,
 ) -> None:
     """Store one new token per row, encode the pages they fill, and attend; see `Attention.attend`."""
     q, k, v = new
@@ -151,16 +164,19 @@ def attend_decode(
             _encode_pages(k_page, v_page, cache, batch.store_pages[b : b + 1], config)
     lens = [record_pages(n - 1, s, config) for n, s in zip(seq_lens, batch.exact_starts.tolist(), strict=True)]
     for first in range(0, len(seq_lens), batch.drafts):
-        # the last row of a request reads all pages that the others read
-        last = first + batch.drafts - 1
-        decoded = _decode_pages(cache, batch.page_table[last, : lens[last]], config)
+        # the first row of a request reads the oldest page, the last one all others
+        last, oldest = first + batch.drafts - 1, first_page(seq_lens[first] - 1, sliding_window)
+        decoded = _decode_pages(cache, batch.page_table[last, oldest : lens[last]], config)
         for b in range(first, last + 1):
-            start = lens[b] * TILE_SIZE
+            exact = max(oldest, lens[b])
             exact_k, exact_v = (
-                x.transpose(0, 1).float() for x in _ring_tokens(cache, batch.ring_pages[b], start, seq_lens[b])
+                x.transpose(0, 1).float()
+                for x in _ring_tokens(cache, batch.ring_pages[b], exact * TILE_SIZE, seq_lens[b])
             )
-            records = (decoded[0][:, :start], decoded[1][:, :start])
-            rotated_out[b] = _attend(rotated_q[b : b + 1], records, (exact_k, exact_v), sm_scale, sinks)[0]
+            split = (exact - oldest) * TILE_SIZE
+            records = (decoded[0][:, :split], decoded[1][:, :split])
+            exact_part = (exact_k, exact_v)
+            rotated_out[b] = _attend(rotated_q[b : b + 1], records, exact_part, sm_scale, sinks, sliding_window)[0]
     out.copy_(rotate(rotated_out))
 
 
@@ -172,6 +188,7 @@ def _extend_request(
     config: KVarNConfig,
     sm_scale: float,
     sinks: torch.Tensor | None,
+    sliding_window: int,
 ) -> torch.Tensor:
     """Encode, attend and store request b of a batch.
 
@@ -195,18 +212,22 @@ def _extend_request(
     if last > first:
         fresh = slice(first * TILE_SIZE - first_exact, last * TILE_SIZE - first_exact)
         _encode_pages(exact[0][fresh], exact[1][fresh], cache, pages[first:last], config)
-    records = _decode_pages(cache, pages[: record_pages(seq_len - 1, exact_start, config)], config)
+    # pages that have left the window of the first block are not read
+    oldest = first_page(prefix_len - prefix_len % QUERY_BLOCK, sliding_window)
+    records = _decode_pages(cache, pages[oldest : record_pages(seq_len - 1, exact_start, config)], config)
     begin, lead = prefix_len - prefix_len % QUERY_BLOCK, prefix_len % QUERY_BLOCK
     rest = -seq_len % QUERY_BLOCK
     queries = pad(q, (0, 0, 0, 0, lead, rest))
     exact_k, exact_v = (pad(x, (0, 0, 0, 0, 0, rest)).transpose(0, 1).float() for x in exact)
     out = torch.empty_like(queries)
     for start in range(begin, seq_len, QUERY_BLOCK):
-        n = record_pages(start, exact_start, config) * TILE_SIZE
+        first_read = first_page(start, sliding_window)
+        n = max(first_read, record_pages(start, exact_start, config)) * TILE_SIZE
         block = slice(start - begin, start - begin + QUERY_BLOCK)
         seen = slice(n - first_exact, start + QUERY_BLOCK - first_exact)
-        older, own = (records[0][:, :n], records[1][:, :n]), (exact_k[:, seen], exact_v[:, seen])
-        out[block] = _attend(queries[block], older, own, sm_scale, sinks)
+        decoded = slice((first_read - oldest) * TILE_SIZE, n - oldest * TILE_SIZE)
+        older, own = (records[0][:, decoded], records[1][:, decoded]), (exact_k[:, seen], exact_v[:, seen])
+        out[block] = _attend(queries[block], older, own, sm_scale, sinks, sliding_window)
     _store_tokens(k, v, cache, ring, prefix_len)
     return out[lead : lead + len(q)]
 
@@ -219,6 +240,7 @@ def attend_extend(
     config: KVarNConfig,
     sm_scale: float,
     sinks: torch.Tensor | None = None,
+    sliding_window: int = 0,
 ) -> None:
     """Store new tokens, encode the pages they fill, and attend; see `Attention.attend`."""
     q, k, v = new
@@ -226,5 +248,6 @@ def attend_extend(
     for b, new_tokens in enumerate(batch.new_tokens):
         own = slice(start, start + new_tokens)
         rotated = QKV(rotate(q[own]), rotate(k[own]).to(cache.dtype), rotate(v[own]).to(cache.dtype))
-        out[own] = rotate(_extend_request(rotated, b, cache, batch, config, sm_scale, sinks)).to(out.dtype)
+        attended = _extend_request(rotated, b, cache, batch, config, sm_scale, sinks, sliding_window)
+        out[own] = rotate(attended).to(out.dtype)
         start = own.stop

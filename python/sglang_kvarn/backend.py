@@ -35,7 +35,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
             )
         refusals.check_device(model_runner.device, model_runner.dtype)
         refusals.check_states_on_device(model_runner.device, model_runner.model_config)
-        refusals.check_layers(model_runner.model, pool.layer_ids, pool.shape)
+        windows = compat.windows_in_records(model_runner.model_config)
+        refusals.check_layers(model_runner.model, pool.layer_ids, pool.shape, windows)
         self.pool = pool
         # copies to and from host memory wait for it
         pool.forward_stream = getattr(model_runner, "forward_stream", None)
@@ -47,7 +48,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         limits = self._limits(model_runner)
         self._buffers = DecodeBuffers(limits.decode_batch, self.req_to_token, pool.rings)
-        self.attention = Attention(pool.shape, pool.config, self.req_to_token.device, limits)
+        device = self.req_to_token.device
+        self.attention = Attention(pool.shape, pool.config, device, limits, sliding_windows=windows)
         if self.req_to_token.is_cuda:
             first, sinks = pool.layer_cache(pool.layer_ids[0]), compat.attention_sinks(model_runner.model)
             self.attention.warm_up(first, pool.rings.pages.shape[1], sinks)
@@ -134,6 +136,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         # a prefill graph pads the tokens; zeros, so that nothing undefined flows on through their rows
         out = torch.zeros_like(q) if q.shape[0] > step.batch.num_tokens else torch.empty_like(q)
         cache = self.pool.layer_cache(layer.layer_id)
-        self.attention.attend(QKV(q, k, v), out, cache, step, layer.scaling, sinks)
+        # SGLang counts the tokens before the query's own, and has -1 for all
+        window = layer.sliding_window_size + 1
+        self.attention.attend(QKV(q, k, v), out, cache, step, layer.scaling, sinks, window)
         balanced_layers.add_output_bias(layer, out)
         return out.view(-1, layer.tp_q_head_num * head_dim)

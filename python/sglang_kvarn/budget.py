@@ -33,8 +33,9 @@ def layer_ids(configurator: Any) -> list[int]:
 def model_shape(configurator: Any) -> ModelShape:
     """Read the shape of the rank's model from SGLang's KVCacheConfigurator."""
     layers, tp_size = len(layer_ids(configurator)), compat.get_parallel().attn_tp_size
-    model = configurator.model_config
-    return capacity.rank_shape(model, configurator.model_dtype, tp_size, layers, compat.query_heads(model))
+    model, dtype = configurator.model_config, configurator.model_dtype
+    heads, windows = compat.query_heads(model), compat.windows_in_records(model)
+    return capacity.rank_shape(model, dtype, tp_size, layers, heads, windows)
 
 
 def sliding_layer_ids(configurator: Any) -> list[int]:

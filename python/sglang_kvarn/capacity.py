@@ -37,10 +37,14 @@ class ModelShape:
 
     Example: Qwen3-8B on one GPU has 36 layers of 32 query heads and 8 KV heads of 128 channels in bfloat16;
     with ``kvarn`` a token costs 36 * 8 * 112 = 32,256 bytes (16 bit: 147,456), a ring 10 pages of 128 tokens.
+
+    Attributes:
+        sliding_windows: that some of the layers have, in tokens.
     """
 
     layers: int
     attention: AttentionShape
+    sliding_windows: tuple[int, ...] = ()
 
     def token_bytes(self, config: KVarNConfig) -> int:
         """Return the record bytes per token, all layers."""
@@ -178,12 +182,18 @@ def whole_pages(tokens: int) -> int:
 
 
 def rank_shape(
-    model_config: Any, dtype: torch.dtype, tp_size: int, layers: int, num_qo_heads: int | None = None
+    model_config: Any,
+    dtype: torch.dtype,
+    tp_size: int,
+    layers: int,
+    num_qo_heads: int | None = None,
+    sliding_windows: tuple[int, ...] = (),
 ) -> ModelShape:
     """Return the shape of a rank from SGLang's ModelConfig.
 
     Args:
         layers: of this rank that have a KV cache; num_qo_heads: of the model in these layers, where others differ.
+        sliding_windows: that some of these layers have, in tokens.
     """
     attention = AttentionShape(
         num_qo_heads=(num_qo_heads or model_config.num_attention_heads) // tp_size,
@@ -191,7 +201,7 @@ def rank_shape(
         head_dim=model_config.head_dim,
         dtype=dtype,
     )
-    return ModelShape(layers, attention)
+    return ModelShape(layers, attention, sliding_windows)
 
 
 @dataclass(frozen=True)
@@ -269,8 +279,8 @@ def workspace_bytes(
     from kvarn_kernels.attention import Attention, choose_kernels
 
     gpu = gpu_of(device) if gpu is None else gpu
-    kernels = choose_kernels(shape.attention, config, device, gpu)
-    return Attention(shape.attention, config, torch.device("meta"), limits, kernels, gpu).num_bytes
+    kernels, meta = choose_kernels(shape.attention, config, device, gpu), torch.device("meta")
+    return Attention(shape.attention, config, meta, limits, kernels, gpu, shape.sliding_windows).num_bytes
 
 
 def charge(

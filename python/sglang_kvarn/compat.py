@@ -382,6 +382,14 @@ def sliding_shape(model_config: Any, ranks: int) -> tuple[int, int, int]:
     return model_config.get_swa_num_kv_heads(ranks), model_config.swa_head_dim, model_config.swa_v_head_dim
 
 
+def windows_in_records(model_config: Any) -> tuple[int, ...]:
+    """Return the sliding windows, in tokens, of layers whose tokens SGLang keeps beside those of all other layers."""
+    text = model_config.hf_text_config
+    if model_config.is_hybrid_swa or "sliding_attention" not in (getattr(text, "layer_types", None) or ()):
+        return ()
+    return (text.sliding_window,)
+
+
 def splits_sliding_windows(server_args: Any) -> bool:
     """Whether SGLang will give a model's sliding windows a pool, from arguments that need not be resolved yet.
 

@@ -35,6 +35,9 @@ _STATE_LAYERS = {"linear_attention", "mamba"}
 _SLIDING_LAYERS = {"sliding_attention"}
 # models of which some layers have a sliding window in a pool of SGLang's, as tested
 WITH_WINDOWS = ("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM")
+# models with sliding windows whose layers SGLang all gives one pool, so that windows are read from records, as tested
+# (Olmo 3 has the architecture of Olmo 2)
+WINDOWS_IN_RECORDS = ("Gemma3ForCausalLM", "Olmo2ForCausalLM")
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
 # what SGLang writes into the code of a model, so that no configuration shows it
 _IN_CODE = {
@@ -437,10 +440,11 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     kinds = set(getattr(text, "layer_types", None) or ())
     # first: Inkling's state cannot be asked for before SGLang publishes its arguments
     is_window_model = compat.is_window_model(model_config) or bool(_SLIDING_LAYERS & kinds)
-    is_tested = is_window_model and set(config.architectures) <= set(WITH_WINDOWS)
-    yield is_window_model and not is_tested, "sliding-window layers of a kind that is not tested"
-    is_served = is_tested and model_config.is_hybrid_swa
-    yield is_tested and not is_served, "sliding-window layers, of which --disable-hybrid-swa-memory keeps all tokens"
+    is_split, is_kept = (set(config.architectures) <= set(names) for names in (WITH_WINDOWS, WINDOWS_IN_RECORDS))
+    yield is_window_model and not (is_split or is_kept), "sliding-window layers of a kind that is not tested"
+    is_served = is_window_model and is_split and model_config.is_hybrid_swa
+    keeps_all = is_window_model and is_split and not is_served
+    yield keeps_all, "sliding-window layers, of which --disable-hybrid-swa-memory keeps all tokens"
     if is_served:
         layers = (0, model_config.num_hidden_layers)
         both = (compat.attention_layers(model_config, *layers), compat.sliding_layers(model_config, *layers))
@@ -454,7 +458,8 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     yield getattr(config, "dual_chunk_attention_config", None) is not None, "dual-chunk attention"
     yield getattr(model_config, "attention_chunk_size", None) is not None, "chunked attention"
     yield (getattr(text, "loop_num", None) or 1) > 1, "loops over its layers, with windows from the second one on"
-    kinds -= _FULL_LAYERS | (_STATE_LAYERS if is_known else set()) | (_SLIDING_LAYERS if is_served else set())
+    kinds -= _FULL_LAYERS | (_STATE_LAYERS if is_known else set())
+    kinds -= _SLIDING_LAYERS if is_served or is_kept else set()
     yield bool(kinds), f"layers of type {', '.join(sorted(kinds))}"
     yield model_config.is_encoder_decoder, "cross attention"
     bidirectional = getattr(text, "use_bidirectional_attention", None) or getattr(text, "is_causal", None) is False
@@ -548,7 +553,7 @@ def check_states(server_args: Any, model_config: Any) -> None:
 
 
 def check_windows(server_args: Any, model_config: Any) -> None:
-    """Refuse arguments that are not tested beside sliding windows in a pool of SGLang's.
+    """Refuse arguments that are not tested beside sliding windows.
 
     Args:
         server_args: ServerArgs, resolved or on the way; model_config: SGLang's ModelConfig.
@@ -556,10 +561,13 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     Raises:
         Refused: one sentence: what is expected, what came, why, what to do.
     """
-    if not model_config.is_hybrid_swa:
+    if not model_config.is_hybrid_swa and not compat.windows_in_records(model_config):
         return
     args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
     backends = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend}
+    if not model_config.is_hybrid_swa:
+        # the backend of all layers is ours
+        backends = {None}
     untested = (
         (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "host memory"),
         (bool(args.speculative_algorithm), "--speculative-algorithm", "drafts"),
@@ -673,11 +681,14 @@ def check_states_on_device(device: str, model_config: Any) -> None:
         )
 
 
-def check_layers(model: torch.nn.Module, layer_ids: list[int], shape: AttentionShape) -> None:
+def check_layers(
+    model: torch.nn.Module, layer_ids: list[int], shape: AttentionShape, sliding_windows: tuple[int, ...] = ()
+) -> None:
     """Refuse attention layers with a property that the kernels do not compute.
 
     Args:
         layer_ids: those in records; shape: that pool and workspaces are made for.
+        sliding_windows: that steps are planned for, in tokens.
 
     Raises:
         ValueError: the first such property.
@@ -687,7 +698,10 @@ def check_layers(model: torch.nn.Module, layer_ids: list[int], shape: AttentionS
     for layer in layers:
         properties = (
             (layer.logit_cap > 0, f"a logit cap of {layer.logit_cap}"),
-            (layer.sliding_window_size > -1, f"a sliding window of {layer.sliding_window_size} tokens"),
+            (
+                layer.sliding_window_size + 1 not in (0, *sliding_windows),
+                f"a sliding window of {layer.sliding_window_size + 1} tokens",
+            ),
             (layer.is_cross_attention, "cross attention"),
             (layer.attn_type != compat.AttentionType.DECODER, f"attention of type {layer.attn_type.value}"),
             (layer.xai_temperature_len > 0, "temperature by position"),

@@ -51,8 +51,10 @@ def test_simulated_widths_of_a_preset_read_what_the_preset_reads():
 
 
 def test_quality_check_refuses_a_wrong_attention():
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
-        return caches.kvarn("kvarn").attend(q, k, v, sm_scale * 1.01)
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, sliding_window: int
+    ) -> torch.Tensor:
+        return caches.kvarn("kvarn").attend(q, k, v, sm_scale * 1.01, sliding_window)
 
     wrong = dataclasses.replace(caches.kvarn("kvarn"), attend=attend)
     with pytest.raises(SystemExit, match="to agree with the oracle"):
@@ -84,6 +86,19 @@ def test_published_cache_reads_the_prompt_exactly_and_pages_after_it_from_codes(
     got = caches.published_kvarn(4, 2, prompt=256).attend(q, k, v, 0.125)
     assert relative_error(got[:256], expected[:256]) < 1e-3
     assert relative_error(got[256:], expected[256:]) > 0.02
+
+
+@pytest.mark.parametrize("cache", [caches.unquantised(), caches.fp8(), caches.kvarn("kvarn")], ids=lambda c: c.name)
+def test_caches_read_the_tokens_of_a_sliding_window_alone(cache):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(300, heads, 64).half() for heads in (3, 1, 1))
+    whole = cache.attend(q, k, v, 0.125, 0)
+    # tokens that have left the window, and share no page with it, change nothing
+    changed = [torch.cat([100 + x[:128], x[128:]]) for x in (k, v)]
+    found, other = (cache.attend(q, *pair, 0.125, 140) for pair in ((k, v), changed))
+    assert torch.equal(found[268:], other[268:]) and not torch.equal(found[266], other[266])
+    # the window is not longer than the text up to here
+    assert relative_error(found[:140], whole[:140]) < 1e-5 < relative_error(found[141:], whole[141:])
 
 
 def test_fp8_cache_reads_every_token_rounded():

@@ -25,13 +25,14 @@ def test_scores_of_equal_predictions_are_zero_and_of_a_swap_are_not():
 
 
 def test_text_is_chosen_by_the_seed(tmp_path):
-    def tokenizer(text, add_special_tokens):
-        return SimpleNamespace(input_ids=[ord(character) for character in text])
+    def tokenizer(text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(character) for character in text])
 
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line {n}\n" for n in range(4000)))
     pieces = [texts.load(str(path), 64, seed, tokenizer) for seed in (0, 0, 1)]
     assert pieces[0] == pieces[1] != pieces[2]
-    assert len(pieces[0].tokens) == 64 and bytes(pieces[0].tokens[:5]) == b"line "
+    # the token that begins every text, then the text
+    assert len(pieces[0].tokens) == 64 and bytes(pieces[0].tokens[:6]) == b"\x01line "
     with pytest.raises(ValueError, match="lower --context"):
         texts.load(str(path), 100_000, 0, tokenizer)

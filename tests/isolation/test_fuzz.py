@@ -80,6 +80,8 @@ class Lives(RuleBasedStateMachine):
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
         # not with drafts or host memory, which are refused beside them
         sliding=st.sampled_from((0, 0, 0, 60, 150)),
+        # of the layers with records: within a page, over one, and beyond what is exact
+        window=st.sampled_from((0, 0, 60, 150, 300)),
         host_pages=st.sampled_from(HOST_PAGES),
         policy=st.sampled_from(("write_through", "write_back", "write_through_selective")),
         core=st.sampled_from(calls.cores),
@@ -92,6 +94,7 @@ class Lives(RuleBasedStateMachine):
         checkpoint: int,
         drafts: int,
         sliding: int,
+        window: int,
         host_pages: int,
         policy: str,
         core: str,
@@ -109,6 +112,7 @@ class Lives(RuleBasedStateMachine):
         self.host = {"pages": host_pages, "policy": policy, "seed": order, "core": core}
         self.host |= {"folder": folder, "prefetch": prefetch}
         self.options = {"poison": poison, "checkpoint": checkpoint, "drafts": drafts, "sliding": sliding}
+        self.options["window"] = window
         self.begin(self.preset, factors=0)
         if self.files:
             # lives are short, and need something that can be written
@@ -119,6 +123,7 @@ class Lives(RuleBasedStateMachine):
         self.total["worlds with checkpoints"] += bool(checkpoint)
         self.total["worlds with drafts"] += bool(drafts)
         self.total["worlds with sliding windows"] += bool(sliding)
+        self.total["worlds with windows in records"] += bool(window)
         self.total["worlds"] += 1
 
     def begin(self, preset: str, factors: int) -> None:
@@ -381,7 +386,7 @@ def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, has_files: 
         has_files: whether every world has host memory, and files behind it.
     """
     kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory", "worlds with files")
-    kinds += ("worlds with sliding windows",)
+    kinds += ("worlds with sliding windows", "worlds with windows in records")
     events = ("host hits", "storage hits", "failed loads", "flushes")
     total = dict.fromkeys(("steps", "forwards", "kernel forwards", *events, *kinds), 0)
     chosen = {"preset": preset, "total": total, "kernels_every": kernels_every, "has_files": has_files}

@@ -89,6 +89,28 @@ def test_verify_steps_of_many_columns_have_a_kernel_of_their_own(host, capabilit
     assert f"decode by CUDA C++ ({source})" in described
 
 
+def test_models_with_sliding_windows_have_a_plan_for_each_and_one_decode_kernel(host):
+    host((9, 0))
+    limits, kernels = replace(LIMITS, decode_batch=8, draft_tokens=4), choose_kernels(SHAPE, KVARN, CUDA)
+    made = [Attention(SHAPE, KVARN, META, limits, kernels, sliding_windows=x) for x in ((), (512, 0, 1024, 512))]
+    assert [x.describe().count("decode_sm90.cu") for x in made] == [0, 1]
+    assert made[1].sliding_windows == (512, 1024)
+    workspace = made[1]._decode_workspace
+    plans = list(made[1]._sliding_workspaces.values())
+    assert [plan.sliding_window for plan in plans] == [512, 1024]
+    assert all(plan.partial_out is workspace.partial_out for plan in plans)
+    assert len({id(plan.split_indptr) for plan in (workspace, *plans)}) == 3
+    # two plans, and the room of a planned call of FlashInfer for each
+    with_windows = extend_dense.workspace_bytes(SHAPE, 10**6, 5, "flashinfer", (512, 1024), 1)
+    without = extend_dense.workspace_bytes(SHAPE, 10**6, 5, "flashinfer")
+    assert with_windows - without == 2 * paged_calls.FlashInfer.call_bytes
+    few = Attention(SHAPE, KVARN, META, limits, replace(kernels, dense=""), sliding_windows=(512, 1024))
+    assert few.num_bytes == workspace.num_bytes + sum(plan.plan_bytes for plan in plans)
+    assert made[1].num_bytes == few.num_bytes + extend_dense.workspace_bytes(
+        SHAPE, limits.extend_pages, 5, "flashinfer", (512, 1024), 1
+    )
+
+
 @pytest.mark.parametrize(
     ("capability", "text"),
     [

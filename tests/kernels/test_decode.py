@@ -11,6 +11,7 @@ from builders import (
     RELATIVE_RMS,
     attention_for,
     encoded,
+    in_layer,
     make_cache,
     make_request,
     oracle,
@@ -37,7 +38,14 @@ ONE_MULTIPROCESSOR = replace(gpu_of(DEVICE), multiprocessors=1)
 
 
 def decode_step(
-    requests, heads, config, padding=0, cache=None, gpu: Gpu | None = None, kernels: Kernels | None = None
+    requests,
+    heads,
+    config,
+    padding=0,
+    cache=None,
+    gpu: Gpu | None = None,
+    kernels: Kernels | None = None,
+    sliding_window: int = 0,
 ):
     """Prefill all but the last token of each request in the torch form, decode the last one with the kernels."""
     head_dim, dtype = requests[0].q.shape[-1], requests[0].q.dtype
@@ -49,10 +57,10 @@ def decode_step(
             chunks = [len(request.q) - 1 - request.exact_start]
             prefill(torch_form.attend_extend, request, chunks, cache, config)
     most_pages = 1 + max(len(r.pages) for r in requests)
-    attention = attention_for(
-        cache, heads[0], config, kernels, max_batch=len(requests) + padding, max_pages=most_pages, gpu=gpu
-    )
-    return run_decode(attention, requests, [len(r.q) - 1 for r in requests], cache, config, padding=padding)
+    limits, windows = {"max_batch": len(requests) + padding, "max_pages": most_pages}, [sliding_window]
+    attention = attention_for(cache, heads[0], config, kernels, **limits, gpu=gpu, sliding_windows=windows)
+    attend = in_layer(attention, sliding_window=sliding_window)
+    return run_decode(attend, requests, [len(r.q) - 1 for r in requests], cache, config, padding=padding)
 
 
 def make_requests(lengths, heads, head_dim, dtype):

@@ -28,9 +28,18 @@ def make_workspace(max_batch, heads, head_dim, max_pages, config, device) -> dec
     return decode_plan.make_workspace(shape, config, device, max_batch, max_pages, resident)
 
 
-def plan(lengths: list[int], config: KVarNConfig, heads=(32, 8), head_dim=128, starts: list[int] | None = None):
+def plan(
+    lengths: list[int],
+    config: KVarNConfig,
+    heads=(32, 8),
+    head_dim=128,
+    starts: list[int] | None = None,
+    window: int = 0,
+):
     """Return (splits of each request, workspace) of a step; the workspace serves twice the batch."""
     workspace = make_workspace(2 * len(lengths), heads, head_dim, MAX_PAGES, config, DEVICE)
+    if window:
+        workspace = workspace.with_plan(window)
     workspace.split_requests.fill_(-1)
     workspace.split_indptr.fill_(-1)
     size = len(lengths)
@@ -47,12 +56,14 @@ def plan(lengths: list[int], config: KVarNConfig, heads=(32, 8), head_dim=128, s
     return [end - begin for begin, end in pairwise(indptr[: size + 1])], workspace
 
 
-def units(length: int, config: KVarNConfig, start: int = 0) -> int:
+def units(length: int, config: KVarNConfig, start: int = 0, window: int = MAX_PAGES * PAGE) -> int:
     """Return the work of a request, counted token by token."""
     position = length - 1
     exact = min(max(position // PAGE - config.window_pages, start // PAGE), position // PAGE)
+    oldest = min(token // PAGE for token in range(length) if token > position - window)
+    exact, records = max(exact, oldest), max(exact - oldest, 0)
     chunks = {(token - exact * PAGE) // decode_plan.RING_CHUNK.value for token in range(exact * PAGE, length)}
-    return exact + decode_plan.RING_UNITS.value * len(chunks)
+    return records + decode_plan.RING_UNITS.value * len(chunks)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -106,6 +117,17 @@ def test_splits_of_canonical_presets_depend_on_the_request_only():
     together, _ = plan([5, 1, 900, 17 * PAGE, 40_000, 300 * PAGE], config)
     assert [together[n] for n in (1, 2, 3, 5)] == alone
     assert alone == [-(-units(n, config) // decode_plan.FIXED_SPLIT_UNITS) for n in (1, 900, 17 * PAGE, 300 * PAGE)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("window", [1, 100, PAGE + 1, 1000, 20 * PAGE])
+def test_pages_that_have_left_the_window_are_no_work(preset, window):
+    config = KVarNConfig.from_preset(preset)
+    share = decode_plan.FIXED_SPLIT_UNITS if config.fixed_order else decode_plan.MIN_SPLIT_UNITS
+    for length in (1, window, window + 1, 3 * PAGE, 40 * PAGE + 70, 64 * PAGE):
+        (count,), workspace = plan([length], config, window=window)
+        assert count == -(-units(length, config, window=window) // share), length
+        assert count <= workspace.max_splits[0]
 
 
 def test_tokens_of_the_prefix_are_no_ring():

@@ -33,10 +33,10 @@ FORMS = [
 ]
 
 
-def code_of(form: tuple, capability: str, drafts: int = 1) -> bytes:
+def code_of(form: tuple, capability: str, drafts: int = 1, sliding_window: int = 0) -> bytes:
     preset, *rest = form
     config = KVarNConfig.from_preset(preset)
-    defines = decode_sm90.constants(config, *rest, config.ring_pages(rest[0], 2, drafts), drafts)
+    defines = decode_sm90.constants(config, *rest, config.ring_pages(rest[0], 2, drafts), drafts, sliding_window)
     return compiled(nvrtc.source(decode_sm90.SOURCE, defines), "kvarn_decode", capability)
 
 
@@ -46,6 +46,14 @@ def test_decode_sm90_compiles_into_registers(form, tmp_path):
     blocks = decode_sm90.MIN_BLOCKS[form[1], decode_sm90.column_tiles(form[1], form[3], 1)]
     # at 128 registers two values of the prologue may be spilled; the loop over tiles has none to spare for more
     assert registers * decode_sm90.THREADS * blocks <= 65536 and stack <= 16, (registers, stack)
+
+
+@pytest.mark.parametrize("form", [*FORMS[:1], *FORMS[3:5], FORMS[8]], ids=lambda form: "-".join(str(x) for x in form))
+def test_decode_in_a_sliding_window_compiles_into_registers(form, tmp_path):
+    registers, stack = registers_and_stack(code_of(form, "90", sliding_window=1024), tmp_path)
+    blocks = decode_sm90.MIN_BLOCKS[form[1], decode_sm90.column_tiles(form[1], form[3], 1)]
+    # the oldest token that a column sees takes a few registers more
+    assert registers * decode_sm90.THREADS * blocks <= 65536 and stack <= 48, (registers, stack)
 
 
 @pytest.mark.parametrize("drafts", [4, 8])

@@ -34,12 +34,13 @@ def run_as_cpp(as_cpp, monkeypatch):
     return lambda seed: setattr(as_cpp, "seed", seed)
 
 
-def check(requests, heads, config, gpu=None):
+def check(requests, heads, config, gpu=None, sliding_window=0):
     dtype = requests[0].q.dtype
-    outs = decode_step(requests, heads, config, padding=1, gpu=gpu, kernels=SM90)
+    step = {"padding": 1, "gpu": gpu, "kernels": SM90, "sliding_window": sliding_window}
+    outs = decode_step(requests, heads, config, **step)
     for request, out in zip(requests, outs, strict=True):
-        error = relative_rms(out, oracle(request, config, len(request.q) - 1)[0])
-        assert error < TOLERANCE[dtype], len(request.q)
+        expected = oracle(request, config, len(request.q) - 1, sliding_window=sliding_window)[0]
+        assert relative_rms(out, expected) < TOLERANCE[dtype], len(request.q)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,33 @@ def check(requests, heads, config, gpu=None):
 def test_every_form_matches_the_oracle(run_as_cpp, preset, dtype, head_dim, heads):
     requests = make_requests([3 * PAGE + 5, 70, 4 * PAGE], heads, head_dim, dtype)
     check(requests, heads, KVarNConfig.from_preset(preset))
+
+
+@pytest.mark.parametrize(
+    ("window", "preset", "head_dim", "heads"),
+    [
+        (1, "kvarn", 64, (4, 1)),
+        (100, "kvarn_canonical", 64, (4, 1)),
+        (PAGE + 1, "kvarn", 64, (4, 1)),
+        # two tiles of columns
+        (300, "kvarn", 128, (9, 1)),
+        (300, "kvarn_k4v3_g128", 256, (2, 1)),
+    ],
+)
+def test_sliding_windows_match_the_oracle(run_as_cpp, window, preset, head_dim, heads):
+    requests = make_requests([5 * PAGE + 9, window, 4 * PAGE, 1], heads, head_dim, torch.bfloat16)
+    check(requests, heads, KVarNConfig.from_preset(preset), sliding_window=window)
+
+
+@pytest.mark.parametrize("window", [1, 130, 300])
+def test_drafts_match_the_oracle_in_a_sliding_window(run_as_cpp, window):
+    drafts = 5
+    # a page ends, and another leaves the window, among the drafts
+    starts = [3 * PAGE - 2, 2 * PAGE + window - 3, 70]
+    requests = make_requests([n + drafts for n in starts], HEADS, 64, torch.float16)
+    verify_together(
+        requests, starts, HEADS, KVarNConfig.from_preset("kvarn"), drafts, SM90, sliding_window=window
+    )
 
 
 @pytest.mark.parametrize(

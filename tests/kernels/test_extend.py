@@ -34,9 +34,11 @@ CANONICAL = KVarNConfig.from_preset("kvarn_canonical")
 BOUND = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def rotated_extend(new: QKV, out, cache, batch, config, sm_scale, gpu: Gpu | None = None, sinks=None):
+def rotated_extend(
+    new: QKV, out, cache, batch, config, sm_scale, gpu: Gpu | None = None, sinks=None, sliding_window=0
+):
     rotated = QKV(torch_form.rotate(new.q), *(torch_form.rotate(x).to(x.dtype) for x in (new.k, new.v)))
-    plan = plan_extend(batch, shape_of(cache, new.q.shape[1]), config, gpu or gpu_of(DEVICE))
+    plan = plan_extend(batch, shape_of(cache, new.q.shape[1]), config, gpu or gpu_of(DEVICE), sliding_window)
     extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
 
 

@@ -255,6 +255,8 @@ def test_extend_dense_step_stores_the_same_bytes_as_the_torch_form(head_dim):
 def test_workspace_is_bounded_and_charged():
     shape = AttentionShape(32, 8, 128, torch.bfloat16)
     assert [num_pages(shape, most) for most in (10**6, 10, 1)] == [396, 10, 2]
+    # what a page of queries reads in a window of 1,024 tokens: its own page and the 8 before it
+    assert [num_pages(shape, most, (512, 1024)) for most in (10**6, 10, 1)] == [396, 10, 9]
     # a chunk of 8K on 256K tokens of context
     assert workspace_bytes(shape, 10**6, 2048 + 64 + 4, FLASHINFER) <= 256 << 20
     small = AttentionShape(4, 2, 64, torch.float16)

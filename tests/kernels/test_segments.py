@@ -5,7 +5,15 @@ from itertools import pairwise
 
 import pytest
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.dense.segments import MAX_SPLITS, SPLIT_PAGES, PagedCall, num_splits, query_pages, segments
+from kvarn_kernels.dense.segments import (
+    MAX_SPLITS,
+    SPLIT_PAGES,
+    PagedCall,
+    fewest_pages,
+    num_splits,
+    query_pages,
+    segments,
+)
 
 PAGE = 128
 BATCHES = [
@@ -28,10 +36,40 @@ def keys_of(call: PagedCall, n: int) -> list[tuple[int, int]]:
     return keys[: len(keys) - PAGE + int(call.last_page_len[n])]
 
 
-def expected_keys(b: int, position: int, config: KVarNConfig) -> list[tuple[int, int, str]]:
-    """Return (request, position, source) of every key of a new token."""
+def expected_keys(b: int, position: int, config: KVarNConfig, first: int = 0) -> list[tuple[int, int, str]]:
+    """Return (request, position, source) of every key of a new token, from `first` on."""
     exact = max(position // PAGE - config.window_pages, 0) * PAGE
-    return [(b, j, "record" if j < exact else "exact") for j in range(position + 1)]
+    return [(b, j, "record" if j < exact else "exact") for j in range(first, position + 1)]
+
+
+@pytest.mark.parametrize("window", [1, PAGE, PAGE + 1, PAGE + 2, 300])
+@pytest.mark.parametrize("room", [0, 1, 1000])
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
+def test_plan_of_a_sliding_window_reads_it_in_one_call_and_no_page_before_it(batch, room, preset, window):
+    config, capacity = KVarNConfig.from_preset(preset), fewest_pages(window) + room
+    new = [(b, i) for b, (prefix, seq) in enumerate(zip(*batch, strict=True)) for i in range(prefix, seq)]
+    queries, rows = query_pages(*batch, config, window), 0
+    parts = segments(queries, capacity)
+    assert num_splits(queries, 1, 10**6) == 1 and (room < 1000 or len(parts) == 1)
+    for part in parts:
+        assert part.causal and part.begin == rows and part.splits == 1 and len(part.pages) <= capacity
+        rows, bounds = part.end, part.call.qo_indptr.tolist()
+        for n, (begin, end) in enumerate(pairwise(bounds)):
+            (b, first), (_, last) = new[part.begin + begin], new[part.begin + end - 1]
+            assert last - first == end - 1 - begin and first // PAGE == last // PAGE
+            found = [
+                (
+                    int(part.requests[entry]),
+                    int(part.pages[entry]) * PAGE + offset,
+                    "exact" if entry < part.num_exact else "record",
+                )
+                for entry, offset in keys_of(part.call, n)
+            ]
+            # in order and without a gap, so that a library finds the window of each query from the end
+            oldest = max(first - window + 1, 0) // PAGE * PAGE
+            assert found == expected_keys(b, last, config, oldest)
+    assert rows == len(new)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])

@@ -14,6 +14,7 @@ from builders import (
     RELATIVE_RMS,
     Request,
     attention_for,
+    in_layer,
     make_cache,
     make_request,
     oracle,
@@ -131,6 +132,7 @@ def verify_together(
     *,
     padding: int = 0,
     gpu: Gpu | None = None,
+    sliding_window: int = 0,
 ) -> None:
     """Verify drafts of requests that have `starts` tokens, those of a request together; compare with the oracle."""
     kv_heads, head_dim, dtype = requests[0].k.shape[1], requests[0].k.shape[2], requests[0].k.dtype
@@ -143,10 +145,13 @@ def verify_together(
         prefill(torch_form.attend_extend, unhit, [start], cache, config)
     rows = [(request, start + n) for request, start in zip(requests, starts, strict=True) for n in range(drafts)]
     size = len(rows) + padding * drafts
-    attention = attention_for(cache, heads[0], config, kernels, max_batch=size, drafts=drafts, gpu=gpu)
-    outs = run_decode(attention, *zip(*rows, strict=True), cache, config, padding=padding * drafts, drafts=drafts)
+    attention = attention_for(
+        cache, heads[0], config, kernels, max_batch=size, drafts=drafts, gpu=gpu, sliding_windows=[sliding_window]
+    )
+    attend = in_layer(attention, sliding_window=sliding_window)
+    outs = run_decode(attend, *zip(*rows, strict=True), cache, config, padding=padding * drafts, drafts=drafts)
     for (request, position), out in zip(rows, outs, strict=True):
-        expected = oracle(request, config, position, position + 1)[0]
+        expected = oracle(request, config, position, position + 1, sliding_window)[0]
         assert relative_rms(out, expected) < TOLERANCE[dtype], position
 
 

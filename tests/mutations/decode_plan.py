@@ -73,8 +73,8 @@ MUTATIONS = (
     Mutation(
         "ring chunk shared by two splits left out",
         DECODE_PLAN,
-        "(tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK",
-        "(tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * (RING_CHUNK - 1)",
+        "(tl.maximum(unit - record_units, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK",
+        "(tl.maximum(unit - record_units, 0) + RING_UNITS - 1) // RING_UNITS * (RING_CHUNK - 1)",
         (TEST_DECODE,),
     ),
 )

@@ -17,8 +17,8 @@ MUTATIONS = (
     Mutation(
         "no exact window (dense)",
         SEGMENTS,
-        "records = np.maximum(number - config.window_pages, 0)",
-        "records = number",
+        "exact = np.maximum(number - config.window_pages, oldest)",
+        "exact = number",
         (TEST_SEGMENTS, TEST_EXTEND_DENSE),
     ),
     Mutation(
@@ -52,8 +52,8 @@ MUTATIONS = (
     Mutation(
         "queries of a page see its later tokens",
         EXTEND_DENSE,
-        "num_qo_heads, causal=segment.causal",
-        "num_qo_heads, causal=False",
+        "causal=segment.causal,",
+        "causal=False,",
         (TEST_EXTEND_DENSE,),
     ),
     Mutation(

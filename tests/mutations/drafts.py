@@ -153,7 +153,7 @@ MUTATIONS = (
     Mutation(
         "drafts before the end of a page read the page as a record too",
         TORCH_FORM,
-        "            records = (decoded[0][:, :start], decoded[1][:, :start])\n",
+        "            records = (decoded[0][:, :split], decoded[1][:, :split])\n",
         "            records = decoded\n",
         (TEST_VERIFY,),
     ),
@@ -319,22 +319,22 @@ MUTATIONS = (
     Mutation(
         "draft sees those after it",
         DECODE_SM90,
-        "start + i <= newest[c][h] && ",
+        "token <= newest[c][h] && ",
         "",
         (SHARED_SPLITS,),
     ),
     Mutation(
         "draft reads a page exactly that it reads as a record too",
         DECODE_SM90,
-        " && start + i >= exact_from[c][h] * G",
+        " && token >= exact_from[c][h] * G",
         "",
         (SHARED_SPLITS,),
     ),
     Mutation(
         "draft reads the first token of a page twice",
         DECODE_SM90,
-        "{ return start + n < exact_from[c][h]; }",
-        "{ return true; }",
+        "return start + n < exact_from[c][h] && (",
+        "return (",
         (SHARED_SPLITS,),
     ),
     Mutation(
@@ -361,8 +361,8 @@ MUTATIONS = (
     Mutation(
         "second tile of columns reads the pages of the first as records",
         DECODE_SM90,
-        "sees[c][0] = begin + n < exact_from[c][0];",
-        "sees[c][0] = begin + n < exact_from[0][0];",
+        "sees[c][h] = begin + n < exact_from[c][h];",
+        "sees[c][h] = begin + n < exact_from[0][h];",
         (SHARED_SPLITS,),
     ),
     Mutation(

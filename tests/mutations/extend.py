@@ -10,8 +10,8 @@ MUTATIONS = (
     Mutation(
         "exact start ignored (extend kernel)",
         EXTEND,
-        "tl.maximum(page - WINDOW, tl.load(exact_starts_ptr + b) // G)",
-        "tl.maximum(page - WINDOW, 0)",
+        "exact_page_of(start, tl.load(exact_starts_ptr + b), WINDOW, G, SLIDING)",
+        "exact_page_of(start, 0, WINDOW, G, SLIDING)",
         (TEST_EXTEND,),
     ),
     Mutation(
@@ -52,8 +52,8 @@ MUTATIONS = (
     Mutation(
         "a page between two splits of an extend step read by neither",
         EXTEND,
-        "exact_page * (split + 1) // splits",
-        "exact_page * (split + 1) // splits - (split < splits - 1)",
+        "pages * (split + 1) // splits",
+        "pages * (split + 1) // splits - (split < splits - 1)",
         (TEST_EXTEND,),
     ),
     Mutation(

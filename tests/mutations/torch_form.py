@@ -38,8 +38,8 @@ MUTATIONS = (
     Mutation(
         "query page of the chunk's end for all its queries (torch form)",
         TORCH_FORM,
-        "n = record_pages(start, exact_start, config) * TILE_SIZE",
-        "n = record_pages(prefix_len, exact_start, config) * TILE_SIZE",
+        "n = max(first_read, record_pages(start, exact_start, config)) * TILE_SIZE",
+        "n = max(first_read, record_pages(prefix_len, exact_start, config)) * TILE_SIZE",
         (FUZZ,),
     ),
     Mutation(

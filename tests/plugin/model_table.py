@@ -103,6 +103,8 @@ SERVED_HYBRIDS = _rows(
 )
 # some layers have a sliding window, in a pool of SGLang's own
 SERVED_WINDOWS = _rows("GptOssForCausalLM gpt_oss  LagunaForCausalLM laguna  MellumForCausalLM mellum")
+# some layers have a sliding window, which is read from records
+SERVED_WINDOWS_IN_RECORDS = _rows("Gemma3ForCausalLM gemma3_text")
 # the same states, but SGLang has a prefix cache for them only if a page is one token
 SERVED_UNCACHED = _rows(
     """
@@ -119,7 +121,7 @@ REFUSED = {
         Dots3NoteForCausalLM dots3_note+  EmbeddingGemma2Model embedding_gemma2
         Exaone4ForCausalLM exaone4  ExaoneMoEForCausalLM -  ExaoneMoeForCausalLM exaone_moe
         Gemma2ForCausalLM gemma2  Gemma2ForSequenceClassification gemma2
-        Gemma3ForCausalLM gemma3_text  Gemma3ForConditionalGeneration gemma3
+        Gemma3ForConditionalGeneration gemma3
         Gemma3nForCausalLM gemma3n_text  Gemma3nForConditionalGeneration gemma3n
         Gemma4ForCausalLM gemma4_text  Gemma4ForConditionalGeneration gemma4
         Gemma4UnifiedForConditionalGeneration gemma4_unified

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kvarn_kernels.batch import Limits
 from kvarn_kernels.config import KVarNConfig, preset_names
 from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.shape import AttentionShape
@@ -53,6 +54,16 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
     monkeypatch.setattr(compat, "scheduler_argument", getattr)
     monkeypatch.setattr(compat, "override_argument", lambda args, **changes: vars(args).update(changes))
+
+
+def test_workspaces_hold_a_plan_for_each_sliding_window_in_records():
+    kvc = configurator("kvarn")
+    without, config = budget.model_shape(kvc), KVarNConfig.from_preset("kvarn")
+    kvc.model_config.hf_text_config = SimpleNamespace(layer_types=["sliding_attention"] * 2, sliding_window=512)
+    shape, limits, cuda = budget.model_shape(kvc), Limits(4, 33, 4, 3), torch.device("cuda")
+    assert (without.sliding_windows, shape.sliding_windows) == ((), (512,))
+    sizes = [capacity.workspace_bytes(each, config, cuda, limits, H100) for each in (without, shape)]
+    assert sizes[1] > sizes[0] and capacity.workspace_bytes(shape, config, torch.device("cpu"), limits) == 0
 
 
 def test_model_shape_gives_the_documented_bytes():

@@ -106,6 +106,16 @@ def test_attention_layers_and_sliding_windows_are_those_of_sglang():
     assert compat.query_heads(SimpleNamespace(**vars(model), hf_text_config=heads)) is None
 
 
+def test_windows_in_records_are_those_of_layers_in_one_pool_with_all_others():
+    text = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], sliding_window=512)
+    assert compat.windows_in_records(SimpleNamespace(is_hybrid_swa=False, hf_text_config=text)) == (512,)
+    assert compat.windows_in_records(SimpleNamespace(is_hybrid_swa=True, hf_text_config=text)) == ()
+    text.layer_types = ["full_attention"] * 2
+    assert compat.windows_in_records(SimpleNamespace(is_hybrid_swa=False, hf_text_config=text)) == ()
+    # as in configurations without layer types
+    assert compat.windows_in_records(SimpleNamespace(is_hybrid_swa=False, hf_text_config=SimpleNamespace())) == ()
+
+
 @pytest.mark.parametrize(("found", "right"), [("0.5.16", False), ("0.5.18", False), ("0.5.20", True), ("0.5.23", True)])
 def test_states_are_saved_where_pages_end_from_the_first_version_that_does(monkeypatch, found, right):
     monkeypatch.setattr(compat, "version", lambda: found)

@@ -24,6 +24,7 @@ from model_table import (
     SERVED_HYBRIDS,
     SERVED_UNCACHED,
     SERVED_WINDOWS,
+    SERVED_WINDOWS_IN_RECORDS,
     WINDOWS,
     WRAPPERS,
 )
@@ -60,7 +61,9 @@ VARIANTS = [
     ("MistralForCausalLM", "mistral", {"sliding_window": 4096}, None),
     ("Phi3ForCausalLM", "phi3", {"hidden_size": 4096, "sliding_window": 2047}, None),
     ("NemotronHForCausalLM", "nemotron_h", {"hybrid_override_pattern": "M-M-"}, "states of a kind that is not tested"),
-    ("Olmo2ForCausalLM", "olmo3", {}, "sliding-window layers"),
+    ("Olmo2ForCausalLM", "olmo3", {}, None),
+    ("Gemma3ForCausalLM", "gemma3_text", {"use_bidirectional_attention": True}, "attention to later tokens"),
+    ("Gemma3ForCausalLM", "gemma3_text", {"attn_logit_softcapping": 50.0}, "a logit cap"),
     ("PixtralForConditionalGeneration", "deepseek_v3", LATENT, "latent attention"),
     ("Qwen2ForCausalLM", "qwen2", DUAL_CHUNK, "dual-chunk attention"),
     ("Qwen2ForCausalLM", "qwen2", {"use_sliding_window": True, "sliding_window": 512}, "sliding-window layers"),
@@ -157,6 +160,7 @@ def refused(word: str):
 def test_every_architecture_of_sglang_is_judged():
     refused = [name for verdicts in REFUSED.values() for name in verdicts]
     judged = [*SERVED, *SERVED_HYBRIDS, *SERVED_UNCACHED, *SERVED_WINDOWS, *refused, *DRAFTS, *WRAPPERS]
+    judged += SERVED_WINDOWS_IN_RECORDS
     assert len(INSTALLED) > 150 and len(judged) == len(set(judged))
     new = sorted(set(INSTALLED) - set(judged))
     assert not new, f"SGLang {compat.version()} adds architectures that nobody judged: {', '.join(new)}"
@@ -351,6 +355,17 @@ def test_launch_takes_models_with_sliding_windows(launch, architecture, model_ty
         launch(architecture, model_type, CHANGES.get(architecture, {}), disable_hybrid_swa_memory=True)
 
 
+@pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_WINDOWS_IN_RECORDS), ids=lambda value: value)
+def test_launch_takes_models_whose_windows_are_read_from_records(launch, architecture, model_type):
+    launch(architecture, model_type, CHANGES.get(architecture, {}))
+    flag = "--attention-backend"
+    with pytest.raises(ValueError, match=f"needs the attention backend kvarn, not triton.*: drop {flag}"):
+        launch(architecture, model_type, CHANGES.get(architecture, {}), attention_backend="triton")
+    for arguments, flag in (({"tp_size": 2}, "--tp-size"), ({"enable_hierarchical_cache": True}, "--enable-hier")):
+        with pytest.raises(ValueError, match=rf"^{flag}.* cannot .*{architecture}.*: drop {flag}"):
+            launch(architecture, model_type, CHANGES.get(architecture, {}), **arguments)
+
+
 @pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
 def test_launch_refuses_models_with_one_kind_of_layer_in_a_pool_for_two(launch, kind):
     with refused("only layers with full attention or only sliding-window layers"):
@@ -385,8 +400,15 @@ def test_drafts_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypa
     on_gpu = SimpleNamespace(**off | {"device": "cuda"})
     with pytest.raises(ValueError, match=r"on a CPU only: drop --kv-cache-dtype, or set KVARN_UNTESTED_WINDOWS=1"):
         refusals.check_windows(on_gpu, config)
+    kept = SimpleNamespace(is_hybrid_swa=False, hf_config=config.hf_config)
+    kept.hf_text_config = SimpleNamespace(layer_types=["full_attention"], sliding_window=512)
+    refusals.check_windows(on_gpu, kept)
+    kept.hf_text_config.layer_types.append("sliding_attention")
+    with pytest.raises(ValueError, match=r"on a CPU only: drop --kv-cache-dtype, or set KVARN_UNTESTED_WINDOWS=1"):
+        refusals.check_windows(on_gpu, kept)
     monkeypatch.setenv(refusals.UNTESTED_WINDOWS_ENV, "1")
-    refusals.check_windows(on_gpu, config)
+    for model_config in (config, kept):
+        refusals.check_windows(on_gpu, model_config)
 
 
 def test_resolution_leaves_errors_that_are_not_about_the_model_to_sglang(server_args, model_dir):

@@ -120,6 +120,15 @@ def test_plan_counts_the_states_of_a_rank(model_dir, capsys):
     assert token == 4 * 2 * 8 * 128 * 2 == 2 * halved
 
 
+def test_plan_counts_layers_with_a_window_like_others_where_all_have_records(model_dir, capsys):
+    text = {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
+    text |= {"sliding_window": 512, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
+    model = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"} | text
+    code, out, _ = run(capsys, model_dir(plain=False, **model), "--weights-gib", "1", "--json")
+    assert code == 0
+    assert [cache["bytes_per_token"] for cache in json.loads(out)["caches"][:3]] == [6 * 1024, 6 * 512, 6 * 218]
+
+
 def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
     with (tmp_path / "model.safetensors").open("wb") as file:

@@ -406,7 +406,7 @@ class Layers(torch.nn.Module):
     ("kwargs", "word"),
     [
         ({"logit_cap": 50.0}, "logit cap of 50"),
-        ({"sliding_window_size": 512}, "sliding window of 512 tokens"),
+        ({"sliding_window_size": 512}, "sliding window of 513 tokens"),
         ({"is_cross_attention": True}, "cross attention"),
         ({"attn_type": compat.AttentionType.ENCODER_ONLY}, "encoder_only"),
         ({"head_dim": 80}, "head_dim 80"),
@@ -418,6 +418,11 @@ def test_check_layers_names_the_property(kwargs, word):
     refusals.check_layers(Layers(), [0], SHAPE)
     with pytest.raises(ValueError, match=f"Layers has .*{word}"):
         refusals.check_layers(Layers(**kwargs), [0], SHAPE)
+    # of layers with a sliding window those that steps are planned for are attended
+    if "sliding_window_size" in kwargs:
+        refusals.check_layers(Layers(**kwargs), [0], SHAPE, (513,))
+        with pytest.raises(ValueError, match=word):
+            refusals.check_layers(Layers(**kwargs), [0], SHAPE, (512,))
     # SGLang's own backend attends the other layers
     refusals.check_layers(Layers(**kwargs), [1], SHAPE)
 

@@ -208,6 +208,7 @@ def attention_for(
     max_pages: int = 24,
     drafts: int = 1,
     gpu: Gpu | None = None,
+    sliding_windows: Sequence[int] = (),
 ) -> Attention:
     """Return an `Attention` for a cache, with a decode workspace of poison.
 
@@ -215,27 +216,34 @@ def attention_for(
         kernels: by default what a GPU runs in service, but for FlashInfer; a CPU interprets Triton's.
         max_batch, max_pages: rows of a step, pages of a request; drafts: rows of a request in a verify step.
         gpu: the GPU to plan for, the device itself by default.
+        sliding_windows: that layers may have.
     """
     shape, device = shape_of(cache, num_qo_heads), cache.records.device
     if kernels is None:
         in_service = device.type == "cuda"
         kernels = dataclasses.replace(choose_kernels(shape, config, device), dense="") if in_service else TRITON
     limits = Limits(max_batch, max_pages, extend_requests=max_batch, chunk_pages=max_pages, draft_tokens=drafts)
-    attention = Attention(shape, config, device, limits, kernels, gpu)
+    attention = Attention(shape, config, device, limits, kernels, gpu, sliding_windows)
     if attention._decode_workspace is not None:
-        poison(attention._decode_workspace)
+        for workspace in (attention._decode_workspace, *attention._sliding_workspaces.values()):
+            poison(workspace)
     return attention
+
+
+def in_layer(attend: Attend, **properties: torch.Tensor | int | None) -> Attend:
+    """Return what feeds a step of a layer with attention sinks [Hq], `sinks`, or a `sliding_window` of tokens."""
+    if not isinstance(attend, Attention):
+        return partial(attend, **properties)
+
+    def run(new, out, cache, batch, config, sm_scale):
+        attend.attend(new, out, cache, attend.plan(batch), sm_scale, **properties)
+
+    return run
 
 
 def with_sinks(attend: Attend, sinks: torch.Tensor) -> Attend:
     """Return what feeds a step of a layer with attention sinks [Hq]."""
-    if not isinstance(attend, Attention):
-        return partial(attend, sinks=sinks)
-
-    def run(new, out, cache, batch, config, sm_scale):
-        attend.attend(new, out, cache, attend.plan(batch), sm_scale, sinks)
-
-    return run
+    return in_layer(attend, sinks=sinks)
 
 
 def poison(workspace: DecodeWorkspace) -> None:
@@ -359,7 +367,9 @@ def prefill(
     return torch.cat(outs)
 
 
-def oracle(request: Request, config: KVarNConfig, start: int = 0, end: int | None = None) -> torch.Tensor:
+def oracle(
+    request: Request, config: KVarNConfig, start: int = 0, end: int | None = None, sliding_window: int = 0
+) -> torch.Tensor:
     """Return reference.attention of positions start .. end - 1, float32 [end - start, Hq, D]."""
     end = len(request.q) if end is None else end
     return reference.attention(
@@ -368,4 +378,5 @@ def oracle(request: Request, config: KVarNConfig, start: int = 0, end: int | Non
         request.v[:end],
         config,
         exact_start=request.exact_start,
+        sliding_window=sliding_window,
     )

@@ -28,7 +28,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 import triton
-from builders import attention_for, make_cache, make_request, run_decode, run_extend, shape_of, with_sinks
+from builders import attention_for, in_layer, make_cache, make_request, run_decode, run_extend, shape_of
 from kvarn_kernels.attention import TRITON
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense
@@ -58,10 +58,14 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     request = make_request(300, heads, head_dim, dtype)
     # the merge has a form for many heads
     few, many = 4, -(-FEW_ROWS // heads[0])
-    attention = attention_for(cache, heads[0], config, TRITON, max_batch=max(few, many), max_pages=64, gpu=gpu)
-    sinks = with_sinks(attention, torch.zeros(heads[0], dtype=dtype))
+    windows, batch = [200], max(few, many)
+    attention = attention_for(
+        cache, heads[0], config, TRITON, max_batch=batch, max_pages=64, gpu=gpu, sliding_windows=windows
+    )
+    # a layer with all that a layer may have
+    layer = in_layer(attention, sinks=torch.zeros(heads[0], dtype=dtype), sliding_window=windows[0])
     least = extend.MIN_SPLIT_PAGES
-    for attend in (attention, sinks):
+    for attend in (attention, layer):
         extend.MIN_SPLIT_PAGES = least
         run_extend(attend, [request], [(100, 300)], cache, config)
         extend.MIN_SPLIT_PAGES = 1
@@ -73,11 +77,11 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     verify = attention_for(drafted, heads[0], config, TRITON, max_batch=DRAFTS, max_pages=64, drafts=DRAFTS, gpu=gpu)
     run_decode(verify, [request] * DRAFTS, range(300 - DRAFTS, 300), drafted, config, drafts=DRAFTS)
     # the launches of the dense form need no FlashInfer
-    attention._is_long = lambda batch: True
+    attention._is_long = lambda *step: True
     for pages in (8, 2):
         device, library = torch.device("cpu"), MagicMock()
         attention._dense_workspace = extend_dense.make_workspace(shape_of(cache, heads[0]), pages, device, library)
-        for attend in (attention, sinks):
+        for attend in (attention, layer):
             run_extend(attend, [request], [(100, 300)], cache, config)
     return launches
 

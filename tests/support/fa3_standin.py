@@ -2,7 +2,8 @@
 """FlashAttention 3's paged attention in torch: the contract of sglang-kernel 0.4.5 as our code uses it, on any device.
 
 Read off sgl_kernel/flash_attn.py and FlashAttention's hopper/flash_api.cpp: page tables and lengths are int32 on the
-device, causal is aligned to the right, log sums of exp are [Hq, N] of base e.
+device, causal and the window (keys before and after the query's own, -1 for all) are aligned to the right, log sums of
+exp are [Hq, N] of base e.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int,
     softmax_scale: float,
     causal: bool,
+    window_size: tuple[int, int],
     out: torch.Tensor,
     return_softmax_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,6 +31,7 @@ def flash_attn_with_kvcache(
     assert all(x.dtype == torch.int32 and x.is_contiguous() and x.device == q.device for x in tables)
     assert {x.dtype for x in (q, k_cache, v_cache, out)} in ({torch.float16}, {torch.bfloat16}) and return_softmax_lse
     assert all(x.stride(-1) == 1 and x.stride(1) % 8 == x.stride(2) % 8 == 0 for x in (k_cache, v_cache))
+    assert window_size == (-1, -1) or (causal and window_size[1] == 0)
     assert q.shape == out.shape and q.stride(-1) == 1 and out.is_contiguous()
     _, page, kv_heads, head_dim = k_cache.shape
     sizes, group = cu_seqlens_q.diff(), q.shape[1] // kv_heads
@@ -44,6 +47,8 @@ def flash_attn_with_kvcache(
         if causal:
             assert length >= size
             seen = torch.ones(size, length, dtype=torch.bool, device=q.device).tril(length - size)
+            if window_size[0] >= 0:
+                seen = seen.triu(length - size - window_size[0])
             scores = scores.masked_fill(~seen, float("-inf"))
         lse[:, rows] = scores.logsumexp(-1).float()
         out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(out.dtype)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashInfer's paged prefill in torch: the contract of 0.6.14 as our code uses it, on any device.
 
-Read off flashinfer/prefill.py and csrc/batch_prefill_sm90.cu: lengths are read on the host, causal is
-aligned to the right, lse has base 2, keys and values share their strides. A request without keys is refused here,
-because FlashInfer's fa3 backend answers it wrongly.
+Read off flashinfer/prefill.py and csrc/batch_prefill_sm90.cu: lengths are read on the host, causal and window_left
+(keys before the query's own, -1 for all) are aligned to the right, lse has base 2, keys and values share their strides.
+A request without keys is refused here, because FlashInfer's fa3 backend answers it wrongly.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
         page_size: int,
         *,
         causal: bool,
+        window_left: int,
         sm_scale: float,
         q_data_type: torch.dtype,
         max_token_per_sequence: int,
@@ -53,7 +54,8 @@ class BatchPrefillWithPagedKVCacheWrapper:
         self.qo_indptr, self.kv_indptr = qo_indptr.tolist(), paged_kv_indptr.tolist()
         self.indices, self.lens = paged_kv_indices.clone().long(), lens.tolist()
         self.heads, self.head_dim, self.page_size = (num_qo_heads, num_kv_heads), head_dim_qk, page_size
-        self.causal, self.sm_scale, self.dtype = causal, sm_scale, q_data_type
+        assert causal or window_left == -1
+        self.causal, self.window_left, self.sm_scale, self.dtype = causal, window_left, sm_scale, q_data_type
 
     def _gather(self, cache: torch.Tensor, n: int) -> torch.Tensor:
         """Return the keys or values of pseudo-request n: float64 [len, Hk, D]."""
@@ -87,5 +89,8 @@ class BatchPrefillWithPagedKVCacheWrapper:
                 queries = rows.stop - rows.start
                 hidden = torch.ones(queries, length, dtype=torch.bool, device=q.device)
                 scores = scores.masked_fill(hidden.triu(length - queries + 1), float("-inf"))
+                if self.window_left >= 0:
+                    older = hidden.tril(length - queries - self.window_left - 1)
+                    scores = scores.masked_fill(older, float("-inf"))
             out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(self.dtype)
             lse[rows] = (scores.logsumexp(-1) / torch.log(torch.tensor(2.0))).T.float()

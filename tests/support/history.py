@@ -108,11 +108,11 @@ class History:
         """Return the records of the first full pages: uint8 [count, Hk, bytes]."""
         return torch.stack([tile[0] for tile in self._tiles[:count]])
 
-    def output(self, start: int, end: int, exact_start: int) -> torch.Tensor:
+    def output(self, start: int, end: int, exact_start: int, sliding_window: int = 0) -> torch.Tensor:
         """Return what attention of positions start .. end - 1 gives by the position rule: float64 [n, Hq, D].
 
         The rule is written down here once more, from the design: page(j) >= page(i) - window and
-        j >= exact_start is read exactly, everything else from records.
+        j >= exact_start is read exactly, everything else from records; with a sliding window, of its tokens only.
         """
         config = self._pages.config
         full = len(self._tiles) * PAGE
@@ -125,6 +125,7 @@ class History:
         exact = (j // PAGE >= i // PAGE - config.window_pages) & (j >= exact_start)
         q = reference.rotate(self.q[start:end]).double().transpose(0, 1) * SM_SCALE
         scores = torch.where(exact, q @ exact_k.transpose(1, 2), q @ record_k.transpose(1, 2))
-        weights = scores.masked_fill(j > i, float("-inf")).softmax(-1)
+        hidden = (j > i) | (j < i + 1 - (sliding_window or end))
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out = (weights * exact) @ exact_v + (weights * ~exact) @ record_v
         return reference.rotate(out.float()).transpose(0, 1).double()

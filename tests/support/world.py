@@ -142,6 +142,7 @@ class World:
         drafts: the most tokens of a request in a verify step; 0: requests decode.
         sliding: tokens before a query in the sliding windows of other layers, which SGLang keeps; 0: none. A tag stands
             for what such a layer stores.
+        window: tokens in the sliding window of the layers with records, 0 for all.
         host: host memory behind the prefix cache, with two layers instead of one and a device that runs late.
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
@@ -160,6 +161,7 @@ class World:
         checkpoint: int = 0,
         drafts: int = 0,
         sliding: int = 0,
+        window: int = 0,
         host: HostOptions | None = None,
     ) -> None:
         self.config = KVarNConfig.from_preset(preset)
@@ -167,7 +169,7 @@ class World:
         each = max(drafts, 1)
         self.pool_pages = TOKEN_PAGES + rings * self.config.ring_pages(HEAD_DIM, SHAPE.dtype.itemsize, each)
         self.poison, self.kernels_every, self.checkpoint, self.drafts = poison, kernels_every, checkpoint, drafts
-        self.sliding = sliding
+        self.sliding, self.window = sliding, window
         calls.set_drafts(drafts)
         self.pool = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
             self.pool_pages * PAGE,
@@ -195,7 +197,7 @@ class World:
         self.buffers = DecodeBuffers(self.most_rows, self.rows.req_to_token, self.rings)
         self.caches: list[LayerCache] = [self.pool.layer_cache(layer) for layer in self.pool.layer_ids]
         self.cache = self.caches[0]
-        self.attention = attention_with(TORCH, self.config, self.most_rows)
+        self.attention = attention_with(TORCH, self.config, self.most_rows, window=window)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.chunked: Request | None = None
@@ -709,7 +711,8 @@ class World:
     def _forward(self, step: Step, n: int, cache: LayerCache) -> None:
         """Run a layer of a step; check its output and the memory that the next step will read."""
         new = QKV(*(self._of_layer(n, x, 1) for x in (step.new.q, step.new.k, step.new.v)))
-        self._check(step, self._of_layer(n, attend(self.attention, new, cache, step.batch), 1), BOUND)
+        out = attend(self.attention, new, cache, step.batch, self.window)
+        self._check(step, self._of_layer(n, out, 1), BOUND)
         for index in range(len(step.requests)):
             self._check_memory(step, index, n)
 
@@ -746,7 +749,7 @@ class World:
     def _check(self, step: Step, out: torch.Tensor, bound: float) -> None:
         done = 0
         for request, (start, end), exact in zip(step.requests, step.spans, step.exact_starts, strict=True):
-            expected = request.history.output(start, end, exact)
+            expected = request.history.output(start, end, exact, self.window)
             got = out[done : done + end - start].double()
             done += step.drafts or end - start
             error = (got - expected).square().mean(-1).sqrt() / expected.square().mean(-1).sqrt()
@@ -798,16 +801,19 @@ class World:
 
     def _repeats_in_kernels(self, step: Step) -> bool:
         # some of the steps, by what they are, so that a repeated or shortened run takes the same
-        what = extend_hash(self.forwards, sum(end for _, end in step.spans))
+        what = self._kind_of(step)
         return bool(self.kernels_every) and not self.tier and what % self.kernels_every == 0 and what not in _AGREED
+
+    def _kind_of(self, step: Step) -> int:
+        return extend_hash(self.forwards, sum(end for _, end in step.spans) + CONTEXT * ROWS * self.window)
 
     def _run_kernels(self, step: Step, new: QKV, cache: LayerCache) -> None:
         """Run the step once more, in the interpreted kernels, on the memory as it was before."""
         self.kernel_forwards += 1
-        kernels = attention_with(TRITON, self.config, self.most_rows)
-        self._check(step, attend(kernels, new, cache, step.batch), KERNEL_BOUND)
+        kernels = attention_with(TRITON, self.config, self.most_rows, window=self.window)
+        self._check(step, attend(kernels, new, cache, step.batch, self.window), KERNEL_BOUND)
         assert torch.equal(cache.records[1:], self.cache.records[1:]), "pages of kernels and torch form"
-        _AGREED.add(extend_hash(self.forwards, sum(end for _, end in step.spans)))
+        _AGREED.add(self._kind_of(step))
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -825,19 +831,24 @@ def prefill(world: World, prompt: list[int], salt: int = 0) -> Request:
     return request
 
 
-def attention_with(kernels: Kernels, config: KVarNConfig, max_batch: int, max_pages: int = 24) -> Attention:
+def attention_with(
+    kernels: Kernels, config: KVarNConfig, max_batch: int, max_pages: int = 24, window: int = 0
+) -> Attention:
     """Return what runs steps of the model that `history` feeds, with a decode workspace of poison."""
     limits = Limits(max_batch, max_pages, extend_requests=max_batch, chunk_pages=max_pages)
-    attention = Attention(SHAPE, config, torch.device("cpu"), limits, kernels)
+    attention = Attention(SHAPE, config, torch.device("cpu"), limits, kernels, sliding_windows=[window])
     if attention._decode_workspace is not None:
-        poison(attention._decode_workspace)
+        for workspace in (attention._decode_workspace, *attention._sliding_workspaces.values()):
+            poison(workspace)
     return attention
 
 
-def attend(attention: Attention, new: QKV, cache: LayerCache, batch: DecodeBatch | ExtendBatch) -> torch.Tensor:
+def attend(
+    attention: Attention, new: QKV, cache: LayerCache, batch: DecodeBatch | ExtendBatch, window: int = 0
+) -> torch.Tensor:
     """Run one step; return its output, NaN where nothing was written."""
     out = torch.full_like(new.q, float("nan"))
-    attention.attend(new, out, cache, attention.plan(batch), SM_SCALE)
+    attention.attend(new, out, cache, attention.plan(batch), SM_SCALE, sliding_window=window)
     return out
 
 

@@ -8,6 +8,7 @@ not fit, further calls read the rest, and the results are merged by their log su
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +85,34 @@ def page_bytes(shape: AttentionShape) -> int:
     return TILE_SIZE * shape.full_token_bytes
 
 
-def num_pages(shape: AttentionShape, max_pages: int) -> int:
-    """Return the pages of the workspace: at most `max_pages`, and at least a window and one more."""
-    return max(2, min(max_pages, PAGES_BYTES // page_bytes(shape)))
+def num_pages(shape: AttentionShape, max_pages: int, sliding_windows: Iterable[int] = ()) -> int:
+    """Return the pages of the workspace: at most `max_pages`, and at least what a segment must have room for."""
+    fewest = max(2, *(segments.fewest_pages(tokens) for tokens in sliding_windows), 0)
+    return max(fewest, min(max_pages, PAGES_BYTES // page_bytes(shape)))
 
 
-def workspace_bytes(shape: AttentionShape, max_pages: int, request_pages: int, library: str) -> int:
+def workspace_bytes(
+    shape: AttentionShape,
+    max_pages: int,
+    request_pages: int,
+    library: str,
+    sliding_windows: Iterable[int] = (),
+    chunk_pages: int = 0,
+) -> int:
     """Return the bytes that a workspace takes while no step reads more than `request_pages` pages of a request.
 
     Args:
         library: one of LIBRARIES.
+        sliding_windows: of the model's layers, in tokens, but for 0, which stands for all.
+        chunk_pages: that the new tokens of a step touch.
     """
-    pages = num_pages(shape, max_pages)
+    windows = tuple(sliding_windows)
+    pages = num_pages(shape, max_pages, windows)
     # where the exact pages are cut, a window is in two segments, and each of the two parts of the list has a rest
     calls = 1 + -(-min(max_pages, request_pages) // (pages - 1))
+    for tokens in windows:
+        # a segment repeats the pages that the one before it ends with
+        calls += -(-chunk_pages // (pages - segments.fewest_pages(tokens) + 1))
     return pages * page_bytes(shape) + calls * LIBRARIES[library].call_bytes
 
 
@@ -114,7 +129,13 @@ def _build_kernels(workspace: DenseWorkspace) -> None:
 
 
 def make_workspace(
-    shape: AttentionShape, max_pages: int, device: torch.device, library: str | Library, *, compiled: bool = False
+    shape: AttentionShape,
+    max_pages: int,
+    device: torch.device,
+    library: str | Library,
+    *,
+    compiled: bool = False,
+    sliding_windows: Iterable[int] = (),
 ) -> DenseWorkspace:
     """Return a workspace.
 
@@ -122,14 +143,14 @@ def make_workspace(
         shape: of the model, in float16 or bfloat16.
         max_pages: the most pages that a step can read, all requests together.
         library: one of LIBRARIES, or what stands in for it in tests.
-        compiled: as in `DenseWorkspace`.
+        compiled: as in `DenseWorkspace`; sliding_windows: as for `workspace_bytes`.
 
     Raises:
         RuntimeError, OSError: FlashInfer's kernels cannot be built.
         ImportError: the library is not there, or not for this device.
     """
     own = LIBRARIES[library](device) if isinstance(library, str) else library
-    size = (num_pages(shape, max_pages), shape.num_kv_heads, TILE_SIZE, shape.head_dim)
+    size = (num_pages(shape, max_pages, sliding_windows), shape.num_kv_heads, TILE_SIZE, shape.head_dim)
     workspace = DenseWorkspace(
         keys=torch.empty(size, dtype=shape.dtype, device=device),
         values=torch.empty(size, dtype=shape.dtype, device=device),
@@ -141,21 +162,36 @@ def make_workspace(
     return workspace
 
 
-def plan_dense(batch: ExtendBatch, workspace: DenseWorkspace, config: KVarNConfig, gpu: Gpu) -> DensePlan:
-    """Plan a step, once for all layers.
+def plan_dense(
+    batch: ExtendBatch,
+    workspace: DenseWorkspace,
+    config: KVarNConfig,
+    gpu: Gpu,
+    sliding_window: int = 0,
+    first_call: int = 0,
+) -> DensePlan:
+    """Plan a step, once for all layers whose queries read so many tokens (0: all).
 
     The host need not know the exact starts: an exact page costs the same from the ring and from its record, and
     `dequantise` chooses on the device.
+
+    Args:
+        first_call: of the library's planned calls; those before it belong to other plans of the step.
     """
     device = workspace.keys.device
-    queries = segments.query_pages(batch.prefix_lens_host, batch.seq_lens_host, config)
+    queries = segments.query_pages(batch.prefix_lens_host, batch.seq_lens_host, config, sliding_window)
     splits = 1
     if not workspace.library.cuts_contexts:
         splits = segments.num_splits(queries, workspace.num_qo_heads, gpu.multiprocessors)
     planned = []
-    for n, segment in enumerate(segments.segments(queries, len(workspace.keys), splits)):
+    for n, segment in enumerate(segments.segments(queries, len(workspace.keys), splits), first_call):
         run = workspace.library.plan(
-            n, segment.call, workspace.keys, workspace.num_qo_heads, causal=segment.causal
+            n,
+            segment.call,
+            workspace.keys,
+            workspace.num_qo_heads,
+            causal=segment.causal,
+            sliding_window=sliding_window,
         )
         requests, numbers = to_device(device, segment.requests, segment.pages)
         pages = PageList(requests, numbers, segment.num_exact)
@@ -196,7 +232,7 @@ def extend_dense(
     q, out = new.q[: batch.num_tokens], out[: batch.num_tokens]
     write = dequantise_by_cuda if workspace.compiled else dequantise
     lse = None
-    if len(plan.segments) > 1 or sinks is not None:
+    if any(segment.seen is not None for segment in plan.segments) or sinks is not None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for segment in plan.segments:
         write(pages, new, segment.pages, cache, batch, config)

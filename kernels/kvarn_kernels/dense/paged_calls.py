@@ -37,8 +37,22 @@ class Library(Protocol):
     call_bytes: int
     cuts_contexts: bool
 
-    def plan(self, number: int, call: PagedCall, pages: torch.Tensor, num_qo_heads: int, *, causal: bool) -> Run:
-        """Plan call `number` of a step; pages: [M, Hk, G, D], of the keys or the values."""
+    def plan(
+        self,
+        number: int,
+        call: PagedCall,
+        pages: torch.Tensor,
+        num_qo_heads: int,
+        *,
+        causal: bool,
+        sliding_window: int = 0,
+    ) -> Run:
+        """Plan call `number` of a step.
+
+        Args:
+            pages: [M, Hk, G, D], of the keys or the values.
+            sliding_window: tokens up to its own that a query of a causal call sees, 0 for all.
+        """
         ...
 
 
@@ -83,7 +97,16 @@ class FlashInfer:
         self._scratch = torch.empty(16, dtype=torch.uint8, device=device)
         self.wrappers: list[Any] = []
 
-    def plan(self, number: int, call: PagedCall, pages: torch.Tensor, num_qo_heads: int, *, causal: bool) -> Run:
+    def plan(
+        self,
+        number: int,
+        call: PagedCall,
+        pages: torch.Tensor,
+        num_qo_heads: int,
+        *,
+        causal: bool,
+        sliding_window: int = 0,
+    ) -> Run:
         """Plan a call. FlashInfer reads the lengths on the host and only copies the indices, so nothing waits."""
         if number == len(self.wrappers):
             self.wrappers.append(self._module.BatchPrefillWithPagedKVCacheWrapper(self._scratch, "HND"))
@@ -98,6 +121,8 @@ class FlashInfer:
             head_dim,
             page,
             causal=causal,
+            # keys before the query's own; -1 for all
+            window_left=sliding_window - 1,
             # the scale of a layer comes with its query
             sm_scale=1.0,
             q_data_type=pages.dtype,
@@ -146,12 +171,23 @@ class FlashAttention3:
             function = flash_attn_with_kvcache
         self._function = function
 
-    def plan(self, number: int, call: PagedCall, pages: torch.Tensor, num_qo_heads: int, *, causal: bool) -> Run:
+    def plan(
+        self,
+        number: int,
+        call: PagedCall,
+        pages: torch.Tensor,
+        num_qo_heads: int,
+        *,
+        causal: bool,
+        sliding_window: int = 0,
+    ) -> Run:
         """Plan a call: a page table with a row for each pseudo-request, and its lengths."""
         table, lengths = call.page_table()
         tables = {"page_table": table, "cache_seqlens": lengths, "cu_seqlens_q": call.qo_indptr}
         planned = dict(zip(tables, to_device(pages.device, *tables.values()), strict=True))
         most = int(call.qo_indptr.diff().max())
+        # keys before and after the query's own; -1 for all
+        window = (sliding_window - 1, 0 if sliding_window else -1)
 
         def run(
             query: torch.Tensor,
@@ -162,8 +198,8 @@ class FlashAttention3:
         ) -> None:
             keys, values = (x.transpose(1, 2) for x in keys_values)
             _, found, *_ = self._function(
-                query, keys, values, **planned, max_seqlen_q=most, softmax_scale=sm_scale, causal=causal, out=out,
-                return_softmax_lse=True,
+                query, keys, values, **planned, max_seqlen_q=most, softmax_scale=sm_scale, causal=causal,
+                window_size=window, out=out, return_softmax_lse=True,
             )  # fmt: skip
             if lse is not None:
                 torch.mul(found.T, 1 / math.log(2), out=lse)

@@ -9,6 +9,9 @@ What a step reads is one list of pages: first the exact ones (of each request, f
 to its last page), then the records. Query pages share them by index. A segment is a part of that list and the query
 pages that read it.
 
+Layers with a sliding window read no page before it. There a segment holds all that its query pages read, records and
+exact pages, so that what a query sees ends as many tokens before its own in every call, which a library masks.
+
 FlashInfer runs a program for each query page and query head, over all its keys: too few to fill a GPU where a turn of
 some hundred tokens comes on top of a long context. There the records are read in splits, each by pseudo-requests of
 its own over a repeated query, and merged like segments.
@@ -96,6 +99,7 @@ class QueryPages:
         exact_begin, exact_end, record_begin, record_end: [N], ranges of the list; those of exact pages never shrink.
         requests, pages: [M], request and page of each entry of the list.
         num_exact: entries of the list that are exact pages, the first ones.
+        slides: whether the queries have a sliding window.
     """
 
     queries: np.ndarray
@@ -107,6 +111,7 @@ class QueryPages:
     requests: np.ndarray
     pages: np.ndarray
     num_exact: int
+    slides: bool
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -122,31 +127,41 @@ def _int32(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x.astype(np.int32))
 
 
-def query_pages(prefix_lens: list[int], seq_lens: list[int], config: KVarNConfig) -> QueryPages:
-    """Return the query pages of a batch of requests with seq_len - prefix_len >= 1 new tokens each."""
+def query_pages(
+    prefix_lens: list[int], seq_lens: list[int], config: KVarNConfig, sliding_window: int = 0
+) -> QueryPages:
+    """Return the query pages of a batch of requests with seq_len - prefix_len >= 1 new tokens each.
+
+    Args:
+        sliding_window: tokens that a query reads, 0 for all.
+    """
     page = TILE_SIZE
     prefix, seq = np.array(prefix_lens), np.array(seq_lens)
     first, stop = prefix // page, -(-seq // page)
     counts = stop - first
     all_requests = np.arange(len(prefix_lens))
     b, number = np.repeat(all_requests, counts), _ranges(first, counts)
-    records = np.maximum(number - config.window_pages, 0)
-    end = np.minimum((number + 1) * page, seq[b])
-    exact_first = np.maximum(first - config.window_pages, 0)
-    num_exact, num_records = stop - exact_first, np.maximum(stop - 1 - config.window_pages, 0)
+    begin, end = np.maximum(number * page, prefix[b]), np.minimum((number + 1) * page, seq[b])
+    # the first page that a query page reads, and the first that it reads exactly
+    oldest = np.maximum(begin - sliding_window + 1, 0) // page if sliding_window else np.zeros_like(number)
+    exact = np.maximum(number - config.window_pages, oldest)
+    own = _indptr(counts)
+    exact_first, record_first = exact[own[:-1]], oldest[own[:-1]]
+    num_exact, num_records = stop - exact_first, np.maximum(exact[own[1:] - 1] - record_first, 0)
     exact_indptr, record_indptr = _indptr(num_exact), _indptr(num_records)
     exact_origin = (exact_indptr[:-1] - exact_first)[b]
-    record_begin = (exact_indptr[-1] + record_indptr)[b]
+    record_origin = (exact_indptr[-1] + record_indptr[:-1] - record_first)[b]
     return QueryPages(
-        queries=end - np.maximum(number * page, prefix[b]),
+        queries=end - begin,
         last_page_len=end - number * page,
-        exact_begin=exact_origin + records,
+        exact_begin=exact_origin + exact,
         exact_end=exact_origin + number + 1,
-        record_begin=record_begin,
-        record_end=record_begin + records,
+        record_begin=record_origin + oldest,
+        record_end=record_origin + exact,
         requests=np.concatenate([np.repeat(all_requests, n) for n in (num_exact, num_records)]),
-        pages=np.concatenate([_ranges(exact_first, num_exact), _ranges(np.zeros_like(first), num_records)]),
+        pages=np.concatenate([_ranges(exact_first, num_exact), _ranges(record_first, num_records)]),
         num_exact=int(exact_indptr[-1]),
+        slides=sliding_window > 0,
     )
 
 
@@ -193,32 +208,52 @@ def _segment(
 
 
 def _groups(queries: QueryPages, capacity: int) -> list[tuple[int, int]]:
-    """Cut the query pages into groups whose exact pages are at most `capacity`, as few as possible."""
-    groups, first = [], 0
+    """Cut the query pages into groups whose pages are at most `capacity`, as few as possible.
+
+    Counted are exact pages, of layers with a sliding window records too.
+    """
+    begin, end, groups, first = queries.exact_begin, queries.exact_end, [], 0
+    if queries.slides:
+        begin, end = begin + queries.record_begin, end + queries.record_end
     while first < len(queries.queries):
-        limit = queries.exact_begin[first] + capacity
-        last = int(np.searchsorted(queries.exact_end, limit, side="right"))
-        assert last > first, "a window and one page fit"
+        last = int(np.searchsorted(end, begin[first] + capacity, side="right"))
+        assert last > first, "what one query page reads fits"
         groups.append((first, last))
         first = last
     return groups
 
 
+def _pages_of(queries: QueryPages, group: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the slices of the list, of exact pages and of records, that a group of query pages reads."""
+    first, last = group[0], group[1] - 1
+    exact = (int(queries.exact_begin[first]), int(queries.exact_end[last]))
+    return exact, (int(queries.record_begin[first]), int(queries.record_end[last]))
+
+
+def fewest_pages(sliding_window: int) -> int:
+    """Return the pages that a segment must have room for: what a page of queries with a sliding window reads."""
+    return (sliding_window - 2) // TILE_SIZE + 2
+
+
 def num_splits(queries: QueryPages, num_qo_heads: int, multiprocessors: int) -> int:
     """Return into how many splits the records of a step are cut: 1, or so many that FlashInfer fills the device."""
+    if queries.slides:
+        return 1
     longest = int((queries.record_end - queries.record_begin).max())
     programs = len(queries.queries) * num_qo_heads
     return min(max(multiprocessors // programs, 1), MAX_SPLITS) if longest >= SPLIT_PAGES else 1
 
 
 def segments(queries: QueryPages, capacity: int, splits: int = 1) -> list[Segment]:
-    """Cut the list into segments of at most `capacity` pages, at least a window and one more.
+    """Cut the list into segments of at most `capacity` pages, at least a window and one more, or `fewest_pages`.
 
     The causal ones come first. Where one of them holds all exact pages, it takes as many records as still fit: most
     steps are a single segment. Not where records are read in several splits.
     """
     num_exact, total = queries.num_exact, len(queries.pages)
     groups = _groups(queries, capacity)
+    if queries.slides:
+        return [_segment(queries, group, *_pages_of(queries, group)) for group in groups]
     start = min(capacity, total) if len(groups) == 1 and splits == 1 else num_exact
     found = []
     for first, last in groups:

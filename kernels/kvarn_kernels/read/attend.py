@@ -138,7 +138,18 @@ def _add_scores(s, folded, codes, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def attend_record(
-    q, row_scale, record, row_mask, m, l, acc, D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr
+    q,
+    row_scale,
+    record,
+    row_mask,
+    m,
+    l,
+    acc,
+    D: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    oldest,
+    SLIDES: tl.constexpr,
 ):
     """Fold the tokens 1 .. G - 1 of one record into the state, without dequantising an element.
 
@@ -150,6 +161,7 @@ def attend_record(
     Args:
         q: from `load_query_blocks`; row_scale: [M].
         record: pointer to the uint8 record; row_mask: bool [M], rows that see it.
+        oldest: int32 [M], the first token of the page that a row sees, read if SLIDES.
     """
     M: tl.constexpr = row_scale.shape[0]
     KTB: tl.constexpr = tile.k_token_blocks(D, K_BITS)
@@ -189,6 +201,8 @@ def attend_record(
         token_scale = tl.load(halves + tile.k_token_scale_index(D) + 4 * t + n).to(tl.float32)
         x = (s[n] + zero[:, None]) * token_scale[None, :]
         x = tl.where(row_mask[:, None], x, float("-inf"))
+        if SLIDES:
+            x = tl.where((4 * t + n)[None, :] >= oldest[:, None], x, float("-inf"))
         if n == 0:
             # token 0 is attended exactly, with the other first tokens
             x = tl.where((t > 0)[None, :], x, float("-inf"))

@@ -108,7 +108,8 @@ def _compiled(
 def decode(
     cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig, sm_scale: float
 ) -> None:
-    """Run the contract of `decode.decode`; the first call for a format compiles (about a second)."""
+    """Run the contract of `decode.decode` but for sliding windows; the first call for a format compiles (a second)."""
+    assert workspace.sliding_window == 0, "a sliding window is attended by decode_sm90"
     form = decode_sm90.form_of(cache, batch, workspace, config)
     _, head_dim, _, group, *_ = form
     width = columns(head_dim, group, workspace.drafts)

@@ -79,6 +79,7 @@ def _decode_kernel(
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SLIDING: tl.constexpr,  # tokens of the sliding window, 0 for none
     RING_PAGES: tl.constexpr,
     SPLIT_UNITS: tl.constexpr,  # 0: units of the request shared evenly by its splits
     FIRST_BLOCK: tl.constexpr,
@@ -96,25 +97,29 @@ def _decode_kernel(
     RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
     # of the first draft
     position, exact_start = tl.load(seq_lens_ptr + b * DRAFTS) - 1, tl.load(exact_starts_ptr + b * DRAFTS)
-    exact_page, units = work_of(position + 1, exact_start, WINDOW, G, DRAFTS)
+    first_page, exact_page, units = work_of(position + 1, exact_start, WINDOW, G, DRAFTS, SLIDING)
     first_column = tl.program_id(1) % BLOCKS * M
     column = first_column + tl.arange(0, M)
     row_mask = column < DRAFTS * GROUP
     draft = tl.minimum(column // GROUP, DRAFTS - 1)
     last_draft = tl.minimum((first_column + M - 1) // GROUP, DRAFTS - 1)
-    first_exact = exact_page_of(position, exact_start, WINDOW, G)
-    # of each column: the first page that it reads exactly
-    exact_from = exact_page_of(position + draft, exact_start, WINDOW, G)
+    first_exact = exact_page_of(position, exact_start, WINDOW, G, SLIDING)
+    # of each column: the first page that it reads exactly, the first key in its sliding window
+    exact_from = exact_page_of(position + draft, exact_start, WINDOW, G, SLIDING)
+    oldest = position + draft - (SLIDING - 1)
     first = tl.load(indptr_ptr + b)
     if SPLIT_UNITS > 0:
         per_split = SPLIT_UNITS
     else:
         per_split = tl.cdiv(units, tl.load(indptr_ptr + b + 1) - first)
     unit = (split - first).to(tl.int32) * per_split
-    begin = tl.minimum(unit, exact_page)
-    end = tl.minimum(unit + per_split, exact_page_of(position + last_draft, exact_start, WINDOW, G))
-    ring_begin = ring_start(unit, exact_page, first_exact, G)
-    ring_end = tl.minimum(ring_start(unit + per_split, exact_page, first_exact, G), position + last_draft + 1)
+    record_units = exact_page - first_page
+    begin = first_page + tl.minimum(unit, record_units)
+    end = tl.minimum(
+        first_page + unit + per_split, exact_page_of(position + last_draft, exact_start, WINDOW, G, SLIDING)
+    )
+    ring_begin = ring_start(unit, record_units, first_exact, G)
+    ring_end = tl.minimum(ring_start(unit + per_split, record_units, first_exact, G), position + last_draft + 1)
     qo = ((b * DRAFTS + draft) * HK + head) * GROUP + column - draft * GROUP
     d = tl.arange(0, D)
     q_ptrs = rotated_q_ptr + qo * D
@@ -132,6 +137,8 @@ def _decode_kernel(
         seen = exists[None, :]
         if DRAFTS > 1:
             seen = (j[None, :] <= (position + draft)[:, None]) & (j[None, :] >= (exact_from * G)[:, None])
+        if SLIDING > 0:
+            seen = seen & (j[None, :] >= oldest[:, None])
         m, l, acc = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, exists, seen, m, l, acc, D, V_BLOCKS)
     pages_ptr = page_table_ptr + b * DRAFTS * stride_page_table
     f = tl.arange(0, FIRST_BLOCK)
@@ -144,6 +151,8 @@ def _decode_kernel(
         seen = exists[None, :]
         if DRAFTS > 1:
             seen = (start + f)[None, :] < exact_from[:, None]
+        if SLIDING > 0:
+            seen = seen & (((start + f) * G)[None, :] >= oldest[:, None])
         m, l, acc = attend_exact(q, row_scale, k_ptrs, v_ptrs, exists, seen, m, l, acc, D, V_BLOCKS)
     blocks = load_query_blocks(q_ptrs, row_mask, row_scale, sm_scale_log2, D, K_BLOCKS)
     for p in tl.range(begin, end, num_stages=STAGES):
@@ -152,7 +161,10 @@ def _decode_kernel(
         seen_by = row_mask
         if DRAFTS > 1:
             seen_by = row_mask & (p < exact_from)
-        m, l, acc = attend_record(blocks, row_scale, record, seen_by, m, l, acc, D, K_BITS, V_BITS)
+        in_page = oldest - p * G
+        m, l, acc = attend_record(
+            blocks, row_scale, record, seen_by, m, l, acc, D, K_BITS, V_BITS, in_page, SLIDING > 0
+        )
     empty = l == 0.0
     inverse = 1.0 / tl.where(empty, 1.0, l)
     out = ((split * DRAFTS + draft) * HK + head) * GROUP + column - draft * GROUP
@@ -208,6 +220,7 @@ def decode(
         K_BITS=config.k_bits,
         V_BITS=config.v_bits,
         WINDOW=config.window_pages,
+        SLIDING=workspace.sliding_window,
         RING_PAGES=batch.ring_pages.shape[1],
         SPLIT_UNITS=split_units(config),
         FIRST_BLOCK=FIRST_BLOCK,

@@ -7,11 +7,14 @@ RING_CHUNK tokens of its ring. A split is a run of units of one request; it serv
     default     Every request is cut evenly into splits of at most `share` units, the smallest share that needs no more
                 splits than `wanted_splits` of the step: whole waves of programs, long requests in more splits than
                 short ones, none cut where a request is as short as what a split costs besides.
-    fixed order A split is FIXED_SPLIT_UNITS units, counted from position 0: the plan of a request depends on its
-                position only, never on the other requests.
+    fixed order A split is FIXED_SPLIT_UNITS units, counted from the first page that is read: the plan of a request
+                depends on its position only, never on the other requests.
 
 Splits of a request follow each other; split_requests and split_indptr of `DecodeWorkspace` hold the plan. Nothing is
 read by the host and grids are sized by max_splits, so that one CUDA graph serves any lengths.
+
+Layers with a sliding window read the pages that it touches, and have a plan of their own: one for each window of a
+model, however many layers have it.
 
 The rows of a verify step can be planned as if each were a request, or a request at a time (`DecodeWorkspace.drafts`):
 then a split serves all its drafts, which read the same records.
@@ -19,7 +22,7 @@ then a split serves all its drafts, which read the same records.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -62,6 +65,7 @@ class DecodeWorkspace:
         max_splits: for each batch size from 1 to B_max.
         programs, resident: programs of a split; programs that the GPU runs at once.
         drafts: rows of a request that a split serves together; 1 where every row is planned as a request.
+        sliding_window: tokens that a query of the planned layers reads, 0 for all.
     """
 
     rotated_q: torch.Tensor
@@ -73,12 +77,22 @@ class DecodeWorkspace:
     programs: int
     resident: int
     drafts: int
+    sliding_window: int = 0
+
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes of the plan."""
+        return self.split_requests.nbytes + self.split_indptr.nbytes
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.rotated_q, self.partial_out, self.partial_lse, self.split_requests, self.split_indptr)
-        return sum(x.nbytes for x in tensors)
+        return self.rotated_q.nbytes + self.partial_out.nbytes + self.partial_lse.nbytes + self.plan_bytes
+
+    def with_plan(self, sliding_window: int) -> DecodeWorkspace:
+        """Return the same memory with a plan of its own, for the layers of a step that have a sliding window."""
+        requests, indptr = torch.zeros_like(self.split_requests), torch.zeros_like(self.split_indptr)
+        return replace(self, split_requests=requests, split_indptr=indptr, sliding_window=sliding_window)
 
 
 def make_workspace(
@@ -172,33 +186,47 @@ def _wanted_splits(units, batch_size, PROGRAMS: tl.constexpr, RESIDENT: tl.const
 
 
 @triton.jit
-def exact_page_of(position, exact_start, WINDOW: tl.constexpr, G: tl.constexpr):
-    """Return the page of the first key that a position reads exactly; pages before it are read as records."""
-    page = position // G
-    return tl.minimum(tl.maximum(page - WINDOW, exact_start // G), page)
+def first_page_of(position, SLIDING: tl.constexpr, G: tl.constexpr):
+    """Return the page of the first key that a position reads; SLIDING: tokens of the sliding window, 0 for none."""
+    return tl.maximum(position - (SLIDING - 1), 0) // G if SLIDING > 0 else 0
 
 
 @triton.jit
-def work_of(seq_len, exact_start, WINDOW: tl.constexpr, G: tl.constexpr, DRAFTS: tl.constexpr = 1):
-    """Return (page that ends what is read as records, units) of a request.
+def exact_page_of(position, exact_start, WINDOW: tl.constexpr, G: tl.constexpr, SLIDING: tl.constexpr = 0):
+    """Return the page of the first key that a position reads exactly; pages before it are read as records."""
+    page = position // G
+    exact_page = tl.minimum(tl.maximum(page - WINDOW, exact_start // G), page)
+    if SLIDING > 0:
+        exact_page = tl.maximum(exact_page, first_page_of(position, SLIDING, G))
+    return exact_page
+
+
+@triton.jit
+def work_of(
+    seq_len, exact_start, WINDOW: tl.constexpr, G: tl.constexpr, DRAFTS: tl.constexpr = 1, SLIDING: tl.constexpr = 0
+):
+    """Return (first page that is read, page that ends what is read as records, units) of a request.
 
     Args:
         seq_len: tokens with the first draft. The last draft reads the most records, the first the most tokens exactly.
     """
     last = seq_len - 1 + (DRAFTS - 1)
-    exact_page = exact_page_of(last, exact_start, WINDOW, G)
-    first_exact = exact_page_of(seq_len - 1, exact_start, WINDOW, G)
-    return exact_page, exact_page + (last - first_exact * G) // RING_CHUNK * RING_UNITS + RING_UNITS
+    first_page = first_page_of(seq_len - 1, SLIDING, G)
+    exact_page = exact_page_of(last, exact_start, WINDOW, G, SLIDING)
+    first_exact = exact_page_of(seq_len - 1, exact_start, WINDOW, G, SLIDING)
+    ring_units = (last - first_exact * G) // RING_CHUNK * RING_UNITS + RING_UNITS
+    return first_page, exact_page, exact_page - first_page + ring_units
 
 
 @triton.jit
-def ring_start(unit, exact_page, first_exact, G: tl.constexpr):
+def ring_start(unit, record_units, first_exact, G: tl.constexpr):
     """Return the first ring position of a split that begins with a unit; the end of one that ends before it.
 
     Args:
-        exact_page: from `work_of`; first_exact: the page of the first key that the first draft reads exactly.
+        record_units: units of the request that are records.
+        first_exact: the page of the first key that the first draft reads exactly.
     """
-    return first_exact * G + (tl.maximum(unit - exact_page, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK
+    return first_exact * G + (tl.maximum(unit - record_units, 0) + RING_UNITS - 1) // RING_UNITS * RING_CHUNK
 
 
 @triton.jit(do_not_specialize=["batch_size", "most"])
@@ -214,6 +242,7 @@ def _plan_kernel(
     WINDOW: tl.constexpr,
     G: tl.constexpr,
     DRAFTS: tl.constexpr,
+    SLIDING: tl.constexpr,  # tokens of the sliding window, 0 for none
     SPLIT_UNITS: tl.constexpr,  # 0: an equal share of the step
     MIN_UNITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -221,7 +250,8 @@ def _plan_kernel(
     b = tl.arange(0, BLOCK)
     valid = b < batch_size
     seq_lens = tl.load(seq_lens_ptr + b * DRAFTS, mask=valid, other=1)
-    _, units = work_of(seq_lens, tl.load(exact_starts_ptr + b * DRAFTS, mask=valid, other=0), WINDOW, G, DRAFTS)
+    exact_starts = tl.load(exact_starts_ptr + b * DRAFTS, mask=valid, other=0)
+    _, _, units = work_of(seq_lens, exact_starts, WINDOW, G, DRAFTS, SLIDING)
     units = tl.where(valid, units, 0)
     share = tl.full([], SPLIT_UNITS, tl.int32)
     if SPLIT_UNITS == 0:
@@ -258,6 +288,7 @@ def plan_decode(batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNCon
         WINDOW=config.window_pages,
         G=TILE_SIZE,
         DRAFTS=workspace.drafts,
+        SLIDING=workspace.sliding_window,
         SPLIT_UNITS=split_units(config),
         MIN_UNITS=MIN_SPLIT_UNITS,
         BLOCK=triton.next_power_of_2(batch_size),

@@ -14,11 +14,11 @@
 //
 // With 8 heads as the narrow dimension no row of an m16n8k16 is idle for groups of up to 8. Drafts of one request read
 // the same records but for a page that ends among them, which is a record for the later ones and exact for the others:
-// there, and at the newest tokens, a key that a column does not see has the score -inf. A pair of codes becomes
-// an fp16 pair by one mask-or under a power of two (offset + code, exact); the offsets and the zeros of the record
-// are summed by matrix instructions with constant operands, so that they cost no arithmetic per code and see the
-// same rounded operands. The maximum is raised only when a score exceeds it by 2^4, so most tiles need no exchange
-// between lanes. Lane 4 g + q. The constants in capitals that are not set here come from decode_sm90.py.
+// there, at the newest tokens and where a sliding window begins, a key that a column does not see has the score -inf.
+// A pair of codes becomes an fp16 pair by one mask-or under a power of two (offset + code, exact); the offsets and the
+// zeros of the record are summed by matrix instructions with constant operands, so that they cost no arithmetic per code
+// and see the same rounded operands. The maximum is raised only when a score exceeds it by 2^4, so most tiles need no
+// exchange between lanes. Lane 4 g + q. The constants in capitals that are not set here come from decode_sm90.py.
 
 #include "device/ptx.cuh"
 #include "record/unpack.cuh"
@@ -110,10 +110,12 @@ __device__ __forceinline__ float weight(float score, float scale, float m) {
   return exp2_fast(fmaf(score, scale, m == MINUS_INF ? 0.0f : -m));
 }
 
-// scale, sees: of the columns 2 q and 2 q + 1 of each tile; whether they read this page as a record
+// scale, sees, oldest: of the columns 2 q and 2 q + 1 of each tile; whether they read this page as a record, and from
+// which token on
 __device__ __forceinline__ void attend_record(State (&st)[COLUMN_TILES], u32 record, const Query& query,
                                               const float (&scale)[COLUMN_TILES][2],
-                                              const bool (&sees)[COLUMN_TILES][2], const Exponents& e, int warp, int g,
+                                              const bool (&sees)[COLUMN_TILES][2],
+                                              const int (&oldest)[COLUMN_TILES][2], const Exponents& e, int warp, int g,
                                               int q) {
   u32 halves = record + SCALES_OFFSET;
   u32 folded[COLUMN_TILES][PAIRS];
@@ -187,6 +189,10 @@ __device__ __forceinline__ void attend_record(State (&st)[COLUMN_TILES], u32 rec
       if (token == 0) own[0] = own[1] = MINUS_INF;
       if (DRAFTS > 1 && !sees[c][0]) own[0] = own[2] = MINUS_INF;
       if (DRAFTS > 1 && !sees[c][1]) own[1] = own[3] = MINUS_INF;
+      if (SLIDING)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+          if (token + 2 * (n / 2) < oldest[c][n % 2]) own[n] = MINUS_INF;
     }
   }
 #pragma unroll
@@ -357,7 +363,7 @@ __device__ __forceinline__ void attend_exact(State (&st)[COLUMN_TILES], Rows row
     float(&own)[4] = s[c];
     if (!in0) own[0] = own[1] = MINUS_INF;
     if (!in1) own[2] = own[3] = MINUS_INF;
-    if (DRAFTS > 1)
+    if (DRAFTS > 1 || SLIDING)
 #pragma unroll
       for (int n = 0; n < 4; n++)
         if (!sees(g + 8 * (n / 2), c, n % 2)) own[n] = MINUS_INF;
@@ -491,13 +497,15 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       for (int k = 0; k < 4; k++) st[c].acc[n][k] = 0.f;
   }
 
-  // of the columns 2 q and 2 q + 1 of each tile: the newest token that each sees, the first page that it reads exactly
-  int newest[COLUMN_TILES][2], exact_from[COLUMN_TILES][2];
+  // of the columns 2 q and 2 q + 1 of each tile: the oldest and the newest token that each sees, the first page that it
+  // reads exactly
+  int oldest[COLUMN_TILES][2], newest[COLUMN_TILES][2], exact_from[COLUMN_TILES][2];
 #pragma unroll
   for (int c = 0; c < COLUMN_TILES; c++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int draft = min((first_column + 8 * c + 2 * q + h) / GROUP, DRAFTS - 1);
+      oldest[c][h] = oldest_of(draft);
       newest[c][h] = position + draft;
       exact_from[c][h] = exact_page_of(draft);
     }
@@ -509,7 +517,9 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
       v = k + 2 * D;
       return exists;
     };
-    auto sees = [&](int n, int c, int h) { return start + n < exact_from[c][h]; };
+    auto sees = [&](int n, int c, int h) {
+      return start + n < exact_from[c][h] && (!SLIDING || (start + n) * G >= oldest[c][h]);
+    };
     attend_exact(st, row, sees, first_query, scale, g, q);
   }
   Query query;
@@ -558,12 +568,15 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
   for (; n < num_records; n += TEAMS) {
     const u8* record = arrive();
     bool sees[COLUMN_TILES][2];
+    int oldest_in_page[COLUMN_TILES][2];
 #pragma unroll
-    for (int c = 0; c < COLUMN_TILES; c++) {
-      sees[c][0] = begin + n < exact_from[c][0];
-      sees[c][1] = begin + n < exact_from[c][1];
-    }
-    attend_record(st, shared_address(record), query, scale, sees, e, warp % TILE_WARPS, g, q);
+    for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        sees[c][h] = begin + n < exact_from[c][h];
+        oldest_in_page[c][h] = oldest[c][h] - (begin + n) * G;
+      }
+    attend_record(st, shared_address(record), query, scale, sees, oldest_in_page, e, warp % TILE_WARPS, g, q);
     leave();
   }
   const ExactQuery exact_query(query_rows, q);
@@ -577,7 +590,10 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
         v = k + 2 * D;
         return start + i < to;
       };
-      auto sees = [&](int i, int c, int h) { return start + i <= newest[c][h] && start + i >= exact_from[c][h] * G; };
+      auto sees = [&](int i, int c, int h) {
+        const int token = start + i;
+        return token <= newest[c][h] && token >= exact_from[c][h] * G && (!SLIDING || token >= oldest[c][h]);
+      };
       attend_exact(st, row, sees, exact_query, scale, g, q);
     }
     leave();

@@ -62,17 +62,26 @@ def teams(record_bytes: int, head_dim: int, tiles: int) -> tuple[int, int]:
 
 
 def step_constants(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, drafts: int
+    config: KVarNConfig,
+    head_dim: int,
+    num_kv_heads: int,
+    group: int,
+    is_bf16: bool,
+    ring_pages: int,
+    drafts: int,
+    sliding_window: int = 0,
 ) -> dict[str, Any]:
     """Return the constants of a decode kernel that its columns and buffers do not change.
 
     Args:
         group: query heads of a KV head; drafts: rows of a request that a split serves together.
+        sliding_window: tokens that a query reads, 0 for all.
     """
     return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages) | {
         "GROUP": group,
         "DRAFTS": drafts,
         "WINDOW": config.window_pages,
+        "SLIDING": sliding_window,
         "RING_CHUNK": RING_CHUNK.value,
         "RING_UNITS": RING_UNITS.value,
         "SPLIT_UNITS": split_units(config),
@@ -80,12 +89,19 @@ def step_constants(
 
 
 def constants(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, drafts: int = 1
+    config: KVarNConfig,
+    head_dim: int,
+    num_kv_heads: int,
+    group: int,
+    is_bf16: bool,
+    ring_pages: int,
+    drafts: int = 1,
+    sliding_window: int = 0,
 ) -> dict[str, Any]:
     """Return the constants of decode_sm90.cu for a format and rings; arguments as for `step_constants`."""
     tiles = column_tiles(head_dim, group, drafts)
     tile_warps, stages = teams(config.record_bytes(head_dim), head_dim, tiles)
-    shared = step_constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages, drafts)
+    shared = step_constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages, drafts, sliding_window)
     return shared | {
         "COLUMN_TILES": tiles,
         "BUFFER": shared["RECORD"],
@@ -116,14 +132,15 @@ def _compiled(
     is_bf16: bool,
     ring_pages: int,
     drafts: int,
+    sliding_window: int,
     device: int,
 ) -> CudaLauncher:
-    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages, drafts)
+    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages, drafts, sliding_window)
     return nvrtc.compile_kernel(SOURCE, KERNEL, defines, device, THREADS, shared_bytes(defines))
 
 
 def form_of(cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig) -> tuple:
-    """Return the arguments of `_compiled`: what a kernel is compiled for, and the device."""
+    """Return what a kernel is compiled for, but for sliding windows, and the device."""
     group, is_bf16 = workspace.rotated_q.shape[1] // cache.num_kv_heads, cache.dtype == torch.bfloat16
     ring_pages, device = batch.ring_pages.shape[1], cache.records.device.index or 0
     return config, cache.head_dim, cache.num_kv_heads, group, is_bf16, ring_pages, workspace.drafts, device
@@ -159,6 +176,7 @@ def decode(
     cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig, sm_scale: float
 ) -> None:
     """Run the contract of `decode.decode`; the first call for a format compiles (about a second)."""
-    form = form_of(cache, batch, workspace, config)
+    *form, device = form_of(cache, batch, workspace, config)
     _, head_dim, _, group, *_ = form
-    launch(_compiled(*form), columns(head_dim, group, workspace.drafts), cache, batch, workspace, sm_scale)
+    kernel = _compiled(*form, workspace.sliding_window, device)
+    launch(kernel, columns(head_dim, group, workspace.drafts), cache, batch, workspace, sm_scale)

@@ -25,6 +25,7 @@ from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.device.numerics import cast, dot
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read.attend import LOG2_E, SHIFT, attend_exact, normalise_query, sink_weight, weigh
+from kvarn_kernels.read.decode_plan import exact_page_of, first_page_of
 from kvarn_kernels.read.merge import merge_splits
 from kvarn_kernels.record import tile
 from kvarn_kernels.record.hadamard import hadamard_signs, unrotate
@@ -74,6 +75,7 @@ def _extend_kernel(
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SLIDING: tl.constexpr,  # tokens of the sliding window, 0 for none
     RING_PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
     SINKS: tl.constexpr,
@@ -87,19 +89,21 @@ def _extend_kernel(
         return
     RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
     M: tl.constexpr = BLOCK_Q * GROUP_ROWS
-    page = start // G
-    # first page that is read exactly; every page before it is read from its record
-    exact_page = tl.minimum(tl.maximum(page - WINDOW, tl.load(exact_starts_ptr + b) // G), page)
+    # first page that is read exactly; every page before it, from the first one in a sliding window on, is read from its
+    # record. The tile begins where it begins in every step, so it reads the same pages whatever is new in it
+    exact_page = exact_page_of(start, tl.load(exact_starts_ptr + b), WINDOW, G, SLIDING)
+    first_page, end_page = first_page_of(start, SLIDING, G), exact_page
     # the share of this split; what is read exactly goes to the last one
     split = tl.program_id(0) % splits
     if SPLIT:
-        first_page, end_page = exact_page * split // splits, exact_page * (split + 1) // splits
-    else:
-        first_page, end_page = 0, exact_page
+        pages = exact_page - first_page
+        end_page = first_page + pages * (split + 1) // splits
+        first_page += pages * split // splits
     first_token = tl.load(qo_indptr_ptr + b).to(tl.int64) - prefix_len
     r, d = tl.arange(0, M), tl.arange(0, D)
     position, group_head = start + r // GROUP_ROWS, r % GROUP_ROWS
     valid = (position >= prefix_len) & (position < seq_len) & (group_head < GROUP)
+    oldest = position - (SLIDING - 1)
     qo = (((first_token + position) * HK + head) * GROUP + group_head) * D
     q = tl.load(q_ptr + qo[:, None] + d[None, :], mask=valid[:, None], other=0.0)  # [M, D]
     q, row_scale = normalise_query(q, sm_scale_log2)
@@ -120,6 +124,8 @@ def _extend_kernel(
         token_scale = tl.load(halves + tile.k_token_scale_index(D) + first + y).to(tl.float32)
         # token 0 is attended exactly, with the other first tokens
         s = tl.where((first + y > 0)[None, :], s * token_scale[None, :] * row_scale[:, None], float("-inf"))
+        if SLIDING > 0:
+            s = tl.where((step * BLOCK_KV + y)[None, :] >= oldest[:, None], s, float("-inf"))
         p, alpha, m, l = weigh(s, m, l)
         v = load_values(record, first, BLOCK_KV, D, K_BITS, V_BITS)
         channel_scale = tl.load(halves + tile.v_channel_scale_index(D) + d).to(tl.float32)
@@ -132,7 +138,10 @@ def _extend_kernel(
         exists = begin + f < end_page
         page_ids = tl.load(pages_ptr + begin + f, mask=exists, other=0).to(tl.int64)
         k_ptrs = firsts_ptr + (page_ids * HK + head) * (RECORD // 2) + FIRST
-        m, l, blocks = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, exists, exists[None, :], m, l, (acc,), D, 1)
+        seen = exists[None, :]
+        if SLIDING > 0:
+            seen = seen & (((begin + f) * G)[None, :] >= oldest[:, None])
+        m, l, blocks = attend_exact(q, row_scale, k_ptrs, k_ptrs + D, exists, seen, m, l, (acc,), D, 1)
         acc = blocks[0]
 
     ring_ptr = ring_pages_ptr + b * RING_PAGES
@@ -148,6 +157,8 @@ def _extend_kernel(
         k_ptrs = tl.where(in_ring, ring_k_ptrs, chunk_k_ptr + chunk_offsets)
         v_ptrs = tl.where(in_ring, ring_k_ptrs + D, chunk_v_ptr + chunk_offsets)
         seen = j[None, :] <= position[:, None]
+        if SLIDING > 0:
+            seen = seen & (j[None, :] >= oldest[:, None])
         m, l, blocks = attend_exact(q, row_scale, k_ptrs, v_ptrs, j < end, seen, m, l, (acc,), D, 1)
         acc = blocks[0]
 
@@ -195,12 +206,14 @@ class ExtendPlan:
         blocks: from `block_sizes`; num_tiles: query tiles of the request that has most of them.
         splits: into how many parts the older pages of a request are cut.
         split_indptr: int32 [T + 1], the first split of each token; None without splits.
+        sliding_window: tokens that a query of the planned layers reads, 0 for all.
     """
 
     blocks: ExtendBlocks
     num_tiles: int
     splits: int
     split_indptr: torch.Tensor | None
+    sliding_window: int = 0
 
 
 def block_sizes(group: int, head_dim: int, gpu: Gpu) -> ExtendBlocks:
@@ -217,28 +230,32 @@ def query_tiles(batch: ExtendBatch, block_q: int) -> list[int]:
     return [triton.cdiv(seq, block_q) - prefix // block_q for prefix, seq in lens]
 
 
-def num_splits(batch: ExtendBatch, programs: int, config: KVarNConfig, gpu: Gpu) -> int:
+def num_splits(batch: ExtendBatch, programs: int, config: KVarNConfig, gpu: Gpu, sliding_window: int = 0) -> int:
     """Return the splits of every request of a step: as many as fill the device, and 1 for a fixed order of sums.
 
     Args:
         programs: that the step takes in one piece, one per query tile and KV head.
+        sliding_window: tokens that a query reads, 0 for all.
     """
     if config.fixed_order:
         return 1
-    pages = max(batch.seq_lens_host) // tile.TILE_SIZE
+    tokens = max(batch.seq_lens_host)
+    pages = (min(tokens, sliding_window) if sliding_window else tokens) // tile.TILE_SIZE
     return max(1, min(gpu.multiprocessors // programs, pages // MIN_SPLIT_PAGES, MAX_SPLITS))
 
 
-def plan_extend(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> ExtendPlan:
-    """Plan a step of one or more new tokens, once for all layers."""
+def plan_extend(
+    batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu, sliding_window: int = 0
+) -> ExtendPlan:
+    """Plan a step of one or more new tokens, once for all layers whose queries read so many tokens (0: all)."""
     blocks = block_sizes(shape.group, shape.head_dim, gpu)
     tiles = query_tiles(batch, blocks.queries)
-    splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu)
+    splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu, sliding_window)
     indptr = None
     if splits > 1:
         stop, device = (batch.num_tokens + 1) * splits, batch.page_table.device
         indptr = torch.arange(0, stop, splits, dtype=torch.int32, device=device)
-    return ExtendPlan(blocks, max(tiles), splits, indptr)
+    return ExtendPlan(blocks, max(tiles), splits, indptr, sliding_window)
 
 
 def extend(
@@ -303,6 +320,7 @@ def extend(
         K_BITS=config.k_bits,
         V_BITS=config.v_bits,
         WINDOW=config.window_pages,
+        SLIDING=plan.sliding_window,
         RING_PAGES=batch.ring_pages.shape[1],
         SPLIT=splits > 1,
         SINKS=sinks is not None,

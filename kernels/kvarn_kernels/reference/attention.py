@@ -20,12 +20,14 @@ def attention(
     exact_start: int = 0,
     sm_scale: float | None = None,
     sinks: torch.Tensor | None = None,
+    sliding_window: int = 0,
 ) -> torch.Tensor:
     """Attend the last Tq tokens of a sequence to all of it, by the position rule.
 
     For the query at position i and the key at position j <= i:
         1. page(j) >= page(i) - window_pages and j >= exact_start: the exact (rotated, model dtype) key and value;
         2. otherwise those of the record of page(j), in which the first token of the page is exact.
+    With a sliding window of W tokens it reads the keys at i - W < j <= i alone, each as above.
 
     Args:
         q: [Tq, Hq, D] after RoPE, not rotated, positions T - Tq .. T - 1.
@@ -34,6 +36,7 @@ def attention(
         sm_scale: factor of the scores, default 1 / sqrt(D).
         sinks: [Hq], attention sinks: a score of each query head that takes weight and has no value, not scaled.
             weight(j) = exp(score(j)) / (exp(sink) + sum over keys of exp(score))
+        sliding_window: the newest tokens that a query reads, its own among them; 0 for all.
 
     Returns:
         float32 [Tq, Hq, D], in the model's frame. Scores and sums in float64.
@@ -67,7 +70,10 @@ def attention(
     scores = torch.where(
         exact, rotated_q @ expand(exact_k).transpose(1, 2), rotated_q @ expand(record_k).transpose(1, 2)
     )
-    scores = (scores * sm_scale).masked_fill(j > i, float("-inf"))
+    hidden = j > i
+    if sliding_window:
+        hidden = hidden | (j <= i - sliding_window)
+    scores = (scores * sm_scale).masked_fill(hidden, float("-inf"))
     if sinks is not None:
         column = sinks.to(scores).view(-1, 1, 1).expand(-1, queries, 1)
         scores = torch.cat([scores, column], -1)

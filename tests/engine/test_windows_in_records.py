@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models with sliding windows whose layers SGLang all gives one pool: windows are read from records."""
+
+from __future__ import annotations
+
+import functools
+
+import hybrids
+import pytest
+
+from benchmarks.common import tiny_model
+from benchmarks.common.tiny_model import answers, flush
+
+NEW, ROWS = 4, 2
+steady = functools.partial(hybrids.steady, new_tokens=NEW)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_torch():
+    with pytest.MonkeyPatch.context() as patch:
+        # Gemma 3 of SGLang compiles a function of a few lines, which takes a minute
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        yield
+
+
+@pytest.fixture(scope="module", params=[("gemma3_text", "kvarn_canonical"), ("olmo3", "kvarn")], ids="-".join)
+def served(request, start_engine, tmp_path_factory):
+    """Return (engine, folder of its model, preset)."""
+    family, preset = request.param
+    folder = tiny_model.save(tmp_path_factory.mktemp(family), family)
+    options = {"max_running_requests": ROWS, "max_total_tokens": 16_384}
+    with start_engine(model_path=folder, kv_cache_dtype=preset, **options) as engine:
+        yield engine, folder, preset
+
+
+@pytest.mark.parametrize("length", [201, 520])
+def test_answer_is_the_oracles(served, length):
+    engine, folder, preset = served
+    tokens, expected = steady(folder, length, preset=preset)
+    flush(engine)
+    (miss,) = answers(engine, [tokens], NEW)
+    assert miss["cached"] == 0 and miss["tokens"] == expected
+
+
+def test_a_second_turn_hits_what_was_decoded(served):
+    engine, folder, preset = served
+    # the last token of an answer is not fed
+    tokens, expected = steady(folder, 382, preset=preset)
+    flush(engine)
+    (first,) = answers(engine, [tokens], NEW)
+    turn, continued = steady(folder, 450, after=tokens + expected, cached=384, preset=preset)
+    (hit,) = answers(engine, [turn], NEW)
+    assert first["tokens"] == expected and hit["cached"] == 384 and hit["tokens"] == continued
+
+
+def test_more_requests_than_rows_are_all_answered_as_alone(served):
+    engine, folder, preset = served
+    lengths = (330, 257, 126)
+    assert len(lengths) > ROWS
+    prompts, expected = zip(*[steady(folder, length, preset=preset) for length in lengths], strict=True)
+    flush(engine)
+    together = answers(engine, list(prompts), NEW)
+    assert [answer["tokens"] for answer in together] == list(expected)
