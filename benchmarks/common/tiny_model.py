@@ -204,7 +204,9 @@ def _turn_as_published(folder: Path) -> None:
     """Put RoPE into a folder as a published Olmo 3 has it, one for all layers: SGLang reads no other."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    (theta,) = {each["rope_theta"] for each in config.pop("rope_parameters").values()}
+    found = config.pop("rope_parameters")
+    # transformers 5.12 has one for all layers
+    theta = found["rope_theta"] if "rope_theta" in found else found["full_attention"]["rope_theta"]
     file.write_text(json.dumps(config | {"rope_theta": theta}))
 
 

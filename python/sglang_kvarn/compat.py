@@ -95,6 +95,8 @@ _RIGHT_SINCE = {"GraniteMoeHybridConfig": "0.5.23"}
 # The first version, of those that are tested, that adds what states put out once; before, a layer adds the sum of all
 # ranks to the attention of each, and sums these again.
 _SUMS_ONCE_SINCE = {"FalconH1Config": "0.5.23"}
+# the first version, of those that are tested, that calls attention causal which is; before, it is that of an encoder
+_CAUSAL_SINCE = {"Gemma3ForCausalLM": "0.5.23"}
 # the first version, of those that are tested, whose model runs a verify step
 _VERIFIES_SINCE = {"FalconH1Config": "0.5.23"}
 # the first version with which the test of a model on a GPU (tests/engine/test_gpu_engines.py) failed
@@ -380,6 +382,11 @@ def sliding_layers(model_config: Any, start: int, end: int) -> list[int]:
 def sliding_shape(model_config: Any, ranks: int) -> tuple[int, int, int]:
     """Return (KV heads of a rank, channels of a key, channels of a value) of layers with sliding windows."""
     return model_config.get_swa_num_kv_heads(ranks), model_config.swa_head_dim, model_config.swa_v_head_dim
+
+
+def calls_attention_causal(architecture: str) -> bool:
+    """Whether SGLang's code of a model without attention to later tokens says so to its attention backends."""
+    return _since(_CAUSAL_SINCE.get(architecture, "0"))
 
 
 def windows_in_records(model_config: Any) -> tuple[int, ...]:

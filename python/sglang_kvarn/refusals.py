@@ -470,6 +470,8 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     yield (getattr(text, "num_kv_shared_layers", None) or 0) > 0, "layers that share another layer's keys and values"
     for architecture in config.architectures:
         yield architecture in _IN_CODE, _IN_CODE.get(architecture, "")
+        is_causal = compat.calls_attention_causal(architecture)
+        yield not is_causal, f"attention that SGLang {compat.version()}, unlike 0.5.23, does not call causal"
 
 
 def _head_properties(model_config: Any) -> Iterator[tuple[bool, str]]:

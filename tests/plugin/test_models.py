@@ -357,6 +357,10 @@ def test_launch_takes_models_with_sliding_windows(launch, architecture, model_ty
 
 @pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_WINDOWS_IN_RECORDS), ids=lambda value: value)
 def test_launch_takes_models_whose_windows_are_read_from_records(launch, architecture, model_type):
+    if not compat.calls_attention_causal(architecture):
+        with refused("does not call causal"):
+            launch(architecture, model_type, CHANGES.get(architecture, {}))
+        return
     launch(architecture, model_type, CHANGES.get(architecture, {}))
     flag = "--attention-backend"
     with pytest.raises(ValueError, match=f"needs the attention backend kvarn, not triton.*: drop {flag}"):

@@ -80,7 +80,9 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     attention._is_long = lambda *step: True
     for pages in (8, 2):
         device, library = torch.device("cpu"), MagicMock()
-        attention._dense_workspace = extend_dense.make_workspace(shape_of(cache, heads[0]), pages, device, library)
+        attention._dense_workspace = extend_dense.make_workspace(
+            shape_of(cache, heads[0]), pages, device, library, sliding_windows=windows
+        )
         for attend in (attention, layer):
             run_extend(attend, [request], [(100, 300)], cache, config)
     return launches
