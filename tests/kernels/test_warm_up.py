@@ -65,7 +65,7 @@ def dense_attention(cache, config) -> Attention:
     standin = None if DEVICE.type == "cuda" else flashinfer_standin
     library = paged_calls.FlashInfer(DEVICE, standin)
     attention._dense_workspace = extend_dense.make_workspace(shape_of(cache, HEADS[0]), 4, DEVICE, library)
-    attention._is_long = lambda batch: True
+    attention._is_long = lambda *step: True
     return attention
 
 
