@@ -43,6 +43,10 @@ def limit_lengths(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Non
     less = max(scheduler.max_req_len - longest, 0)
     scheduler.max_req_len -= less
     scheduler.max_req_input_len -= less
+    if compat.published_argument("disaggregation_mode") == "decode":
+        # a decode server receives a request once there is room for so many tokens of its answer besides
+        reserved = compat.scheduler_argument(scheduler.server_args, "num_reserved_decode_tokens")
+        scheduler.max_req_input_len = min(scheduler.max_req_input_len, longest - reserved)
 
 
 def count_rings(result: tuple[int, int], checker: Any, *args: Any, **kwargs: Any) -> tuple[int, int] | None:

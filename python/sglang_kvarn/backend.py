@@ -60,9 +60,10 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         scales.log_unused(model_runner)
 
     def _limits(self, model_runner: Any) -> Limits:
-        rows, tokens = self.req_to_token.shape
+        # a decode server has more rows than requests that run: others are received meanwhile
+        requests, tokens = self.req_to_token_pool.size, self.req_to_token.shape[1]
         pages, context_len = -(-tokens // settings.PAGE_SIZE), model_runner.model_config.context_len
-        limits = budget.bounds(model_runner.server_args, context_len).steps(rows - 1, pages)
+        limits = budget.bounds(model_runner.server_args, context_len).steps(requests, pages)
         # rings have room for the most drafts; where their number changes, each has a backend
         return replace(limits, draft_tokens=compat.verified_tokens(model_runner.server_args))
 

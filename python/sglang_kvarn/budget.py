@@ -85,6 +85,15 @@ def draft_token_bytes(configurator: Any) -> int:
     return capacity.rank_shape(model_config, model_config.dtype, ranks, layers).full_token_bytes(itemsize)
 
 
+def requests_of_rank(server_args: Any) -> int | None:
+    """Return ``--max-running-requests`` of a rank, in a scheduler; None where it is left open.
+
+    With DP attention ranks have requests of their own, and the argument counts those of all.
+    """
+    requests = compat.scheduler_argument(server_args, "max_running_requests")
+    return None if requests is None else max(1, requests // compat.get_parallel().attn_dp_size)
+
+
 def bounds(server_args: Any, context_len: int, states: int | None = None) -> Bounds:
     """Return what a server's arguments bound, in a scheduler.
 
@@ -94,7 +103,7 @@ def bounds(server_args: Any, context_len: int, states: int | None = None) -> Bou
     args = compat.resolved_arguments(server_args)
     size, graph = args.chunked_prefill_size, args.cuda_graph_config.decode
     return Bounds(
-        requests=compat.scheduler_argument(server_args, "max_running_requests"),
+        requests=requests_of_rank(server_args),
         graph_batch=(graph.max_bs or 0) if graph.backend != "disabled" else 0,
         context_len=context_len,
         chunk_len=size if size and size > 0 else context_len,
@@ -180,7 +189,7 @@ def charge_fixed_bytes(result: int, configurator: Any, *args: Any, **kwargs: Any
     found = bounds(server_args, configurator.model_config.context_len, allowed)
     charged = capacity.charge(shape, config, result, found, torch.device(configurator.device))
     if found.requests is None:
-        compat.override_argument(server_args, max_running_requests=charged.rows)
+        compat.override_argument(server_args, max_running_requests=charged.rows * compat.get_parallel().attn_dp_size)
     logger.info(
         "KVarN: workspaces for at most %d requests at a time take %.1f MiB of %.1f MiB KV memory",
         charged.rows,
@@ -194,6 +203,6 @@ def cap_rows(result: int, configurator: Any, token_capacity: int) -> int | None:
     """Keep the rows within what the workspaces are made for. Hook after ``resolve_max_num_reqs``."""
     if settings.target_preset(configurator) is None:
         return None
-    rows = compat.scheduler_argument(configurator.server_args, "max_running_requests")
+    rows = requests_of_rank(configurator.server_args)
     assert rows is not None, "charge_fixed_bytes comes first"
     return min(result, rows)

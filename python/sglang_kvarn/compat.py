@@ -70,6 +70,9 @@ _ADDED_ARGUMENTS = {
     "weight_cache_mode": "0.5.18",
 }
 
+# the first version for whose transfer between servers the hooks are made
+TRANSFERS_SINCE = "0.5.23"
+
 # --mamba-full-memory-ratio where nobody chooses it
 STOCK_STATE_RATIO = 0.9
 
@@ -149,8 +152,8 @@ def check_version() -> None:
     logger.warning("sglang-kvarn is not tested with SGLang %s: %s=1 is set", found, UNTESTED_ENV)
 
 
-def _since(first: str) -> bool:
-    """Whether the installed SGLang is this version or a later one; False where there is none."""
+def is_since(first: str) -> bool:
+    """Whether the installed SGLang is this version or a later one; where there is none, only of version 0."""
     found, wanted = (tuple(int(n) for n in re.findall(r"\d+", v)[:3]) for v in (version() or "0", first))
     return found >= wanted
 
@@ -160,7 +163,7 @@ def resolution_target() -> str:
 
     Until 0.5.18 the constructor does it; from 0.5.20 on the launcher calls it, in the parent process only.
     """
-    return RESOLUTION_TARGETS[_since("0.5.20")]
+    return RESOLUTION_TARGETS[is_since("0.5.20")]
 
 
 def is_resolved(server_args: Any) -> bool:
@@ -170,7 +173,7 @@ def is_resolved(server_args: Any) -> bool:
 
 def resolved_arguments(server_args: Any) -> Any:
     """Return ServerArgs as resolved, to be read only: from 0.5.20 on the fields keep what the user typed."""
-    return resolve("sglang.srt.arg_groups.overrides.resolved_view")(server_args) if _since("0.5.20") else server_args
+    return resolve("sglang.srt.arg_groups.overrides.resolved_view")(server_args) if is_since("0.5.20") else server_args
 
 
 def argument(server_args: Any, name: str, default: Any) -> Any:
@@ -180,14 +183,14 @@ def argument(server_args: Any, name: str, default: Any) -> Any:
 
 def has_argument(name: str) -> bool:
     """Whether the installed SGLang has this argument."""
-    return _since(_ADDED_ARGUMENTS.get(name, "0"))
+    return is_since(_ADDED_ARGUMENTS.get(name, "0"))
 
 
 def draft_tokens(server_args: Any) -> int:
     """Return the most new tokens of a request in a verify step of speculative decoding, 1 without it."""
     if resolved_arguments(server_args).speculative_algorithm is None:
         return 1
-    if _since("0.5.20"):
+    if is_since("0.5.20"):
         return resolve("sglang.srt.arg_groups.overrides.max_speculative_num_draft_tokens")(server_args) or 1
     return server_args.max_speculative_num_draft_tokens or 1
 
@@ -201,7 +204,7 @@ def verified_tokens(server_args: Any) -> int:
     args = resolved_arguments(server_args)
     if args.speculative_algorithm is None:
         return 1
-    if _since("0.5.20"):
+    if is_since("0.5.20"):
         args = resolve("sglang.srt.runtime_context.get_spec")()
     return args.speculative_num_draft_tokens or 1
 
@@ -248,7 +251,7 @@ def published_argument(name: str) -> Any:
     """Return an argument of the server that this process belongs to, None where there is none."""
     context = resolve("sglang.srt.runtime_context.get_context")()
     try:
-        return context.config_leaf(name) if _since("0.5.18") else getattr(context.server_args, name)
+        return context.config_leaf(name) if is_since("0.5.18") else getattr(context.server_args, name)
     except ValueError:
         return None
 
@@ -267,7 +270,7 @@ def unread_verify_mask(requests: int, draft_tokens: int, device: str) -> Any:
 
     With it SGLang writes D * D bytes for a request; without it, D for each of its tokens.
     """
-    if draft_tokens == 1 or not _since("0.5.20"):
+    if draft_tokens == 1 or not is_since("0.5.20"):
         return None
     return resolve("sglang.srt.layers.attention.verify_mask.maybe_create_verify_mask")(
         is_draft_runner=False,
@@ -282,7 +285,7 @@ def unread_verify_mask(requests: int, draft_tokens: int, device: str) -> Any:
 
 def model_config(server_args: Any) -> Any:
     """Return SGLang's ModelConfig of these arguments."""
-    if _since("0.5.20"):
+    if is_since("0.5.20"):
         return resolve("sglang.srt.arg_groups.overrides.model_config_of")(server_args)
     return server_args.get_model_config()
 
@@ -304,12 +307,12 @@ def has_gated_delta_nets(config: Any) -> bool:
 
 def adds_last_residual_twice(config: Any) -> bool:
     """Whether SGLang's own code of the model of a `hybrid_config` has this error."""
-    return not _since(_RIGHT_SINCE.get(type(config).__name__, "0"))
+    return not is_since(_RIGHT_SINCE.get(type(config).__name__, "0"))
 
 
 def adds_states_per_rank(config: Any) -> bool:
     """Whether several ranks answer something else than one does, by SGLang's code of the model of a `hybrid_config`."""
-    return not _since(_SUMS_ONCE_SINCE.get(type(config).__name__, "0"))
+    return not is_since(_SUMS_ONCE_SINCE.get(type(config).__name__, "0"))
 
 
 def shares_states(config: Any, ranks: int) -> bool:
@@ -329,18 +332,18 @@ def shares_states(config: Any, ranks: int) -> bool:
 
 def verifies_drafts(config: Any) -> bool:
     """Whether SGLang's layers of a `hybrid_config` keep the state after each draft; the others stop there."""
-    return _since(_VERIFIES_SINCE.get(type(config).__name__, "0"))
+    return is_since(_VERIFIES_SINCE.get(type(config).__name__, "0"))
 
 
 def failed_on_gpus(config: Any) -> bool:
     """Whether the test of the model of a `hybrid_config` failed on a GPU."""
     first = _FAILED_ON_GPUS_SINCE.get(type(config).__name__)
-    return first is not None and _since(first)
+    return first is not None and is_since(first)
 
 
 def compared_drafts_beside_states_on_gpus() -> bool:
     """Whether answers with drafts of models with states were right on a GPU with this version of SGLang."""
-    return not _since("0.5.18")
+    return not is_since("0.5.18")
 
 
 def saves_states_at_page_ends() -> bool:
@@ -350,14 +353,14 @@ def saves_states_at_page_ends() -> bool:
     was one for each page, from the request's first token on. But chunks of gated delta nets have 64 tokens, and those
     of Mamba-2 begin with the step: the state of another token, or request, is saved.
     """
-    return _since("0.5.20")
+    return is_since("0.5.20")
 
 
 def checkpoints_states(server_args: Any, model_config: Any) -> bool:
     """Whether SGLang can keep states of this model in a prefix cache with pages of more than one token."""
     function = resolve("sglang.srt.arg_groups.overrides.supports_mamba_cache_extra_buffer")
     config = model_config.hf_config
-    return function(resolved_arguments(server_args), config if _since("0.5.23") else config.architectures[0])
+    return function(resolved_arguments(server_args), config if is_since("0.5.23") else config.architectures[0])
 
 
 def attention_layers(model_config: Any, start: int, end: int) -> list[int]:
@@ -386,7 +389,7 @@ def sliding_shape(model_config: Any, ranks: int) -> tuple[int, int, int]:
 
 def calls_attention_causal(architecture: str) -> bool:
     """Whether SGLang's code of a model without attention to later tokens says so to its attention backends."""
-    return _since(_CAUSAL_SINCE.get(architecture, "0"))
+    return is_since(_CAUSAL_SINCE.get(architecture, "0"))
 
 
 def windows_in_records(model_config: Any) -> tuple[int, ...]:
@@ -421,7 +424,7 @@ def splits_sliding_windows(server_args: Any) -> bool:
 
 def is_sliding_ratio_open(server_args: Any) -> bool:
     """Whether nobody chose ``--swa-full-tokens-ratio``; before 0.5.23 the default cannot be told from a choice."""
-    if _since("0.5.23"):
+    if is_since("0.5.23"):
         return not scheduler_argument(server_args, "_swa_full_tokens_ratio_explicitly_set")
     return scheduler_argument(server_args, "swa_full_tokens_ratio") == STOCK_SLIDING_RATIO
 
@@ -475,21 +478,37 @@ def is_window_model(model_config: Any) -> bool:
 
 def scheduler_argument(server_args: Any, name: str) -> Any:
     """Return an argument in a scheduler process: from 0.5.18 on ServerArgs is read-only there, and may be behind."""
-    if _since("0.5.18"):
+    if is_since("0.5.18"):
         return resolve("sglang.srt.runtime_context.get_context")().config_leaf(name)
     return getattr(server_args, name)
 
 
+def runs_pipelines() -> bool:
+    """Whether a pipeline was tested with this version of SGLang."""
+    return is_since("0.5.23")
+
+
+def attention_ranks(args: Any) -> int:
+    """Return how many ranks share the heads of the model.
+
+    Args:
+        args: as `resolved_arguments` returns them.
+    """
+    replicas = args.attn_dp_size if has_argument("attn_dp_size") else args.dp_size if args.enable_dp_attention else 1
+    # SGLang itself refuses fewer ranks than replicas, later
+    return max(1, args.tp_size // replicas)
+
+
 def override_argument(server_args: Any, **changes: Any) -> None:
     """Change arguments in a scheduler process."""
-    target = resolve("sglang.srt.runtime_context.get_context")() if _since("0.5.18") else server_args
+    target = resolve("sglang.srt.runtime_context.get_context")() if is_since("0.5.18") else server_args
     target.override("sglang-kvarn", **changes)
 
 
 def is_state_ratio_open(server_args: Any) -> bool:
     """Whether nobody chose ``--mamba-full-memory-ratio``; until 0.5.20 the default cannot be told from a choice."""
     value = resolved_arguments(server_args).mamba_full_memory_ratio
-    return value is None or (value == STOCK_STATE_RATIO and not _since("0.5.23"))
+    return value is None or (value == STOCK_STATE_RATIO and not is_since("0.5.23"))
 
 
 def states_per_request(configurator: Any) -> int:
@@ -510,7 +529,7 @@ def state_layers(config: Any) -> int:
 def planned_state_bytes(config: Any, ranks: int) -> int:
     """Return what `state_bytes` will be on one of so many ranks, where none of them runs yet."""
     widths: dict[str, Any] = dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), ranks)
-    if _since("0.5.23"):
+    if is_since("0.5.23"):
         widths["enable_cp_tp_group_sharing"] = False
     with resolve(_NAMES["get_parallel"])().override(**widths):
         return state_bytes(config)
@@ -518,12 +537,12 @@ def planned_state_bytes(config: Any, ranks: int) -> int:
 
 def prefix_len(req: Any) -> int:
     """Return how many tokens of a request are in its row already or, before it has one, in the prefix cache."""
-    return req.prefix_len if _since("0.5.23") else len(req.prefix_indices)
+    return req.prefix_len if is_since("0.5.23") else len(req.prefix_indices)
 
 
 def request_row(req: Any) -> Any:
     """Return the row of a request in ReqToTokenPool, None while it has none."""
-    return req.kv.req_pool_idx if _since("0.5.20") else req.req_pool_idx
+    return req.kv.req_pool_idx if is_since("0.5.20") else req.req_pool_idx
 
 
 def free_pages(allocator: Any, pages: Any) -> None:
@@ -532,7 +551,7 @@ def free_pages(allocator: Any, pages: Any) -> None:
     Args:
         pages: int64 [N] on the device, page ids.
     """
-    if _since("0.5.23"):
+    if is_since("0.5.23"):
         allocator.free_page_ids(pages)
     elif not allocator.is_not_in_free_group:
         # an index in each page stands for the page
@@ -548,7 +567,7 @@ def lock_host_prefix(adder: Any, req: Any) -> Iterator[None]:
     """Keep what a request found in host memory from eviction there, until SGLang loads it."""
     if getattr(adder.tree_cache, "cache_controller", None) is None:
         yield
-    elif _since("0.5.23"):
+    elif is_since("0.5.23"):
         with adder._lock_node(req.best_match_node, lock_host=True):
             yield
     else:
@@ -561,12 +580,12 @@ def lock_host_prefix(adder: Any, req: Any) -> Iterator[None]:
 
 def fences_host_copies() -> bool:
     """Whether copies to and from host memory wait for the forward pass, by SGLang's fences or by ours, as tested."""
-    return _since("0.5.23") or not _since("0.5.18")
+    return is_since("0.5.23") or not is_since("0.5.18")
 
 
 def salts_storage_keys() -> bool:
     """Whether the keys of a storage behind host memory hold the salt and the adapter of a request."""
-    return _since("0.5.23")
+    return is_since("0.5.23")
 
 
 def refuse_storage(message: str) -> Any:
@@ -577,7 +596,7 @@ def refuse_storage(message: str) -> Any:
 
 def has_host_sources() -> bool:
     """Whether host memory is made for what a pool says of itself, not for the pool."""
-    return _since("0.5.23")
+    return is_since("0.5.23")
 
 
 def host_pool_arguments(pool: Any, token_bytes: int) -> dict[str, Any]:
@@ -601,6 +620,44 @@ def host_memory_function(device_type: str) -> Any:
 def reserve_no_host_memory() -> None:
     """Let host pools of this process take all memory that is free."""
     resolve("sglang.srt.mem_cache.pool_host.base").HICACHE_HOST_MEMORY_RESERVE_BYTES = 0
+
+
+def transfers_requests() -> bool:
+    """Whether a request can go on in another server: the hooks into SGLang's transfer are made for this version."""
+    return is_since(TRANSFERS_SINCE)
+
+
+def add_request_state(kv_args: Any, buffers: tuple[list[int], list[int], list[int]], layer_ids: list[int]) -> None:
+    """Let SGLang send items of buffers as a state of each request.
+
+    The pool's `request_state_transfer_indices` says which items.
+
+    Args:
+        kv_args: SGLang's KVArgs; buffers: addresses, bytes, and bytes of an item; layer_ids: of each.
+    """
+    state = resolve("sglang.srt.disaggregation.base.conn.StateType").DSV4_REQUEST_STATE
+    append = resolve("sglang.srt.disaggregation.utils.append_state_component")
+    append(kv_args, state, *buffers, layer_ids=list(layer_ids))
+
+
+def send_page_ids_at_once() -> None:
+    """Let a scheduler of this process hand page ids to mooncake itself: SGLang's other way takes CUDA events."""
+    resolve("sglang.srt.disaggregation.mooncake.conn.MooncakeKVSender").supports_host_tensor_indices = False
+
+
+def gather_from_ranks(value: str) -> list[str]:
+    """Return what each rank that has a share of the heads calls this with, in their order."""
+    group = resolve(_NAMES["get_parallel"])().attn_tp_group
+    return [value] if group.world_size == 1 else group.all_gather_object(value)
+
+
+def fail_receiver(receiver: Any, why: str) -> None:
+    """Let SGLang's receiver of a request fail, and tell the sender where it is known."""
+    failed = resolve("sglang.srt.disaggregation.base.conn.KVPoll").Failed
+    receiver.kv_mgr.record_failure(receiver.bootstrap_room, why)
+    receiver.kv_mgr.update_status(receiver.bootstrap_room, failed)
+    receiver.conclude_state = failed
+    receiver.ensure_abort_notified()
 
 
 def rms_norm_offset(module: Any) -> int | None:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HiCache: what copies between device and host wait for. Hooks into SGLang's controller of these copies.
+"""What copies wait for that run beside the forward pass. Hooks into SGLang's controllers of these copies.
 
     written out  A page enters the prefix cache when its last token is known, while the step that encodes it may still
                  run: the copy waits for the forward pass.
     loaded       A page that was freed may still be written by a step of its last owner, as a record or as a ring: the
                  copy waits for the forward pass; and a layer waits for its pages before it reads (`pool.layer_cache`).
+    received     The same, where another server writes: it is told of pages once no step of their last owner can still
+                 write to them. That server knows no stream of this one, so the scheduler waits.
 
-SGLang waits for the forward pass itself from 0.5.23 on. In 0.5.16 a copy to the host waits for an event that a decode
-graph records before it runs, and a copy from it for nothing.
+The first two are HiCache. SGLang waits for the forward pass itself there from 0.5.23 on. In 0.5.16 a copy to the host
+waits for an event that a decode graph records before it runs, and a copy from it for nothing.
 """
 
 from __future__ import annotations
@@ -34,3 +36,10 @@ def before_writing(controller: Any, *args: Any, **kwargs: Any) -> None:
 def before_loading(controller: Any, *args: Any, **kwargs: Any) -> None:
     """Let pages be overwritten after what may write them. Hook before ``HiCacheController.start_loading``."""
     _wait_for_forward(controller, "load_stream")
+
+
+def before_receiving(queue: Any, *args: Any, **kwargs: Any) -> None:
+    """Tell no sender of pages that a step may still write. Hook before ``DecodePreallocQueue._send_kv_metadata``."""
+    pool = queue.token_to_kv_pool
+    if rings.of_pool(pool) is not None and pool.slab.is_cuda:
+        pool.forward_stream.synchronize()

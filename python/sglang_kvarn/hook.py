@@ -25,6 +25,7 @@ class Hook:
         replaced_by: what makes it needless in an SGLang with the registry of ``patches``; None if nothing does.
         where: "arguments" where they are parsed and resolved, "launch" in the process that starts the schedulers,
             "scheduler" in a scheduler.
+        since: the first version of SGLang that it is for.
     """
 
     target: str
@@ -34,6 +35,7 @@ class Hook:
     why: str
     replaced_by: str | None = None
     where: str = "scheduler"
+    since: str = "0"
 
     @property
     def path(self) -> str:

@@ -19,6 +19,7 @@ from sglang_kvarn import (
     report,
     rings,
     settings,
+    transfer,
 )
 from sglang_kvarn.hook import Hook
 
@@ -100,7 +101,89 @@ def _weight_hooks() -> list[Hook]:
     return [Hook(target, "around", ("self", parameter), function, why) for target, parameter, why in methods]
 
 
-HOOKS = (
+_SENDER = "disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
+_RECEIVER, _ROWS = "disaggregation.decode.DecodePreallocQueue", "disaggregation.decode.DecodeReqToTokenPool"
+
+
+def _transfer_hooks() -> list[Hook]:
+    """Return the hooks on what sends and receives requests between servers."""
+    needs_room = "A request could be received for which there is no ring, which ends the server."
+    hooks: list[tuple[str, str, tuple[str, ...], Callable[..., Any], str]] = [
+        (
+            "disaggregation.utils.setup_state_kv_args",
+            "after",
+            ("kv_args", "token_to_kv_pool"),
+            transfer.describe,
+            "The exact tokens of a request would not be sent, and nobody would ask whether pages mean the same.",
+        ),
+        (
+            f"{_SENDER}.send_kv_chunk",
+            "before",
+            ("self", "req", "last_chunk"),
+            transfer.send_exact_start,
+            "A decode server would read exact tokens that nobody has written.",
+        ),
+        (
+            "disaggregation.decode.DecodeTransferQueue._commit_transfer_to_req",
+            "before",
+            ("self", "decode_req"),
+            transfer.take_exact_start,
+            "A decode server would read exact tokens that nobody has written.",
+        ),
+        (
+            f"{_RECEIVER}._ensure_prefill_info",
+            "around",
+            ("self", "addr_to_reqs"),
+            transfer.check_senders,
+            "A decode server would read pages of another format, or end because of them.",
+        ),
+        (
+            f"{_RECEIVER}._send_kv_metadata",
+            "before",
+            ("self",),
+            fences.before_receiving,
+            "A step of the last owner of a page could write to it after another server has.",
+        ),
+        (
+            f"{_RECEIVER}._required_admission_tokens",
+            "after",
+            ("self", "req"),
+            transfer.charge_ring,
+            needs_room,
+        ),
+        (
+            f"{_RECEIVER}._prealloc_required_tokens",
+            "after",
+            ("self", "req"),
+            transfer.charge_ring_of_retracted,
+            needs_room,
+        ),
+        (
+            f"{_ROWS}.alloc",
+            "around",
+            ("self", "reqs"),
+            rings.alloc_rows,
+            "A request that is received would have no ring.",
+        ),
+        (
+            f"{_ROWS}.free",
+            "around",
+            ("self", "req"),
+            rings.free_row,
+            "The pages of its ring would be lost with its row.",
+        ),
+        (
+            f"{_ROWS}.clear",
+            "after",
+            ("self",),
+            rings.forget_rows,
+            "Pages that a flush made free would be given back a second time.",
+        ),
+    ]
+    return [Hook(*hook, since=compat.TRANSFERS_SINCE) for hook in hooks]
+
+
+ALL_HOOKS = (
     Hook(
         "server_args.ServerArgs.add_cli_args",
         "after",
@@ -341,7 +424,10 @@ HOOKS = (
         why="A request that lost its row would find its own prompt in the prefix cache, and read other values.",
     ),
     *_weight_hooks(),
+    *_transfer_hooks(),
 )
+# those for the installed SGLang
+HOOKS = tuple(each for each in ALL_HOOKS if compat.is_since(each.since))
 hook.declare(HOOKS)
 
 

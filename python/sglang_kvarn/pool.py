@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kvarn_kernels.config import KVarNConfig
@@ -38,6 +38,20 @@ class HostSource:
     scales: None = None
 
 
+class Retracted(NamedTuple):
+    """Hold what a request has on the device, on the host.
+
+    Attributes:
+        records: uint8 [layers, P, Hk, record_bytes], of its full pages, and ring, of the pages of exact tokens that its
+            next token reads.
+        exact_start: as in `Rings`.
+    """
+
+    records: torch.Tensor
+    ring: torch.Tensor
+    exact_start: int
+
+
 class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     """Hold the records of every layer. A subclass, because SGLang recognises multi-head caches by class.
 
@@ -49,7 +63,8 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         slab: uint8 [layers, pages + 1, Hk, record_bytes]; page 0 is for padded CUDA-graph rows.
         records: the slab by layer.
         forward_stream: on which the pool is read and written, None on a CPU.
-        balance_tag: returns what stands for the balance of channels in keys and values; only a storage asks.
+        balance_tag: returns what stands for the balance of channels in keys and values; those ask who send pages.
+        layout: what the bytes of pages mean to other servers (`transfer.layout`), None without PD disaggregation.
         host: the host pool beside it, None without a hierarchical cache.
         exports_facts: whether its sizes are among the metrics of the server.
         rings: which pages hold the exact tokens of which request.
@@ -105,6 +120,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self.records = list(self.slab.unbind())
         self.forward_stream: Any = None
         self.balance_tag: Callable[[], str] = str
+        self.layout: dict[str, Any] | None = None
         self.host: Any = None
         self.exports_facts = False
         caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]
@@ -140,6 +156,64 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
     def get_device_pool_infos(self) -> tuple[Any, ...]:
         """Return what SGLang from 0.5.23 on hands to the maker of a host pool."""
         return (SimpleNamespace(buffer_info=HostSource(self, device=self.device)),)
+
+    def get_contiguous_buf_infos(self) -> tuple[list[int], list[int], list[int]]:
+        """Return the address of the records of each layer, their bytes, and those of a page."""
+        return (
+            [records.data_ptr() for records in self.records],
+            [records.nbytes for records in self.records],
+            [records[0].nbytes for records in self.records],
+        )
+
+    def request_state_transfer_indices(self, row: int, tokens: int) -> list[int]:
+        """Return the pages of a ring with the exact tokens that the next token reads, in the order of their tokens.
+
+        SGLang sends them as a state of the request, from one server's pages to those of another.
+
+        Args:
+            tokens: of the request so far.
+        """
+        held = self.rings.held(row).pages.tolist()
+        each = self.config.exact_tokens(self.head_dim, self.shape.dtype.itemsize)
+        first = max(tokens // PAGE_SIZE - self.config.window_pages, 0) * PAGE_SIZE
+        if first == tokens:
+            return []
+        # the oldest and the newest tokens may share a page of the ring
+        return list(dict.fromkeys(held[n % len(held)] for n in range(first // each, -(-tokens // each))))
+
+    def get_cpu_copy(
+        self, indices: torch.Tensor, mamba_indices: Any = None, req_pool_index: int | None = None
+    ) -> Retracted:
+        """Copy a request to the host: a decode server keeps it there, and its prompt is on another server.
+
+        Args:
+            indices: int64 [T], the slots of its tokens; req_pool_index: its row.
+        """
+        assert req_pool_index is not None, "exact tokens are found by the row"
+        self._wait_for_all()
+        ring = self.request_state_transfer_indices(req_pool_index, len(indices))
+        records = self.slab[:, self._full_pages(indices)].cpu()
+        return Retracted(records, self.slab[:, ring].cpu(), self.rings.held(req_pool_index).exact_start)
+
+    def load_cpu_copy(
+        self, saved: Retracted, indices: torch.Tensor, mamba_indices: Any = None, req_pool_index: int | None = None
+    ) -> None:
+        """Copy a request back, to the slots and the row that it has now; as `get_cpu_copy`."""
+        assert req_pool_index is not None, "exact tokens are found by the row"
+        self._wait_for_all()
+        ring = self.request_state_transfer_indices(req_pool_index, len(indices))
+        self.slab[:, self._full_pages(indices)] = saved.records.to(self.slab.device)
+        self.slab[:, ring] = saved.ring.to(self.slab.device)
+        self.rings.set_exact_start(req_pool_index, saved.exact_start)
+        self._wait_for_all()
+
+    def _full_pages(self, indices: torch.Tensor) -> torch.Tensor:
+        return indices[: len(indices) // PAGE_SIZE * PAGE_SIZE : PAGE_SIZE].long() // PAGE_SIZE
+
+    def _wait_for_all(self) -> None:
+        # steps run on another stream than the scheduler's copies
+        if self.slab.is_cuda:
+            torch.cuda.synchronize(self.slab.device)
 
     def facts(self) -> dict[str, Any]:
         """Return preset and sizes, JSON types."""

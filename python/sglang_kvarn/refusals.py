@@ -14,11 +14,13 @@ from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
 from kvarn_kernels.shape import AttentionShape
 
 from sglang_kvarn import capacity, compat, settings
+from sglang_kvarn.cpu import platform
 from sglang_kvarn.drafts import DFLASH, NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
 UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNTESTED_DRAFTS"
 UNTESTED_WINDOWS_ENV, UNTESTED_STATES_ENV = "KVARN_UNTESTED_WINDOWS", "KVARN_UNTESTED_STATES"
+UNTESTED_PD_ENV, UNTESTED_RANKS_ENV = "KVARN_UNTESTED_PD", "KVARN_UNTESTED_RANKS"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
@@ -172,6 +174,135 @@ _HOST_MEMORY = (
     ),
 )
 
+# SGLang ignores the first flag without the second, and calls both --attn-dp-size from 0.5.23 on
+_DP_FLAGS = "--enable-dp-attention with --dp-size {args.dp_size}"
+_DP_ATTENTION = "ranks with requests of their own have not run beside records, as SGLang's code for them needs a GPU"
+_PIPELINE = "a pipeline has run on CPUs only, with SGLang 0.5.23"
+
+
+def _has_dp_flags(args: Any) -> bool:
+    return args.enable_dp_attention and args.dp_size > 1
+
+
+def _has_run(args: Any) -> bool:
+    """Whether a pipeline has run there; as typed, a device may be open."""
+    return (args.device == "cpu" or (args.device is None and platform.is_active())) and compat.runs_pipelines()
+
+
+def _untested_ranks(applies: Callable[[Any], bool], what: str, why: str, drop: str) -> Refusal:
+    """Return a refusal that a variable lifts."""
+
+    def untested(args: Any) -> bool:
+        return applies(args) and os.environ.get(UNTESTED_RANKS_ENV) != "1"
+
+    return Refusal(untested, _text(what, why, f"drop {drop}, or set {UNTESTED_RANKS_ENV}=1 to try it"))
+
+
+def _beside_pipeline(name: str, *, off: Any) -> Refusal:
+    """Return the refusal of an argument beside --pp-size that has any other value than `off`."""
+    option = "--" + name.replace("_", "-")
+    text = _text(f"--pp-size with {option}", "nothing is tested beside a pipeline", f"drop --pp-size or {option}")
+    return Refusal(lambda args: args.pp_size > 1 and getattr(args, name) != off, text)
+
+
+_RANKS = (
+    _untested_ranks(_has_dp_flags, _DP_FLAGS, _DP_ATTENTION, "--enable-dp-attention and --dp-size"),
+    _untested_ranks(
+        lambda args: compat.argument(args, "attn_dp_size", 1) > 1,
+        "--attn-dp-size {args.attn_dp_size}",
+        _DP_ATTENTION,
+        "--attn-dp-size",
+    ),
+    _beside_pipeline("enable_hierarchical_cache", off=False),
+    _beside_pipeline("speculative_algorithm", off=None),
+    _untested_ranks(
+        lambda args: args.pp_size > 1 and not _has_run(args), "--pp-size {args.pp_size}", _PIPELINE, "--pp-size"
+    ),
+)
+
+
+_MODE = "--disaggregation-mode {args.disaggregation_mode}"
+# what SGLang calls mooncake, and mooncake without RDMA
+_TRANSFERS = ("mooncake", "mooncake_tcp")
+
+
+def _transfer(applies: Callable[[Any], bool], what: str, why: str, way_out: str, typed: bool = True) -> Refusal:
+    """Return a refusal beside --disaggregation-mode."""
+    return Refusal(lambda args: args.disaggregation_mode != "null" and applies(args), _text(what, why, way_out), typed)
+
+
+def _transfer_flag(name: str, why: str, *, off: Any = False) -> Refusal:
+    """Return the refusal of an argument beside --disaggregation-mode that has any other value than `off`."""
+    option = "--" + name.replace("_", "-")
+    what = f"{option} with --disaggregation-mode"
+    return _transfer(lambda args: getattr(args, name) != off, what, why, f"drop {option}")
+
+
+_PD = (
+    _transfer(
+        lambda args: not compat.transfers_requests(),
+        _MODE,
+        f"the transfer between servers is tested with SGLang {compat.TRANSFERS_SINCE} only",
+        f"use SGLang {compat.TRANSFERS_SINCE}, or drop --disaggregation-mode",
+    ),
+    _transfer(
+        lambda args: args.device != "cpu" and os.environ.get(UNTESTED_PD_ENV) != "1",
+        _MODE,
+        "a request has gone from one server to another on CPUs only",
+        f"drop --disaggregation-mode, or set {UNTESTED_PD_ENV}=1 to try it",
+        typed=False,
+    ),
+    _transfer(
+        lambda args: args.disaggregation_transfer_backend not in _TRANSFERS,
+        "--disaggregation-transfer-backend {args.disaggregation_transfer_backend}",
+        "only transfers by mooncake are tested",
+        f"drop --disaggregation-transfer-backend, or set it to {' or '.join(_TRANSFERS)}",
+    ),
+    _transfer(
+        lambda args: args.disaggregation_decode_retraction_backup not in (None, "cpu_tensor"),
+        "--disaggregation-decode-retraction-backup {args.disaggregation_decode_retraction_backup}",
+        "only cpu_tensor keeps the exact tokens of a request that is retracted",
+        "drop --disaggregation-decode-retraction-backup, or set it to cpu_tensor",
+    ),
+    _transfer_flag(
+        "disaggregation_decode_enable_radix_cache",
+        "a prefix that the decode server has was read as records there, and exactly by the prefill server",
+    ),
+    _transfer_flag("disaggregation_decode_enable_offload_kvcache", "host memory of a decode server is not tested"),
+    _transfer_flag(
+        "disaggregation_decode_allocation_policy",
+        "SGLang sends no state of a request, as its exact tokens are, with this policy",
+        off="early",
+    ),
+    _transfer_flag(
+        "disaggregation_decode_host_receive_threshold", "host memory has no place for exact tokens", off=1.0
+    ),
+    _transfer_flag("disaggregation_enable_kv_checksum", "SGLang computes checksums on a GPU, where none was tested"),
+    _transfer_flag("optimistic_prefill_attempts", "a prompt that is computed twice is not tested here", off=0),
+    _transfer_flag("enable_pd_role_switch", "a server that changes its role is not tested"),
+    _transfer_flag("enable_hierarchical_cache", "host memory beside transfers between servers is not tested"),
+    _transfer_flag("pp_size", "a pipeline beside transfers between servers is not tested", off=1),
+    _transfer(
+        lambda args: _has_dp_flags(args) or compat.argument(args, "attn_dp_size", 1) > 1,
+        "DP attention with --disaggregation-mode",
+        "ranks with requests of their own are not tested beside transfers between servers",
+        "drop --enable-dp-attention and --attn-dp-size",
+    ),
+    _transfer_flag("speculative_algorithm", "drafts beside transfers between servers are not tested", off=None),
+    _transfer(
+        lambda args: compat.envs.SGLANG_DISAGG_STAGING_BUFFER.get(),
+        "SGLANG_DISAGG_STAGING_BUFFER with --disaggregation-mode",
+        "it regroups single tokens by their heads, and 128 of them share a record",
+        "unset the variable",
+    ),
+    _transfer(
+        lambda args: not compat.envs.SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE.get(),
+        "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE=0 with --disaggregation-mode",
+        "pages of a request that was aborted would go to another while they are still written",
+        "unset the variable",
+    ),
+)
+
 ARGUMENTS = (
     Refusal(
         lambda args: args.attention_backend != settings.ATTENTION_BACKEND and not compat.splits_sliding_windows(args),
@@ -248,7 +379,7 @@ ARGUMENTS = (
         ),
     ),
     _flag("enable_multi_layer_eagle", "SGLang has such heads of models with windows or latent attention only"),
-    _flag("disaggregation_mode", "the ring with the newest tokens of a request is not transferred", off="null"),
+    *_PD,
     _flag("encoder_only", "an encoder has no KV cache"),
     *_HOST_MEMORY,
     _flag("enable_hisparse", _NOT_A_SLOT),
@@ -282,17 +413,7 @@ ARGUMENTS = (
     _flag("dcp_size", "decode context parallelism spreads the tokens of a page over ranks", off=1),
     _flag("attn_cp_size", _CONTEXT_PARALLEL, off=1),
     _flag("enable_prefill_cp", _CONTEXT_PARALLEL),
-    Refusal(
-        # SGLang ignores --enable-dp-attention without --dp-size
-        lambda args: args.enable_dp_attention and args.dp_size > 1,
-        _text(
-            "--enable-dp-attention with --dp-size {args.dp_size}",
-            "DP attention is not tested yet",
-            "drop --enable-dp-attention and --dp-size",
-        ),
-    ),
-    _flag("attn_dp_size", "DP attention is not tested yet", off=1),
-    _flag("pp_size", "pipeline parallelism is not tested yet", off=1),
+    *_RANKS,
     _flag("enable_two_batch_overlap", _TWO_BATCHES),
     _flag("enable_single_batch_overlap", "the overlap is not tested yet"),
     _flag("enable_pdmux", _TWO_BATCHES),
@@ -356,7 +477,8 @@ def check_arguments(server_args: Any) -> None:
         _check_model_with(server_args)
     _check_table(server_args, ARGUMENTS)
     if is_ours:
-        check_ranks(server_args.tp_size, compat.model_config(server_args), on_cpu=server_args.device == "cpu")
+        ranks = compat.attention_ranks(server_args)
+        check_ranks(ranks, compat.model_config(server_args), on_cpu=server_args.device == "cpu")
         check_ranks_of_states(server_args.tp_size, compat.model_config(server_args))
 
 
@@ -517,10 +639,20 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--speculative-algorithm {algorithm} cannot be combined with {model} in SGLang {compat.version()}, whose "
             "layers with states stop at drafts: take SGLang 0.5.23 or drop --speculative-algorithm"
         )
+    if args.pp_size > 1:
+        raise Refused(
+            f"--pp-size {args.pp_size} cannot be combined with a kvarn cache of {model}, because a pipeline of "
+            "layers with states is not tested yet: drop --pp-size"
+        )
     if args.enable_mixed_chunk:
         raise Refused(
             f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because states would be saved at "
             "other tokens than pages end, which is not tested yet: drop --enable-mixed-chunk"
+        )
+    if args.disaggregation_mode != "null":
+        raise Refused(
+            f"--disaggregation-mode cannot be combined with a kvarn cache of {model}, because sending states "
+            "beside records is not tested yet: drop --disaggregation-mode"
         )
     if args.enable_hierarchical_cache:
         raise Refused(
@@ -574,6 +706,8 @@ def check_windows(server_args: Any, model_config: Any) -> None:
         (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "host memory"),
         (bool(args.speculative_algorithm), "--speculative-algorithm", "drafts"),
         (args.tp_size > 1, "--tp-size", "more than one GPU"),
+        (args.pp_size > 1, "--pp-size", "a pipeline"),
+        (args.disaggregation_mode != "null", "--disaggregation-mode", "transfers between servers"),
         (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
     )
     for applies, flag, what in untested:

@@ -13,7 +13,7 @@ of their next owner.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,17 @@ from sglang_kvarn.settings import PAGE_SIZE
 ATTRIBUTE = "kvarn_rings"
 # on SGLang's Req: the pages reserved for it; tokens that its first row took from the prefix cache
 _RESERVED, _FIRST_PREFIX = "kvarn_ring", "kvarn_first_prefix"
+
+
+class Held(NamedTuple):
+    """What a row has.
+
+    Attributes:
+        pages: of its ring, int64 [N] on the device; exact_start: as in `Rings`, on the host.
+    """
+
+    pages: torch.Tensor
+    exact_start: int
 
 
 class Rings:
@@ -40,8 +51,8 @@ class Rings:
         self.exact_starts = torch.zeros(rows, dtype=torch.int32, device=device)
         self.allocator: Any = None
         self._hit_reads_as_miss = hit_reads_as_miss
-        # by row, int64 [N] on the device
-        self._held: dict[int, torch.Tensor] = {}
+        # by row
+        self._held: dict[int, Held] = {}
         self._promised = 0
 
     @property
@@ -99,21 +110,35 @@ class Rings:
         """
         rows, starts = [compat.request_row(req) for req in reqs], [compat.prefix_len(req) for req in reqs]
         rings = [self._claim(req) for req in reqs]
-        self._held.update(zip(rows, rings, strict=True))
-        update = torch.tensor([rows, starts], dtype=torch.int64, pin_memory=self.pages.is_cuda)
-        update = update.to(self.pages.device, non_blocking=True)
-        self.exact_starts.index_copy_(0, update[0], update[1].int())
-        self.pages.index_copy_(0, update[0], torch.stack(rings).int())
+        self._held.update(zip(rows, map(Held, rings, starts), strict=True))
+        on_device = self._write_starts(rows, starts)
+        self.pages.index_copy_(0, on_device, torch.stack(rings).int())
         if self._hit_reads_as_miss:
             return
         for req, start in zip(reqs, starts, strict=True):
             if not hasattr(req, _FIRST_PREFIX):
                 setattr(req, _FIRST_PREFIX, start)
 
+    def held(self, row: int) -> Held:
+        """Return what a row has."""
+        return self._held[row]
+
+    def set_exact_start(self, row: int, start: int) -> None:
+        """Note what the request of a row took from the prefix cache, where another process has found it."""
+        self._held[row] = self._held[row]._replace(exact_start=start)
+        self._write_starts([row], [start])
+
+    def _write_starts(self, rows: list[int], starts: list[int]) -> torch.Tensor:
+        """Write exact starts in stream order, without waiting for the device; return the rows there, int64."""
+        update = torch.tensor([rows, starts], dtype=torch.int64, pin_memory=self.pages.is_cuda)
+        update = update.to(self.pages.device, non_blocking=True)
+        self.exact_starts.index_copy_(0, update[0], update[1].int())
+        return update[0]
+
     def free_row(self, row: int) -> None:
         """Give the ring of a row back to the pool."""
-        if (ring := self._held.pop(row, None)) is not None:
-            compat.free_pages(self.allocator, ring)
+        if (held := self._held.pop(row, None)) is not None:
+            compat.free_pages(self.allocator, held.pages)
 
     def forget(self) -> None:
         """Drop all rings, whose pages the allocator has made free itself."""

@@ -58,6 +58,10 @@ def apply_defaults(server_args: Any) -> None:
             server_args.attention_backend = _attention_backend(server_args)
         if server_args.page_size is None:
             server_args.page_size = PAGE_SIZE
+        receives = server_args.disaggregation_mode == "decode" and compat.transfers_requests()
+        if receives and server_args.disaggregation_decode_retraction_backup is None:
+            # what SGLang takes for a multi-head cache, pages in host memory, would lose the rings
+            server_args.disaggregation_decode_retraction_backup = "cpu_tensor"
     platform.apply_defaults(server_args)
 
 

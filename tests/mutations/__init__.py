@@ -18,12 +18,13 @@ from . import (
     rings,
     states,
     torch_form,
+    transfer,
     windows,
     write,
 )
 
 _ROOMS = (
     *(record, write, decode, columns, decode_plan, extend, dense, dequantise, attention, torch_form),
-    *(balance, plugin, rings, metadata, drafts, states, host, windows),
+    *(balance, plugin, rings, metadata, drafts, states, host, transfer, windows),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

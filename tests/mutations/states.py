@@ -17,7 +17,7 @@ MUTATIONS = (
     Mutation(
         "states of other tokens taken for those of page ends",
         COMPAT,
-        """    return _since("0.5.20")
+        """    return is_since("0.5.20")
 
 
 def checkpoints_states""",
@@ -37,7 +37,7 @@ def checkpoints_states""",
     Mutation(
         "a model with an error of SGLang's taken in every version",
         COMPAT,
-        """return not _since(_RIGHT_SINCE.get(type(config).__name__, "0"))""",
+        """return not is_since(_RIGHT_SINCE.get(type(config).__name__, "0"))""",
         "return False",
         (TEST_COMPAT, _WRONG),
     ),

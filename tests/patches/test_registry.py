@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from kvarn_kernels.config import preset_names
-from sglang_kvarn import compat
+from sglang_kvarn import compat, plugin
 from sglang_kvarn.cpu import platform
 
 from benchmarks.common import tiny_model
@@ -158,6 +158,8 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     # models with sliding windows, whose pool is made of two formats
     kept.append("model_executor.pool_configurator.create_memory_pool_configurator")
     kept.append("layers.attention.attention_registry.attn_backend_wrapper")
+    # requests that go from one server to another
+    kept += [h.target for h in plugin.HOOKS if h.target.startswith("disaggregation.")]
     assert parsed["hooked"] == sorted({f"sglang.srt.{target}" for target in kept})
     assert parsed["preset"] == ["kvarn", 128]
 

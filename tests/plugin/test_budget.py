@@ -50,7 +50,7 @@ def configurator(preset: str, tp_size: int = 1, requested: int | None = 4, **cha
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
     """One rank, whose arguments stand for the configuration of its process."""
-    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1), raising=False)
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1, attn_dp_size=1), raising=False)
     monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
     monkeypatch.setattr(compat, "scheduler_argument", getattr)
     monkeypatch.setattr(compat, "override_argument", lambda args, **changes: vars(args).update(changes))
@@ -149,6 +149,17 @@ def test_charge_fixed_bytes_fixes_the_requests_when_the_user_does_not():
     assert rows == capacity.MAX_ROWS
     assert budget.cap_rows(10**5, kvc, 10**6) == rows
     assert budget.cap_rows(3, kvc, 6) == 3
+
+
+def test_the_requests_of_all_ranks_are_counted_where_each_has_its_own(monkeypatch):
+    ranks = SimpleNamespace(attn_tp_size=1, attn_dp_size=2)
+    monkeypatch.setattr(compat, "get_parallel", lambda: ranks, raising=False)
+    kvc = configurator("kvarn", requested=None)
+    assert budget.charge_fixed_bytes(GIB, kvc, 0) == GIB
+    assert kvc.server_args.max_running_requests == 2 * capacity.MAX_ROWS
+    assert budget.cap_rows(10**5, kvc, 10**6) == capacity.MAX_ROWS
+    assert budget.bounds(configurator("kvarn", requested=9).server_args, 4096).requests == 4
+    assert budget.bounds(configurator("kvarn", requested=1).server_args, 4096).requests == 1
 
 
 def test_charge_fixed_bytes_refuses_a_pool_without_room_for_a_ring_and_a_request():

@@ -57,7 +57,7 @@ def test_check_version_lets_the_user_try_another_version_but_not_none(monkeypatc
 )
 def test_since_compares_numbers(monkeypatch, found, since):
     monkeypatch.setattr(compat, "version", lambda: found)
-    assert compat._since("0.5.20") is since
+    assert compat.is_since("0.5.20") is since
 
 
 def test_added_arguments_are_those_that_the_installed_sglang_has():

@@ -11,13 +11,14 @@ import sglang_kvarn
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform as cpu_platform
 
+EARLY = "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"
 CLASS = "sglang_kvarn.cpu.device.KVarNCpuPlatform"
 
 
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch):
     monkeypatch.setattr(cpu_platform, "_has_accelerator", lambda: False)
-    for name in ("SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE", "TRITON_INTERPRET", "OMP_WAIT_POLICY"):
+    for name in ("SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE", "TRITON_INTERPRET", "OMP_WAIT_POLICY", EARLY):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -32,6 +33,7 @@ def test_activate_sets_what_the_child_processes_need_and_keeps_what_the_user_set
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     sglang_kvarn.activate_cpu_platform()
     assert os.environ["TRITON_INTERPRET"] == "1" and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert os.environ[EARLY] == "0"
 
 
 @pytest.mark.parametrize(
@@ -65,9 +67,12 @@ def test_split_cores_gives_every_rank_some(cores, ranks, text):
     assert cpu_platform.split_cores(cores, ranks) == text
 
 
+ONE_RANK = {"pp_size": 1, "dp_size": 1}
+
+
 def arguments(**changes) -> SimpleNamespace:
     names = ("device", "attention_backend", "max_running_requests", "max_total_tokens", "mem_fraction_static")
-    return SimpleNamespace(**(dict.fromkeys(names) | {"disable_cuda_graph": False, "tp_size": 1} | changes))
+    return SimpleNamespace(**(dict.fromkeys(names) | {"disable_cuda_graph": False, "tp_size": 1} | ONE_RANK | changes))
 
 
 def test_apply_defaults_bounds_the_pool_unless_the_user_does():

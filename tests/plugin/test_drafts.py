@@ -81,7 +81,7 @@ def test_a_backend_expects_the_drafts_that_sglang_names_before_it_makes_it(monke
     made = server_args(model_path=model, kv_cache_dtype="kvarn", **ngram)
     # as a worker does for each number: in the arguments, or from 0.5.20 on in what it has published of them
     spec = made
-    if compat._since("0.5.20"):
+    if compat.is_since("0.5.20"):
         spec = SimpleNamespace(speculative_num_draft_tokens=None)
         monkeypatch.setattr("sglang.srt.runtime_context.get_spec", lambda: spec)
     for tokens in (2, 6):
@@ -190,7 +190,7 @@ def pool_of_8b_with_eagle(monkeypatch, server_args, cache: str, memory: int) -> 
     """
     chosen = models.arguments(models.DUMMY) | models.draft_arguments(models.DUMMY, models.EAGLE3, drafts.DRAFT_TOKENS)
     args = server_args(kv_cache_dtype=cache, **chosen)
-    config, shape = compat.model_config(args), SimpleNamespace(attn_tp_size=1, attn_dcp_size=1)
+    config, shape = compat.model_config(args), SimpleNamespace(attn_tp_size=1, attn_dcp_size=1, attn_dp_size=1)
     module = compat.resolve("sglang.srt.model_executor.pool_configurator")
     monkeypatch.setattr(module, "get_parallel", lambda: shape)
     monkeypatch.setattr(compat, "get_parallel", lambda: shape, raising=False)
@@ -235,7 +235,7 @@ def test_an_8b_model_with_an_eagle_head_has_four_times_the_tokens(monkeypatch, s
 def test_a_token_is_charged_its_bytes_in_the_draft_cache(monkeypatch, server_args, model_dir, dtype, itemsize):
     if dtype and not compat.has_argument("speculative_draft_kv_cache_dtype"):
         pytest.skip("this SGLang has no --speculative-draft-kv-cache-dtype")
-    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1), raising=False)
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1, attn_dp_size=1), raising=False)
     # two layers of 2 KV heads of 64 beside a draft of three of 4 heads of 128
     target = model_dir(num_hidden_layers=2)
     draft = model_dir(num_hidden_layers=3, num_key_value_heads=4, head_dim=128)
@@ -281,7 +281,7 @@ def test_a_token_is_charged_its_bytes_in_the_draft_cache(monkeypatch, server_arg
 
 
 def test_a_head_that_comes_with_the_model_is_charged_a_layer(monkeypatch, server_args, model_dir):
-    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1), raising=False)
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1, attn_dp_size=1), raising=False)
     model = model_dir(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_hidden_layers=2)
     args = server_args(model_path=model, kv_cache_dtype="kvarn", speculative_algorithm="NEXTN", dtype="float16")
     # 0.5.16 counts no layers of a head without a path of its own

@@ -26,7 +26,6 @@ CASES = [
     ("speculative_algorithm", "MY_PLUGIN", "only the verification of SGLang's own chains of drafts is tested"),
     ("speculative_draft_attention_backend", "kvarn", "--speculative-draft-attention-backend"),
     ("enable_multi_layer_eagle", True, "--enable-multi-layer-eagle"),
-    ("disaggregation_mode", "prefill", "--disaggregation-mode"),
     ("encoder_only", True, "--encoder-only"),
     ("enable_hisparse", True, "--enable-hisparse"),
     ("enable_lmcache", True, "--enable-lmcache"),
@@ -42,7 +41,6 @@ CASES = [
     ("attn_cp_size", 2, "--attn-cp-size"),
     ("enable_prefill_cp", True, "--enable-prefill-cp"),
     ("attn_dp_size", 2, "--attn-dp-size"),
-    ("pp_size", 2, "--pp-size"),
     ("enable_two_batch_overlap", True, "--enable-two-batch-overlap"),
     ("enable_single_batch_overlap", True, "--enable-single-batch-overlap"),
     ("enable_pdmux", True, "--enable-pdmux"),
@@ -67,6 +65,31 @@ HOST_MEMORY = [
 HOST_MODE = "hicache_host_memory_mode"
 if compat.has_argument(HOST_MODE):
     HOST_MEMORY.append(({HOST_MODE: "buffer_only"}, "--hicache-host-memory-mode buffer_only", "drop --hicache-host"))
+# beside --disaggregation-mode; on the platform of these tests it is served itself, from 0.5.23 on
+TRANSFER = [
+    ({"disaggregation_transfer_backend": "nixl"}, "set it to mooncake or mooncake_tcp"),
+    ({"disaggregation_decode_retraction_backup": "host_pool"}, "set it to cpu_tensor"),
+    ({"disaggregation_decode_enable_radix_cache": True}, "drop --disaggregation-decode-enable-radix-cache"),
+    ({"disaggregation_decode_enable_offload_kvcache": True}, "drop --disaggregation-decode-enable-offload-kvcache"),
+    (
+        {"disaggregation_decode_allocation_policy": "prefill_complete"},
+        "drop --disaggregation-decode-allocation-policy",
+    ),
+    (
+        {"disaggregation_decode_host_receive_threshold": 0.5},
+        "drop --disaggregation-decode-host-receive-threshold",
+    ),
+    ({"disaggregation_enable_kv_checksum": True}, "drop --disaggregation-enable-kv-checksum"),
+    ({"optimistic_prefill_attempts": 1}, "drop --optimistic-prefill-attempts"),
+    ({"enable_pd_role_switch": True}, "drop --enable-pd-role-switch"),
+    ({"enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache"),
+    ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "drop --speculative-algorithm"),
+    ({"pp_size": 2}, "drop --pp-size"),
+]
+TRANSFER_VARIABLES = {
+    "SGLANG_DISAGG_STAGING_BUFFER": "1",
+    "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE": "0",
+}
 INSTALLED = [case for case in CASES if compat.has_argument(case[0])]
 GRAPHS = [
     ("prefill", "full"),
@@ -152,10 +175,33 @@ def test_check_arguments_takes_a_pool_of_three_pages(served):
 def test_check_arguments_names_both_flags_of_dp_attention(served):
     message = refused(Changed(served, enable_dp_attention=True, dp_size=2))
     assert message.startswith("--enable-dp-attention with --dp-size 2 cannot be combined")
-    assert message.endswith(": drop --enable-dp-attention and --dp-size")
+    assert ": drop --enable-dp-attention and --dp-size, or set" in message
     # SGLang ignores the first without the second, and replicas are served
     refusals.check_arguments(Changed(served, enable_dp_attention=True))
     refusals.check_arguments(Changed(served, dp_size=2))
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_check_arguments_takes_a_pipeline_where_one_has_run(served, monkeypatch, tested):
+    monkeypatch.setattr(compat, "runs_pipelines", lambda: tested)
+    way_out = "set KVARN_UNTESTED_RANKS=1 to try it"
+    if tested:
+        refusals.check_arguments(Changed(served, pp_size=2))
+    else:
+        assert refused(Changed(served, pp_size=2)).endswith(way_out)
+    on_a_gpu = Changed(served, pp_size=2, device="cuda")
+    assert refused(on_a_gpu).startswith("--pp-size 2 cannot") and refused(on_a_gpu).endswith(way_out)
+    monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
+    refusals.check_arguments(on_a_gpu)
+    refusals.check_arguments(Changed(served, enable_dp_attention=True, dp_size=2))
+
+
+@pytest.mark.parametrize("name", ["enable_hierarchical_cache", "speculative_algorithm"])
+def test_check_arguments_refuses_what_is_not_tested_beside_a_pipeline(served, name):
+    value = "EAGLE3" if name.startswith("spec") else True
+    message = refused(Changed(served, pp_size=2, speculative_eagle_topk=1, **{name: value}))
+    option = "--" + name.replace("_", "-")
+    assert message.startswith(f"--pp-size with {option}") and message.endswith(f": drop --pp-size or {option}")
 
 
 @pytest.mark.parametrize(
@@ -274,10 +320,61 @@ def test_a_running_server_attaches_what_it_could_start_with(monkeypatch, storage
         assert not answer.success and answer.message.startswith(start) and answer.message.endswith(end)
 
 
+needs_transfers = pytest.mark.skipif(not compat.transfers_requests(), reason="transfers are refused in this SGLang")
+
+
+@needs_transfers
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize(("changes", "way_out"), TRANSFER, ids=[next(iter(changes)) for changes, _ in TRANSFER])
+def test_check_arguments_says_what_is_not_served_between_servers(served, monkeypatch, mode, changes, way_out):
+    # without another server there is nothing to refuse
+    monkeypatch.setattr(compat, "runs_pipelines", lambda: True)
+    refusals.check_arguments(Changed(served, **changes))
+    message = refused(Changed(served, disaggregation_mode=mode, **changes))
+    name, _ = next(iter(changes.items()))
+    assert message.startswith(f"--{name.replace('_', '-')}") and way_out in message.rpartition(": ")[2]
+    assert "--kv-cache-dtype kvarn" in message
+
+
+@needs_transfers
+@pytest.mark.parametrize(("variable", "value"), TRANSFER_VARIABLES.items())
+def test_check_arguments_refuses_variables_of_transfers(served, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    refusals.check_arguments(served)
+    message = refused(Changed(served, disaggregation_mode="decode"))
+    assert message.startswith(variable) and message.endswith(": unset the variable")
+
+
+@needs_transfers
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_check_arguments_takes_transfers_on_a_cpu(served, monkeypatch, mode):
+    refusals.check_arguments(Changed(served, disaggregation_mode=mode))
+    on_a_gpu = Changed(served, disaggregation_mode=mode, device="cuda")
+    assert refused(on_a_gpu).endswith("set KVARN_UNTESTED_PD=1 to try it")
+    monkeypatch.setenv(refusals.UNTESTED_PD_ENV, "1")
+    refusals.check_arguments(on_a_gpu)
+
+
+@needs_transfers
+@pytest.mark.parametrize("replicas", [{"enable_dp_attention": True, "dp_size": 2}, {"attn_dp_size": 2}], ids=str)
+def test_check_arguments_refuses_dp_attention_between_servers(served, monkeypatch, replicas):
+    monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
+    message = refused(Changed(served, disaggregation_mode="decode", **replicas))
+    assert message.endswith(": drop --enable-dp-attention and --attn-dp-size")
+
+
+def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monkeypatch):
+    monkeypatch.setattr(compat, "transfers_requests", lambda: False)
+    message = refused(Changed(served, disaggregation_mode="prefill"))
+    assert message.startswith("--disaggregation-mode prefill") and "use SGLang 0.5.23" in message
+
+
 def test_every_refusal_of_the_table_has_a_case():
     # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, three for the
-    # version beside host memory, also on a GPU, and storage
+    # version beside host memory, also on a GPU, and storage; three for the version, a GPU and DP attention beside
+    # transfers; three for pipelines
     cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 11 + (not compat.has_argument(HOST_MODE))
+    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 3
     assert len(refusals.ARGUMENTS) == cases
 
 
@@ -288,7 +385,7 @@ def test_every_refusal_of_the_table_has_a_case():
         ({"attention_backend": "torch_native"}, "--attention-backend"),
         ({"decode_attention_backend": "torch_native"}, "--decode-attention-backend"),
         ({"enable_memory_saver": True}, "--enable-memory-saver"),
-        ({"pp_size": 2, "disable_overlap_schedule": True}, "--pp-size"),
+        ({"pp_size": 2, "disable_overlap_schedule": True, "enable_hierarchical_cache": True}, "--pp-size"),
     ],
     ids=str,
 )

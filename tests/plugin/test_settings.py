@@ -17,6 +17,15 @@ def test_presets_pick_backend_and_page_size(server_args, model_dir, preset):
     assert (args.attention_backend, args.page_size, args.kv_cache_dtype) == ("kvarn", 128, preset)
 
 
+@pytest.mark.skipif(not compat.transfers_requests(), reason="transfers are refused in this SGLang")
+@pytest.mark.parametrize(("preset", "mode", "kept"), [
+    ("kvarn", "decode", "cpu_tensor"), ("kvarn", "prefill", None), ("auto", "decode", None)
+])
+def test_a_decode_server_keeps_retracted_requests_with_their_rings(server_args, model_dir, preset, mode, kept):
+    given = server_args(model_path=model_dir(), kv_cache_dtype=preset, disaggregation_mode=mode)
+    assert compat.resolved_arguments(given).disaggregation_decode_retraction_backup == kept
+
+
 def test_other_formats_keep_their_defaults(server_args, model_dir):
     args = compat.resolved_arguments(server_args(model_path=model_dir()))
     assert args.attention_backend != "kvarn" and args.page_size == 1

@@ -33,6 +33,10 @@ def manager(worker: object) -> SimpleNamespace:
     return SimpleNamespace(tp_worker=worker)
 
 
+def queue() -> SimpleNamespace:
+    return SimpleNamespace(token_to_kv_pool=SimpleNamespace(size=4))
+
+
 class Model(torch.nn.Module):
     """A model with attributes, as all have, whose layers nobody may walk through."""
 
@@ -85,6 +89,17 @@ STOCK = {
         ((SimpleNamespace(tp_worker=SimpleNamespace(get_memory_pool=lambda: (SimpleNamespace(), None))),), {})
     ],
     "admission.count_rings": [((SimpleNamespace(req_to_token_pool=SimpleNamespace()),), {})],
+    "transfer.describe": [((SimpleNamespace(), SimpleNamespace(size=4)), {"req_to_token_pool": Unread()})],
+    "transfer.send_exact_start": [
+        ((SimpleNamespace(req_to_token_pool=SimpleNamespace()), Unread()), {"last_chunk": True})
+    ],
+    "transfer.take_exact_start": [
+        ((SimpleNamespace(scheduler=SimpleNamespace(req_to_token_pool=SimpleNamespace())), Unread()), {})
+    ],
+    "transfer.check_senders": [((queue(), Unread()), {})],
+    "transfer.charge_ring": [((queue(), Unread(), Unread(), Unread(), Unread()), {})],
+    "transfer.charge_ring_of_retracted": [((queue(), Unread()), {})],
+    "fences.before_receiving": [((queue(), Unread(), Unread(), Unread()), {"decode_prefix_len": 0})],
     "balanced_layers.with_plain_weights": [
         ((manager(SimpleNamespace(model_runner=SimpleNamespace(model=Model()))), Unread()), {}),
         # a worker that holds no model itself

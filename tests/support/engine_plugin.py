@@ -16,9 +16,14 @@ def add_to_engines(patch: pytest.MonkeyPatch, folder: Path, function: str) -> No
     Args:
         function: ``module:name``, the module on the search path.
     """
+    make(folder, function)
+    patch.syspath_prepend(folder)
+
+
+def make(folder: Path, function: str) -> None:
+    """Let a folder look like an installed package whose plugin calls a function, as above."""
     module = function.partition(":")[0]
     info = folder / f"{module}-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 0\n")
     (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{module} = {function}\n")
-    patch.syspath_prepend(folder)

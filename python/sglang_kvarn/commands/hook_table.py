@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from sglang_kvarn import compat, plugin
+from sglang_kvarn.hook import Hook
 
 README = Path(__file__).parents[2] / "README.md"
 HEADER = "| where | hook below `sglang.srt` | without it | with the registry of `patches` |\n|---|---|---|---|\n"
@@ -16,9 +17,9 @@ def table() -> str:
     """Return a row for each run of hooks that have the same reason and replacement, with one target a line."""
     rows = []
     for (where, kind, why, replaced_by), group in groupby(
-        plugin.HOOKS, lambda h: (h.where, h.kind, h.why, h.replaced_by)
+        plugin.ALL_HOOKS, lambda h: (h.where, h.kind, h.why, h.replaced_by)
     ):
-        targets = "<br>".join(_shown(hook.target) for hook in group)
+        targets = "<br>".join(_shown(hook) for hook in group)
         rows.append(f"| {where} | {targets} ({kind}) | {why} | {replaced_by or 'it stays'} |\n")
     return HEADER + "".join(rows)
 
@@ -30,9 +31,9 @@ def text() -> str:
     return before + table() + rows[rows.index("\n\n") + 1 :]
 
 
-def _shown(target: str) -> str:
-    if target not in compat.RESOLUTION_TARGETS:
-        return f"`{target}`"
+def _shown(hook: Hook) -> str:
+    if hook.target not in compat.RESOLUTION_TARGETS:
+        return f"`{hook.target}`" + (f", from {hook.since} on" if hook.since != "0" else "")
     earlier, later = compat.RESOLUTION_TARGETS
     return f"`{earlier}`, from 0.5.20 on `.{later.rpartition('.')[2]}`"
 

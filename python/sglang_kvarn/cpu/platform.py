@@ -45,6 +45,8 @@ def prepare_environment() -> None:
     # threads that spin for each other stall where another process wants the core: one decode step of one
     # layer of SmolLM2-135M took 90 ms instead of 0.9 on 2 cores with one other busy process
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # a prefill server waits for a CUDA event before it sends a cached prefix ahead
+    os.environ.setdefault("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "0")
     # PyTorch brings NCCL along; where SGLang cannot load it, tensor parallelism runs on gloo
     os.environ.setdefault("SGLANG_NCCL_SO_PATH", "no-nccl-without-a-gpu")
 
@@ -64,8 +66,10 @@ def apply_defaults(server_args: Any) -> None:
     if server_args.device not in (None, "cpu") or not is_active():
         return
     server_args.device = "cpu"
-    if server_args.tp_size > 1 and not os.environ.get(_BIND):
-        os.environ[_BIND] = split_cores(sorted(os.sched_getaffinity(0)), server_args.tp_size)
+    # of replicas, stages and the ranks that share heads; DP attention counts its ranks twice, which does no harm
+    ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
+    if ranks > 1 and not os.environ.get(_BIND):
+        os.environ[_BIND] = split_cores(sorted(os.sched_getaffinity(0)), ranks)
     server_args.disable_cuda_graph = True
     server_args.disable_custom_all_reduce = True
     if server_args.attention_backend is None:

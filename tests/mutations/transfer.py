@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs of requests that go from one server to another. Their tests need an SGLang whose transfer is hooked."""
+
+from __future__ import annotations
+
+from .mutation import Mutation
+from .paths import ADMISSION, COMPAT, FENCES, POOL, RINGS, SETTINGS, TEST_SETTINGS, TEST_TRANSFER, TRANSFER
+
+_START = f"{TEST_TRANSFER}::test_the_exact_start_travels_with_the_first_token_and_reaches_the_row"
+_RING = f"{TEST_TRANSFER}::test_the_pages_of_a_ring_that_are_sent_are_those_that_the_next_token_reads"
+_RETRACTED = f"{TEST_TRANSFER}::test_a_retracted_request_comes_back_with_records_ring_and_exact_start"
+_ROOM = f"{TEST_TRANSFER}::test_a_request_is_received_where_there_is_room_for_its_ring_too"
+_DESCRIBE = f"{TEST_TRANSFER}::test_describe_names_records_by_layer_and_rings_as_a_state"
+_LAYOUT = f"{TEST_TRANSFER}::test_the_layout_holds_what_every_rank_says_of_its_channels"
+_OTHER = f"{TEST_TRANSFER}::test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentence"
+
+MUTATIONS = (
+    Mutation(
+        "an exact start that is sent before it counts, and not with the first token",
+        TRANSFER,
+        "if last_chunk and (found",
+        "if not last_chunk and (found",
+        (_START,),
+    ),
+    Mutation(
+        "a received request that reads its ring from the first token on",
+        TRANSFER,
+        "compat.request_row(decode_req.req), int(numbers[EXACT_START])",
+        "compat.request_row(decode_req.req), 0",
+        (_START,),
+    ),
+    Mutation(
+        "a request without a sender that gets the exact start of another",
+        TRANSFER,
+        "        numbers[EXACT_START] = 0\n",
+        "",
+        (_START,),
+    ),
+    Mutation(
+        "an exact start in the place of a number of SGLang's",
+        TRANSFER,
+        "EXACT_START = 15",
+        "EXACT_START = 3",
+        (f"{TEST_TRANSFER}::test_sglang_leaves_the_number_of_the_exact_start_alone",),
+    ),
+    Mutation(
+        "a transfer of the query's own page without the window before it",
+        POOL,
+        "max(tokens // PAGE_SIZE - self.config.window_pages, 0)",
+        "max(tokens // PAGE_SIZE, 0)",
+        (_RING,),
+    ),
+    Mutation(
+        "pages of a ring in the order of their ids, which differs between servers",
+        POOL,
+        "return list(dict.fromkeys(held[n % len(held)] for n in range(first // each, -(-tokens // each))))",
+        "return sorted({held[n % len(held)] for n in range(first // each, -(-tokens // each))})",
+        (_RING,),
+    ),
+    Mutation(
+        "a ring without its newest page",
+        POOL,
+        "range(first // each, -(-tokens // each))",
+        "range(first // each, tokens // each)",
+        (_RING,),
+    ),
+    Mutation(
+        "a request that is received without room for its ring",
+        TRANSFER,
+        "else result + found.tokens_per_ring",
+        "else result",
+        (_ROOM,),
+    ),
+    Mutation(
+        "a retracted request that comes back without room for its ring",
+        TRANSFER,
+        "return full + found.tokens_per_ring, windows",
+        "return full, windows",
+        (_ROOM,),
+    ),
+    Mutation(
+        "a retracted request that forgets its exact start",
+        POOL,
+        "        self.rings.set_exact_start(req_pool_index, saved.exact_start)\n",
+        "",
+        (_RETRACTED,),
+    ),
+    Mutation(
+        "a retracted request that comes back without its exact tokens",
+        POOL,
+        "        self.slab[:, ring] = saved.ring.to(self.slab.device)\n",
+        "",
+        (_RETRACTED,),
+    ),
+    Mutation(
+        "exact starts that the device does not see",
+        RINGS,
+        "        self._write_starts([row], [start])\n",
+        "",
+        (_RETRACTED, _START),
+    ),
+    Mutation(
+        "a retracted request whose ring SGLang does not keep",
+        SETTINGS,
+        'server_args.disaggregation_decode_retraction_backup = "cpu_tensor"',
+        "pass",
+        (f"{TEST_SETTINGS}::test_a_decode_server_keeps_retracted_requests_with_their_rings",),
+    ),
+    Mutation(
+        "a sender that may write where a step still does",
+        FENCES,
+        "        pool.forward_stream.synchronize()\n",
+        "        pass\n",
+        (f"{TEST_TRANSFER}::test_a_sender_hears_of_pages_after_the_steps_of_their_last_owner",),
+    ),
+    Mutation(
+        "a decode server that takes a prompt for which there is never room",
+        ADMISSION,
+        "min(scheduler.max_req_input_len, longest - reserved)",
+        "min(scheduler.max_req_input_len, longest)",
+        (f"{TEST_TRANSFER}::test_a_decode_server_takes_no_prompt_that_never_fits_beside_what_it_reserves",),
+    ),
+    Mutation(
+        "records that are paired as keys and values",
+        TRANSFER,
+        "    kv_args.kv_layer_ids = list(pool.layer_ids)\n",
+        "    kv_args.kv_layer_ids = []\n",
+        (_DESCRIBE,),
+    ),
+    Mutation(
+        "a decode server that lets SGLang compare, and end it",
+        TRANSFER,
+        """published_argument("disaggregation_mode") == "prefill":""",
+        """published_argument("disaggregation_mode") != "null":""",
+        (_DESCRIBE,),
+    ),
+    Mutation(
+        "balanced heads of one rank only that are compared",
+        TRANSFER,
+        """"-".join(compat.gather_from_ranks(pool.balance_tag()))""",
+        "pool.balance_tag()",
+        (_LAYOUT,),
+    ),
+    Mutation("ranks that are not compared", TRANSFER, """"tp_size": ranks,""", """"tp_size": 1,""", (_LAYOUT,)),
+    Mutation(
+        "a server that tells nothing of its pages and is believed",
+        TRANSFER,
+        "if sender.get(part) != mine[part]:",
+        "if sender.get(part, mine[part]) != mine[part]:",
+        (f"{TEST_TRANSFER}::test_a_server_that_tells_no_layout_is_another",),
+    ),
+    Mutation(
+        "a balance of channels that is not compared",
+        TRANSFER,
+        """    "balance": "start both servers with the same weights and the same KVARN_BALANCE",\n""",
+        "",
+        (_OTHER,),
+    ),
+    Mutation(
+        "another server whose second request is received",
+        TRANSFER,
+        "            del queue.kv_manager.prefill_info_table[address]\n",
+        "",
+        (_OTHER,),
+    ),
+    Mutation(
+        "a sender that waits for a request which has failed",
+        COMPAT,
+        "    receiver.ensure_abort_notified()\n",
+        "",
+        (_OTHER,),
+    ),
+    Mutation(
+        "a server that ends because of another one's cache",
+        TRANSFER,
+        "except RuntimeError as error:",
+        "except KeyError as error:",
+        (f"{TEST_TRANSFER}::test_what_sglang_finds_different_fails_the_request_and_not_the_server",),
+    ),
+)

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PD disaggregation: what a request consists of, what its transfer costs, and whose pages a server takes."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.shape import AttentionShape
+from sglang_kvarn import admission, compat, fences, rings, transfer
+from sglang_kvarn.rings import ATTRIBUTE
+
+pytestmark = pytest.mark.skipif(not compat.transfers_requests(), reason="transfers are refused in this SGLang")
+
+PAGE, LAYERS = 128, (3, 7, 11)
+ROW = 2
+
+
+def make_pool(monkeypatch, preset: str = "kvarn", heads: int = 2, head_dim: int = 64, pages: int = 60):
+    """Return a token pool of random bytes, layers 3, 7 and 11 of a model, and the allocator of its pages."""
+    monkeypatch.setattr("sglang_kvarn.hook.verify_hooks", lambda: None)
+    shape = AttentionShape(4, heads, head_dim, torch.bfloat16)
+    pool = compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool")(
+        pages * PAGE, shape, list(LAYERS), config=KVarNConfig.from_preset(preset), rows=4, device="cpu"
+    )
+    pool.slab.random_(256, generator=torch.Generator().manual_seed(1))
+    compat.PagedTokenToKVPoolAllocator(
+        pool.size, page_size=PAGE, dtype=torch.uint8, device="cpu", kvcache=pool, need_sort=False
+    )
+    return pool
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    return make_pool(monkeypatch)
+
+
+def give_ring(pool, row: int = ROW, start: int = 0) -> list[int]:
+    """Give a row a ring, as an admitted request has; return its pages."""
+    request = SimpleNamespace(prefix_len=start, kv=SimpleNamespace(req_pool_idx=row))
+    assert pool.rings.assign([request])
+    pool.rings.note_rows([request])
+    return pool.rings.held(row).pages.tolist()
+
+
+def queue_of(pool, **fields) -> SimpleNamespace:
+    return SimpleNamespace(token_to_kv_pool=pool, **fields)
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
+@pytest.mark.parametrize("tokens", [1, 100, 127, 128, 129, 255, 256, 300, 383, 384, 1000])
+def test_the_pages_of_a_ring_that_are_sent_are_those_that_the_next_token_reads(monkeypatch, preset, tokens):
+    pool = make_pool(monkeypatch, preset)
+    ring = give_ring(pool)
+    sent = pool.request_state_transfer_indices(ROW, tokens)
+    config, each = pool.config, pool.config.exact_tokens(64, 2)
+    # by the position rule: what stands in the query's own page and in those before it
+    read = [i for i in range(tokens) if i // PAGE >= tokens // PAGE - config.window_pages]
+    assert sent == list(dict.fromkeys(ring[i // each % len(ring)] for i in read))
+
+
+def test_rings_of_two_servers_answer_to_each_other_page_by_page(monkeypatch):
+    sender, receiver = make_pool(monkeypatch), make_pool(monkeypatch, pages=50)
+    give_ring(receiver, row=1)
+    give_ring(sender), give_ring(receiver)
+    for tokens in (300, 511, 1337):
+        pairs = zip(
+            sender.request_state_transfer_indices(ROW, tokens),
+            receiver.request_state_transfer_indices(ROW, tokens),
+            strict=True,
+        )
+        rings = (sender.rings.held(ROW).pages.tolist(), receiver.rings.held(ROW).pages.tolist())
+        assert all(rings[0].index(mine) == rings[1].index(theirs) for mine, theirs in pairs)
+
+
+def test_describe_names_records_by_layer_and_rings_as_a_state(monkeypatch, pool):
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    monkeypatch.setattr(compat, "gather_from_ranks", lambda value: [value])
+    sender = compat.resolve("sglang.srt.disaggregation.mooncake.conn.MooncakeKVSender")
+    monkeypatch.setattr(sender, "supports_host_tensor_indices", True)
+    for mode in ("prefill", "decode"):
+        monkeypatch.setattr(compat, "published_argument", lambda name, mode=mode: mode)
+        kv_args = empty_args()
+        transfer.describe(None, kv_args, pool)
+        addresses, sizes, items = pool.get_contiguous_buf_infos()
+        assert kv_args.kv_layer_ids == kv_args.state_layer_ids[0] == list(LAYERS)
+        assert (kv_args.state_data_ptrs, kv_args.state_item_lens) == ([addresses], [items])
+        assert [kv_args.state_data_lens[0], kv_args.kv_cache_dtype_str] == [sizes, "kvarn"]
+        # a decode server compares, and SGLang must not
+        assert kv_args.kv_layout == (json.dumps(pool.layout) if mode == "prefill" else None)
+    # what would take CUDA events on a CPU
+    assert not sender.supports_host_tensor_indices
+    assert items == [pool.slab[0, 0].nbytes] * len(LAYERS) and addresses[1] == pool.slab[1].data_ptr()
+
+
+def empty_args() -> SimpleNamespace:
+    names = ("types", "data_ptrs", "data_lens", "item_lens", "dim_per_tensor", "conv_shard_groups")
+    lists = {f"state_{name}": [] for name in (*names, "slice_outer_counts", "layer_ids")}
+    return SimpleNamespace(kv_layout=None, **lists)
+
+
+def test_the_layout_holds_what_every_rank_says_of_its_channels(monkeypatch, pool):
+    pool.balance_tag = lambda: "here"
+    monkeypatch.setattr(compat, "gather_from_ranks", lambda value: [value, "there"])
+    assert transfer.layout(pool, 2) == {
+        "preset": "kvarn_k4v2_g128",
+        "record": 1,
+        "dtype": "bfloat16",
+        "balance": "here-there",
+        "tp_size": 2,
+    }
+
+
+# heads, channels and layers do not matter: records of 64 channels are the largest beside 16 bits
+@pytest.mark.parametrize(("head_dim", "least"), [(64, 4.3), (128, 4.5), (256, 4.6)])
+def test_a_page_is_so_many_times_smaller_than_what_sglang_sends_of_a_bf16_cache(monkeypatch, head_dim, least):
+    pool = make_pool(monkeypatch, head_dim=head_dim, pages=4 * 24)
+    plain = compat.MHATokenToKVPool(
+        4 * PAGE,
+        page_size=PAGE,
+        dtype=torch.bfloat16,
+        head_num=2,
+        head_dim=head_dim,
+        layer_num=len(LAYERS),
+        device="cpu",
+        enable_memory_saver=False,
+    )
+    ours, theirs = (sum(each.get_contiguous_buf_infos()[2]) for each in (pool, plain))
+    assert theirs / ours > least
+    # a prompt of 8,192 tokens with its ring at most
+    assert theirs * 64 / (ours * (64 + pool.rings.pages.shape[1])) > least * 0.85
+
+
+def sender(pool, **fields) -> SimpleNamespace:
+    buffers = SimpleNamespace(cached_tokens=torch.full((4, 16), 7, dtype=torch.int32))
+    rows = SimpleNamespace(**{ATTRIBUTE: pool.rings})
+    return SimpleNamespace(req_to_token_pool=rows, disagg_metadata_buffers=buffers, **fields)
+
+
+def test_the_exact_start_travels_with_the_first_token_and_reaches_the_row(monkeypatch, pool):
+    give_ring(pool, start=256)
+    scheduler = sender(pool)
+    request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=ROW), metadata_buffer_index=3)
+    numbers = scheduler.disagg_metadata_buffers.cached_tokens
+    transfer.send_exact_start(scheduler, request)
+    assert (numbers == 7).all(), "the first token is known with the last chunk"
+    transfer.send_exact_start(scheduler, request, last_chunk=True)
+    assert numbers[3].tolist() == [7] * 15 + [256] and (numbers[:3] == 7).all()
+
+    receiver = make_pool(monkeypatch)
+    give_ring(receiver, row=1)
+    queue = SimpleNamespace(
+        scheduler=SimpleNamespace(req_to_token_pool=SimpleNamespace(**{ATTRIBUTE: receiver.rings})),
+        metadata_buffers=SimpleNamespace(cached_tokens=numbers),
+    )
+    received = SimpleNamespace(req=SimpleNamespace(kv=SimpleNamespace(req_pool_idx=1)), metadata_buffer_index=3)
+    transfer.take_exact_start(queue, received)
+    assert receiver.rings.held(1).exact_start == 256 and receiver.rings.exact_starts[1] == 256
+    # a request without a sender, as the check of a server's health is, begins at 0
+    transfer.take_exact_start(queue, received)
+    assert receiver.rings.held(1).exact_start == 0 and receiver.rings.exact_starts[1] == 0
+
+
+def test_sglang_leaves_the_number_of_the_exact_start_alone():
+    buffers = compat.resolve("sglang.srt.disaggregation.utils.MetadataBuffers")(
+        size=2, hidden_size=16, hidden_states_dtype=torch.float32, max_sampling_mask_tokens=1
+    )
+    request = SimpleNamespace(metadata_buffer_index=1, output_ids=[5], return_logprob=False, return_sampling_mask=False)
+    request.cached_tokens, request.cached_tokens_device = 256, 128
+    request.cached_tokens_host, request.cached_tokens_storage = 64, 32
+    request.hidden_states_tensor, request.bootstrap_room = None, 9
+    request.get_mm_token_counts = lambda: (1, 2, 3)
+    buffers.cached_tokens[1][transfer.EXACT_START] = 384
+    buffers.set_buf(request)
+    assert buffers.cached_tokens[1].tolist() == [256, 128, 64, 32, 1, 2, 3, *[0] * 8, 384]
+
+
+def test_a_request_is_received_where_there_is_room_for_its_ring_too(pool):
+    queue = queue_of(pool)
+    assert transfer.charge_ring(640, queue) == 640 + pool.rings.tokens_per_ring
+    assert transfer.charge_ring_of_retracted((640, 512), queue, None) == (640 + pool.rings.tokens_per_ring, 512)
+
+
+@pytest.mark.parametrize(("mode", "less"), [("prefill", 0), ("decode", 512)])
+def test_a_decode_server_takes_no_prompt_that_never_fits_beside_what_it_reserves(monkeypatch, pool, mode, less):
+    monkeypatch.setattr(compat, "published_argument", lambda name: mode)
+    monkeypatch.setattr(compat, "scheduler_argument", lambda args, name: 512)
+    monkeypatch.setattr(compat, "draft_tokens", lambda args: 1)
+    rows = SimpleNamespace(**{ATTRIBUTE: pool.rings})
+    scheduler = SimpleNamespace(
+        tp_worker=SimpleNamespace(get_memory_pool=lambda: (rows, None)),
+        server_args=None,
+        max_total_num_tokens=pool.size,
+        max_req_len=pool.size,
+        max_req_input_len=pool.size,
+    )
+    admission.limit_lengths(None, scheduler)
+    longest = pool.size - pool.rings.tokens_per_ring - PAGE - 1
+    assert (scheduler.max_req_len, scheduler.max_req_input_len) == (longest, longest - less)
+
+
+def test_a_sender_hears_of_pages_after_the_steps_of_their_last_owner(pool):
+    told = []
+    slab, pool.slab = pool.slab, SimpleNamespace(is_cuda=True)
+    pool.forward_stream = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    fences.before_receiving(queue_of(pool), None, None, PAGE)
+    assert told == ["waited"]
+    pool.slab = slab
+    fences.before_receiving(queue_of(pool), None, None, PAGE)
+    assert told == ["waited"], "a CPU has no streams"
+
+
+@pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
+@pytest.mark.parametrize("tokens", [5, 128, 300, 384])
+def test_a_retracted_request_comes_back_with_records_ring_and_exact_start(monkeypatch, preset, tokens):
+    pool = make_pool(monkeypatch, preset)
+    start = tokens // PAGE // 2 * PAGE
+    give_ring(pool, start=start)
+    pages = [33, 5, 41, 2][: -(-tokens // PAGE)]
+    slots = (torch.tensor(pages)[:, None] * PAGE + torch.arange(PAGE)).flatten()[:tokens]
+    before, sent = pool.slab.clone(), pool.request_state_transfer_indices(ROW, tokens)
+    saved = pool.get_cpu_copy(slots, mamba_indices=None, req_pool_index=ROW)
+    pool.rings.free_row(ROW)
+    # everything goes to others
+    pool.slab.random_(256)
+    give_ring(pool, row=3)
+    give_ring(pool, row=1)
+    again = [50, 3, 17, 9][: len(pages)]
+    slots = (torch.tensor(again)[:, None] * PAGE + torch.arange(PAGE)).flatten()[:tokens]
+    pool.load_cpu_copy(saved, slots, mamba_indices=None, req_pool_index=1)
+    full = tokens // PAGE
+    assert torch.equal(pool.slab[:, again[:full]], before[:, pages[:full]])
+    ring = pool.request_state_transfer_indices(1, tokens)
+    assert torch.equal(pool.slab[:, ring], before[:, sent]) and pool.rings.exact_starts[1] == start
+
+
+class Receiver:
+    """SGLang's receiver of a request, as far as a failure goes."""
+
+    def __init__(self, manager, room: int) -> None:
+        self.kv_mgr, self.bootstrap_room, self.conclude_state, self.calls = manager, room, None, []
+
+    def init(self, rank: int) -> None:
+        self.calls.append(("init", rank))
+
+    def ensure_abort_notified(self) -> None:
+        self.calls.append("told")
+
+
+class Manager:
+    """SGLang's manager of transfers, as far as a failure goes."""
+
+    def __init__(self) -> None:
+        self.prefill_info_table, self.reasons, self.states = {}, {}, {}
+
+    def record_failure(self, room: int, why: str) -> None:
+        self.reasons[room] = why
+
+    def update_status(self, room: int, state: int) -> None:
+        self.states[room] = state
+
+
+LAYOUT = {"preset": "kvarn_k4v2_g128", "record": 1, "dtype": "bfloat16", "balance": "0123456789ab", "tp_size": 1}
+OTHERS = [
+    ("preset", "kvarn_k4v4_g128", "start both servers with the same --kv-cache-dtype"),
+    ("preset", "kvarn_k4v2_g128_canonical", "start both servers with the same --kv-cache-dtype"),
+    ("record", 2, "run the same version of sglang-kvarn on both servers"),
+    ("dtype", "float16", "start both servers with the same --dtype"),
+    ("balance", "e3b0c44298fc", "start both servers with the same weights and the same KVARN_BALANCE"),
+    ("tp_size", 2, "start both servers with the same --tp-size"),
+]
+
+
+def receive(pool, told: str | None, answer=lambda addr_to_reqs: (addr_to_reqs, [])):
+    """Let two requests ask for pages of a server that tells this of them; return what came of it."""
+    pool.layout = LAYOUT
+    manager = Manager()
+    waiting = {"host:1": [SimpleNamespace(req=None, kv_receiver=Receiver(manager, room)) for room in (8, 9)]}
+    queue = queue_of(pool, kv_manager=manager, _resolve_prefill_dp_rank=lambda req: 0)
+
+    def original(given, addr_to_reqs):
+        assert given is queue
+        manager.prefill_info_table["host:1"] = SimpleNamespace(kv_layout=told)
+        return answer(addr_to_reqs)
+
+    return transfer.check_senders(original, queue, waiting), waiting, manager
+
+
+def test_pages_of_a_server_with_the_same_layout_are_taken(pool):
+    (ready, remaining), waiting, manager = receive(pool, json.dumps(LAYOUT))
+    assert (ready, remaining) == (waiting, []) and not manager.reasons
+    assert "host:1" in manager.prefill_info_table
+
+
+@pytest.mark.parametrize(("part", "value", "way_out"), OTHERS, ids=[f"{part} {value}" for part, value, _ in OTHERS])
+def test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentence(pool, part, value, way_out):
+    (ready, remaining), waiting, manager = receive(pool, json.dumps(LAYOUT | {part: value}))
+    assert (ready, remaining) == ({}, []) and set(manager.states.values()) == {0}
+    for request in waiting["host:1"]:
+        why = manager.reasons[request.kv_receiver.bootstrap_room]
+        assert why.endswith(f": {way_out}") and str(value) in why and str(LAYOUT[part]) in why and "host:1" in why
+        # the prefill server is told, and the scheduler finds the failure when it polls
+        assert request.kv_receiver.calls == [("init", 0), "told"] and request.kv_receiver.conclude_state == 0
+    # nothing of the server is kept, so that the next request asks again
+    assert manager.prefill_info_table == {}
+
+
+def test_a_server_that_tells_no_layout_is_another(pool):
+    (ready, _), _, manager = receive(pool, None)
+    assert not ready and all("sends preset None" in why for why in manager.reasons.values())
+
+
+def test_what_sglang_finds_different_fails_the_request_and_not_the_server(pool):
+    def differs(addr_to_reqs):
+        raise RuntimeError("KV cache dtype mismatch: prefill server has kv_cache_dtype=auto")
+
+    (ready, remaining), _, manager = receive(pool, None, differs)
+    assert (ready, remaining) == ({}, []) and all("kv_cache_dtype=auto" in why for why in manager.reasons.values())
+
+
+def test_a_server_that_has_not_answered_yet_is_waited_for(pool):
+    (ready, remaining), waiting, manager = receive(pool, None, lambda given: ({}, given["host:1"]))
+    assert (ready, remaining) == ({}, waiting["host:1"]) and not manager.reasons
+
+
+def test_rows_of_a_decode_server_have_rings(pool):
+    rows = compat.resolve("sglang.srt.disaggregation.decode.DecodeReqToTokenPool")(
+        size=1, max_context_len=512, device="cpu", enable_memory_saver=False, pre_alloc_size=2
+    )
+    setattr(rows, ATTRIBUTE, pool.rings)
+    before = pool.rings.allocator.available_size()
+
+    class Kv(SimpleNamespace):
+        holds_kv = property(lambda self: self.req_pool_idx is not None)
+
+    requests = [SimpleNamespace(prefix_len=0, kv=Kv(req_pool_idx=None)) for _ in range(3)]
+    assert len(rows.alloc(requests)) == 3 and pool.rings.out == 3
+    assert before - pool.rings.allocator.available_size() == 3 * pool.rings.tokens_per_ring
+    rows.free(requests[0])
+    assert pool.rings.out == 2
+    rows.clear()
+    assert pool.rings.out == 0 and rings.of_pool(rows) is pool.rings

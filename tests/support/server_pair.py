@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prefill server and a decode server of a tiny model on this machine, and what a client sends to both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import engine_plugin
+import httpx
+import transfer_engine_on_cpu
+from host_faults import wait_for
+
+HOST, LIMIT_SECONDS = "127.0.0.1", 400
+OPTIONS = {
+    "kv-cache-dtype": "kvarn",
+    "dtype": "float32",
+    "max-running-requests": 4,
+    "chunked-prefill-size": 256,
+    "random-seed": 0,
+    "log-level": "info",
+    "num-reserved-decode-tokens": 128,
+}
+FLAGS = ("skip-tokenizer-init", "skip-server-warmup", "enable-cache-report")
+ENVIRONMENT = {
+    "MOONCAKE_PROTOCOL": "tcp",
+    "SGLANG_HOST_IP": HOST,
+    # of a server that is gone; the first of these may come late on a busy machine
+    "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "3",
+    "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2",
+    # of pages that a server which is gone cannot say it has stopped writing to
+    "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "5",
+    # a receiver to which a transfer has failed is tried again
+    "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1",
+    "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "0.5",
+}
+_rooms = count(1)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens to."""
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        return found.getsockname()[1]
+
+
+class Server:
+    """One server and its process.
+
+    Attributes:
+        url: where it listens; log: the file that it writes to.
+    """
+
+    def __init__(self, folder: Path, name: str, model: str, environment: dict[str, str], **options: Any) -> None:
+        port = free_port()
+        self.url, self.log = f"http://{HOST}:{port}", folder / f"{name}.log"
+        chosen = OPTIONS | {"model-path": model, "host": HOST, "port": port} | options
+        flags = [f"--{flag}" for flag in FLAGS]
+        command = [sys.executable, "-m", "sglang.launch_server", *flags]
+        command += [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait_until_ready(self) -> None:
+        """Wait until it answers."""
+        for _ in range(LIMIT_SECONDS * 5):
+            assert self._process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{self.url}/server_info").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def generate(self, room: int, bootstrap_port: int, tokens: list[int], sampling: dict, **fields: Any) -> dict:
+        """Return what it answers: the output, or SGLang's error."""
+        body = {"input_ids": tokens, "sampling_params": sampling, "bootstrap_room": room}
+        body |= {"bootstrap_host": HOST, "bootstrap_port": bootstrap_port} | fields
+        return httpx.post(f"{self.url}/generate", json=body, timeout=LIMIT_SECONDS).json()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the server says of its cache."""
+        return httpx.get(f"{self.url}/server_info").json()["internal_states"][0]["kvarn"]
+
+    def abort(self, rid: str) -> None:
+        httpx.post(f"{self.url}/abort_request", json={"rid": rid})
+
+    def flush(self) -> None:
+        """Empty the prefix cache, once the server is idle."""
+        wait_for(lambda: httpx.post(f"{self.url}/flush_cache").status_code == 200, f"{self.url} to be idle")
+
+    def stop(self) -> None:
+        """End all its processes, without grace."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class Pair:
+    """Both servers, and a client that sends each request to both, as a router does.
+
+    Attributes:
+        prefill, decode: the servers; bootstrap_port: where a decode server asks for its peers.
+        folder: where faults are turned on.
+    """
+
+    def __init__(self, prefill: Server, decode: Server, bootstrap_port: int, folder: Path) -> None:
+        self.prefill, self.decode, self.folder = prefill, decode, folder
+        self.bootstrap_port = bootstrap_port
+        self._clients = ThreadPoolExecutor(32)
+
+    def send(
+        self, tokens: list[int], new_tokens: int, bootstrap_port: int | None = None, **fields: Any
+    ) -> tuple[Future, Future]:
+        """Send a request; return what the prefill and the decode server will answer."""
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        request = (next(_rooms), bootstrap_port or self.bootstrap_port, tokens, sampling)
+        return tuple(self._clients.submit(s.generate, *request, **fields) for s in (self.prefill, self.decode))
+
+    def ask(self, tokens: list[int], new_tokens: int, **fields: Any) -> dict[str, Any]:
+        """Return what the decode server answers."""
+        _, answer = self.send(tokens, new_tokens, **fields)
+        return answer.result()
+
+    @contextmanager
+    def fault(self, name: str) -> Iterator[None]:
+        """Let transfers fail in a block, as `transfer_engine_on_cpu` names it."""
+        (self.folder / name).touch()
+        yield
+        (self.folder / name).unlink()
+        (self.folder / f"{name} happened").unlink(missing_ok=True)
+
+    def wait_for_fault(self, name: str) -> None:
+        """Wait until it has happened."""
+        wait_for((self.folder / f"{name} happened").exists, f"the fault {name!r}")
+
+    def sent(self) -> list[dict[int, int]]:
+        """Return, and forget, the bytes of each transfer by the size of the region that they come from."""
+        file = self.folder / transfer_engine_on_cpu.SENT
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return [{int(region): size for region, size in json.loads(line).items()} for line in lines]
+
+    def expect_empty(self) -> None:
+        """Wait until neither server holds a ring, and the decode server no page.
+
+        Raises:
+            AssertionError: they do: something was lost.
+        """
+        for server in (self.prefill, self.decode):
+            wait_for(lambda server=server: server.facts()["rings_in_use"] == 0, f"no ring in use at {server.url}")
+        wait_for(lambda: self.decode.facts()["pages_in_use"] == 0, "no page in use at the decode server")
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Return the environment of a server whose transfers run on a CPU; faults are in the folder."""
+    if not (plugin := folder / "plugin").exists():
+        engine_plugin.make(plugin, "transfer_engine_on_cpu:install")
+    path = os.pathsep.join([str(plugin), *filter(None, sys.path)])
+    own = {"PYTHONPATH": path, transfer_engine_on_cpu.FOLDER: str(folder)}
+    return os.environ | ENVIRONMENT | own | variables
+
+
+@contextmanager
+def start(
+    folder: Path,
+    model: str,
+    *,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
+    **common: Any,
+) -> Iterator[Pair]:
+    """Run both servers.
+
+    Args:
+        prefill, decode: options of one of them, or, in capitals, variables of its environment; common: of both.
+    """
+    bootstrap = free_port()
+    with ExitStack() as stack:
+        servers = []
+        for mode, own in (("prefill", prefill), ("decode", decode)):
+            chosen = common | (own or {})
+            variables = {key: value for key, value in chosen.items() if key.isupper()}
+            options = {key: value for key, value in chosen.items() if not key.isupper()}
+            options |= {"disaggregation-mode": mode, "disaggregation-bootstrap-port": bootstrap}
+            servers.append(Server(folder, mode, model, environment(folder, **variables), **options))
+            stack.callback(servers[-1].stop)
+        for server in servers:
+            server.wait_until_ready()
+        yield Pair(*servers, bootstrap, folder)
