@@ -251,7 +251,8 @@ class Attention:
         batches = warm_up.batches(self.shape, self.config, ring_pages, self.device)
         page = warm_up.page_on_records(self.config, ring_pages, self.device)
         for tokens in (0, *self.sliding_windows):
-            plans = [(batch, self._plan_sparse(batch, tokens)) for batch in batches]
+            plans: list[tuple[ExtendBatch, ExtendSteps]] = []
+            plans += [(batch, self._plan_sparse(batch, tokens)) for batch in batches]
             if self._dense_workspace is not None:
                 dense = extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu, tokens)
                 plans.append((page, dense))
