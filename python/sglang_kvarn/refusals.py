@@ -114,6 +114,7 @@ def _host_memory(applies: Callable[[Any], bool], what: str, why: str, way_out: s
 _HICACHE = "--enable-hierarchical-cache"
 _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
+_NOT_COMPARED = "on a GPU answers behind host memory were compared without drafts and without a storage only"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
 _HOST_MEMORY = (
     _host_memory(
@@ -129,7 +130,7 @@ _HOST_MEMORY = (
             and os.environ.get(UNTESTED_HICACHE_ENV) != "1"
         ),
         _HICACHE,
-        "on a GPU its answers were compared without drafts and without a storage only",
+        _NOT_COMPARED,
         f"drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it",
         typed=False,
     ),
@@ -213,6 +214,7 @@ _RANKS = (
         _DP_ATTENTION,
         "--attn-dp-size",
     ),
+    _beside_pipeline("tp_size", off=1),
     _beside_pipeline("enable_hierarchical_cache", off=False),
     _beside_pipeline("speculative_algorithm", off=None),
     _untested_ranks(
@@ -281,6 +283,7 @@ _PD = (
     _transfer_flag("optimistic_prefill_attempts", "a prompt that is computed twice is not tested here", off=0),
     _transfer_flag("enable_pd_role_switch", "a server that changes its role is not tested"),
     _transfer_flag("enable_hierarchical_cache", "host memory beside transfers between servers is not tested"),
+    _transfer_flag("tp_size", "ranks that share heads are not tested beside transfers between servers", off=1),
     _transfer_flag("pp_size", "a pipeline beside transfers between servers is not tested", off=1),
     _transfer(
         lambda args: _has_dp_flags(args) or compat.argument(args, "attn_dp_size", 1) > 1,
@@ -526,6 +529,8 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _NO_SALT, "use SGLang 0.5.23"
     elif recv_req.hicache_storage_backend not in _STORAGES:
         why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
+    elif compat.published_argument("device") != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
+        why, way_out = _NOT_COMPARED, f"start the server with {UNTESTED_HICACHE_ENV}=1 to try it"
     else:
         return original(scheduler, recv_req)
     what = f"The storage backend {recv_req.hicache_storage_backend}"

@@ -301,7 +301,7 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compat, "verifies_drafts", lambda states: True)
     model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3NextForCausalLM"]))
     off = dict.fromkeys(("enable_mixed_chunk", "enable_hierarchical_cache", "speculative_adaptive"), False)
-    off["disable_radix_cache"] = True
+    off |= {"disable_radix_cache": True, "pp_size": 1, "disaggregation_mode": "null"}
     args = SimpleNamespace(speculative_algorithm="NGRAM", device="cpu", **off)
     refusals.check_states(args, model_config)
     args.device = "cuda"
@@ -397,6 +397,7 @@ def test_drafts_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypa
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     config = SimpleNamespace(is_hybrid_swa=True, hf_config=SimpleNamespace(architectures=["GptOssForCausalLM"]))
     off = {"enable_hierarchical_cache": False, "speculative_algorithm": None, "tp_size": 1, "device": "cpu"}
+    off |= {"pp_size": 1, "disaggregation_mode": "null"}
     off |= {"attention_backend": "fa3", "prefill_attention_backend": None, "decode_attention_backend": None}
     refusals.check_windows(SimpleNamespace(**off), config)
     with pytest.raises(ValueError, match=r"drafts beside sliding windows are not tested yet: drop --speculative-alg"):

@@ -84,6 +84,7 @@ TRANSFER = [
     ({"enable_pd_role_switch": True}, "drop --enable-pd-role-switch"),
     ({"enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache"),
     ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "drop --speculative-algorithm"),
+    ({"tp_size": 2}, "drop --tp-size"),
     ({"pp_size": 2}, "drop --pp-size"),
 ]
 TRANSFER_VARIABLES = {
@@ -196,9 +197,10 @@ def test_check_arguments_takes_a_pipeline_where_one_has_run(served, monkeypatch,
     refusals.check_arguments(Changed(served, enable_dp_attention=True, dp_size=2))
 
 
-@pytest.mark.parametrize("name", ["enable_hierarchical_cache", "speculative_algorithm"])
-def test_check_arguments_refuses_what_is_not_tested_beside_a_pipeline(served, name):
-    value = "EAGLE3" if name.startswith("spec") else True
+@pytest.mark.parametrize(
+    ("name", "value"), [("tp_size", 2), ("enable_hierarchical_cache", True), ("speculative_algorithm", "EAGLE3")]
+)
+def test_check_arguments_refuses_what_is_not_tested_beside_a_pipeline(served, name, value):
     message = refused(Changed(served, pp_size=2, speculative_eagle_topk=1, **{name: value}))
     option = "--" + name.replace("_", "-")
     assert message.startswith(f"--pp-size with {option}") and message.endswith(f": drop --pp-size or {option}")
@@ -299,16 +301,18 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
 
 
 @pytest.mark.parametrize(
-    ("storage", "salted", "end"),
+    ("device", "storage", "salted", "end"),
     [
-        ("file", True, None),
-        ("mooncake", True, "because only files are tested: attach file"),
-        ("dynamic", True, "because only files are tested: attach file"),
-        ("file", False, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("mooncake", False, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("cpu", "file", True, None),
+        ("cuda", "file", True, "without a storage only: start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
+        ("cpu", "mooncake", True, "because only files are tested: attach file"),
+        ("cpu", "dynamic", True, "because only files are tested: attach file"),
+        ("cpu", "file", False, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("cuda", "mooncake", False, "so that tenants would share pages: use SGLang 0.5.23"),
     ],
 )
-def test_a_running_server_attaches_what_it_could_start_with(monkeypatch, storage, salted, end):
+def test_a_running_server_attaches_what_it_could_start_with(monkeypatch, device, storage, salted, end):
+    monkeypatch.setattr(compat, "published_argument", lambda name: {"device": device}[name])
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: salted)
     scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"))
     request = SimpleNamespace(hicache_storage_backend=storage)
@@ -372,9 +376,9 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 def test_every_refusal_of_the_table_has_a_case():
     # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, three for the
     # version beside host memory, also on a GPU, and storage; three for the version, a GPU and DP attention beside
-    # transfers; three for pipelines
+    # transfers; four for pipelines
     cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 11 + (not compat.has_argument(HOST_MODE))
-    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 3
+    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4
     assert len(refusals.ARGUMENTS) == cases
 
 
