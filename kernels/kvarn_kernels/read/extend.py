@@ -24,6 +24,7 @@ from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.device.numerics import cast, dot
 from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read import extend_sm90
 from kvarn_kernels.read.attend import LOG2_E, SHIFT, attend_exact, normalise_query, sink_weight, weigh
 from kvarn_kernels.read.merge import merge_splits
 from kvarn_kernels.record import tile
@@ -76,23 +77,32 @@ def _extend_kernel(
     WINDOW: tl.constexpr,
     RING_PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
+    REST: tl.constexpr,  # of SPLIT: only what the last split holds, without what all new tokens read as records
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     prefix_len, seq_len = tl.load(prefix_lens_ptr + b), tl.load(seq_lens_ptr + b)
+    programs = splits
+    if REST:
+        programs = 1
     # the tiles with the most keys first
-    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q
+    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // programs) * BLOCK_Q
     if start >= seq_len:
         return
     RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
     M: tl.constexpr = BLOCK_Q * GROUP_ROWS
     page = start // G
     # first page that is read exactly; every page before it is read from its record
-    exact_page = tl.minimum(tl.maximum(page - WINDOW, tl.load(exact_starts_ptr + b) // G), page)
+    exact_start = tl.load(exact_starts_ptr + b)
+    exact_page = tl.minimum(tl.maximum(page - WINDOW, exact_start // G), page)
     # the share of this split; what is read exactly goes to the last one
-    split = tl.program_id(0) % splits
-    if SPLIT:
+    split = tl.program_id(0) % programs
+    if REST:
+        split = splits - 1
+        own = prefix_len // G
+        first_page, end_page = tl.minimum(tl.maximum(own - WINDOW, exact_start // G), own), exact_page
+    elif SPLIT:
         first_page, end_page = exact_page * split // splits, exact_page * (split + 1) // splits
     else:
         first_page, end_page = 0, exact_page
@@ -195,12 +205,15 @@ class ExtendPlan:
         blocks: from `block_sizes`; num_tiles: query tiles of the request that has most of them.
         splits: into how many parts the older pages of a request are cut.
         split_indptr: int32 [T + 1], the first split of each token; None without splits.
+        by_columns: all splits but the last one are those of `extend_sm90`, which attends what all new tokens read as
+            records.
     """
 
     blocks: ExtendBlocks
     num_tiles: int
     splits: int
     split_indptr: torch.Tensor | None
+    by_columns: bool = False
 
 
 def block_sizes(group: int, head_dim: int, gpu: Gpu) -> ExtendBlocks:
@@ -229,16 +242,21 @@ def num_splits(batch: ExtendBatch, programs: int, config: KVarNConfig, gpu: Gpu)
     return max(1, min(gpu.multiprocessors // programs, pages // MIN_SPLIT_PAGES, MAX_SPLITS))
 
 
-def plan_extend(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> ExtendPlan:
-    """Plan a step of one or more new tokens, once for all layers."""
+def plan_extend(
+    batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu, *, by_columns: bool = False
+) -> ExtendPlan:
+    """Plan a step of one or more new tokens, once for all layers; by_columns: as in `ExtendPlan`."""
     blocks = block_sizes(shape.group, shape.head_dim, gpu)
     tiles = query_tiles(batch, blocks.queries)
-    splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu)
+    if by_columns:
+        splits = 1 + extend_sm90.num_splits(batch, shape, config, gpu)
+    else:
+        splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu)
     indptr = None
     if splits > 1:
         stop, device = (batch.num_tokens + 1) * splits, batch.page_table.device
         indptr = torch.arange(0, stop, splits, dtype=torch.int32, device=device)
-    return ExtendPlan(blocks, max(tiles), splits, indptr)
+    return ExtendPlan(blocks, max(tiles), splits, indptr, by_columns)
 
 
 def extend(
@@ -269,8 +287,12 @@ def extend(
         size = batch.num_tokens * splits
         partial_out = torch.empty(size, heads, cache.head_dim, dtype=torch.float32, device=out.device)
         partial_lse = torch.empty(size, heads, dtype=torch.float32, device=out.device)
+    if plan.by_columns:
+        assert partial_out is not None and partial_lse is not None, "the rest is a split"
+        parts = (x.unflatten(0, (-1, splits)) for x in (partial_out, partial_lse))
+        extend_sm90.attend_records(rotated.q, *parts, cache, batch, config, sm_scale)
     _extend_launcher(
-        (plan.num_tiles * splits, cache.num_kv_heads, batch.ring_pages.shape[0]),
+        (plan.num_tiles * (1 if plan.by_columns else splits), cache.num_kv_heads, batch.ring_pages.shape[0]),
         q_ptr=rotated.q,
         chunk_k_ptr=rotated.k,
         chunk_v_ptr=rotated.v,
@@ -305,6 +327,7 @@ def extend(
         WINDOW=config.window_pages,
         RING_PAGES=batch.ring_pages.shape[1],
         SPLIT=splits > 1,
+        REST=plan.by_columns,
         SINKS=sinks is not None,
         STAGES=blocks.stages,
         num_warps=blocks.warps,

@@ -26,6 +26,7 @@ from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read.attend import LOG2_E
 from kvarn_kernels.record.cuda_constants import format_constants
 from kvarn_kernels.record.tile import TILE_SIZE
+from kvarn_kernels.shape import AttentionShape
 
 SOURCE, KERNEL = Path(__file__).with_name("extend_sm90.cu"), "kvarn_extend"
 THREADS = 256
@@ -44,14 +45,20 @@ def serves(head_dim: int, gpu: Gpu) -> bool:
     return gpu.capability == CAPABILITY and head_dim in COLUMNS
 
 
-def num_splits(blocks: int, pages: int, gpu: Gpu) -> int:
-    """Return the splits of a request with which a step takes the least time, where a multiprocessor runs a block.
+def record_pages(batch: ExtendBatch, config: KVarNConfig) -> int:
+    """Return how many pages the longest request has for this kernel, at least.
 
-    Args:
-        blocks: of the step, if its pages are not cut; pages: of the longest request.
+    The host knows no exact starts; after a prefix hit there can be a window more.
     """
+    return max(max(batch.prefix_lens_host) // TILE_SIZE - config.window_pages, 0)
 
-    def time_of(splits: int) -> float:
+
+def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
+    """Return the splits of every request with which a step takes the least time; a multiprocessor runs one block."""
+    columns, pages = COLUMNS[shape.head_dim], record_pages(batch, config)
+    blocks = shape.num_kv_heads * sum(-(-new * shape.group // columns) for new in batch.new_tokens)
+
+    def time_of(splits: int) -> int:
         waves = -(-blocks * splits // gpu.multiprocessors)
         return waves * (-(-pages // splits) + BLOCK_OVERHEAD)
 
@@ -106,7 +113,7 @@ def attend_records(
             -inf where a split has no page.
         cache: read; batch: the step; sm_scale: factor of the scores.
     """
-    tokens, results, heads, head_dim = partial_out.shape
+    _, results, heads, head_dim = partial_out.shape
     kv_heads, device = cache.num_kv_heads, cache.records.device
     group, splits = heads // kv_heads, results - 1
     is_bf16 = cache.dtype == torch.bfloat16

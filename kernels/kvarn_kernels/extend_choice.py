@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who attends an extend step: one function, and the figures that its thresholds come from."""
+
+from __future__ import annotations
+
+from kvarn_kernels.batch import ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.dense import paged_calls
+from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.read import extend_sm90
+from kvarn_kernels.shape import AttentionShape
+
+# Triton reads records; extend_sm90.cu reads most of them, Triton the rest; a library reads what is written in 16 bits
+RECORDS, COLUMNS, DENSE = "records", "columns", "dense"
+
+# One layer of 32/8 heads of 128 on an H200, us, with everything around the attention (rotation, encode, ring store),
+# and FlashAttention 3 (FA3) alone on a bf16 cache. "columns" is expected, not measured.
+#
+#     new tokens x cached   Triton   dense by FA3   columns   FA3 on bf16
+#     32 x 2,048               102             43        45            22
+#     16 x 32,640              169            123        60            56
+#     32 x 32,640              173            123        60            59
+#     64 x 8,192               104             68        60            35
+#     128 x 2,048              142             83        85            28
+#     128 x 8,064              207            109       100            46
+#     128 x 32,640             595            224       155           126
+#     128 x 98,176           1,619            559       300           326
+#
+# Where columns serve: at least COLUMN_PAGES pages that all new tokens read as records, at most COLUMN_TOKENS new tokens
+# of a request (a longer chunk pays the dequantisation back), and partial results of at most PARTIAL_BYTES.
+COLUMN_PAGES, COLUMN_TOKENS, PARTIAL_BYTES = 14, 512, 64 << 20
+# Elsewhere a step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of
+# the products grows with its work, that of the host does not. With FA3, new * cached tokens reach FA3_WORK. With
+# FlashInfer, new * cached * query heads * head_dim reach DENSE_WORK; its wrappers cost the host more, and it cuts no
+# contexts. The same on an H100 ("split" as in dense/segments.py):
+#     128 on 8,192                      Triton 201 us      FlashInfer 209 us
+#     128 on 32,768                            566 us                 654 us, split 372 us
+#     128 on 98,304                            about 1,700 us         split 957 us
+# The host needed 390 to 570 us a layer for Triton, about 600 for FlashInfer, and 1,020 to 1,280 us where it was split;
+# a step waits for the slower of GPU and host, which meet at about 128 new tokens on 49,152.
+DENSE_TOKENS, FA3_WORK, DENSE_WORK = 256, 1 << 18, 24 << 30
+
+
+def extend_form(
+    batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu, library: str, *, has_columns: bool
+) -> str:
+    """Return RECORDS, COLUMNS or DENSE for a step.
+
+    Args:
+        library: who attends densely, one of `extend_dense.LIBRARIES`; empty where nobody does.
+        has_columns: extend_sm90.cu runs on the GPU.
+    """
+    if has_columns and _suits_columns(batch, shape, config, gpu):
+        return COLUMNS
+    if not library:
+        return RECORDS
+    pairs = batch.num_tokens * max(batch.prefix_lens_host)
+    if library == paged_calls.FA3:
+        is_large = pairs >= FA3_WORK
+    else:
+        is_large = pairs * shape.num_qo_heads * shape.head_dim >= DENSE_WORK
+    return DENSE if batch.num_tokens >= DENSE_TOKENS or is_large else RECORDS
+
+
+def _suits_columns(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> bool:
+    if extend_sm90.record_pages(batch, config) < COLUMN_PAGES or max(batch.new_tokens) > COLUMN_TOKENS:
+        return False
+    results = batch.num_tokens * (1 + extend_sm90.num_splits(batch, shape, config, gpu))
+    return 4 * results * shape.num_qo_heads * (shape.head_dim + 1) <= PARTIAL_BYTES
