@@ -131,7 +131,7 @@ def test_where_flash_attention_3_does_not_load_others_attend(host, monkeypatch, 
 
 def test_describe_does_not_name_a_flashinfer_that_is_not_there(host):
     host(flashinfer=False)
-    assert on_cuda(SHAPE, KVARN).describe() == ALL_CUDA + ONE_FORM
+    assert on_cuda(SHAPE, KVARN).describe() == ALL_CUDA + HOPPER
 
 
 def test_describe_names_torch_or_the_interpreted_kernels_on_a_cpu(monkeypatch):
