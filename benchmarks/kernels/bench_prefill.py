@@ -3,9 +3,10 @@
 
     python -m benchmarks.kernels.bench_prefill --output benchmarks/results/prefill.csv
 
-One request adds NEW tokens to a prefix that is in the cache; with three numbers several requests do, each to its own. KVarN's time is what a layer really runs: rotate, encode
-of the pages that fill up, attention with everything around it, ring store; its parts are listed. The time of a
-baseline, FlashInfer or the FA3 of sgl_kernel, is the paged attention alone, over pages of 128 tokens in random order.
+One request adds NEW tokens to a prefix that is in the cache; with three numbers several requests do, each to its own.
+KVarN's time is what a layer really runs: rotate, encode of the pages that fill up, attention with everything around it,
+ring store; its parts are listed. The time of a baseline, FlashInfer or the FA3 of sgl_kernel, is the paged attention
+alone, over pages of 128 tokens in random order.
 Times are medians of CUDA events with a cold L2, the host ahead of the device; `host_time` is what the host needs to
 issue a layer, `plan_time` to plan a step (once for all layers). A provider whose check against float32 attention of a
 few queries fails prints no time.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense
+from kvarn_kernels.read import extend_sm90
 
 from benchmarks.common import cli
 from benchmarks.common.rows import Figure, Rows
@@ -28,8 +30,9 @@ from benchmarks.kernels.attention_problem import DEVICE, Candidate, heads, shape
 from benchmarks.kernels.prefill_problem import Problem, Shape
 
 SHAPES = ["2048x0", "8192x0", "256x8192", "512x8192", "1024x8192", "2048x8192", "2048x32768", "2048x98304"]
-COLUMNS = "columns"
-KERNELS = [*extend_dense.LIBRARIES, "triton", COLUMNS]
+# extend_sm90.cu beside the encoder and the rest of the attention, or before them
+COLUMNS, SERIAL = "columns", "columns_serial"
+KERNELS = [*extend_dense.LIBRARIES, "triton", COLUMNS, SERIAL]
 # of FlashInfer; SGLang's FA3 has no backends
 SGLANG_FA3, BACKENDS = "sglang_fa3", ["auto", "fa2", "fa3"]
 
@@ -48,9 +51,9 @@ def providers(args: argparse.Namespace) -> dict[str, Callable[[Problem], list[Ca
         for name in args.kernels:
             dense = name if name in extend_dense.LIBRARIES else ""
             if name == "triton" or not KVarNConfig.from_preset(preset).fixed_order:
-                by_columns = name == COLUMNS
-                chosen[f"{preset}_{name}"] = lambda problem, p=preset, d=dense, c=by_columns: prefill_providers.kvarn(
-                    problem, p, d, by_columns=c
+                options = {"by_columns": name in (COLUMNS, SERIAL), "beside": name != SERIAL}
+                chosen[f"{preset}_{name}"] = lambda problem, p=preset, d=dense, o=options: prefill_providers.kvarn(
+                    problem, p, d, **o
                 )
     return chosen
 
@@ -68,17 +71,21 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[str, Problem, dict[str,
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = cli.parser(__doc__)
-    cli.add_layer(parser, SHAPES, "New tokens x tokens in the cache, or requests x both.", 9, "Timed layers, whose median counts.")
+    text = "New tokens x tokens in the cache, or requests x both."
+    cli.add_layer(parser, SHAPES, text, 9, "Timed layers, whose median counts.")
     text = f"What attends in a preset's cache, none or several: {', '.join(KERNELS)}."
     parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS, metavar="K", help=text)
     names = [SGLANG_FA3, *BACKENDS]
     text = f"What attends over a bf16 cache, SGLang's FA3 or backends of FlashInfer: {', '.join(names)}."
     parser.add_argument("--baselines", nargs="*", default=[SGLANG_FA3], choices=names, metavar="B", help=text)
+    text = "Pages that the last split of extend_sm90.cu is shorter than the others."
+    parser.add_argument("--head-start", type=int, default=extend_sm90.HEAD_START, metavar="N", help=text)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse()
+    extend_sm90.HEAD_START = args.head_start
     rows = Rows(args.output, "prefill")
     timing.require_gpu("bench_prefill")
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)

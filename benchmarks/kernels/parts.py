@@ -20,8 +20,8 @@ DECODE: Places = {
     "attend": [(decode, "decode"), (decode_sm90, "decode"), (columns_sm90, "decode")],
     "merge": [(merge, "merge_splits")],
 }
-# of an extend step; "attention" is that of FlashInfer or FlashAttention 3, "columns" that of extend_sm90.cu, "rest" what
-# Triton attends beside it
+# of an extend step; "attention" is that of FlashInfer or FlashAttention 3, "columns" that of extend_sm90.cu, "rest"
+# what Triton attends beside it
 PREFILL: Places = {
     "rotate": [(rotate, "rotate_chunk"), (chunk_cuda, "rotate_chunk")],
     "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],

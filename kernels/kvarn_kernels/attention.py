@@ -21,6 +21,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu, gpu_of
+from kvarn_kernels.device.streams import SideStreams, run_in_turn
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read import columns_sm90, decode, decode_plan, decode_sm90, extend, extend_sm90, merge
 from kvarn_kernels.shape import AttentionShape
@@ -144,6 +145,7 @@ class Attention:
         self._decode_cuda: ModuleType = columns_sm90 if many else decode_sm90
         self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
         self._dense_workspace = self._make_dense_workspace()
+        self._side_streams = SideStreams(device, 2) if self.kernels.columns and device.type == "cuda" else None
 
     def _make_decode_workspace(self, max_batch: int) -> decode_plan.DecodeWorkspace | None:
         if self.kernels.decode == "torch":
@@ -340,9 +342,47 @@ class Attention:
         # long steps are attended in the model's frame
         rotated = self._rotate.rotate_chunk(new, with_q=isinstance(plan, extend.ExtendPlan))
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
-        self._encode.encode_from_chunk(rotated, cache, batch, config)
-        if isinstance(plan, extend_dense.DensePlan):
-            extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
+        if isinstance(plan, extend.ExtendPlan) and plan.by_columns:
+            self._attend_by_columns(rotated, out, cache, batch, plan, sm_scale, sinks)
         else:
-            extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
+            self._encode.encode_from_chunk(rotated, cache, batch, config)
+            if isinstance(plan, extend_dense.DensePlan):
+                extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
+            else:
+                extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
         self._store.store_chunk(rotated, cache, batch, config)
+
+    def _attend_by_columns(
+        self,
+        rotated: QKV,
+        out: torch.Tensor,
+        cache: LayerCache,
+        batch: ExtendBatch,
+        plan: extend.ExtendPlan,
+        sm_scale: float,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """Encode and attend, the older pages beside the rest."""
+        config = self.config
+        partial = extend.partial_results(plan, batch, rotated.q.shape[1], cache)
+        assert partial is not None, "what reads no older pages is a split"
+
+        def encode_chunk() -> None:
+            self._encode.encode_from_chunk(rotated, cache, batch, config)
+
+        def attend_rest() -> None:
+            extend.attend(rotated, out, partial, cache, batch, plan, config, sm_scale, sinks)
+
+        def encode_and_attend_rest() -> None:
+            encode_chunk()
+            attend_rest()
+
+        def attend_older() -> None:
+            extend_sm90.attend_records(rotated.q, *partial, plan.head_start, cache, batch, config, sm_scale)
+
+        run = run_in_turn if self._side_streams is None else self._side_streams.run
+        if extend.reads_new_pages(batch, config):
+            run(attend_older, encode_and_attend_rest)
+        else:
+            run(attend_older, encode_chunk, attend_rest)
+        extend.merge_partial(out, partial, plan, config, sinks)

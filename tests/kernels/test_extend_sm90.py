@@ -9,18 +9,36 @@ from types import SimpleNamespace
 import cuda_as_cpp
 import pytest
 import torch
-from builders import DEVICE, PAGE, encoded, int32, make_cache, random_rows
-from cubin import compiled, registers_and_stack
-from kvarn_kernels import reference
+from builders import (
+    DEVICE,
+    PAGE,
+    attention_for,
+    encoded,
+    int32,
+    make_cache,
+    prefill,
+    random_rows,
+    relative_rms,
+    run_extend,
+    with_sinks,
+)
+from cubin import compiled, product_groups, registers_and_stack
+from kvarn_kernels import reference, torch_form
+from kvarn_kernels.attention import Kernels
 from kvarn_kernels.batch import ExtendBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import H100
+from kvarn_kernels.extend_choice import COLUMNS
 from kvarn_kernels.read import extend_sm90
+from kvarn_kernels.shape import AttentionShape
+from test_decode import TOLERANCE, make_requests
 
 KVARN = KVarNConfig.from_preset("kvarn")
 # fp16 operands: queries, keys, values and weights, 2^-12 on average each
 BOUND = 1.5e-3
+# bytes of local memory: a few values of the prologue
+STACK = 96
 # preset, dtype, head_dim, query heads of a KV head
 FORMS = [
     ("kvarn", torch.bfloat16, 128, 4),
@@ -35,6 +53,8 @@ FORMS = [
     ("kvarn", torch.bfloat16, 256, 2),
     ("kvarn_k4v3_g128", torch.float16, 256, 8),
 ]
+# run as C++, and built by ptxas, which takes 10 s and more for each
+ON_CPU, BUILT = [FORMS[n] for n in (0, 3, 4, 5, 7, 9)], [FORMS[n] for n in (0, 2, 9)]
 
 
 def form_name(form: tuple) -> str:
@@ -80,6 +100,7 @@ def attend(
     spans: Sequence[tuple[int, int, int]],
     splits: int,
     *,
+    head_start: int = 0,
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
     change: Callable[..., None] = lambda *_: None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,7 +143,7 @@ def attend(
     partial_out = torch.full((len(q), splits + 1, heads[0], head_dim), float("nan"), device=DEVICE)
     partial_lse = torch.full((len(q), splits + 1, heads[0]), float("nan"), device=DEVICE)
     sm_scale = head_dim**-0.5
-    extend_sm90.attend_records(q, partial_out, partial_lse, cache, batch, config, sm_scale)
+    extend_sm90.attend_records(q, partial_out, partial_lse, head_start, cache, batch, config, sm_scale)
     assert partial_out[:, splits].isnan().all() and partial_lse[:, splits].isnan().all(), "the rest belongs to others"
     out, lse = merged(partial_out[:, :splits], partial_lse[:, :splits])
     expected = [torch.empty_like(out), torch.empty_like(lse)]
@@ -161,9 +182,175 @@ def check(*args, bound: float = BOUND, **kwargs) -> None:
     assert error < bound, error
 
 
-@pytest.mark.parametrize("form", FORMS, ids=form_name)
-def test_records_are_attended_as_by_the_oracle_in_every_form(form):
+# page borders, hits, one column and more than a block of 128; group 3 and head_dim 64
+SPANS = [
+    (3 * PAGE + 5, 50, 0),
+    (0, 7, 0),
+    (PAGE, 1, PAGE),
+    (2 * PAGE - 1, 2, 0),
+    (2 * PAGE, 43, 0),
+    (3 * PAGE, 1, 3 * PAGE),
+    (5 * PAGE + 100, 30, 2 * PAGE),
+]
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the same step runs by -m gpu")
+
+
+def check_form(form: tuple, pages: int, splits: int) -> None:
+    """Check a step of two KV heads whose columns are more than a block."""
     preset, dtype, head_dim, group = form
-    # more than a block of columns, of two KV heads, in two splits
     new = extend_sm90.COLUMNS[head_dim] // group + 3
-    check(KVarNConfig.from_preset(preset), dtype, head_dim, (2 * group, 2), [(4 * PAGE + 5, new, 0)], 2)
+    check(KVarNConfig.from_preset(preset), dtype, head_dim, (2 * group, 2), [(pages * PAGE + 5, new, 0)], splits)
+
+
+@on_cpu
+@pytest.mark.parametrize("form", ON_CPU, ids=form_name)
+def test_records_are_attended_as_by_the_oracle_in_every_form(form):
+    check_form(form, 3, 2)
+
+
+@on_cpu
+@pytest.mark.parametrize("splits", [1, 3])
+def test_requests_of_any_length_are_attended_together(splits):
+    check(KVARN, torch.bfloat16, 64, (3, 1), SPANS, splits, head_start=splits - 1)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_records_may_land_late_and_warps_stand_still(run_as_cpp, seed):
+    run_as_cpp.seed = seed
+    # every buffer is filled several times
+    check(KVARN, torch.bfloat16, 64, (3, 1), [(11 * PAGE, 3, 0)], 1)
+
+
+def larger(k, v, q) -> None:
+    """Let scores and values grow from page to page, values to what a power of two has to be raised for."""
+    k *= 2.0 ** torch.arange(len(k), device=k.device)[:, None, None, None]
+    v *= 8.0 ** torch.arange(len(v), device=v.device)[:, None, None, None]
+
+
+def with_large_first_tokens(k, v, q) -> None:
+    """Let the first token of a page be a hundred times as large as the others."""
+    k[:, 0] *= 100
+    v[1, 0] *= 1000
+
+
+@pytest.mark.parametrize(
+    ("scales", "change"),
+    [
+        ((1.0, 1.0, 1.0), larger),
+        ((1.0, 0.1, 1.0), with_large_first_tokens),
+        ((1e-5, 1e5, 1e5), lambda *_: None),
+        ((2.0**30, 2.0**-34, 2.0**20), lambda *_: None),
+        ((1.0, 1.0, 2.0**-20), lambda *_: None),
+    ],
+)
+def test_scores_and_values_of_any_magnitude_are_attended(scales, change):
+    # the largest scores decide, and they are as exact as their queries
+    check(KVARN, torch.bfloat16, 64, (3, 1), [(6 * PAGE, 3, 0)], 1, scales=scales, change=change, bound=1e-2)
+
+
+def test_poison_of_one_request_stays_in_it():
+    def poison(k, v, q) -> None:
+        q[0, 0, 0], q[1, 1], q[2, 2, 5] = float("nan"), float("inf"), -float("inf")
+        k[0, 0, 0, 3], v[1, 0, 0, 4] = float("nan"), float("inf")
+
+    out, lse, expected, expected_lse = attend(
+        KVARN, torch.bfloat16, 64, (3, 1), [(3 * PAGE, 3, 0), (4 * PAGE, 2, 0)], 1, change=poison
+    )
+    assert (out[3:] - expected[3:]).norm() < BOUND * expected[3:].norm()
+    assert (lse[3:] - expected_lse[3:]).abs().max() < 2e-2
+
+
+def test_a_query_that_is_not_finite_leaves_the_others_of_its_request_alone():
+    def poison(k, v, q) -> None:
+        q[1, 0, 0], q[2, 1] = float("nan"), float("inf")
+
+    out, _, expected, _ = attend(KVARN, torch.bfloat16, 64, (3, 1), [(3 * PAGE, 4, 0)], 1, change=poison)
+    for token in (0, 3):
+        assert (out[token] - expected[token]).norm() < BOUND * expected[token].norm()
+
+
+def step_by_columns(heads, head_dim, dtype, spans, sinks=None) -> None:
+    """Run extend steps of which this kernel attends a part, and compare their outputs with the oracle."""
+    requests = make_requests([end for _, end, _ in spans], heads, head_dim, dtype)
+    cache = make_cache(KVARN, heads[1], head_dim, dtype, 1 + sum(len(r.pages) for r in requests), len(spans) + 1)
+    kernels = Kernels("triton", "triton", "triton", columns="cuda")
+    attention = attention_for(cache, heads[0], KVARN, kernels, max_batch=len(spans))
+    attention._extend_form = lambda batch: COLUMNS
+    for request, (start, _, exact_start) in zip(requests, spans, strict=True):
+        prefill(torch_form.attend_extend, request, [start], cache, KVARN)
+        request.exact_start = exact_start
+    attend = attention if sinks is None else with_sinks(attention, sinks)
+    outs = run_extend(attend, requests, [(start, end) for start, end, _ in spans], cache, KVARN, padding=3)
+    for request, (start, end, _), out in zip(requests, spans, outs, strict=True):
+        expected = reference.attention(
+            request.q[start:end], request.k[:end], request.v[:end], KVARN, exact_start=request.exact_start, sinks=sinks
+        )
+        assert relative_rms(out, expected) < TOLERANCE[dtype], (start, end)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_a_step_joins_this_part_with_the_rest(has_sinks):
+    # new tokens in one page, over the end of one, after a hit, and where there is nothing for this kernel
+    spans = [(3 * PAGE + 9, 3 * PAGE + 20, 0), (2 * PAGE - 5, 2 * PAGE + 6, 0), (60, 70, 0)]
+    spans.append((3 * PAGE, 3 * PAGE + 4, 3 * PAGE))
+    sinks = torch.tensor([0.5, -1.0, 3.0], device=DEVICE) if has_sinks else None
+    step_by_columns((3, 1), 64, torch.float16, spans, sinks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS, ids=form_name)
+def test_records_are_attended_as_by_the_oracle_on_a_gpu(form):
+    check_form(form, 5, 2)
+    check_form(form, 60, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 3, 8])
+def test_requests_of_any_length_are_attended_together_on_a_gpu(splits):
+    check(KVARN, torch.bfloat16, 64, (3, 1), SPANS, splits)
+    long = [(cached + 30 * PAGE, 4 * new, exact) for cached, new, exact in SPANS]
+    check(KVARN, torch.bfloat16, 128, (32, 8), long, splits, head_start=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_long_step_joins_this_part_with_the_rest_on_a_gpu(dtype):
+    spans = [(40 * PAGE - 3, 41 * PAGE + 30, 0), (17 * PAGE, 17 * PAGE + 100, 17 * PAGE)]
+    spans.append((9 * PAGE + 1, 12 * PAGE, 5 * PAGE))
+    step_by_columns((32, 8), 128, dtype, spans)
+
+
+@pytest.mark.parametrize(
+    "form", [form if form in BUILT else pytest.param(form, marks=pytest.mark.long) for form in FORMS], ids=form_name
+)
+def test_extend_sm90_compiles_into_registers(form, tmp_path):
+    preset, dtype, head_dim, group = form
+    defines = extend_sm90.constants(KVarNConfig.from_preset(preset), head_dim, 8, group, dtype == torch.bfloat16)
+    code = compiled(nvrtc.source(extend_sm90.SOURCE, defines), extend_sm90.KERNEL, extend_sm90.ARCHITECTURE)
+    registers, stack = registers_and_stack(code, tmp_path)
+    assert registers * extend_sm90.THREADS <= 65536 and stack <= STACK, (registers, stack)
+    # scores of half a record in three places, sums of half a record in two
+    blocks, steps = head_dim // 64, head_dim // 16
+    assert product_groups(code, tmp_path) == (3 * steps + 2 * 4 * blocks, 5)
+
+
+@pytest.mark.parametrize("preset", sorted({preset for preset, *_ in FORMS}))
+@pytest.mark.parametrize("head_dim", list(extend_sm90.COLUMNS))
+def test_extend_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
+    defines = extend_sm90.constants(KVarNConfig.from_preset(preset), head_dim, 8, 8, True)
+    tables = extend_sm90.COLUMN_BYTES * defines["BLOCK_COLUMNS"] + 256
+    assert defines["SHARED_BYTES"] + tables + extend_sm90.RESERVED_BYTES <= H100.shared_of_multiprocessor
+
+
+def test_splits_fill_the_gpu_in_whole_waves():
+    shape = AttentionShape(32, 8, 128, torch.bfloat16)
+
+    def of(new: list[int], cached: int) -> int:
+        batch = SimpleNamespace(new_tokens=new, prefix_lens_host=[cached] * len(new))
+        return extend_sm90.num_splits(batch, shape, KVARN, H100)
+
+    # 132 multiprocessors; 8, 16, 32, 64 and 512 blocks of pages in one piece
+    assert [of([new], 32_768) for new in (1, 32, 64, 128, 256)] == [16, 16, 8, 4, 2]
+    assert of([100] * 16, 20_480) == 1
+    # at most a page each
+    assert of([1], 128) == of([1], 256) == 1 and of([1], 3 * 128) == 2

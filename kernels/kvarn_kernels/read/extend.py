@@ -13,6 +13,7 @@ Long steps run on FlashInfer or FlashAttention 3 (dense/extend_dense.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -206,7 +207,7 @@ class ExtendPlan:
         splits: into how many parts the older pages of a request are cut.
         split_indptr: int32 [T + 1], the first split of each token; None without splits.
         by_columns: all splits but the last one are those of `extend_sm90`, which attends what all new tokens read as
-            records.
+            records; head_start: argument of that.
     """
 
     blocks: ExtendBlocks
@@ -214,6 +215,7 @@ class ExtendPlan:
     splits: int
     split_indptr: torch.Tensor | None
     by_columns: bool = False
+    head_start: int = 0
 
 
 def block_sizes(group: int, head_dim: int, gpu: Gpu) -> ExtendBlocks:
@@ -248,20 +250,45 @@ def plan_extend(
     """Plan a step of one or more new tokens, once for all layers; by_columns: as in `ExtendPlan`."""
     blocks = block_sizes(shape.group, shape.head_dim, gpu)
     tiles = query_tiles(batch, blocks.queries)
+    head_start = 0
     if by_columns:
         splits = 1 + extend_sm90.num_splits(batch, shape, config, gpu)
+        head_start = extend_sm90.head_start(batch, shape, splits - 1, gpu)
     else:
         splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu)
     indptr = None
     if splits > 1:
         stop, device = (batch.num_tokens + 1) * splits, batch.page_table.device
         indptr = torch.arange(0, stop, splits, dtype=torch.int32, device=device)
-    return ExtendPlan(blocks, max(tiles), splits, indptr, by_columns)
+    return ExtendPlan(blocks, max(tiles), splits, indptr, by_columns, head_start)
 
 
-def extend(
+class Partial(NamedTuple):
+    """Hold what the splits of a step give, before they are merged.
+
+    Attributes:
+        out: float32 [T, S, Hq, D], normalised; lse: float32 [T, S, Hq], base 2, -inf where a split holds no key.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def partial_results(plan: ExtendPlan, batch: ExtendBatch, heads: int, cache: LayerCache) -> Partial | None:
+    """Return memory for the results of the splits of a plan; None where a step is one piece."""
+    if plan.splits == 1:
+        return None
+    size, device = (batch.num_tokens, plan.splits, heads), cache.records.device
+    return Partial(
+        torch.empty(*size, cache.head_dim, dtype=torch.float32, device=device),
+        torch.empty(size, dtype=torch.float32, device=device),
+    )
+
+
+def attend(
     rotated: QKV,
     out: torch.Tensor,
+    partial: Partial | None,
     cache: LayerCache,
     batch: ExtendBatch,
     plan: ExtendPlan,
@@ -269,28 +296,13 @@ def extend(
     sm_scale: float,
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """Attend the new tokens of each request by the position rule.
-
-    Reads the records of full pages (those that the chunk fills are encoded already), the ring as it was
-    before this chunk, and the chunk.
+    """Attend in every split of a plan but those of `extend_sm90`; arguments as for `extend`.
 
     Args:
-        rotated: q float32 [T, Hq, D]; k, v [T, Hk, D] model dtype; rotated, contiguous.
-        out: [T, Hq, D] model dtype, contiguous, written, not rotated.
-        cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
-        sinks: attention sinks, [Hq] any float dtype, None without.
+        partial: written; where it is None, `out` is.
     """
-    blocks, splits, heads = plan.blocks, plan.splits, rotated.q.shape[1]
-    group = heads // cache.num_kv_heads
-    partial_out = partial_lse = None
-    if splits > 1:
-        size = batch.num_tokens * splits
-        partial_out = torch.empty(size, heads, cache.head_dim, dtype=torch.float32, device=out.device)
-        partial_lse = torch.empty(size, heads, dtype=torch.float32, device=out.device)
-    if plan.by_columns:
-        assert partial_out is not None and partial_lse is not None, "the rest is a split"
-        parts = (x.unflatten(0, (-1, splits)) for x in (partial_out, partial_lse))
-        extend_sm90.attend_records(rotated.q, *parts, cache, batch, config, sm_scale)
+    blocks, splits = plan.blocks, plan.splits
+    group = rotated.q.shape[1] // cache.num_kv_heads
     _extend_launcher(
         (plan.num_tiles * (1 if plan.by_columns else splits), cache.num_kv_heads, batch.ring_pages.shape[0]),
         q_ptr=rotated.q,
@@ -307,8 +319,8 @@ def extend(
         qo_indptr_ptr=batch.qo_indptr,
         exact_starts_ptr=batch.exact_starts,
         out_ptr=out,
-        partial_out_ptr=partial_out,
-        partial_lse_ptr=partial_lse,
+        partial_out_ptr=None if partial is None else partial.out,
+        partial_lse_ptr=None if partial is None else partial.lse,
         sinks_ptr=sinks,
         stride_page_table=batch.page_table.stride(0),
         sm_scale_log2=sm_scale * LOG2_E,
@@ -332,5 +344,51 @@ def extend(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
     )
-    if partial_out is not None and partial_lse is not None and plan.split_indptr is not None:
-        merge_splits(out[: batch.num_tokens], partial_out, partial_lse, plan.split_indptr, config, sinks)
+
+
+def merge_partial(
+    out: torch.Tensor,
+    partial: Partial | None,
+    plan: ExtendPlan,
+    config: KVarNConfig,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Merge the splits of a plan, if there are any, into the rows of `out` that are tokens."""
+    if partial is not None and plan.split_indptr is not None:
+        parts = (x.flatten(0, 1) for x in partial)
+        merge_splits(out[: len(partial.out)], *parts, plan.split_indptr, config, sinks)
+
+
+def reads_new_pages(batch: ExtendBatch, config: KVarNConfig) -> bool:
+    """Return whether a new token reads a page that the step fills as a record."""
+    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
+    return any((seq - 1) // tile.TILE_SIZE - config.window_pages > prefix // tile.TILE_SIZE for prefix, seq in lens)
+
+
+def extend(
+    rotated: QKV,
+    out: torch.Tensor,
+    cache: LayerCache,
+    batch: ExtendBatch,
+    plan: ExtendPlan,
+    config: KVarNConfig,
+    sm_scale: float,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attend the new tokens of each request by the position rule.
+
+    Reads the records of full pages (those that the chunk fills are encoded already), the ring as it was
+    before this chunk, and the chunk.
+
+    Args:
+        rotated: q float32 [T, Hq, D]; k, v [T, Hk, D] model dtype; rotated, contiguous.
+        out: [T, Hq, D] model dtype, contiguous, written, not rotated.
+        cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
+        sinks: attention sinks, [Hq] any float dtype, None without.
+    """
+    partial = partial_results(plan, batch, rotated.q.shape[1], cache)
+    if plan.by_columns:
+        assert partial is not None, "the rest is a split"
+        extend_sm90.attend_records(rotated.q, *partial, plan.head_start, cache, batch, config, sm_scale)
+    attend(rotated, out, partial, cache, batch, plan, config, sm_scale, sinks)
+    merge_partial(out, partial, plan, config, sinks)

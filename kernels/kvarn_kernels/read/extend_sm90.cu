@@ -286,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records, const int* __restrict__ page_table,
              const int* __restrict__ prefix_lens, const int* __restrict__ exact_starts,
              const int* __restrict__ qo_indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
-             int sm_scale_log2_bits, int splits) {
+             int sm_scale_log2_bits, int splits, int head_start) {
 #ifdef CUDA_ON_CPU
   u8* memory = dynamic_shared;
 #else
@@ -301,7 +301,8 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
   // the pages that the first new token, and with it all, reads as records
   const int page = prefix_lens[b] / G, pages = min(max(page - WINDOW, exact_starts[b] / G), page);
-  const int begin = (int)((long long)pages * split / splits), end = (int)((long long)pages * (split + 1) / splits);
+  const int virtual_pages = pages + min(head_start, pages / (2 * splits));
+  const int begin = virtual_pages * split / splits, end = min(virtual_pages * (split + 1) / splits, pages);
   const int num_records = end - begin;
   const int* page_ids = page_table + (long long)b * stride_page_table + begin;
   auto order_record = [&](int n, int id) {
@@ -324,7 +325,10 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
     shared.largest = 0;
     for (int n = 0; n < min(STAGES, num_records); n++) order_record(n, page_ids[n]);
   }
-  if (thread < BLOCK_COLUMNS) shared.minus_max[thread] = -NONE;
+  if (thread < BLOCK_COLUMNS) {
+    shared.minus_max[thread] = -NONE;
+    shared.row[thread] = thread < columns ? (int)row_of(thread, splits + 1, split) : -1;
+  }
   __syncthreads();
   // queries are divided by a power of two, the same for the block, so that a score's factor depends on its token only
   int largest = 0;
@@ -433,12 +437,8 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
       for (int w = 0; w < 4; w++) total += shared.of_warp[w][thread];
       const bool empty = total == 0.f;
       shared.inverse[thread] = empty ? 0.f : 1.f / total;
-      shared.row[thread] = -1;
-      if (thread < columns) {
-        const int row = (int)row_of(thread, splits + 1, split);
-        shared.row[thread] = row;
-        lse[row] = empty ? MINUS_INF : log2f(total) - shared.minus_max[thread];
-      }
+      const int row = shared.row[thread];
+      if (row >= 0) lse[row] = empty ? MINUS_INF : log2f(total) - shared.minus_max[thread];
     }
     __syncthreads();
   } else {

@@ -38,6 +38,9 @@ WEIGHT_BUFFERS, STAGES = 4, 4
 RESERVED_BYTES, COLUMN_BYTES = 1024, 4 * (1 + WEIGHT_BUFFERS + 6)
 # time of a block besides its pages, in pages, and splits of a request at most; expected, not measured
 BLOCK_OVERHEAD, MAX_SPLITS = 6, 32
+# pages that the last split is shorter than the others where all blocks run at once: the encoder and the rest of the
+# attention have multiprocessors when it begins; expected, not measured
+HEAD_START = 16
 
 
 def serves(head_dim: int, gpu: Gpu) -> bool:
@@ -53,16 +56,25 @@ def record_pages(batch: ExtendBatch, config: KVarNConfig) -> int:
     return max(max(batch.prefix_lens_host) // TILE_SIZE - config.window_pages, 0)
 
 
+def _blocks(batch: ExtendBatch, shape: AttentionShape) -> int:
+    """Return the blocks of a step whose pages are not cut."""
+    return shape.num_kv_heads * sum(-(-new * shape.group // COLUMNS[shape.head_dim]) for new in batch.new_tokens)
+
+
 def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
     """Return the splits of every request with which a step takes the least time; a multiprocessor runs one block."""
-    columns, pages = COLUMNS[shape.head_dim], record_pages(batch, config)
-    blocks = shape.num_kv_heads * sum(-(-new * shape.group // columns) for new in batch.new_tokens)
+    blocks, pages = _blocks(batch, shape), record_pages(batch, config)
 
     def time_of(splits: int) -> int:
         waves = -(-blocks * splits // gpu.multiprocessors)
         return waves * (-(-pages // splits) + BLOCK_OVERHEAD)
 
     return min(range(1, min(MAX_SPLITS, max(pages, 1)) + 1), key=time_of)
+
+
+def head_start(batch: ExtendBatch, shape: AttentionShape, splits: int, gpu: Gpu) -> int:
+    """Return the pages that the last split of every request is to be shorter than the others."""
+    return HEAD_START if splits > 1 and _blocks(batch, shape) * splits <= gpu.multiprocessors else 0
 
 
 def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool) -> dict[str, Any]:
@@ -96,6 +108,7 @@ def attend_records(
     rotated_q: torch.Tensor,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
+    head_start: int,
     cache: LayerCache,
     batch: ExtendBatch,
     config: KVarNConfig,
@@ -111,6 +124,7 @@ def attend_records(
         partial_out: float32 [T, S + 1, Hq, D]; partial_lse: float32 [T, S + 1, Hq], base 2; contiguous. The first S
             results of each token are written: the normalised output of each split, and its log sum of exp, zeros and
             -inf where a split has no page.
+        head_start: pages that the last split is shorter than the others, at most half of what an even one has.
         cache: read; batch: the step; sm_scale: factor of the scores.
     """
     _, results, heads, head_dim = partial_out.shape
@@ -132,4 +146,5 @@ def attend_records(
         stride_page_table=batch.page_table.stride(0),
         sm_scale_log2_bits=sm_scale * LOG2_E,
         splits=splits,
+        head_start=head_start,
     )
