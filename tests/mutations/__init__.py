@@ -11,6 +11,7 @@ from . import (
     dequantise,
     drafts,
     extend,
+    extend_columns,
     host,
     metadata,
     plugin,
@@ -23,7 +24,7 @@ from . import (
 )
 
 _ROOMS = (
-    *(record, write, decode, columns, decode_plan, extend, dense, dequantise, attention, torch_form),
-    *(balance, plugin, rings, metadata, drafts, states, host, windows),
+    *(record, write, decode, columns, decode_plan, extend, extend_columns, dense, dequantise),
+    *(attention, torch_form, balance, plugin, rings, metadata, drafts, states, host, windows),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

@@ -355,8 +355,8 @@ def merge_partial(
 ) -> None:
     """Merge the splits of a plan, if there are any, into the rows of `out` that are tokens."""
     if partial is not None and plan.split_indptr is not None:
-        parts = (x.flatten(0, 1) for x in partial)
-        merge_splits(out[: len(partial.out)], *parts, plan.split_indptr, config, sinks)
+        results, lse = partial.out.flatten(0, 1), partial.lse.flatten(0, 1)
+        merge_splits(out[: len(partial.out)], results, lse, plan.split_indptr, config, sinks)
 
 
 def reads_new_pages(batch: ExtendBatch, config: KVarNConfig) -> bool:
