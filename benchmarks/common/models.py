@@ -23,29 +23,18 @@ QWEN3_8B = {
     "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "torch_dtype": "bfloat16",
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-# the first 32 of the 64 layers of Qwen3.5-27B, so that one GPU has room for a cache; 0.5.16 has no text-only form
+# the first 32 of the 64 layers of Qwen3.5-27B, so that one GPU has room for a cache; as text, which SGLang 0.5.23 knows
 QWEN3_5_27B_HALF = {
-    "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "torch_dtype": "bfloat16",
-    "tie_word_embeddings": False,
-    "text_config": {
-        "model_type": "qwen3_5_text", "hidden_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 24,
-        "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 17408, "vocab_size": 151936,
-        "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
-        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 8,
-        "full_attention_interval": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
-        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
-        "mamba_ssm_dtype": "float32", "partial_rotary_factor": 0.25, "torch_dtype": "bfloat16",
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
-            "mrope_section": [11, 11, 10], "mrope_interleaved": True,
-        },
-        "bos_token_id": 1, "eos_token_id": 2,
-    },
-    "vision_config": {
-        "model_type": "qwen3_5", "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
-        "out_hidden_size": 5120, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
-        "num_position_embeddings": 64, "in_channels": 3, "deepstack_visual_indexes": [],
-    },
+    "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "hidden_size": 5120, "num_hidden_layers": 32,
+    "num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 17408,
+    "vocab_size": 151936, "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "attention_bias": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "mamba_ssm_dtype": "float32",
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 8,
+    "full_attention_interval": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "partial_rotary_factor": 0.25,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+    "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # who drafts for `draft_arguments`: text that was seen before, a head of random weights, a smaller model
 DRAFTERS = NGRAM, EAGLE3, STANDALONE = "NGRAM", "EAGLE3", "STANDALONE"

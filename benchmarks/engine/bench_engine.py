@@ -68,6 +68,8 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if torch.cuda.is_available():
         chosen |= {"dtype": args.dtype, "mem_fraction_static": args.mem_fraction_static}
         chosen |= {"cuda_graph_max_bs_decode": args.max_running_requests}
+    if args.tp > 1:
+        chosen["tp_size"] = args.tp
     if args.no_prefill_graph:
         chosen["disable_prefill_cuda_graph"] = True
     if args.drafts:
@@ -244,6 +246,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_bf16_backend(parser, "triton")
     text = "Speculate with chains of D drafts: NGRAM=D or EAGLE3=D. Without it nothing speculates."
     parser.add_argument("--drafts", type=cli.drafts, metavar="A=D", help=text)
+    text = "Share every layer among so many GPUs (tensor parallelism). The pool is that of each."
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help=text)
     text = "Start faster, and prefill without CUDA graphs."
     parser.add_argument("--no-prefill-graph", action="store_true", help=text)
     cli.add_timeout(parser, 900, "one cache")
@@ -276,6 +280,8 @@ def main() -> None:
         common["drafts"] = "=".join(map(str, args.drafts))
     if args.hicache is not None:
         common["hicache"] = args.hicache
+    if args.tp > 1:
+        common["tp"] = args.tp
     first: dict[str, list[int]] | None = None
     for cache in args.caches:
         result = launch.run_alone(MODULE, cache, args.timeout)

@@ -189,11 +189,6 @@ class Attention:
         return None
 
     @property
-    def ring_pages(self) -> int:
-        """Pages of the ring of a request."""
-        return self.config.ring_pages(self.shape.head_dim, self.shape.dtype.itemsize, self._limits.draft_tokens)
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of the workspaces, with what a library allocates for them while the server runs."""
         total = 0 if self._decode_workspace is None else self._decode_workspace.num_bytes
@@ -221,15 +216,16 @@ class Attention:
         if self._decode_workspace is not None and decode_batch > len(self._decode_workspace.rotated_q):
             self._decode_workspace = self._make_decode_workspace(decode_batch)
 
-    def warm_up(self, cache: LayerCache, sinks: torch.Tensor | None = None) -> None:
+    def warm_up(self, cache: LayerCache, ring_pages: int, sinks: torch.Tensor | None = None) -> None:
         """Build every kernel of extend steps, by steps of zeros on page 0, which is padding.
 
         Args:
-            cache: of any layer; page 0 is written. sinks: of any layer, None for a model without.
+            cache: of any layer; page 0 is written. ring_pages: of the ring of a request.
+            sinks: of any layer, None for a model without.
         """
-        batches = warm_up.batches(self.shape, self.config, self.ring_pages, self.device)
+        batches = warm_up.batches(self.shape, self.config, ring_pages, self.device)
         steps = [Step(batch, self._plan_sparse(batch)) for batch in batches]
-        page = warm_up.page_on_records(self.config, self.ring_pages, self.device)
+        page = warm_up.page_on_records(self.config, ring_pages, self.device)
         if self.kernels.columns:
             steps.append(Step(page, self._plan_sparse(page, by_columns=True)))
         if self._dense_workspace is not None:
@@ -247,12 +243,12 @@ class Attention:
             ValueError: the drafts of a step are attended together, and it has another number of them than the limits.
         """
         if isinstance(batch, DecodeBatch):
+            if self._drafts_of_split not in (1, batch.drafts):
+                raise ValueError(
+                    f"expected a step with {self._limits.draft_tokens} drafts of each request, as its limits say, "
+                    f"got {batch.drafts}"
+                )
             if self._decode_workspace is not None:
-                if self._decode_workspace.drafts not in (1, batch.drafts):
-                    raise ValueError(
-                        f"expected a step with {self._limits.draft_tokens} drafts of each request, as its limits say, "
-                        f"got {batch.drafts}"
-                    )
                 decode_plan.plan_decode(batch, self._decode_workspace, self.config)
             return Step(batch)
         if self.kernels.extend == "torch" or batch.num_tokens == 0:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,8 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         self._buffers = DecodeBuffers(limits.decode_batch, self.req_to_token, pool.rings)
         self.attention = Attention(pool.shape, pool.config, self.req_to_token.device, limits)
         if self.req_to_token.is_cuda:
-            self.attention.warm_up(pool.layer_cache(pool.layer_ids[0]), compat.attention_sinks(model_runner.model))
+            first, sinks = pool.layer_cache(pool.layer_ids[0]), compat.attention_sinks(model_runner.model)
+            self.attention.warm_up(first, pool.rings.pages.shape[1], sinks)
         self._step: Step | None = None
         drafts = limits.draft_tokens
         self._verify_mask = compat.unread_verify_mask(limits.decode_batch // drafts, drafts, model_runner.device)
@@ -58,7 +60,9 @@ class KVarNAttentionBackend(compat.AttentionBackend):
     def _limits(self, model_runner: Any) -> Limits:
         rows, tokens = self.req_to_token.shape
         pages, context_len = -(-tokens // settings.PAGE_SIZE), model_runner.model_config.context_len
-        return budget.bounds(model_runner.server_args, context_len).steps(rows - 1, pages)
+        limits = budget.bounds(model_runner.server_args, context_len).steps(rows - 1, pages)
+        # rings have room for the most drafts; where their number changes, each has a backend
+        return replace(limits, draft_tokens=compat.verified_tokens(model_runner.server_args))
 
     @property
     def verify_mask(self) -> Any:

@@ -188,6 +188,20 @@ def draft_tokens(server_args: Any) -> int:
     return server_args.max_speculative_num_draft_tokens or 1
 
 
+def verified_tokens(server_args: Any) -> int:
+    """Return the new tokens of a request in a verify step now, 1 without speculative decoding.
+
+    Where the number changes while a server runs, SGLang makes an attention backend for each, one after the other, and
+    says for which before it does.
+    """
+    args = resolved_arguments(server_args)
+    if args.speculative_algorithm is None:
+        return 1
+    if _since("0.5.20"):
+        args = resolve("sglang.srt.runtime_context.get_spec")()
+    return args.speculative_num_draft_tokens or 1
+
+
 def draft_steps(args: Any) -> list[int]:
     """Return the numbers of steps of a draft model that SGLang chooses from as it runs; none where it is fixed.
 

@@ -16,6 +16,7 @@ import hybrids
 import known_drafts
 import pytest
 import tiny_engines
+import torch
 from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2
 from near_ties import Tally
 from sglang_kvarn import refusals
@@ -229,4 +230,45 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(tmp_path, mon
     log = capfd.readouterr().err
     assert re.search("(?i)host", log)
     tiny_engines.check_graphs(log)
+    tally.close()
+
+
+def on_gpus(reason: str) -> pytest.MarkDecorator:
+    """Return a mark of what a CPU does not run."""
+    return pytest.mark.skipif(not ON_GPU, reason=reason)
+
+
+@pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    ("preset", "family", "kv_heads", "algorithm"),
+    [
+        pytest.param(KVARN, "llama", 2, "", id="a KV head each"),
+        pytest.param(KVARN, "llama", 2, "NGRAM", id="drafts"),
+        pytest.param(
+            *("kvarn_k4v4_g128", "qwen2", 2, ""),
+            id="balanced with biases",
+            marks=on_gpus("balance, which the oracle knows nothing of, moves more than the roundings of 32 bits"),
+        ),
+        pytest.param(KVARN, "llama", 1, "", id="the same KV head", marks=on_gpus("ranks on a CPU cannot share a head")),
+    ],
+)
+def test_two_ranks_answer_as_the_oracle(tmp_path, monkeypatch, capfd, preset, family, kv_heads, algorithm):
+    tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))
+    # the plugin sets it for this number of ranks; the next engine of this process has another
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    model = tiny_engines.save(tmp_path / "model", family, num_key_value_heads=kv_heads)
+    prompts = [prompt(length, seed=length) for length in LENGTHS]
+    drafts, options = (DRAFTS, NGRAM) if algorithm else (1, {})
+    tally = Tally(model, preset, tiny_engines.DTYPE)
+    with tiny_engines.start(tally, drafts=drafts, tp_size=2, disable_custom_all_reduce=True, **options) as engine:
+        first = ask(engine, tally, prompts, NEW)
+        again = ask(engine, tally, prompts, NEW)
+        turns = [tokens + first[n]["tokens"] + prompt(30, seed=n) for n, tokens in enumerate(prompts)]
+        hits = ask(engine, tally, turns, 8)
+    assert [answer["cached"] for answer in again] == [0, 0, 0, 0, 128, 256]
+    assert [answer["cached"] for answer in hits] == [128, 128, 128, 128, 256, 384]
+    accepted = sum(answer["drafts_accepted"] for answer in again[:4])
+    least, most = (0.5 * 4 * NEW, 4 * NEW) if algorithm else (0, 0)
+    assert least <= accepted <= most
+    tiny_engines.check_graphs(capfd.readouterr().err)
     tally.close()

@@ -27,8 +27,9 @@ from kvarn_kernels.read import decode, decode_plan
 PRESETS = ["kvarn", "kvarn_canonical", "kvarn_k4v3_g128", "kvarn_k4v4_g128", "kvarn_k3v2_g128", "kvarn_k2v2_g128"]
 
 # fp16 rounding of the folded query and weights (2^-12 each) over D or G terms, on top of the output's rounding; the
-# output of a single head has few terms, and 1.1e-3 was seen
-TOLERANCE = {dtype: bound + 1.5e-3 for dtype, bound in RELATIVE_RMS.items()}
+# output of a single row has few terms: 1.1e-3 was seen, and once 1.52e-3 (columns_sm90.cu on an H200, 4 heads of 256
+# after 2,180 tokens in fp16)
+TOLERANCE = {dtype: bound + 1.7e-3 for dtype, bound in RELATIVE_RMS.items()}
 
 
 # one program at a time, so that the plan of a step without a fixed order depends on its other requests

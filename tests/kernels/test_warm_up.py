@@ -88,7 +88,7 @@ def test_no_step_launches_what_the_warm_up_did_not(preset, has_sinks, launches, 
     encoders, encoder = [], attentions[0]._encode
     encode_from_chunk = encoder.encode_from_chunk
     monkeypatch.setattr(encoder, "encode_from_chunk", lambda *a: encoders.append(a) or encode_from_chunk(*a))
-    attentions[-1].warm_up(cache, sinks)
+    attentions[-1].warm_up(cache, config.ring_pages(HEAD_DIM, 2), sinks)
     warmed = set(launches.variants)
     assert torch.isfinite(cache.exact[0]).all()
     assert encoders and {name for name, *_ in warmed} >= {"_rotate_kernel", "_extend_kernel", "_store_kernel"}

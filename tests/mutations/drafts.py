@@ -6,6 +6,7 @@ from __future__ import annotations
 from .mutation import Mutation
 from .paths import (
     ADMISSION,
+    BACKEND,
     BUDGET,
     CAPACITY,
     COMPAT,
@@ -14,6 +15,7 @@ from .paths import (
     DECODE_PLAN,
     DECODE_SM90,
     DRAFTS,
+    ENGINE_DRAFT_KINDS,
     ENGINE_DRAFTS,
     FUZZ,
     METADATA,
@@ -98,6 +100,13 @@ MUTATIONS = (
         "max(rows + 1, self.graph_batch) * self.draft_tokens",
         "max(rows + 1, self.graph_batch)",
         (TEST_BUDGET,),
+    ),
+    Mutation(
+        "attention backend of a few drafts that expects the most",
+        BACKEND,
+        "replace(limits, draft_tokens=compat.verified_tokens(model_runner.server_args))",
+        "limits",
+        (f"{ENGINE_DRAFT_KINDS}::test_the_number_of_drafts_may_change_from_step_to_step",),
     ),
     Mutation(
         "drafts not asked for when memory is split",

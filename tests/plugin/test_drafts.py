@@ -74,6 +74,21 @@ def test_a_changing_number_of_drafts_has_an_attention_backend_for_each(server_ar
     assert compat.attention_backends(server_args(model_path=model, kv_cache_dtype="kvarn")) == 1
 
 
+def test_a_backend_expects_the_drafts_that_sglang_names_before_it_makes_it(monkeypatch, server_args, model_dir):
+    model = model_dir()
+    assert compat.verified_tokens(server_args(model_path=model, kv_cache_dtype="kvarn")) == 1
+    ngram = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
+    made = server_args(model_path=model, kv_cache_dtype="kvarn", **ngram)
+    # as a worker does for each number: in the arguments, or from 0.5.20 on in what it has published of them
+    spec = made
+    if compat._since("0.5.20"):
+        spec = SimpleNamespace(speculative_num_draft_tokens=None)
+        monkeypatch.setattr("sglang.srt.runtime_context.get_spec", lambda: spec)
+    for tokens in (2, 6):
+        spec.speculative_num_draft_tokens = tokens
+        assert compat.verified_tokens(made) == tokens
+
+
 def test_a_step_of_a_changing_number_of_drafts_ends_at_most_one_page(server_args, model_dir, tmp_path):
     model, chosen = model_dir(), tmp_path / "adaptive.json"
     eagle = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": model}

@@ -39,14 +39,22 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 256, "mamba_d_head": 64, "mamba_d_state": 128},
     "granitemoehybrid": {"mamba_d_state": 128},
     "nemotron_h": {"mamba_head_dim": 64, "ssm_state_size": 128},
+    # its heads have hidden_size / num_attention_heads channels
+    "qwen2": {"hidden_size": 1024},
 }
 
 
-def save(folder: Path, family: str = "llama", dtype: torch.dtype = DTYPE) -> str:
-    """Write a model with head_dim 128, 8 query and 2 KV heads, whose weights fit a dtype; return its folder."""
+def save(folder: Path, family: str = "llama", dtype: torch.dtype = DTYPE, **changes: Any) -> str:
+    """Write a model with head_dim 128, 8 query and 2 KV heads, whose weights fit a dtype; return its folder.
+
+    Args:
+        changes: fields of the configuration.
+    """
     folder.mkdir()
+    shape = _HEADS | _SHAPES.get(family, {}) | changes
     # attention so peaked that a prefix counts, and not so peaked that roundings do
-    return tiny_model.save(folder, family, rounded_to=dtype, peak=0.085, **_HEADS | _SHAPES.get(family, {}))
+    peak = 1.36 / shape.get("hidden_size", 256) ** 0.5
+    return tiny_model.save(folder, family, rounded_to=dtype, peak=peak, **shape)
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, states: bool = False) -> None:
