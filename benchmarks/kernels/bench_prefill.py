@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense
-from kvarn_kernels.read import extend_sm90
 
 from benchmarks.common import cli
 from benchmarks.common.rows import Figure, Rows
@@ -30,9 +29,9 @@ from benchmarks.kernels.attention_problem import DEVICE, Candidate, heads, shape
 from benchmarks.kernels.prefill_problem import Problem, Shape
 
 SHAPES = ["2048x0", "8192x0", "256x8192", "512x8192", "1024x8192", "2048x8192", "2048x32768", "2048x98304"]
-# extend_sm90.cu beside the encoder and the rest of the attention, or before them
-COLUMNS, SERIAL = "columns", "columns_serial"
-KERNELS = [*extend_dense.LIBRARIES, "triton", COLUMNS, SERIAL]
+# extend_sm90.cu and Triton
+COLUMNS = "columns"
+KERNELS = [*extend_dense.LIBRARIES, "triton", COLUMNS]
 # of FlashInfer; SGLang's FA3 has no backends
 SGLANG_FA3, BACKENDS = "sglang_fa3", ["auto", "fa2", "fa3"]
 
@@ -51,9 +50,8 @@ def providers(args: argparse.Namespace) -> dict[str, Callable[[Problem], list[Ca
         for name in args.kernels:
             dense = name if name in extend_dense.LIBRARIES else ""
             if name == "triton" or not KVarNConfig.from_preset(preset).fixed_order:
-                options = {"by_columns": name in (COLUMNS, SERIAL), "beside": name != SERIAL}
-                chosen[f"{preset}_{name}"] = lambda problem, p=preset, d=dense, o=options: prefill_providers.kvarn(
-                    problem, p, d, **o
+                chosen[f"{preset}_{name}"] = lambda problem, p=preset, d=dense, c=name == COLUMNS: (
+                    prefill_providers.kvarn(problem, p, d, by_columns=c)
                 )
     return chosen
 
@@ -78,14 +76,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     names = [SGLANG_FA3, *BACKENDS]
     text = f"What attends over a bf16 cache, SGLang's FA3 or backends of FlashInfer: {', '.join(names)}."
     parser.add_argument("--baselines", nargs="*", default=[SGLANG_FA3], choices=names, metavar="B", help=text)
-    text = "Pages that the last split of extend_sm90.cu is shorter than the others."
-    parser.add_argument("--head-start", type=int, default=extend_sm90.HEAD_START, metavar="N", help=text)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse()
-    extend_sm90.HEAD_START = args.head_start
     rows = Rows(args.output, "prefill")
     timing.require_gpu("bench_prefill")
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)

@@ -21,7 +21,7 @@ DECODE: Places = {
     "merge": [(merge, "merge_splits")],
 }
 # of an extend step; "attention" is that of FlashInfer or FlashAttention 3, "columns" that of extend_sm90.cu, "rest"
-# what Triton attends beside it
+# what Triton attends besides
 PREFILL: Places = {
     "rotate": [(rotate, "rotate_chunk"), (chunk_cuda, "rotate_chunk")],
     "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],

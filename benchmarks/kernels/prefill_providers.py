@@ -148,15 +148,13 @@ def kvarn(
     kernels: Kernels | None = None,
     *,
     by_columns: bool = False,
-    beside: bool = True,
 ) -> list[Candidate]:
     """Return a preset made ready.
 
     Args:
         dense: who attends, however short the step is: one of `extend_dense.LIBRARIES` or what stands in for it; empty
             for the kernels that read records.
-        by_columns: of those, extend_sm90.cu reads what all new tokens read as records; beside: while the encoder and
-            Triton run.
+        by_columns: of those, extend_sm90.cu reads what all new tokens read as records, Triton the rest.
         kernels: other ones than a server would run.
     """
     shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
@@ -169,8 +167,6 @@ def kvarn(
     )
     chosen = kernels or choose_kernels(heads, config, DEVICE)
     attention = Attention(heads, config, DEVICE, limits, replace(chosen, dense=""))
-    if not beside:
-        attention._side_streams = None
     workspace, compiled = None, chosen.dequantise == "cuda"
     if dense:
         workspace = extend_dense.make_workspace(heads, limits.extend_pages, DEVICE, dense, compiled=compiled)

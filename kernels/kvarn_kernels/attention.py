@@ -21,7 +21,6 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu, gpu_of
-from kvarn_kernels.device.streams import SideStreams, run_in_turn
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read import columns_sm90, decode, decode_plan, decode_sm90, extend, extend_sm90, merge
 from kvarn_kernels.shape import AttentionShape
@@ -145,7 +144,6 @@ class Attention:
         self._decode_cuda: ModuleType = columns_sm90 if many else decode_sm90
         self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
         self._dense_workspace = self._make_dense_workspace()
-        self._side_streams = SideStreams(device, 2) if self.kernels.columns and device.type == "cuda" else None
 
     def _make_decode_workspace(self, max_batch: int) -> decode_plan.DecodeWorkspace | None:
         if self.kernels.decode == "torch":
@@ -190,13 +188,15 @@ class Attention:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the workspaces, with what a library allocates for them while the server runs."""
+        """Bytes of the workspaces, with what a library and steps by columns allocate while the server runs."""
         total = 0 if self._decode_workspace is None else self._decode_workspace.num_bytes
         if self.kernels.dense:
             # the pages of a chunk and of its window count twice: exact, and as records for the pages after them
             request_pages = self._limits.request_pages + self._limits.chunk_pages + 2
             pages, library = self._limits.extend_pages, self.kernels.dense
             total += extend_dense.workspace_bytes(self.shape, pages, request_pages, library)
+        if self.kernels.columns:
+            total += extend_choice.PARTIAL_BYTES
         return total
 
     def describe(self) -> str:
@@ -266,9 +266,7 @@ class Attention:
         library, has_columns = self.kernels.dense, bool(self.kernels.columns)
         if self._dense_workspace is None:
             library = ""
-        return extend_choice.extend_form(
-            batch, self.shape, self.config, self._gpu, library, has_columns=has_columns
-        )
+        return extend_choice.extend_form(batch, self.shape, self.config, self._gpu, library, has_columns=has_columns)
 
     def attend(
         self,
@@ -338,47 +336,9 @@ class Attention:
         # long steps are attended in the model's frame
         rotated = self._rotate.rotate_chunk(new, with_q=isinstance(plan, extend.ExtendPlan))
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
-        if isinstance(plan, extend.ExtendPlan) and plan.by_columns:
-            self._attend_by_columns(rotated, out, cache, batch, plan, sm_scale, sinks)
+        self._encode.encode_from_chunk(rotated, cache, batch, config)
+        if isinstance(plan, extend_dense.DensePlan):
+            extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
         else:
-            self._encode.encode_from_chunk(rotated, cache, batch, config)
-            if isinstance(plan, extend_dense.DensePlan):
-                extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
-            else:
-                extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
+            extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
         self._store.store_chunk(rotated, cache, batch, config)
-
-    def _attend_by_columns(
-        self,
-        rotated: QKV,
-        out: torch.Tensor,
-        cache: LayerCache,
-        batch: ExtendBatch,
-        plan: extend.ExtendPlan,
-        sm_scale: float,
-        sinks: torch.Tensor | None,
-    ) -> None:
-        """Encode and attend, the older pages beside the rest."""
-        config = self.config
-        partial = extend.partial_results(plan, batch, rotated.q.shape[1], cache)
-        assert partial is not None, "what reads no older pages is a split"
-
-        def encode_chunk() -> None:
-            self._encode.encode_from_chunk(rotated, cache, batch, config)
-
-        def attend_rest() -> None:
-            extend.attend(rotated, out, partial, cache, batch, plan, config, sm_scale, sinks)
-
-        def encode_and_attend_rest() -> None:
-            encode_chunk()
-            attend_rest()
-
-        def attend_older() -> None:
-            extend_sm90.attend_records(rotated.q, *partial, plan.head_start, cache, batch, config, sm_scale)
-
-        run = run_in_turn if self._side_streams is None else self._side_streams.run
-        if extend.reads_new_pages(batch, config):
-            run(attend_older, encode_and_attend_rest)
-        else:
-            run(attend_older, encode_chunk, attend_rest)
-        extend.merge_partial(out, partial, plan, config, sinks)

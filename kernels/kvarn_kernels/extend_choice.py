@@ -14,21 +14,29 @@ from kvarn_kernels.shape import AttentionShape
 RECORDS, COLUMNS, DENSE = "records", "columns", "dense"
 
 # One layer of 32/8 heads of 128 on an H200, us, with everything around the attention (rotation, encode, ring store),
-# and FlashAttention 3 (FA3) alone on a bf16 cache. "columns" is expected, not measured.
+# and FlashAttention 3 (FA3) alone on a bf16 cache; rows in benchmarks/results/prefill.csv.
 #
 #     new tokens x cached   Triton   dense by FA3   columns   FA3 on bf16
-#     32 x 2,048               102             43        45            22
-#     16 x 32,640              169            123        60            56
-#     32 x 32,640              173            123        60            59
-#     64 x 8,192               104             68        60            35
-#     128 x 2,048              142             83        85            28
-#     128 x 8,064              207            109       100            46
-#     128 x 32,640             595            224       155           126
-#     128 x 98,176           1,619            559       300           326
+#     32 x 2,048               102             43       54*            22
+#     32 x 8,064                               59       65*            31
+#     32 x 32,640              173            123      122             58
+#     32 x 98,176                             323      210*           128
+#     64 x 32,640                             141      158*            75
+#     128 x 2,048              142             82       82*            28
+#     128 x 8,064              207            109      117*            45
+#     128 x 32,640             595            225      318            127
+#     128 x 98,176           1,619            559      730            325
+#     16 times 100 x 20,480                 2,034    2,250            979
 #
-# Where columns serve: at least COLUMN_PAGES pages that all new tokens read as records, at most COLUMN_TOKENS new tokens
-# of a request (a longer chunk pays the dequantisation back), and partial results of at most PARTIAL_BYTES.
-COLUMN_PAGES, COLUMN_TOKENS, PARTIAL_BYTES = 14, 512, 64 << 20
+# * with the encoder and Triton on streams of their own beside extend_sm90.cu, which is not done here: at 32 x 32,640
+#   that took 103 us, but the host 558 us a layer instead of 461.
+#
+# Against FA3, columns win only where the query heads of a request's new tokens fit one block of columns, whose records
+# are then read once, and the prefix is long: from FA3_COLUMN_PAGES pages on that all new tokens read as records. There
+# about 149 us are expected against 173, by interpolation between 32 x 32,640 and 32 x 98,176 (210* taken as 228). Where
+# FlashInfer (below) or nobody attends densely, columns win from COLUMN_PAGES pages on, up to COLUMN_TOKENS new tokens.
+# Partial results take at most PARTIAL_BYTES.
+FA3_COLUMN_PAGES, COLUMN_PAGES, COLUMN_TOKENS, PARTIAL_BYTES = 384, 14, 128, 64 << 20
 # Elsewhere a step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of
 # the products grows with its work, that of the host does not. With FA3, new * cached tokens reach FA3_WORK. With
 # FlashInfer, new * cached * query heads * head_dim reach DENSE_WORK; its wrappers cost the host more, and it cuts no
@@ -50,7 +58,7 @@ def extend_form(
         library: who attends densely, one of `extend_dense.LIBRARIES`; empty where nobody does.
         has_columns: extend_sm90.cu runs on the GPU.
     """
-    if has_columns and _suits_columns(batch, shape, config, gpu):
+    if has_columns and _suits_columns(batch, shape, config, gpu, library):
         return COLUMNS
     if not library:
         return RECORDS
@@ -62,8 +70,10 @@ def extend_form(
     return DENSE if batch.num_tokens >= DENSE_TOKENS or is_large else RECORDS
 
 
-def _suits_columns(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> bool:
-    if extend_sm90.record_pages(batch, config) < COLUMN_PAGES or max(batch.new_tokens) > COLUMN_TOKENS:
-        return False
-    results = batch.num_tokens * (1 + extend_sm90.num_splits(batch, shape, config, gpu))
-    return 4 * results * shape.num_qo_heads * (shape.head_dim + 1) <= PARTIAL_BYTES
+def _suits_columns(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu, library: str) -> bool:
+    most, pages = max(batch.new_tokens), extend_sm90.record_pages(batch, config)
+    if library == paged_calls.FA3:
+        suits = pages >= FA3_COLUMN_PAGES and most * shape.group <= extend_sm90.COLUMNS[shape.head_dim]
+    else:
+        suits = pages >= COLUMN_PAGES and most <= COLUMN_TOKENS
+    return suits and extend_sm90.partial_bytes(batch, shape, config, gpu) <= PARTIAL_BYTES

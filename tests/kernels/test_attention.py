@@ -173,11 +173,12 @@ def test_attention_attends_long_steps_on_a_library(host, monkeypatch):
     assert not choose_kernels(SHAPE, KVARN, CUDA).dense
 
 
-def test_few_tokens_on_a_long_prefix_are_attended_by_columns(host):
+@pytest.mark.parametrize("library", ["", paged_calls.FLASHINFER])
+def test_few_tokens_on_a_long_prefix_are_attended_by_columns(host, library):
     enough, most = (extend_choice.COLUMN_PAGES + KVARN.window_pages) * 128, extend_choice.COLUMN_TOKENS
 
     def of(new: list[int], cached: int) -> bool:
-        return form_of(new, cached, library=paged_calls.FA3, columns=True) == extend_choice.COLUMNS
+        return form_of(new, cached, library=library, columns=True) == extend_choice.COLUMNS
 
     assert of([1], enough) and not of([1], enough - 1)
     assert of([most], enough) and not of([most + 1], enough)
@@ -189,6 +190,27 @@ def test_few_tokens_on_a_long_prefix_are_attended_by_columns(host):
     assert not choose_kernels(SHAPE, CANONICAL, CUDA).columns
     host((10, 0))
     assert not choose_kernels(SHAPE, KVARN, CUDA).columns
+
+
+def test_beside_flash_attention_3_columns_are_one_block_on_a_longer_prefix():
+    enough = (extend_choice.FA3_COLUMN_PAGES + KVARN.window_pages) * 128
+
+    def of(new: list[int], cached: int, heads: int = 32) -> str:
+        return form_of(new, cached, library=paged_calls.FA3, columns=True, heads=heads)
+
+    # 32/8 heads: 32 tokens have 128 query heads of a KV head
+    assert of([32], enough) == of([32, 1], enough) == extend_choice.COLUMNS
+    assert of([33], enough) == of([1, 33], enough) == of([32], enough - 1) == extend_choice.DENSE
+    assert of([1], enough) == extend_choice.COLUMNS and of([1], enough - 1) == extend_choice.RECORDS
+    assert of([16], enough, heads=64) == extend_choice.COLUMNS and of([17], enough, heads=64) == extend_choice.DENSE
+
+
+def test_partial_results_of_columns_count_as_a_workspace(host):
+    host(fa3=True)
+    kernels = choose_kernels(SHAPE, KVARN, CUDA)
+    others = replace(kernels, columns="")
+    served, without = (Attention(SHAPE, KVARN, META, LIMITS, chosen) for chosen in (kernels, others))
+    assert served.num_bytes == without.num_bytes + extend_choice.PARTIAL_BYTES
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ from .paths import ATTENTION, TEST_DECODE, TEST_EXTEND, TEST_EXTEND_DENSE
 
 _STORE_STEP = "        rotate.rotate_to_rings(new, workspace.rotated_q, cache, batch, config)\n"
 _ENCODE_STEP = "        self._encode.encode_from_ring(cache, batch, config)\n"
-_STORE_CHUNK = "            self._store.store_chunk(rotated, cache, batch, config)\n"
-_ELSE, _ENCODE_CHUNK = "        else:\n", "            self._encode.encode_from_chunk(rotated, cache, batch, config)\n"
-_DENSE = "            if isinstance(plan, extend_dense.DensePlan):\n"
+_STORE_CHUNK = "        self._store.store_chunk(rotated, cache, batch, config)\n"
+_ENCODE_CHUNK = "        self._encode.encode_from_chunk(rotated, cache, batch, config)\n"
 
 MUTATIONS = (
     Mutation(
@@ -23,8 +22,8 @@ MUTATIONS = (
     Mutation(
         "ring written before the chunk is attended",
         ATTENTION,
-        _DENSE,
-        _STORE_CHUNK + _DENSE,
+        "        if isinstance(plan, extend_dense.DensePlan):\n",
+        _STORE_CHUNK + "        if isinstance(plan, extend_dense.DensePlan):\n",
         (
             f"{TEST_EXTEND}::test_extend_stores_the_same_bytes_as_the_torch_form",
             f"{TEST_EXTEND_DENSE}::test_extend_dense_step_stores_the_same_bytes_as_the_torch_form",
@@ -33,8 +32,8 @@ MUTATIONS = (
     Mutation(
         "ring written before the pages of the chunk are encoded (kernels)",
         ATTENTION,
-        _ELSE + _ENCODE_CHUNK,
-        _ELSE + _STORE_CHUNK + _ENCODE_CHUNK,
+        _ENCODE_CHUNK,
+        _STORE_CHUNK + _ENCODE_CHUNK,
         (f"{TEST_EXTEND}::test_extend_stores_the_same_bytes_as_the_torch_form",),
     ),
 )

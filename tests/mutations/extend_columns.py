@@ -92,8 +92,8 @@ MUTATIONS = (
     Mutation(
         "a page of many columns left out between splits (extend)",
         EXTEND_SM90,
-        "end = min(virtual_pages * (split + 1) / splits, pages);",
-        "end = min(virtual_pages * (split + 1) / splits, pages - 1);",
+        "end = pages * (split + 1) / splits;",
+        "end = (pages * (split + 1) - 1) / splits;",
         _LENGTHS,
     ),
     Mutation(

@@ -13,7 +13,6 @@ Long steps run on FlashInfer or FlashAttention 3 (dense/extend_dense.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -207,7 +206,7 @@ class ExtendPlan:
         splits: into how many parts the older pages of a request are cut.
         split_indptr: int32 [T + 1], the first split of each token; None without splits.
         by_columns: all splits but the last one are those of `extend_sm90`, which attends what all new tokens read as
-            records; head_start: argument of that.
+            records.
     """
 
     blocks: ExtendBlocks
@@ -215,7 +214,6 @@ class ExtendPlan:
     splits: int
     split_indptr: torch.Tensor | None
     by_columns: bool = False
-    head_start: int = 0
 
 
 def block_sizes(group: int, head_dim: int, gpu: Gpu) -> ExtendBlocks:
@@ -250,119 +248,15 @@ def plan_extend(
     """Plan a step of one or more new tokens, once for all layers; by_columns: as in `ExtendPlan`."""
     blocks = block_sizes(shape.group, shape.head_dim, gpu)
     tiles = query_tiles(batch, blocks.queries)
-    head_start = 0
     if by_columns:
         splits = 1 + extend_sm90.num_splits(batch, shape, config, gpu)
-        head_start = extend_sm90.head_start(batch, shape, splits - 1, gpu)
     else:
         splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu)
     indptr = None
     if splits > 1:
         stop, device = (batch.num_tokens + 1) * splits, batch.page_table.device
         indptr = torch.arange(0, stop, splits, dtype=torch.int32, device=device)
-    return ExtendPlan(blocks, max(tiles), splits, indptr, by_columns, head_start)
-
-
-class Partial(NamedTuple):
-    """Hold what the splits of a step give, before they are merged.
-
-    Attributes:
-        out: float32 [T, S, Hq, D], normalised; lse: float32 [T, S, Hq], base 2, -inf where a split holds no key.
-    """
-
-    out: torch.Tensor
-    lse: torch.Tensor
-
-
-def partial_results(plan: ExtendPlan, batch: ExtendBatch, heads: int, cache: LayerCache) -> Partial | None:
-    """Return memory for the results of the splits of a plan; None where a step is one piece."""
-    if plan.splits == 1:
-        return None
-    size, device = (batch.num_tokens, plan.splits, heads), cache.records.device
-    return Partial(
-        torch.empty(*size, cache.head_dim, dtype=torch.float32, device=device),
-        torch.empty(size, dtype=torch.float32, device=device),
-    )
-
-
-def attend(
-    rotated: QKV,
-    out: torch.Tensor,
-    partial: Partial | None,
-    cache: LayerCache,
-    batch: ExtendBatch,
-    plan: ExtendPlan,
-    config: KVarNConfig,
-    sm_scale: float,
-    sinks: torch.Tensor | None = None,
-) -> None:
-    """Attend in every split of a plan but those of `extend_sm90`; arguments as for `extend`.
-
-    Args:
-        partial: written; where it is None, `out` is.
-    """
-    blocks, splits = plan.blocks, plan.splits
-    group = rotated.q.shape[1] // cache.num_kv_heads
-    _extend_launcher(
-        (plan.num_tiles * (1 if plan.by_columns else splits), cache.num_kv_heads, batch.ring_pages.shape[0]),
-        q_ptr=rotated.q,
-        chunk_k_ptr=rotated.k,
-        chunk_v_ptr=rotated.v,
-        records_ptr=cache.records,
-        exact_ptr=cache.exact,
-        firsts_ptr=cache.first_tokens,
-        signs_ptr=hadamard_signs(cache.head_dim, torch.bfloat16, out.device),
-        page_table_ptr=batch.page_table,
-        ring_pages_ptr=batch.ring_pages,
-        prefix_lens_ptr=batch.prefix_lens,
-        seq_lens_ptr=batch.seq_lens,
-        qo_indptr_ptr=batch.qo_indptr,
-        exact_starts_ptr=batch.exact_starts,
-        out_ptr=out,
-        partial_out_ptr=None if partial is None else partial.out,
-        partial_lse_ptr=None if partial is None else partial.lse,
-        sinks_ptr=sinks,
-        stride_page_table=batch.page_table.stride(0),
-        sm_scale_log2=sm_scale * LOG2_E,
-        num_tiles=plan.num_tiles,
-        splits=splits,
-        HK=cache.num_kv_heads,
-        GROUP=group,
-        GROUP_ROWS=triton.next_power_of_2(group),
-        BLOCK_Q=blocks.queries,
-        BLOCK_KV=blocks.keys,
-        FIRST_BLOCK=FIRST_BLOCK,
-        D=cache.head_dim,
-        G=tile.TILE_SIZE,
-        K_BITS=config.k_bits,
-        V_BITS=config.v_bits,
-        WINDOW=config.window_pages,
-        RING_PAGES=batch.ring_pages.shape[1],
-        SPLIT=splits > 1,
-        REST=plan.by_columns,
-        SINKS=sinks is not None,
-        STAGES=blocks.stages,
-        num_warps=blocks.warps,
-    )
-
-
-def merge_partial(
-    out: torch.Tensor,
-    partial: Partial | None,
-    plan: ExtendPlan,
-    config: KVarNConfig,
-    sinks: torch.Tensor | None = None,
-) -> None:
-    """Merge the splits of a plan, if there are any, into the rows of `out` that are tokens."""
-    if partial is not None and plan.split_indptr is not None:
-        results, lse = partial.out.flatten(0, 1), partial.lse.flatten(0, 1)
-        merge_splits(out[: len(partial.out)], results, lse, plan.split_indptr, config, sinks)
-
-
-def reads_new_pages(batch: ExtendBatch, config: KVarNConfig) -> bool:
-    """Return whether a new token reads a page that the step fills as a record."""
-    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
-    return any((seq - 1) // tile.TILE_SIZE - config.window_pages > prefix // tile.TILE_SIZE for prefix, seq in lens)
+    return ExtendPlan(blocks, max(tiles), splits, indptr, by_columns)
 
 
 def extend(
@@ -386,9 +280,57 @@ def extend(
         cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
         sinks: attention sinks, [Hq] any float dtype, None without.
     """
-    partial = partial_results(plan, batch, rotated.q.shape[1], cache)
+    blocks, splits, heads = plan.blocks, plan.splits, rotated.q.shape[1]
+    group = heads // cache.num_kv_heads
+    partial_out = partial_lse = None
+    if splits > 1:
+        size = (batch.num_tokens, splits, heads)
+        partial_out = torch.empty(*size, cache.head_dim, dtype=torch.float32, device=out.device)
+        partial_lse = torch.empty(size, dtype=torch.float32, device=out.device)
     if plan.by_columns:
-        assert partial is not None, "the rest is a split"
-        extend_sm90.attend_records(rotated.q, *partial, plan.head_start, cache, batch, config, sm_scale)
-    attend(rotated, out, partial, cache, batch, plan, config, sm_scale, sinks)
-    merge_partial(out, partial, plan, config, sinks)
+        assert partial_out is not None and partial_lse is not None, "what Triton attends is a split"
+        extend_sm90.attend_records(rotated.q, partial_out, partial_lse, cache, batch, config, sm_scale)
+    _extend_launcher(
+        (plan.num_tiles * (1 if plan.by_columns else splits), cache.num_kv_heads, batch.ring_pages.shape[0]),
+        q_ptr=rotated.q,
+        chunk_k_ptr=rotated.k,
+        chunk_v_ptr=rotated.v,
+        records_ptr=cache.records,
+        exact_ptr=cache.exact,
+        firsts_ptr=cache.first_tokens,
+        signs_ptr=hadamard_signs(cache.head_dim, torch.bfloat16, out.device),
+        page_table_ptr=batch.page_table,
+        ring_pages_ptr=batch.ring_pages,
+        prefix_lens_ptr=batch.prefix_lens,
+        seq_lens_ptr=batch.seq_lens,
+        qo_indptr_ptr=batch.qo_indptr,
+        exact_starts_ptr=batch.exact_starts,
+        out_ptr=out,
+        partial_out_ptr=partial_out,
+        partial_lse_ptr=partial_lse,
+        sinks_ptr=sinks,
+        stride_page_table=batch.page_table.stride(0),
+        sm_scale_log2=sm_scale * LOG2_E,
+        num_tiles=plan.num_tiles,
+        splits=splits,
+        HK=cache.num_kv_heads,
+        GROUP=group,
+        GROUP_ROWS=triton.next_power_of_2(group),
+        BLOCK_Q=blocks.queries,
+        BLOCK_KV=blocks.keys,
+        FIRST_BLOCK=FIRST_BLOCK,
+        D=cache.head_dim,
+        G=tile.TILE_SIZE,
+        K_BITS=config.k_bits,
+        V_BITS=config.v_bits,
+        WINDOW=config.window_pages,
+        RING_PAGES=batch.ring_pages.shape[1],
+        SPLIT=splits > 1,
+        REST=plan.by_columns,
+        SINKS=sinks is not None,
+        STAGES=blocks.stages,
+        num_warps=blocks.warps,
+    )
+    if partial_out is not None and partial_lse is not None and plan.split_indptr is not None:
+        results, lse = partial_out.flatten(0, 1), partial_lse.flatten(0, 1)
+        merge_splits(out[: batch.num_tokens], results, lse, plan.split_indptr, config, sinks)

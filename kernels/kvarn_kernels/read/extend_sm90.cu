@@ -286,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records, const int* __restrict__ page_table,
              const int* __restrict__ prefix_lens, const int* __restrict__ exact_starts,
              const int* __restrict__ qo_indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
-             int sm_scale_log2_bits, int splits, int head_start) {
+             int sm_scale_log2_bits, int splits) {
 #ifdef CUDA_ON_CPU
   u8* memory = dynamic_shared;
 #else
@@ -301,8 +301,7 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
   // the pages that the first new token, and with it all, reads as records
   const int page = prefix_lens[b] / G, pages = min(max(page - WINDOW, exact_starts[b] / G), page);
-  const int virtual_pages = pages + min(head_start, pages / (2 * splits));
-  const int begin = virtual_pages * split / splits, end = min(virtual_pages * (split + 1) / splits, pages);
+  const int begin = pages * split / splits, end = pages * (split + 1) / splits;
   const int num_records = end - begin;
   const int* page_ids = page_table + (long long)b * stride_page_table + begin;
   auto order_record = [&](int n, int id) {

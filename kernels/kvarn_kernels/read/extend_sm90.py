@@ -38,9 +38,6 @@ WEIGHT_BUFFERS, STAGES = 4, 4
 RESERVED_BYTES, COLUMN_BYTES = 1024, 4 * (1 + WEIGHT_BUFFERS + 6)
 # time of a block besides its pages, in pages, and splits of a request at most; expected, not measured
 BLOCK_OVERHEAD, MAX_SPLITS = 6, 32
-# pages that the last split is shorter than the others where all blocks run at once: the encoder and the rest of the
-# attention have multiprocessors when it begins; expected, not measured
-HEAD_START = 16
 
 
 def serves(head_dim: int, gpu: Gpu) -> bool:
@@ -72,9 +69,10 @@ def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, g
     return min(range(1, min(MAX_SPLITS, max(pages, 1)) + 1), key=time_of)
 
 
-def head_start(batch: ExtendBatch, shape: AttentionShape, splits: int, gpu: Gpu) -> int:
-    """Return the pages that the last split of every request is to be shorter than the others."""
-    return HEAD_START if splits > 1 and _blocks(batch, shape) * splits <= gpu.multiprocessors else 0
+def partial_bytes(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
+    """Return the bytes of the results of all splits of a step and of the rest, in float32, with their lse."""
+    results = batch.num_tokens * (1 + num_splits(batch, shape, config, gpu))
+    return 4 * results * shape.num_qo_heads * (shape.head_dim + 1)
 
 
 def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool) -> dict[str, Any]:
@@ -108,7 +106,6 @@ def attend_records(
     rotated_q: torch.Tensor,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
-    head_start: int,
     cache: LayerCache,
     batch: ExtendBatch,
     config: KVarNConfig,
@@ -124,7 +121,6 @@ def attend_records(
         partial_out: float32 [T, S + 1, Hq, D]; partial_lse: float32 [T, S + 1, Hq], base 2; contiguous. The first S
             results of each token are written: the normalised output of each split, and its log sum of exp, zeros and
             -inf where a split has no page.
-        head_start: pages that the last split is shorter than the others, at most half of what an even one has.
         cache: read; batch: the step; sm_scale: factor of the scores.
     """
     _, results, heads, head_dim = partial_out.shape
@@ -146,5 +142,4 @@ def attend_records(
         stride_page_table=batch.page_table.stride(0),
         sm_scale_log2_bits=sm_scale * LOG2_E,
         splits=splits,
-        head_start=head_start,
     )
