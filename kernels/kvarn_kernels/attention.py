@@ -188,15 +188,13 @@ class Attention:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the workspaces, with what a library and steps by columns allocate while the server runs."""
+        """Bytes of the workspaces, with what a library allocates for them while the server runs."""
         total = 0 if self._decode_workspace is None else self._decode_workspace.num_bytes
         if self.kernels.dense:
             # the pages of a chunk and of its window count twice: exact, and as records for the pages after them
             request_pages = self._limits.request_pages + self._limits.chunk_pages + 2
             pages, library = self._limits.extend_pages, self.kernels.dense
             total += extend_dense.workspace_bytes(self.shape, pages, request_pages, library)
-        if self.kernels.columns:
-            total += extend_choice.PARTIAL_BYTES
         return total
 
     def describe(self) -> str:

@@ -35,7 +35,7 @@ RECORDS, COLUMNS, DENSE = "records", "columns", "dense"
 # are then read once, and the prefix is long: from FA3_COLUMN_PAGES pages on that all new tokens read as records. There
 # about 149 us are expected against 173, by interpolation between 32 x 32,640 and 32 x 98,176 (210* taken as 228). Where
 # FlashInfer (below) or nobody attends densely, columns win from COLUMN_PAGES pages on, up to COLUMN_TOKENS new tokens.
-# Partial results take at most PARTIAL_BYTES.
+# Partial results, of torch's allocator while a layer runs, take at most PARTIAL_BYTES.
 FA3_COLUMN_PAGES, COLUMN_PAGES, COLUMN_TOKENS, PARTIAL_BYTES = 384, 14, 128, 64 << 20
 # Elsewhere a step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of
 # the products grows with its work, that of the host does not. With FA3, new * cached tokens reach FA3_WORK. With

@@ -205,14 +205,6 @@ def test_beside_flash_attention_3_columns_are_one_block_on_a_longer_prefix():
     assert of([16], enough, heads=64) == extend_choice.COLUMNS and of([17], enough, heads=64) == extend_choice.DENSE
 
 
-def test_partial_results_of_columns_count_as_a_workspace(host):
-    host(fa3=True)
-    kernels = choose_kernels(SHAPE, KVARN, CUDA)
-    others = replace(kernels, columns="")
-    served, without = (Attention(SHAPE, KVARN, META, LIMITS, chosen) for chosen in (kernels, others))
-    assert served.num_bytes == without.num_bytes + extend_choice.PARTIAL_BYTES
-
-
 @pytest.mark.parametrize(
     ("capability", "config", "together"), [((9, 0), KVARN, 4), ((9, 0), CANONICAL, 1), ((8, 0), KVARN, 4)], ids=str
 )
