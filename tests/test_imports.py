@@ -21,7 +21,7 @@ FLOORS = (
     {"record"},
     {"config", "shape", "memory", "batch", "balance"},
     {"write", "read", "dense", "reference", "transfer"},
-    {"warm_up", "torch_form"},
+    {"extend_choice", "warm_up", "torch_form"},
     {"attention"},
 )
 # inside a function, for hosts where SGLang brought it; and for arithmetic on the host, slow in torch

@@ -3,9 +3,10 @@
 
     python -m benchmarks.kernels.bench_prefill --output benchmarks/results/prefill.csv
 
-One request adds NEW tokens to a prefix that is in the cache. KVarN's time is what a layer really runs: rotate, encode
-of the pages that fill up, attention with everything around it, ring store; its parts are listed. The time of a
-baseline, FlashInfer or the FA3 of sgl_kernel, is the paged attention alone, over pages of 128 tokens in random order.
+One request adds NEW tokens to a prefix that is in the cache; with three numbers several requests do, each to its own.
+KVarN's time is what a layer really runs: rotate, encode of the pages that fill up, attention with everything around it,
+ring store; its parts are listed. The time of a baseline, FlashInfer or the FA3 of sgl_kernel, is the paged attention
+alone, over pages of 128 tokens in random order.
 Times are medians of CUDA events with a cold L2, the host ahead of the device; `host_time` is what the host needs to
 issue a layer, `plan_time` to plan a step (once for all layers). A provider whose check against float32 attention of a
 few queries fails prints no time.
@@ -28,7 +29,9 @@ from benchmarks.kernels.attention_problem import DEVICE, Candidate, heads, shape
 from benchmarks.kernels.prefill_problem import Problem, Shape
 
 SHAPES = ["2048x0", "8192x0", "256x8192", "512x8192", "1024x8192", "2048x8192", "2048x32768", "2048x98304"]
-KERNELS = [*extend_dense.LIBRARIES, "triton"]
+# extend_sm90.cu and Triton
+COLUMNS = "columns"
+KERNELS = [*extend_dense.LIBRARIES, "triton", COLUMNS]
 # of FlashInfer; SGLang's FA3 has no backends
 SGLANG_FA3, BACKENDS = "sglang_fa3", ["auto", "fa2", "fa3"]
 
@@ -46,8 +49,10 @@ def providers(args: argparse.Namespace) -> dict[str, Callable[[Problem], list[Ca
     for preset in args.presets:
         for name in args.kernels:
             dense = name if name in extend_dense.LIBRARIES else ""
-            if not (dense and KVarNConfig.from_preset(preset).fixed_order):
-                chosen[f"{preset}_{name}"] = lambda problem, p=preset, d=dense: prefill_providers.kvarn(problem, p, d)
+            if name == "triton" or not KVarNConfig.from_preset(preset).fixed_order:
+                chosen[f"{preset}_{name}"] = lambda problem, p=preset, d=dense, c=name == COLUMNS: (
+                    prefill_providers.kvarn(problem, p, d, by_columns=c)
+                )
     return chosen
 
 
@@ -55,14 +60,17 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[str, Problem, dict[str,
     """Return each shape's name, problem and settings."""
     chosen = heads(args)
     for text in args.shapes:
-        new, prefix = (int(n) for n in text.split("x"))
-        yield text, Problem.make(Shape(new, prefix, chosen)), {"new": new, "prefix": prefix} | shape_settings(chosen)
+        *requests, new, prefix = (int(n) for n in text.split("x"))
+        shape = Shape(new, prefix, chosen, *requests)
+        settings = {"requests": shape.requests} if requests else {}
+        yield text, Problem.make(shape), settings | {"new": new, "prefix": prefix} | shape_settings(chosen)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = cli.parser(__doc__)
-    cli.add_layer(parser, SHAPES, "New tokens x tokens in the cache.", 9, "Timed layers, whose median counts.")
+    text = "New tokens x tokens in the cache, or requests x both."
+    cli.add_layer(parser, SHAPES, text, 9, "Timed layers, whose median counts.")
     text = f"What attends in a preset's cache, none or several: {', '.join(KERNELS)}."
     parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS, metavar="K", help=text)
     names = [SGLANG_FA3, *BACKENDS]

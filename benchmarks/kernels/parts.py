@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from kvarn_kernels.dense import extend_dense
-from kvarn_kernels.read import columns_sm90, decode, decode_sm90, merge
+from kvarn_kernels.read import columns_sm90, decode, decode_sm90, extend, extend_sm90, merge
 from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 Places = dict[str, list[tuple[Any, str]]]
@@ -20,13 +20,16 @@ DECODE: Places = {
     "attend": [(decode, "decode"), (decode_sm90, "decode"), (columns_sm90, "decode")],
     "merge": [(merge, "merge_splits")],
 }
-# of a long extend step; "attention" is that of FlashInfer or FlashAttention 3
+# of an extend step; "attention" is that of FlashInfer or FlashAttention 3, "columns" that of extend_sm90.cu, "rest"
+# what Triton attends besides
 PREFILL: Places = {
     "rotate": [(rotate, "rotate_chunk"), (chunk_cuda, "rotate_chunk")],
     "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],
     "dequantise": [(extend_dense, "dequantise"), (extend_dense, "dequantise_by_cuda")],
     "attention": [(extend_dense, "run_call")],
-    "merge": [(extend_dense, "merge_parts")],
+    "columns": [(extend_sm90, "attend_records")],
+    "rest": [(extend, "_extend_launcher")],
+    "merge": [(extend_dense, "merge_parts"), (extend, "merge_splits")],
     "store": [(store, "store_chunk"), (chunk_cuda, "store_chunk")],
 }
 
@@ -52,7 +55,7 @@ def only(part: str) -> Any:
 
 @contextmanager
 def timed() -> Iterator[dict[str, list[Any]]]:
-    """Measure the parts of the long extend steps that run inside: part -> pairs of CUDA events."""
+    """Measure the parts of the extend steps that run inside: part -> pairs of CUDA events."""
     events: dict[str, list[Any]] = {part: [] for part in PREFILL}
 
     def measured(part: str, function: Callable) -> Callable:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request that adds new tokens to a prefix in the cache, the same for every provider."""
+"""Requests that add new tokens to a prefix in the cache, the same for every provider."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from benchmarks.kernels.attention_problem import DEVICE, PAGE, attend_exactly, d
 
 @dataclass(frozen=True)
 class Shape:
-    """Describe one problem: a request with `new` tokens after `prefix` cached ones."""
+    """Describe one problem: requests with `new` tokens each after `prefix` cached ones."""
 
     new: int
     prefix: int
     heads: AttentionShape
+    requests: int = 1
 
     @property
     def seq_len(self) -> int:
-        """Tokens of the request."""
+        """Tokens of a request."""
         return self.prefix + self.new
 
     @property
     def pages(self) -> int:
-        """Pages of the request."""
+        """Pages of a request."""
         return -(-self.seq_len // PAGE)
 
     @property
     def flops(self) -> int:
         """Multiplications and additions of the scores that causality leaves, and of their values."""
         keys = self.new * self.prefix + self.new * (self.new + 1) // 2
-        return 4 * keys * self.heads.num_qo_heads * self.heads.head_dim
+        return 4 * self.requests * keys * self.heads.num_qo_heads * self.heads.head_dim
 
 
 @dataclass
@@ -41,9 +42,9 @@ class Problem:
     """Hold the inputs of all providers; the prefix repeats a few distinct pages.
 
     Attributes:
-        q: [new, Hq, D]; k, v: [seq_len, Hk, D].
+        q: [requests * new, Hq, D]; k, v: [seq_len, Hk, D], of every request, which have them in pages of their own.
         page_of: [prefix pages], which of the distinct pages each repeats; distinct: [U, G, Hk, D], keys and values.
-        page_table: int32 [1, pages], physical pages in random order, from 1 on.
+        page_table: int32 [requests, pages], physical pages in random order, from 1 on.
     """
 
     shape: Shape
@@ -65,17 +66,18 @@ class Problem:
             torch.cat([x[page_of].flatten(0, 1), draw(source, shape.new, heads.num_kv_heads, heads.head_dim)])
             for x in pages
         )
-        order = torch.randperm(shape.pages, generator=source, device=DEVICE) + 1
-        q = draw(source, shape.new, heads.num_qo_heads, heads.head_dim)
-        return cls(shape, q, k, v, page_of, pages, order.int()[None])
+        order = torch.randperm(shape.requests * shape.pages, generator=source, device=DEVICE) + 1
+        q = draw(source, shape.requests * shape.new, heads.num_qo_heads, heads.head_dim)
+        return cls(shape, q, k, v, page_of, pages, order.int().unflatten(0, (shape.requests, -1)))
 
     @property
     def samples(self) -> list[int]:
         """The queries that a check computes."""
         new = self.shape.new
-        return sorted({0, min(PAGE + 1, new - 1), new // 2, new - 1})
+        first = (self.shape.requests - 1) * new
+        return sorted({0, *(first + n for n in (0, min(PAGE + 1, new - 1), new // 2, new - 1))})
 
     def exact(self, query: int) -> torch.Tensor:
         """Return float32 attention of a query in plain torch, [Hq, D]."""
-        end = self.shape.prefix + query + 1
+        end = self.shape.prefix + query % self.shape.new + 1
         return attend_exactly(self.q[query], self.k[:end], self.v[:end])

@@ -15,6 +15,7 @@ from kvarn_kernels.dense import extend_dense
 from kvarn_kernels.dense.paged_calls import Library
 from kvarn_kernels.device.gpu import gpu_of
 from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read import extend
 
 from benchmarks.kernels import parts
 from benchmarks.kernels.attention_problem import DEVICE, PAGE, Candidate, attend_exactly, encoded, write_ring
@@ -32,10 +33,10 @@ def flashinfer_bf16(problem: Problem, backend: str) -> list[Candidate]:
 
     def plan() -> None:
         wrapper.plan(
-            torch.tensor([0, shape.new], dtype=torch.int32),
-            torch.tensor([0, shape.pages], dtype=torch.int32),
-            problem.page_table[0],
-            torch.tensor([(shape.seq_len - 1) % PAGE + 1], dtype=torch.int32),
+            _indptr(shape.requests, shape.new),
+            _indptr(shape.requests, shape.pages),
+            problem.page_table.flatten(),
+            torch.tensor([(shape.seq_len - 1) % PAGE + 1] * shape.requests, dtype=torch.int32),
             heads.num_qo_heads,
             heads.num_kv_heads,
             heads.head_dim,
@@ -61,7 +62,8 @@ def fa3_bf16(problem: Problem, function: Any = None) -> list[Candidate]:
 
         function = flash_attn_with_kvcache
     shape, heads, caches = problem.shape, problem.shape.heads, _caches(problem)
-    lengths, rows = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([shape.seq_len], [0, shape.new]))
+    lengths = torch.full((shape.requests,), shape.seq_len, dtype=torch.int32, device=DEVICE)
+    rows = _indptr(shape.requests, shape.new).to(DEVICE)
     out = torch.empty_like(problem.q)
 
     def run(layer: int) -> None:
@@ -81,78 +83,100 @@ def fa3_bf16(problem: Problem, function: Any = None) -> list[Candidate]:
     return [Candidate(run, out, problem.samples, problem.exact, plan=lambda: None)]
 
 
+def _indptr(requests: int, each: int) -> torch.Tensor:
+    """Return [0, each, 2 each, ...], int32 on the host."""
+    return torch.arange(0, (requests + 1) * each, each, dtype=torch.int32)
+
+
 def _caches(problem: Problem) -> list[torch.Tensor]:
     """Return the keys and the values in pages, [P, G, Hk, D]."""
     shape, caches = problem.shape, []
     for x in (problem.k, problem.v):
-        cache = torch.zeros(shape.pages + 1, PAGE, *x.shape[1:], dtype=x.dtype, device=DEVICE)
+        cache = torch.zeros(problem.page_table.numel() + 1, PAGE, *x.shape[1:], dtype=x.dtype, device=DEVICE)
         padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, shape.pages * PAGE - shape.seq_len))
-        cache[problem.page_table[0].long()] = padded.unflatten(0, (-1, PAGE))
+        for pages in problem.page_table.long():
+            cache[pages] = padded.unflatten(0, (-1, PAGE))
         caches.append(cache)
     return caches
 
 
 def _ring_pages(problem: Problem, config: KVarNConfig) -> torch.Tensor:
-    """Return the pages of the request's ring, int32 [1, N]: those behind the pages of records."""
-    first, count = problem.shape.pages + 1, config.ring_pages(problem.shape.heads.head_dim, problem.k.element_size())
-    return torch.arange(first, first + count, dtype=torch.int32, device=DEVICE)[None]
+    """Return the pages of the rings, int32 [requests, N]: those behind the pages of records."""
+    first, requests = problem.page_table.numel() + 1, problem.shape.requests
+    count = config.ring_pages(problem.shape.heads.head_dim, problem.k.element_size())
+    pages = torch.arange(first, first + requests * count, dtype=torch.int32, device=DEVICE)
+    return pages.unflatten(0, (requests, count))
 
 
 def _filled_cache(problem: Problem, config: KVarNConfig) -> LayerCache:
     """Return a cache that holds the prefix: its records, and its last tokens in the ring."""
-    shape, heads, ring = problem.shape, problem.shape.heads, _ring_pages(problem, config)[0]
-    size = (1 + shape.pages + len(ring), heads.num_kv_heads, config.record_bytes(heads.head_dim))
+    shape, heads, rings = problem.shape, problem.shape.heads, _ring_pages(problem, config)
+    size = (1 + problem.page_table.numel() + rings.numel(), heads.num_kv_heads, config.record_bytes(heads.head_dim))
     records = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-    records[problem.page_table[0, : len(problem.page_of)].long()] = encoded(problem.distinct, config)[problem.page_of]
+    prefix = encoded(problem.distinct, config)[problem.page_of]
+    for pages in problem.page_table.long():
+        records[pages[: len(prefix)]] = prefix
     cache, start = LayerCache(records, heads.head_dim, problem.k.dtype), max(0, shape.prefix - config.ring_len)
-    newest = (reference.rotate(x[start : shape.prefix]).to(x.dtype) for x in (problem.k, problem.v))
-    write_ring(cache, ring, start, *newest)
+    newest = [reference.rotate(x[start : shape.prefix]).to(x.dtype) for x in (problem.k, problem.v)]
+    for ring in rings:
+        write_ring(cache, ring, start, *newest)
     return cache
 
 
 def _batch(problem: Problem, config: KVarNConfig) -> ExtendBatch:
-    shape = problem.shape
+    shape, requests = problem.shape, problem.shape.requests
 
-    def int32(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+    def int32(value: int) -> torch.Tensor:
+        return torch.full((requests,), value, dtype=torch.int32, device=DEVICE)
 
     return ExtendBatch(
         ring_pages=_ring_pages(problem, config),
         prefix_lens=int32(shape.prefix),
         seq_lens=int32(shape.seq_len),
-        qo_indptr=int32(0, shape.new),
+        qo_indptr=_indptr(requests, shape.new).to(DEVICE),
         page_table=problem.page_table,
         exact_starts=int32(0),
-        prefix_lens_host=[shape.prefix],
-        seq_lens_host=[shape.seq_len],
+        prefix_lens_host=[shape.prefix] * requests,
+        seq_lens_host=[shape.seq_len] * requests,
     )
 
 
 def kvarn(
-    problem: Problem, preset: str, dense: str | Library = "", kernels: Kernels | None = None
+    problem: Problem,
+    preset: str,
+    dense: str | Library = "",
+    kernels: Kernels | None = None,
+    *,
+    by_columns: bool = False,
 ) -> list[Candidate]:
     """Return a preset made ready.
 
     Args:
         dense: who attends, however short the step is: one of `extend_dense.LIBRARIES` or what stands in for it; empty
-            for the kernel that reads records.
+            for the kernels that read records.
+        by_columns: of those, extend_sm90.cu reads what all new tokens read as records, Triton the rest.
         kernels: other ones than a server would run.
     """
     shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
     cache, out, batch = _filled_cache(problem, config), torch.empty_like(problem.q), _batch(problem, config)
-    limits = Limits(decode_batch=1, request_pages=shape.pages, extend_requests=1, chunk_pages=-(-shape.new // PAGE) + 1)
+    limits = Limits(
+        decode_batch=1,
+        request_pages=shape.pages,
+        extend_requests=shape.requests,
+        chunk_pages=-(-shape.new // PAGE) + 1,
+    )
     chosen = kernels or choose_kernels(heads, config, DEVICE)
     attention = Attention(heads, config, DEVICE, limits, replace(chosen, dense=""))
     workspace, compiled = None, chosen.dequantise == "cuda"
     if dense:
         workspace = extend_dense.make_workspace(heads, limits.extend_pages, DEVICE, dense, compiled=compiled)
-    new = QKV(problem.q, problem.k[shape.prefix :], problem.v[shape.prefix :])
+    new = QKV(problem.q, *(x[shape.prefix :].repeat(shape.requests, 1, 1) for x in (problem.k, problem.v)))
     step: Step | None = None
 
     def plan() -> None:
         nonlocal step
         if workspace is None:
-            step = attention.plan(batch)
+            step = Step(batch, extend.plan_extend(batch, heads, config, gpu_of(DEVICE), by_columns=by_columns))
         else:
             step = Step(batch, extend_dense.plan_dense(batch, workspace, config, gpu_of(DEVICE)))
 
@@ -162,7 +186,7 @@ def kvarn(
         attention.attend(new, out, cache, step, heads.head_dim**-0.5)
 
     def expected(query: int) -> torch.Tensor:
-        position = shape.prefix + query
+        position = shape.prefix + query % shape.new
         exact = max(position // PAGE - config.window_pages, 0)
         records = cache.records[problem.page_table[0, :exact].long()].transpose(0, 1)
         past = torch.empty(2, exact * PAGE, *problem.k.shape[1:], device=DEVICE)
@@ -175,5 +199,5 @@ def kvarn(
         k, v = (torch.cat([old, x[rest].float()]) for old, x in zip(past, (problem.k, problem.v), strict=True))
         return attend_exactly(problem.q[query], k, v)
 
-    timed = None if workspace is None else parts.timed
+    timed = parts.timed if by_columns or workspace is not None else None
     return [Candidate(run, out, problem.samples, expected, plan=plan, timed=timed)]

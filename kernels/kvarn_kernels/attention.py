@@ -16,35 +16,20 @@ from types import ModuleType
 
 import torch
 
-from kvarn_kernels import torch_form, warm_up
+from kvarn_kernels import extend_choice, torch_form, warm_up
 from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch, Limits
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu, gpu_of
 from kvarn_kernels.memory import LayerCache
-from kvarn_kernels.read import columns_sm90, decode, decode_plan, decode_sm90, extend, merge
+from kvarn_kernels.read import columns_sm90, decode, decode_plan, decode_sm90, extend, extend_sm90, merge
 from kvarn_kernels.shape import AttentionShape
 from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 logger = logging.getLogger(__name__)
 
 CPU_FORM_ENV = "KVARN_CPU_FORM"
-# an extend step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of the
-# products grows with its work, that of the host does not. With FlashAttention 3 (FA3), new * cached tokens reach
-# FA3_WORK. One layer of 32/8 heads of 128 on an H200, with everything around the attention:
-#     32 new tokens on 32,640 cached    Triton 173 us      FA3 123 us
-#     128 on 8,064                             207 us          109 us
-#     128 on 32,640                            595 us          224 us
-#     128 on 98,176                            1,619 us        559 us
-# With FlashInfer, new * cached * query heads * head_dim reach DENSE_WORK; its wrappers cost the host more, and it cuts
-# no contexts. The same on an H100 ("split" as in dense/segments.py):
-#     128 on 8,192                      Triton 201 us      FlashInfer 209 us
-#     128 on 32,768                            566 us                 654 us, split 372 us
-#     128 on 98,304                            about 1,700 us         split 957 us
-# The host needed 390 to 570 us a layer for Triton, about 600 for FlashInfer, and 1,020 to 1,280 us where it was split;
-# a step waits for the slower of GPU and host, which meet at about 128 new tokens on 49,152.
-DENSE_TOKENS, FA3_WORK, DENSE_WORK = 256, 1 << 18, 24 << 30
 
 
 @dataclass(frozen=True)
@@ -55,6 +40,8 @@ class Kernels:
         encode: as named, with the rotation and the ring store of extend steps; decode: as named; extend: of few tokens.
         dense: who attends long extend steps, one of `extend_dense.LIBRARIES`; empty where the same kernel does.
         dequantise: of what those steps read.
+        columns: of steps of few tokens on a long prefix, what all of those read as records; empty where `extend` reads
+            it.
     """
 
     encode: str
@@ -62,6 +49,7 @@ class Kernels:
     extend: str
     dense: str = ""
     dequantise: str = "triton"
+    columns: str = ""
 
 
 ExtendSteps = extend.ExtendPlan | extend_dense.DensePlan
@@ -115,6 +103,7 @@ def choose_kernels(
         extend="triton",
         dense="" if config.fixed_order else _dense_library(gpu),
         dequantise="cuda" if compiled else "triton",
+        columns="cuda" if compiled and not config.fixed_order and extend_sm90.serves(shape.head_dim, gpu) else "",
     )
 
 
@@ -231,9 +220,10 @@ class Attention:
             return "encode, decode and extends by torch"
         encoder = f"CUDA C++ ({encode_cuda.SOURCE.name})" if self.kernels.encode == "cuda" else "Triton"
         decoder = f"CUDA C++ ({self._decode_cuda.SOURCE.name})" if self.kernels.decode == "cuda" else "Triton"
-        extends = "extends by Triton"
+        short = f"CUDA C++ ({extend_sm90.SOURCE.name}) and Triton" if self.kernels.columns else "Triton"
+        extends = f"extends by {short}"
         if self.kernels.dense:
-            extends = f"short extends by Triton, long extends by {extend_dense.LIBRARIES[self.kernels.dense].name}"
+            extends = f"short extends by {short}, long extends by {extend_dense.LIBRARIES[self.kernels.dense].name}"
         return f"encode by {encoder}, decode by {decoder}, {extends}"
 
     def reserve(self, decode_batch: int) -> None:
@@ -253,6 +243,8 @@ class Attention:
         for tokens in (0, *self.sliding_windows):
             plans: list[tuple[ExtendBatch, ExtendSteps]] = []
             plans += [(batch, self._plan_sparse(batch, tokens)) for batch in batches]
+            if self.kernels.columns and not tokens:
+                plans.append((page, self._plan_sparse(page, by_columns=True)))
             if self._dense_workspace is not None:
                 dense = extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu, tokens)
                 plans.append((page, dense))
@@ -294,23 +286,25 @@ class Attention:
         return Step(batch, plans.pop(0), plans)
 
     def _plan_extend(self, batch: ExtendBatch, sliding_window: int, first_call: int) -> ExtendSteps:
-        if self._dense_workspace is not None and self._is_long(batch, sliding_window):
+        form = self._extend_form(batch, sliding_window)
+        if form == extend_choice.DENSE:
             workspace, config = self._dense_workspace, self.config
+            assert workspace is not None, "who attends densely has a workspace"
             return extend_dense.plan_dense(batch, workspace, config, self._gpu, sliding_window, first_call)
-        return self._plan_sparse(batch, sliding_window)
+        return self._plan_sparse(batch, sliding_window, by_columns=form == extend_choice.COLUMNS)
 
-    def _plan_sparse(self, batch: ExtendBatch, sliding_window: int = 0) -> extend.ExtendPlan:
-        return extend.plan_extend(batch, self.shape, self.config, self._gpu, sliding_window)
+    def _plan_sparse(
+        self, batch: ExtendBatch, sliding_window: int = 0, *, by_columns: bool = False
+    ) -> extend.ExtendPlan:
+        return extend.plan_extend(batch, self.shape, self.config, self._gpu, sliding_window, by_columns=by_columns)
 
-    def _is_long(self, batch: ExtendBatch, sliding_window: int = 0) -> bool:
-        """Whether a step is better attended densely; see `DENSE_TOKENS`."""
-        cached = max(batch.prefix_lens_host)
-        pairs = batch.num_tokens * (min(cached, sliding_window) if sliding_window else cached)
-        if self.kernels.dense == paged_calls.FA3:
-            is_large = pairs >= FA3_WORK
-        else:
-            is_large = pairs * self.shape.num_qo_heads * self.shape.head_dim >= DENSE_WORK
-        return batch.num_tokens >= DENSE_TOKENS or is_large
+    def _extend_form(self, batch: ExtendBatch, sliding_window: int = 0) -> str:
+        library, has_columns = self.kernels.dense, bool(self.kernels.columns)
+        if self._dense_workspace is None:
+            library = ""
+        return extend_choice.extend_form(
+            batch, self.shape, self.config, self._gpu, library, sliding_window, has_columns=has_columns
+        )
 
     def attend(
         self,

@@ -112,8 +112,17 @@ def test_dense_prefill_agrees_with_the_oracle_and_has_all_parts(prefill, monkeyp
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: events)
     with candidate.timed() as found:
         candidate.run(0)
-    # one segment is not merged
-    assert {part for part, pairs in found.items() if pairs} == parts.PREFILL.keys() - {"merge"}
+    # one segment is not merged, and no kernel reads records
+    assert {part for part, pairs in found.items() if pairs} == parts.PREFILL.keys() - {"merge", "columns", "rest"}
+
+
+def test_prefill_of_several_requests_agrees_with_the_oracle_and_float32_attention():
+    problem = PrefillProblem.make(PrefillShape(40, 256, HEADS, 2), distinct=4)
+    assert problem.samples == [0, 40, 60, 79]
+    (ours,) = prefill_providers.kvarn(problem, "kvarn", kernels=TORCH)
+    (baseline,) = prefill_providers.fa3_bf16(problem, fa3_standin.flash_attn_with_kvcache)
+    for candidate in (ours, baseline):
+        assert check(candidate) < candidate.tolerance
 
 
 def test_prefill_of_the_baseline_agrees_with_float32_attention(prefill):

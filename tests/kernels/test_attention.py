@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import flashinfer_standin
 import pytest
 import torch
-from kvarn_kernels import attention
+from kvarn_kernels import attention, extend_choice
 from kvarn_kernels.attention import TORCH, Attention, Limits, choose_kernels
 from kvarn_kernels.batch import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
@@ -27,7 +27,8 @@ ALL_CUDA = "encode by CUDA C++ (encode.cu), decode by CUDA C++ (decode_sm90.cu),
 AMPERE = "encode by CUDA C++ (encode.cu), decode by Triton, "
 TRITON = "encode by Triton, decode by Triton, "
 FLASHINFER = "short extends by Triton, long extends by FlashInfer"
-FA3 = "short extends by Triton, long extends by FlashAttention 3"
+HOPPER = "extends by CUDA C++ (extend_sm90.cu) and Triton"
+ON_HOPPER = f"short {HOPPER}, long extends by "
 ONE_FORM = "extends by Triton"
 
 
@@ -52,7 +53,8 @@ def on_cuda(shape: AttentionShape, config: KVarNConfig, device: torch.device = M
 @pytest.mark.parametrize(
     ("capability", "dtype", "config", "builds", "text"),
     [
-        ((9, 0), torch.bfloat16, KVARN, True, ALL_CUDA + FLASHINFER),
+        ((9, 0), torch.bfloat16, KVARN, True, ALL_CUDA + ON_HOPPER + "FlashInfer"),
+        ((9, 0), torch.bfloat16, KVARN, False, ALL_CUDA + HOPPER),
         ((10, 0), torch.float16, KVARN, False, ALL_CUDA + ONE_FORM),
         ((9, 0), torch.bfloat16, CANONICAL, True, ALL_CUDA + ONE_FORM),
         ((8, 0), torch.bfloat16, KVARN, True, AMPERE + FLASHINFER),
@@ -114,7 +116,7 @@ def test_models_with_sliding_windows_have_a_plan_for_each_and_one_decode_kernel(
 @pytest.mark.parametrize(
     ("capability", "text"),
     [
-        ((9, 0), ALL_CUDA + FA3),
+        ((9, 0), ALL_CUDA + ON_HOPPER + "FlashAttention 3"),
         # built for Hopper
         ((10, 0), ALL_CUDA + FLASHINFER),
         ((8, 0), AMPERE + FLASHINFER),
@@ -142,7 +144,7 @@ def test_where_flash_attention_3_does_not_load_others_attend(host, monkeypatch, 
     monkeypatch.setitem(sys.modules, "sgl_kernel", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer_standin if flashinfer else None)
     served = on_cuda(SHAPE, KVARN, CPU)
-    assert served.describe() == ALL_CUDA + (FLASHINFER if flashinfer else ONE_FORM)
+    assert served.describe() == ALL_CUDA + (ON_HOPPER + "FlashInfer" if flashinfer else HOPPER)
     assert "FlashAttention 3's prefill kernels are not to be had" in caplog.text
     assert ("FlashInfer's prefill kernels are not to be had" in caplog.text) == (not flashinfer)
     # what is charged is what was taken
@@ -151,7 +153,7 @@ def test_where_flash_attention_3_does_not_load_others_attend(host, monkeypatch, 
 
 def test_describe_does_not_name_a_flashinfer_that_is_not_there(host):
     host(flashinfer=False)
-    assert on_cuda(SHAPE, KVARN).describe() == ALL_CUDA + ONE_FORM
+    assert on_cuda(SHAPE, KVARN).describe() == ALL_CUDA + HOPPER
 
 
 def test_describe_names_torch_or_the_interpreted_kernels_on_a_cpu(monkeypatch):
@@ -164,19 +166,26 @@ def test_describe_names_torch_or_the_interpreted_kernels_on_a_cpu(monkeypatch):
         Attention(SHAPE, KVARN, CPU, LIMITS)
 
 
-def test_attention_attends_long_steps_on_a_library(host, monkeypatch):
-    def is_long(tokens: int, cached: int = 0, num_qo_heads: int = 32) -> bool:
-        step = SimpleNamespace(num_tokens=tokens, prefix_lens_host=[cached])
-        return on_cuda(replace(SHAPE, num_qo_heads=num_qo_heads), KVARN)._is_long(step)
+def form_of(new: list[int], cached: int, *, library: str = "", columns: bool = False, heads: int = 32) -> str:
+    """Return who attends a step of requests with so many new tokens on as many cached ones."""
+    batch = SimpleNamespace(num_tokens=sum(new), new_tokens=new, prefix_lens_host=[cached] * len(new))
+    shape = replace(SHAPE, num_qo_heads=heads)
+    return extend_choice.extend_form(batch, shape, KVARN, H100, library, has_columns=columns)
 
-    enough = attention.DENSE_TOKENS
-    host(fa3=True)
-    assert is_long(enough) and not is_long(enough - 1) and is_long(32, 8192) and not is_long(32, 8191)
+
+def test_attention_attends_long_steps_on_a_library(host, monkeypatch):
+    def is_long(tokens: int, cached: int = 0, heads: int = 32, library: str = paged_calls.FLASHINFER) -> bool:
+        return form_of([tokens], cached, library=library, heads=heads) == extend_choice.DENSE
+
+    enough, fa3 = extend_choice.DENSE_TOKENS, paged_calls.FA3
+    assert is_long(enough, library=fa3) and not is_long(enough - 1, library=fa3)
+    assert is_long(32, 8192, library=fa3) and not is_long(32, 8191, library=fa3)
     host()
     assert is_long(enough) and not is_long(enough - 1)
     # 32 heads of 128, and a rank with 8 of them
     assert is_long(128, 49_152) and not is_long(128, 49_151)
     assert is_long(128, 4 * 49_152, 8) and not is_long(128, 4 * 49_152 - 1, 8)
+    assert form_of([enough], 0) == extend_choice.RECORDS
     assert choose_kernels(SHAPE, KVARN, CUDA).dense
     assert not choose_kernels(SHAPE, CANONICAL, CUDA).dense
     assert not choose_kernels(replace(SHAPE, dtype=torch.float32), KVARN, CUDA).dense
@@ -184,6 +193,38 @@ def test_attention_attends_long_steps_on_a_library(host, monkeypatch):
     assert choose_kernels(SHAPE, KVARN, CPU) == TORCH
     host(flashinfer=False)
     assert not choose_kernels(SHAPE, KVARN, CUDA).dense
+
+
+@pytest.mark.parametrize("library", ["", paged_calls.FLASHINFER])
+def test_few_tokens_on_a_long_prefix_are_attended_by_columns(host, library):
+    enough, most = (extend_choice.COLUMN_PAGES + KVARN.window_pages) * 128, extend_choice.COLUMN_TOKENS
+
+    def of(new: list[int], cached: int) -> bool:
+        return form_of(new, cached, library=library, columns=True) == extend_choice.COLUMNS
+
+    assert of([1], enough) and not of([1], enough - 1)
+    assert of([most], enough) and not of([most + 1], enough)
+    # partial results: 16 turns of 100 tokens take 50 MiB, 32 would take 100
+    assert of([100] * 16, 20_480) and not of([100] * 32, 20_480)
+    assert form_of([1], enough) == extend_choice.RECORDS
+    host()
+    assert choose_kernels(SHAPE, KVARN, CUDA).columns == "cuda"
+    assert not choose_kernels(SHAPE, CANONICAL, CUDA).columns
+    host((10, 0))
+    assert not choose_kernels(SHAPE, KVARN, CUDA).columns
+
+
+def test_beside_flash_attention_3_columns_are_one_block_on_a_longer_prefix():
+    enough = (extend_choice.FA3_COLUMN_PAGES + KVARN.window_pages) * 128
+
+    def of(new: list[int], cached: int, heads: int = 32) -> str:
+        return form_of(new, cached, library=paged_calls.FA3, columns=True, heads=heads)
+
+    # 32/8 heads: 32 tokens have 128 query heads of a KV head
+    assert of([32], enough) == of([32, 1], enough) == extend_choice.COLUMNS
+    assert of([33], enough) == of([1, 33], enough) == of([32], enough - 1) == extend_choice.DENSE
+    assert of([1], enough) == extend_choice.COLUMNS and of([1], enough - 1) == extend_choice.RECORDS
+    assert of([16], enough, heads=64) == extend_choice.COLUMNS and of([17], enough, heads=64) == extend_choice.DENSE
 
 
 @pytest.mark.parametrize(

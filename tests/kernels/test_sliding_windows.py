@@ -29,6 +29,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense.extend_dense import extend_dense, plan_dense
 from kvarn_kernels.dense.segments import fewest_pages
 from kvarn_kernels.device.gpu import gpu_of
+from kvarn_kernels.extend_choice import DENSE
 from kvarn_kernels.read import extend as extend_module
 from test_decode import TOLERANCE, decode_step, make_requests
 from test_extend import BOUND, rotated_extend
@@ -216,7 +217,7 @@ def test_layers_of_one_dense_step_may_have_different_windows(monkeypatch, librar
     cache = cache_for(request, KVARN)
     attention = attention_for(cache, 2, KVARN, sliding_windows=windows)
     monkeypatch.setattr(attention, "_dense_workspace", workspace_for(request, 8, library))
-    monkeypatch.setattr(attention, "_is_long", lambda *step: True)
+    monkeypatch.setattr(attention, "_extend_form", lambda *step: DENSE)
     outs: dict[int, list[torch.Tensor]] = {window: [] for window in (0, *windows)}
 
     def attend(new, out, cache, batch, config, sm_scale):

@@ -12,6 +12,7 @@ from kvarn_kernels.attention import Attention
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense, paged_calls, segments
 from kvarn_kernels.device.launch import TritonLauncher
+from kvarn_kernels.extend_choice import DENSE
 from kvarn_kernels.read import extend
 
 HEADS, HEAD_DIM = (8, 1), 64
@@ -65,7 +66,7 @@ def dense_attention(cache, config) -> Attention:
     standin = None if DEVICE.type == "cuda" else flashinfer_standin
     library = paged_calls.FlashInfer(DEVICE, standin)
     attention._dense_workspace = extend_dense.make_workspace(shape_of(cache, HEADS[0]), 4, DEVICE, library)
-    attention._is_long = lambda *step: True
+    attention._extend_form = lambda *step: DENSE
     return attention
 
 

@@ -11,6 +11,7 @@ from . import (
     dequantise,
     drafts,
     extend,
+    extend_columns,
     host,
     metadata,
     plugin,
@@ -24,7 +25,7 @@ from . import (
 )
 
 _ROOMS = (
-    *(record, write, decode, columns, decode_plan, extend, dense, dequantise, attention, torch_form),
-    *(balance, plugin, rings, metadata, drafts, states, host, transfer, windows),
+    *(record, write, decode, columns, decode_plan, extend, extend_columns, dense, dequantise),
+    *(attention, torch_form, balance, plugin, rings, metadata, drafts, states, host, transfer, windows),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import ATTENTION, COLUMNS_SM90, TEST_ATTENTION, TEST_COLUMNS
+from .paths import ATTENTION, CODE_WORDS, COLUMNS_SM90, TEST_ATTENTION, TEST_COLUMNS
 
 _FORMS = (f"{TEST_COLUMNS}::test_drafts_match_the_oracle_in_every_form",)
 _LATE = (f"{TEST_COLUMNS}::test_records_may_land_late_and_warps_stand_still",)
@@ -119,9 +119,9 @@ MUTATIONS = (
     ),
     Mutation(
         "top bits of the upper channels read as those of the lower ones (columns)",
-        COLUMNS_SM90,
-        ">> c / (D / 8) + shift;",
-        ">> shift;",
+        CODE_WORDS,
+        "c / (D / 8) + shift;",
+        "shift;",
         _FORMS,
     ),
     Mutation(

@@ -10,7 +10,7 @@ MUTATIONS = (
     Mutation(
         "exact start ignored (extend kernel)",
         EXTEND,
-        "exact_page_of(start, tl.load(exact_starts_ptr + b), WINDOW, G, SLIDING)",
+        "exact_page_of(start, exact_start, WINDOW, G, SLIDING)",
         "exact_page_of(start, 0, WINDOW, G, SLIDING)",
         (TEST_EXTEND,),
     ),
@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "tile of queries begins with the chunk (extend kernel)",
         EXTEND,
-        "start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q",
-        "start = prefix_len + (num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q",
+        "start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // programs) * BLOCK_Q",
+        "start = prefix_len + (num_tiles - 1 - tl.program_id(0) // programs) * BLOCK_Q",
         (TEST_POSITION_RULE,),
     ),
 )

@@ -26,3 +26,15 @@ def registers_and_stack(code: bytes, folder: Path) -> tuple[int, int]:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
     assert usage, done.stdout
     return int(usage[1]), int(usage[2])
+
+
+def product_groups(code: bytes, folder: Path) -> tuple[int, int]:
+    """Return the products of a warpgroup in a cubin's only kernel, and after how many of them a group ends.
+
+    Where ptxas gives up on letting products overlap with what stands between them, a group ends after each.
+    """
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(code)
+    done = subprocess.run([CUOBJDUMP, "--dump-sass", cubin], capture_output=True, text=True, check=True)
+    products = re.findall(r"HGMMA.*", done.stdout)
+    return len(products), sum("gsb0" in line for line in products)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,12 @@ from kvarn_kernels.device import nvrtc
 SUPPORT = Path(__file__).parent
 # kernel, parameters with types, names of parameters, threads of a block
 LAUNCHER = """
-extern "C" void run({types}, int grid_x, int grid_y, int grid_z) {{
+extern "C" const char* run({types}, int grid_x, int grid_y, int grid_z, unsigned seed) {{
+  failure.clear();
+  schedule_seed = seed;
+  {before}
   launch({{grid_x, grid_y, grid_z}}, {threads}, [=] {{ {kernel}({names}); }});
+  return failure.c_str();
 }}
 """
 
@@ -29,23 +34,41 @@ def parameter_types(source: str, kernel: str) -> str:
     return found[1]
 
 
-def build(folder: Path, path: Path, kernel: str, defines: dict[str, Any], threads: int) -> Callable[..., None]:
-    """Return what launches a kernel as a `CudaLauncher` does, a coroutine for each thread."""
+def build(
+    folder: Path, path: Path, kernel: str, defines: dict[str, Any], threads: int, before: str = ""
+) -> Callable[..., None]:
+    """Return what launches a kernel as a `CudaLauncher` does, a coroutine for each thread.
+
+    Args:
+        before: C++ that runs before every launch, where `seed` is that of the launch: an argument besides those of the
+            kernel, of the schedule of warps and copies; 0, in turn, without it.
+    """
     source = nvrtc.source(path, defines)
     names = nvrtc.parameters(source, kernel)
     folder.mkdir(exist_ok=True)
     target = folder / f"{kernel}-{len(list(folder.iterdir()))}.cpp"
     text = LAUNCHER.format(
-        types=parameter_types(source, kernel), names=", ".join(names), kernel=kernel, threads=threads
+        types=parameter_types(source, kernel),
+        names=", ".join(names),
+        kernel=kernel,
+        threads=threads,
+        before=before,
     )
     target.write_text('#include "cuda_on_cpu.h"\n' + source + text)
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{SUPPORT}"]
     subprocess.run([*command, target, "-o", target.with_suffix(".so")], check=True, timeout=120)
     library = ctypes.CDLL(str(target.with_suffix(".so")))
+    library.run.restype = ctypes.c_char_p
 
-    def launch(grid: tuple[int, int, int], stream: int, **named: torch.Tensor | int) -> None:
-        pointers = {n: ctypes.c_void_p(x.data_ptr()) for n, x in named.items() if isinstance(x, torch.Tensor)}
+    def argument(x: torch.Tensor | int | float) -> Any:
+        if isinstance(x, torch.Tensor):
+            return ctypes.c_void_p(x.data_ptr())
+        # the kernel gets the bits of a float
+        return struct.unpack("<i", struct.pack("<f", x))[0] if isinstance(x, float) else x
+
+    def launch(grid: tuple[int, int, int], stream: int, seed: int = 0, **named: torch.Tensor | int | float) -> None:
         assert set(named) == set(names)
-        library.run(*((named | pointers)[name] for name in names), *grid)
+        failure = library.run(*(argument(named[name]) for name in names), *grid, seed)
+        assert not failure, failure.decode()
 
     return launch

@@ -45,6 +45,8 @@ struct Block {
   std::vector<uint64_t> slots;  // two per thread, used in turn
   std::vector<Barrier> warps;
   Barrier all;
+  std::vector<Barrier> groups;  // of 128 threads, by the numbers of their barriers
+  int any_of_group[16] = {};
   ucontext_t scheduler;
   std::function<void()> kernel;
   int any = 0;
@@ -78,6 +80,15 @@ inline int __syncthreads_or(int value) {
   const int result = block->any;
   __syncthreads();
   block->any = 0;
+  return result;
+}
+inline void sync_group(int number) { wait(block->groups[number]); }
+inline bool vote(int number, bool value) {
+  block->any_of_group[number] |= value;
+  sync_group(number);
+  const bool result = block->any_of_group[number];
+  sync_group(number);
+  block->any_of_group[number] = 0;
   return result;
 }
 
@@ -155,6 +166,7 @@ inline void launch(Index grid, int threads, std::function<void()> kernel) {
         current.slots.resize(2 * threads);
         current.warps.assign(threads / 32, Barrier{32});
         current.all.size = threads;
+        current.groups.assign(16, Barrier{128});
         current.stacks.assign(threads, std::vector<char>(1 << 16));
         for (int n = 0; n < threads; n++) {
           ucontext_t& context = current.threads[n];

@@ -14,6 +14,9 @@ inline u32 multiply_half(u32 a, u32 b) {
   return pack_half(low_half(a) * low_half(b), high_half(a) * high_half(b));
 }
 inline u32 add_half(u32 a, u32 b) { return pack_half(low_half(a) + low_half(b), high_half(a) + high_half(b)); }
+inline u32 max_half(u32 a, u32 b) {
+  return pack_half(std::fmax(low_half(a), low_half(b)), std::fmax(high_half(a), high_half(b)));
+}
 // a product of two fp16 numbers and its sum with a third fit a double
 inline u32 fma_half(u32 a, u32 b, u32 c) {
   auto one = [](double x, double y, double z) { return (float)(x * y + z); };

@@ -16,6 +16,7 @@ struct Phase {
   unsigned number = 0;  // phases completed
   bool armed = false, emptied = false;
   int bytes = 0;        // to come
+  int size = 1, arrived = 0;
 };
 struct Copy {
   u8* target;
@@ -46,7 +47,17 @@ inline void land() {
   }
 }
 
-inline void mbarrier_init(u64* bar) { phases[bar] = Phase(); }
+inline void mbarrier_init(u64* bar, int arrivals = 1) {
+  phases[bar] = Phase();
+  phases[bar].size = arrivals;
+}
+
+inline void arrive(u64* bar) {
+  Phase& phase = phases[bar];
+  if (++phase.arrived < phase.size) return;
+  phase.arrived = 0;
+  phase.number++;
+}
 
 inline void mbarrier_wait(u64* bar, u32 parity) {
   for (int n = 0; phases[bar].number % 2 == parity; n++) {
@@ -90,6 +101,7 @@ void store_shared(u32 a, T v) {
   if (stored) stored(a, sizeof(T));
 }
 inline void sts128(u32 a, uint4 v) { store_shared(a, v); }
+inline void sts64(u32 a, uint2 v) { store_shared(a, v); }
 inline void sts32(u32 a, u32 v) { store_shared(a, v); }
 inline u32 lds32(u32 a) { return load_shared<u32>(a); }
 inline float lds_half(u32 a) { return from_half(load_shared<unsigned short>(a)); }

@@ -91,13 +91,14 @@ void wait_products() {
 }
 
 inline void arrived(Sums&) {}
+inline u32 forgotten(u32 address) { return address; }
 
-template <bool IS_BF16, bool ADD>
-void product(Sums& d, const u32 (&a)[4], u64 b) {
+template <bool IS_BF16>
+void product(Sums& d, const u32 (&a)[4], u64 b, bool add) {
   const auto& all = gather(a);
   Products& own = products[threadIdx.x];
   if (!own.registers_fenced) fail("orders a product whose registers were not fenced");
-  Product x{d, {}, IS_BF16, ADD, b, {}};
+  Product x{d, {}, IS_BF16, add, b, {}};
   const int lane = threadIdx.x % 32;
   for (int row = 0; row < 2; row++)
     for (int k = 0; k < 16; k++) {
@@ -110,9 +111,10 @@ void product(Sums& d, const u32 (&a)[4], u64 b) {
   own.open.push_back(std::move(x));
 }
 template <bool ADD>
-void product_half(Sums& d, const u32 (&a)[4], u64 b) { product<false, ADD>(d, a, b); }
+void product_half(Sums& d, const u32 (&a)[4], u64 b) { product<false>(d, a, b, ADD); }
+inline void product_half(Sums& d, const u32 (&a)[4], u64 b, bool add) { product<false>(d, a, b, add); }
 template <bool ADD>
-void product_exact(Sums& d, const u32 (&a)[4], u64 b) { product<BF16, ADD>(d, a, b); }
+void product_exact(Sums& d, const u32 (&a)[4], u64 b) { product<BF16>(d, a, b, ADD); }
 
 // the address of row `row` of matrix n, which lane 8 n + row has
 template <int N>

@@ -34,6 +34,12 @@ __device__ __forceinline__ u32 add_half(u32 a, u32 b) {
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
   return x;
 }
+// of NaN and a number the number
+__device__ __forceinline__ u32 max_half(u32 a, u32 b) {
+  u32 x;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
 __device__ __forceinline__ u32 fma_half(u32 a, u32 b, u32 c) {
   u32 x;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));

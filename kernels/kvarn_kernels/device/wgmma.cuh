@@ -2,7 +2,7 @@
 // Products of a warpgroup (PTX ISA, wgmma): A [64, 16] from registers, as four fragments of m16n8k16, one for each
 // warp; B [16, BLOCK_COLUMNS] from shared memory; sums [64, BLOCK_COLUMNS] in registers. B is stored in matrices of 8
 // columns x 8 elements of the depth, 128 bytes each, a column after the other: those of all columns for the first 8,
-// then for the next 8. WGMMA_ macros come from columns_sm90.py; as C++ for a test see tests/support/wgmma_on_cpu.h.
+// then for the next 8. WGMMA_ macros come from wgmma.py; as C++ for a test see tests/support/wgmma_on_cpu.h.
 
 // what a lane of warp w has of [64, BLOCK_COLUMNS]: 4 n + 2 h + i is row 16 w + g + 8 h, column 8 n + 2 q + i
 typedef float Sums[BLOCK_COLUMNS / 2];
@@ -43,24 +43,36 @@ __device__ __forceinline__ void arrived(Sums& d) {
   for (int n = 0; n < BLOCK_COLUMNS / 2; n++) asm volatile("" : "+f"(d[n])::"memory");
 }
 
-#define WGMMA(TYPE)                                                                                             \
+// the same address, of which the compiler knows nothing: it would keep a descriptor for each step in registers for ever
+__device__ __forceinline__ u32 forgotten(u32 address) {
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
+#define WGMMA(TYPE, ADD)                                                                                       \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " WGMMA_ADD ", 0;\n"                                           \
                "wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32." TYPE "." TYPE " " WGMMA_SUMS ", " WGMMA_A ", " \
                WGMMA_B ", p, 1, 1, 0; }"                                                                          \
                : WGMMA_OUTPUTS                                                                                    \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)ADD))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), ADD)
 
 // d = a b, with ADD d += a b, of fp16 pairs
 template <bool ADD>
-__device__ __forceinline__ void product_half(Sums& d, const u32 (&a)[4], u64 b) { WGMMA("f16"); }
+__device__ __forceinline__ void product_half(Sums& d, const u32 (&a)[4], u64 b) { WGMMA("f16", "n"((int)ADD)); }
+
+// the same where the kernel decides: sums that are carried through a loop begin with a product, because ptxas puts every
+// product behind the one before where zeros are written to them (C7515)
+__device__ __forceinline__ void product_half(Sums& d, const u32 (&a)[4], u64 b, bool add) {
+  WGMMA("f16", "r"((int)add));
+}
 
 // the same of the model's dtype
 template <bool ADD>
 __device__ __forceinline__ void product_exact(Sums& d, const u32 (&a)[4], u64 b) {
 #if BF16
-  WGMMA("bf16");
+  WGMMA("bf16", "n"((int)ADD));
 #else
-  WGMMA("f16");
+  WGMMA("f16", "n"((int)ADD));
 #endif
 }
 

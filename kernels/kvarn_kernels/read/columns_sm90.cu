@@ -38,6 +38,7 @@
 
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
+#include "read/code_words.cuh"
 #include "record/unpack.cuh"
 
 constexpr int WARPS = 4;
@@ -48,15 +49,8 @@ constexpr int STEPS = D / 16;             // depth-16 steps over the channels
 constexpr int BLOCKS = D / 64;            // blocks of 64 channels
 constexpr int TOKEN_BLOCKS = G / 64;
 constexpr int TOKEN_STEPS = G / 16;
-constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_FIELD_BITS / K_CB;
-constexpr int K_ROW_WORDS = D / K_CB;     // words of a row of key words
-constexpr int K_LANE_WORDS = K_ROW_WORDS / 4;
-constexpr int K_PAIRS = K_CB / 2;         // pairs of channels in a word, per token
 constexpr int WARP_STEPS = STEPS / 4;     // steps whose queries a warp folds
 constexpr int WARP_PAIRS = 2 * WARP_STEPS;
-constexpr int V_CB = V_CHANNEL_BLOCKS;
-constexpr int V_WIDTH = D / V_CB;         // words of a row of value words
-constexpr int V_PARTS = V_CB / 2;         // blocks of 64 channels that come from the same words
 constexpr int EXACT_STRIDE = 4 * D + 16;  // bytes from one exact token to the next; matrices of 8 rows have no conflicts
 constexpr int EXACT_ROWS = BUFFER / EXACT_STRIDE < 64 ? BUFFER / EXACT_STRIDE : 64;
 constexpr int EXACT_STEPS = (EXACT_ROWS + 15) / 16;
@@ -80,29 +74,6 @@ struct __align__(16) Shared {
   float of_warp[WARPS][BLOCK_COLUMNS];
   u64 full[STAGES];
 };
-
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
-
-// The channels of a lane of a block of 64: in rows g and g + 8, and where their words are.
-struct ValueBlock {
-  int words, part;  // first of 8 neighbouring words; which pair of channel blocks
-  __device__ __forceinline__ ValueBlock(int m, int warp) {
-    if (BLOCKS % V_PARTS == 0) {
-      words = 8 * (warp * (BLOCKS / V_PARTS) + m / V_PARTS);
-      part = m % V_PARTS;
-    } else {
-      words = 8 * (warp / V_PARTS);
-      part = warp % V_PARTS;
-    }
-  }
-  __device__ __forceinline__ int channel(int half, int g) const { return words + g + V_WIDTH * (2 * part + half); }
-};
-
-// the address of the value word (4 step + q, c) in a matrix of WIDTH words a row
-template <int WIDTH>
-__device__ __forceinline__ u32 value_word(u32 base, int step, int c, int q) {
-  return base + 4 * (4 * WIDTH * step + c / 4 * 16 + 4 * q + c % 4);
-}
 
 __device__ __forceinline__ void load_pairs(u32 (&x)[WARP_PAIRS], u32 at) {
 #pragma unroll
@@ -184,26 +155,7 @@ __device__ __forceinline__ void score_record(Sums (&s)[TOKEN_BLOCKS], u32 record
 #pragma unroll
   for (int m = 0; m < TOKEN_BLOCKS; m++) {
     u32 words[2][K_LANE_WORDS], tops[2][K_LANE_WORDS];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      // rows g and g + 8 of a fragment are tokens 4 r + (g & 1) and + 2, so that value words hold their neighbours
-      const int t = 64 * m + 16 * warp + 4 * (g >> 1) + (g & 1) + 2 * half;
-      const int shift = K_FIELD_BITS * K_PAIRS * (t % K_TB);
-      const u32 row = record + 4 * (t / K_TB * K_ROW_WORDS + K_LANE_WORDS * q);
-      // of 3-bit codes: two rows of words share one of top bits
-      const u32 top_row = record + 4 * (TOP_INDEX + t / (2 * K_TB) * K_ROW_WORDS + K_LANE_WORDS * q);
-      const int top_shift = shift + t / K_TB % 2;
-#pragma unroll
-      for (int u = 0; u < K_LANE_WORDS; u += 4) {
-        const uint4 x = lds128(row + 4 * u), y = K_BITS == 3 ? lds128(top_row + 4 * u) : make_uint4(0, 0, 0, 0);
-        const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          words[half][u + k] = K_TB > 1 ? xs[k] >> shift : xs[k];
-          tops[half][u + k] = ys[k] >> top_shift;
-        }
-      }
-    }
+    load_key_words(words, tops, record, m, warp, g, q);
 #pragma unroll
     for (int first = 0; first < STEPS; first += GROUP_STEPS) {
       make_room((STEPS * m + first) / GROUP_STEPS);
@@ -237,20 +189,8 @@ __device__ __forceinline__ void sum_record(Sums (&o)[BLOCKS], u32 record, u32 we
 #pragma unroll
   for (int m = 0; m < BLOCKS; m++) {
     const ValueBlock block(m, warp);
-    // known to the compiler, unless the warps of a block have parts of their own
-    const bool own = BLOCKS % V_PARTS != 0;
-    const int part = own ? 0 : m % V_PARTS, shift = own ? V_FIELD_BITS * 2 * block.part : 0;
-    if (part == 0) {
-      const int c = block.words + g, top_c = c % (D / 8);
-#pragma unroll
-      for (int n = 0; n < TOKEN_STEPS; n++) {
-        words[n] = lds32(value_word<V_WIDTH>(record + V_CODES_OFFSET, n, c, q)) >> shift;
-        // words of the upper half of the channels share theirs with the lower half
-        tops[n] = 0u;
-        if (V_BITS == 3)
-          tops[n] = lds32(value_word<D / 8>(record + V_CODES_OFFSET + 4 * TOP_INDEX, n, top_c, q)) >> c / (D / 8) + shift;
-      }
-    }
+    const int part = block.known_part(m);
+    if (part == 0) load_value_words(words, tops, record, 0, block, g, q);
 #pragma unroll
     for (int first = 0; first < TOKEN_STEPS; first += GROUP_STEPS) {
       make_room((TOKEN_STEPS * m + first) / GROUP_STEPS);
@@ -281,7 +221,7 @@ __device__ __forceinline__ void add_record(Sums (&out)[BLOCKS], Sums (&o)[BLOCKS
 #pragma unroll
   for (int m = 0; m < BLOCKS; m++) {
     const ValueBlock block(m, warp);
-    const int part = BLOCKS % V_PARTS ? 0 : m % V_PARTS;
+    const int part = block.known_part(m);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const float unit = power_of_two(24 - bit_of<V_BITS>(2 * part + half));
@@ -535,7 +475,7 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
       arrived(s[m]);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int token = 64 * m + 16 * warp + 4 * (g >> 1) + (g & 1) + 2 * half;
+        const int token = token_of(m, warp, g, half);
         const float scale = lds_half(halves + 2 * (K_TOKEN_SCALE + token)) * power_of_two(24 - QUERY_BITS);
         tokens.scale[m][half] = lds_half(halves + 2 * (V_TOKEN_SCALE + token));
         tokens.zero[m][half] = lds_half(halves + 2 * (V_TOKEN_ZERO + token));

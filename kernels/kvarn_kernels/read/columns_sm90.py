@@ -16,14 +16,13 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.device.launch import CudaLauncher
+from kvarn_kernels.device.wgmma import ARCHITECTURE, CAPABILITY, product_operands
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read import decode_sm90
 from kvarn_kernels.read.decode_plan import TILE_COLUMNS, DecodeWorkspace
 from kvarn_kernels.record.tile import TILE_SIZE
 
 SOURCE, KERNEL = Path(__file__).with_name("columns_sm90.cu"), "kvarn_decode_columns"
-# products of a warpgroup exist on capability 9.0 alone
-CAPABILITY, ARCHITECTURE = (9, 0), "90a"
 # by head_dim: (most columns of a block, blocks that a multiprocessor runs at once), all values in registers
 BLOCKS = {64: ((32, 4), (64, 2)), 128: ((16, 4), (32, 3), (64, 2)), 256: ((16, 2),)}
 MAX_STAGES = 4
@@ -71,20 +70,7 @@ def constants(
         "BUFFER": shared["RECORD"],
         "SHARED_BYTES": stages * shared["RECORD"] + operands,
         "MIN_BLOCKS": blocks,
-        **_product_operands(width),
-    }
-
-
-def _product_operands(width: int) -> dict[str, str]:
-    """Return the operands of the instruction for so many columns: its sums, then 4 registers, a descriptor, a flag."""
-    sums = width // 2
-    return {
-        "WGMMA_SHAPE": f'"m64n{width}k16"',
-        "WGMMA_SUMS": '"{' + ",".join(f"%{n}" for n in range(sums)) + '}"',
-        "WGMMA_A": '"{' + ",".join(f"%{sums + n}" for n in range(4)) + '}"',
-        "WGMMA_B": f'"%{sums + 4}"',
-        "WGMMA_ADD": f'"%{sums + 5}"',
-        "WGMMA_OUTPUTS": ", ".join(f'"+f"(d[{n}])' for n in range(sums)),
+        **product_operands(width),
     }
 
 

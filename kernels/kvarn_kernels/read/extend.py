@@ -24,6 +24,7 @@ from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.device.numerics import cast, dot
 from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read import extend_sm90
 from kvarn_kernels.read.attend import LOG2_E, SHIFT, attend_exact, normalise_query, sink_weight, weigh
 from kvarn_kernels.read.decode_plan import exact_page_of, first_page_of
 from kvarn_kernels.read.merge import merge_splits
@@ -78,24 +79,32 @@ def _extend_kernel(
     SLIDING: tl.constexpr,  # tokens of the sliding window, 0 for none
     RING_PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
+    REST: tl.constexpr,  # of SPLIT: only what the last split holds, without what all new tokens read as records
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     prefix_len, seq_len = tl.load(prefix_lens_ptr + b), tl.load(seq_lens_ptr + b)
+    programs = splits
+    if REST:
+        programs = 1
     # the tiles with the most keys first
-    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q
+    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // programs) * BLOCK_Q
     if start >= seq_len:
         return
     RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
     M: tl.constexpr = BLOCK_Q * GROUP_ROWS
     # first page that is read exactly; every page before it, from the first one in a sliding window on, is read from its
     # record. The tile begins where it begins in every step, so it reads the same pages whatever is new in it
-    exact_page = exact_page_of(start, tl.load(exact_starts_ptr + b), WINDOW, G, SLIDING)
+    exact_start = tl.load(exact_starts_ptr + b)
+    exact_page = exact_page_of(start, exact_start, WINDOW, G, SLIDING)
     first_page, end_page = first_page_of(start, SLIDING, G), exact_page
     # the share of this split; what is read exactly goes to the last one
-    split = tl.program_id(0) % splits
-    if SPLIT:
+    split = tl.program_id(0) % programs
+    if REST:
+        split = splits - 1
+        first_page = exact_page_of(prefix_len, exact_start, WINDOW, G)
+    elif SPLIT:
         pages = exact_page - first_page
         end_page = first_page + pages * (split + 1) // splits
         first_page += pages * split // splits
@@ -207,6 +216,8 @@ class ExtendPlan:
         splits: into how many parts the older pages of a request are cut.
         split_indptr: int32 [T + 1], the first split of each token; None without splits.
         sliding_window: tokens that a query of the planned layers reads, 0 for all.
+        by_columns: all splits but the last one are those of `extend_sm90`, which attends what all new tokens read as
+            records.
     """
 
     blocks: ExtendBlocks
@@ -214,6 +225,7 @@ class ExtendPlan:
     splits: int
     split_indptr: torch.Tensor | None
     sliding_window: int = 0
+    by_columns: bool = False
 
 
 def block_sizes(group: int, head_dim: int, gpu: Gpu) -> ExtendBlocks:
@@ -245,17 +257,31 @@ def num_splits(batch: ExtendBatch, programs: int, config: KVarNConfig, gpu: Gpu,
 
 
 def plan_extend(
-    batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu, sliding_window: int = 0
+    batch: ExtendBatch,
+    shape: AttentionShape,
+    config: KVarNConfig,
+    gpu: Gpu,
+    sliding_window: int = 0,
+    *,
+    by_columns: bool = False,
 ) -> ExtendPlan:
-    """Plan a step of one or more new tokens, once for all layers whose queries read so many tokens (0: all)."""
+    """Plan a step of one or more new tokens, once for all layers whose queries read so many tokens (0: all).
+
+    Args:
+        by_columns: as in `ExtendPlan`, not with a sliding window.
+    """
+    assert not (by_columns and sliding_window), "extend_sm90 knows no sliding window"
     blocks = block_sizes(shape.group, shape.head_dim, gpu)
     tiles = query_tiles(batch, blocks.queries)
-    splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu, sliding_window)
+    if by_columns:
+        splits = 1 + extend_sm90.num_splits(batch, shape, config, gpu)
+    else:
+        splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu, sliding_window)
     indptr = None
     if splits > 1:
         stop, device = (batch.num_tokens + 1) * splits, batch.page_table.device
         indptr = torch.arange(0, stop, splits, dtype=torch.int32, device=device)
-    return ExtendPlan(blocks, max(tiles), splits, indptr, sliding_window)
+    return ExtendPlan(blocks, max(tiles), splits, indptr, sliding_window, by_columns)
 
 
 def extend(
@@ -283,11 +309,14 @@ def extend(
     group = heads // cache.num_kv_heads
     partial_out = partial_lse = None
     if splits > 1:
-        size = batch.num_tokens * splits
-        partial_out = torch.empty(size, heads, cache.head_dim, dtype=torch.float32, device=out.device)
-        partial_lse = torch.empty(size, heads, dtype=torch.float32, device=out.device)
+        size = (batch.num_tokens, splits, heads)
+        partial_out = torch.empty(*size, cache.head_dim, dtype=torch.float32, device=out.device)
+        partial_lse = torch.empty(size, dtype=torch.float32, device=out.device)
+    if plan.by_columns:
+        assert partial_out is not None and partial_lse is not None, "what Triton attends is a split"
+        extend_sm90.attend_records(rotated.q, partial_out, partial_lse, cache, batch, config, sm_scale)
     _extend_launcher(
-        (plan.num_tiles * splits, cache.num_kv_heads, batch.ring_pages.shape[0]),
+        (plan.num_tiles * (1 if plan.by_columns else splits), cache.num_kv_heads, batch.ring_pages.shape[0]),
         q_ptr=rotated.q,
         chunk_k_ptr=rotated.k,
         chunk_v_ptr=rotated.v,
@@ -323,9 +352,11 @@ def extend(
         SLIDING=plan.sliding_window,
         RING_PAGES=batch.ring_pages.shape[1],
         SPLIT=splits > 1,
+        REST=plan.by_columns,
         SINKS=sinks is not None,
         STAGES=blocks.stages,
         num_warps=blocks.warps,
     )
     if partial_out is not None and partial_lse is not None and plan.split_indptr is not None:
-        merge_splits(out[: batch.num_tokens], partial_out, partial_lse, plan.split_indptr, config, sinks)
+        results, lse = partial_out.flatten(0, 1), partial_lse.flatten(0, 1)
+        merge_splits(out[: batch.num_tokens], results, lse, plan.split_indptr, config, sinks)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who attends an extend step: one function, and the figures that its thresholds come from."""
+
+from __future__ import annotations
+
+from kvarn_kernels.batch import ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.dense import paged_calls
+from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.read import extend_sm90
+from kvarn_kernels.shape import AttentionShape
+
+# Triton reads records; extend_sm90.cu reads most of them, Triton the rest; a library reads what is written in 16 bits
+RECORDS, COLUMNS, DENSE = "records", "columns", "dense"
+
+# One layer of 32/8 heads of 128 on an H200, us, with everything around the attention (rotation, encode, ring store),
+# and FlashAttention 3 (FA3) alone on a bf16 cache; rows in benchmarks/results/prefill.csv.
+#
+#     new tokens x cached   Triton   dense by FA3   columns   FA3 on bf16
+#     32 x 2,048               102             43       54*            22
+#     32 x 8,064                               59       65*            31
+#     32 x 32,640              173            123      122             58
+#     32 x 98,176                             323      210*           128
+#     64 x 32,640                             141      158*            75
+#     128 x 2,048              142             82       82*            28
+#     128 x 8,064              207            109      117*            45
+#     128 x 32,640             595            225      318            127
+#     128 x 98,176           1,619            559      730            325
+#     16 times 100 x 20,480                 2,034    2,250            979
+#
+# * with the encoder and Triton on streams of their own beside extend_sm90.cu, which is not done here: at 32 x 32,640
+#   that took 103 us, but the host 558 us a layer instead of 461.
+#
+# Against FA3, columns win only where the query heads of a request's new tokens fit one block of columns, whose records
+# are then read once, and the prefix is long: from FA3_COLUMN_PAGES pages on that all new tokens read as records. There
+# about 149 us are expected against 173, by interpolation between 32 x 32,640 and 32 x 98,176 (210* taken as 228). Where
+# FlashInfer (below) or nobody attends densely, columns win from COLUMN_PAGES pages on, up to COLUMN_TOKENS new tokens.
+# Partial results, of torch's allocator while a layer runs, take at most PARTIAL_BYTES.
+FA3_COLUMN_PAGES, COLUMN_PAGES, COLUMN_TOKENS, PARTIAL_BYTES = 384, 14, 128, 64 << 20
+# Elsewhere a step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of
+# the products grows with its work, that of the host does not. With FA3, new * cached tokens reach FA3_WORK. With
+# FlashInfer, new * cached * query heads * head_dim reach DENSE_WORK; its wrappers cost the host more, and it cuts no
+# contexts. The same on an H100 ("split" as in dense/segments.py):
+#     128 on 8,192                      Triton 201 us      FlashInfer 209 us
+#     128 on 32,768                            566 us                 654 us, split 372 us
+#     128 on 98,304                            about 1,700 us         split 957 us
+# The host needed 390 to 570 us a layer for Triton, about 600 for FlashInfer, and 1,020 to 1,280 us where it was split;
+# a step waits for the slower of GPU and host, which meet at about 128 new tokens on 49,152.
+DENSE_TOKENS, FA3_WORK, DENSE_WORK = 256, 1 << 18, 24 << 30
+
+
+def extend_form(
+    batch: ExtendBatch,
+    shape: AttentionShape,
+    config: KVarNConfig,
+    gpu: Gpu,
+    library: str,
+    sliding_window: int = 0,
+    *,
+    has_columns: bool,
+) -> str:
+    """Return RECORDS, COLUMNS or DENSE for a step.
+
+    Args:
+        library: who attends densely, one of `extend_dense.LIBRARIES`; empty where nobody does.
+        sliding_window: tokens that a query of the layers reads, 0 for all.
+        has_columns: extend_sm90.cu runs on the GPU.
+    """
+    if has_columns and not sliding_window and _suits_columns(batch, shape, config, gpu, library):
+        return COLUMNS
+    if not library:
+        return RECORDS
+    cached = max(batch.prefix_lens_host)
+    pairs = batch.num_tokens * (min(cached, sliding_window) if sliding_window else cached)
+    if library == paged_calls.FA3:
+        is_large = pairs >= FA3_WORK
+    else:
+        is_large = pairs * shape.num_qo_heads * shape.head_dim >= DENSE_WORK
+    return DENSE if batch.num_tokens >= DENSE_TOKENS or is_large else RECORDS
+
+
+def _suits_columns(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu, library: str) -> bool:
+    most, pages = max(batch.new_tokens), extend_sm90.record_pages(batch, config)
+    if library == paged_calls.FA3:
+        suits = pages >= FA3_COLUMN_PAGES and most * shape.group <= extend_sm90.COLUMNS[shape.head_dim]
+    else:
+        suits = pages >= COLUMN_PAGES and most <= COLUMN_TOKENS
+    return suits and extend_sm90.partial_bytes(batch, shape, config, gpu) <= PARTIAL_BYTES

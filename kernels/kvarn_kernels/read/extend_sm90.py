@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attend what all new tokens of a request read as records, by CUDA C++ for capability 9.0 (extend_sm90.cu).
+
+A part of an extend step of few tokens on a long prefix. The pages before the window of the first new token are read as
+records by every token after it, so nothing is masked there, and the products of a warpgroup serve 128 columns, query
+heads for tokens, with codes that are unpacked once. The pages are cut into splits, so that a step fills the GPU. What
+else the tokens read, the window, the chunk and pages that the chunk fills, is one more split: that of `extend.extend`,
+whose merge joins them all.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvarn_kernels.batch import ExtendBatch
+from kvarn_kernels.config import KVarNConfig
+from kvarn_kernels.device import nvrtc
+from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.device.launch import CudaLauncher, current_stream
+from kvarn_kernels.device.wgmma import ARCHITECTURE, CAPABILITY, product_operands
+from kvarn_kernels.memory import LayerCache
+from kvarn_kernels.read.attend import LOG2_E
+from kvarn_kernels.record.cuda_constants import format_constants
+from kvarn_kernels.record.tile import TILE_SIZE
+from kvarn_kernels.shape import AttentionShape
+
+SOURCE, KERNEL = Path(__file__).with_name("extend_sm90.cu"), "kvarn_extend"
+THREADS = 256
+# columns of a block by head_dim: the most whose scores, twice, or sums a warpgroup holds in registers
+COLUMNS = {64: 128, 128: 128, 256: 64}
+# buffers of a block: of weights for 64 tokens, and of records
+WEIGHT_BUFFERS, STAGES = 4, 4
+# bytes of shared memory of a block that the driver keeps, and of a column in its tables
+RESERVED_BYTES, COLUMN_BYTES = 1024, 4 * (1 + WEIGHT_BUFFERS + 6)
+# time of a block besides its pages, in pages, and splits of a request at most; expected, not measured
+BLOCK_OVERHEAD, MAX_SPLITS = 6, 32
+
+
+def serves(head_dim: int, gpu: Gpu) -> bool:
+    """Return whether the kernel runs on a GPU."""
+    return gpu.capability == CAPABILITY and head_dim in COLUMNS
+
+
+def record_pages(batch: ExtendBatch, config: KVarNConfig) -> int:
+    """Return how many pages the longest request has for this kernel, at least.
+
+    The host knows no exact starts; after a prefix hit there can be a window more.
+    """
+    return max(max(batch.prefix_lens_host) // TILE_SIZE - config.window_pages, 0)
+
+
+def _blocks(batch: ExtendBatch, shape: AttentionShape) -> int:
+    """Return the blocks of a step whose pages are not cut."""
+    return shape.num_kv_heads * sum(-(-new * shape.group // COLUMNS[shape.head_dim]) for new in batch.new_tokens)
+
+
+def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
+    """Return the splits of every request with which a step takes the least time; a multiprocessor runs one block."""
+    blocks, pages = _blocks(batch, shape), record_pages(batch, config)
+
+    def time_of(splits: int) -> int:
+        waves = -(-blocks * splits // gpu.multiprocessors)
+        return waves * (-(-pages // splits) + BLOCK_OVERHEAD)
+
+    return min(range(1, min(MAX_SPLITS, max(pages, 1)) + 1), key=time_of)
+
+
+def partial_bytes(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
+    """Return the bytes of the results of all splits of a step and of the rest, in float32, with their lse."""
+    results = batch.num_tokens * (1 + num_splits(batch, shape, config, gpu))
+    return 4 * results * shape.num_qo_heads * (shape.head_dim + 1)
+
+
+def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool) -> dict[str, Any]:
+    """Return the constants of extend_sm90.cu; group: query heads of a KV head."""
+    width = COLUMNS[head_dim]
+    # the ring is read by others
+    shared = format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages=1)
+    # fp16: queries and buffers of weights for 64 tokens; float32: sums of weights of 32 lanes of 4 warps
+    besides = 2 * width * (head_dim + WEIGHT_BUFFERS * 64) + 4 * 128 * width // 4
+    return shared | {
+        "GROUP": group,
+        "WINDOW": config.window_pages,
+        "BLOCK_COLUMNS": width,
+        "WEIGHT_BUFFERS": WEIGHT_BUFFERS,
+        "STAGES": STAGES,
+        "BUFFER": shared["RECORD"],
+        "SHARED_BYTES": STAGES * shared["RECORD"] + besides,
+        **product_operands(width),
+    }
+
+
+@lru_cache(maxsize=32)
+def _compiled(
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, device: int
+) -> CudaLauncher:
+    defines = constants(config, head_dim, num_kv_heads, group, is_bf16)
+    return nvrtc.compile_kernel(SOURCE, KERNEL, defines, device, THREADS, defines["SHARED_BYTES"], ARCHITECTURE)
+
+
+def attend_records(
+    rotated_q: torch.Tensor,
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    cache: LayerCache,
+    batch: ExtendBatch,
+    config: KVarNConfig,
+    sm_scale: float,
+) -> None:
+    """Attend the pages that the first new token of each request reads as records; the first call compiles (seconds).
+
+    These are the pages before max(page - config.window_pages, exact_start / G) of that token, at most the page of the
+    token itself. Their first tokens are exact, as everywhere.
+
+    Args:
+        rotated_q: float32 [T, Hq, D], rotated, contiguous.
+        partial_out: float32 [T, S + 1, Hq, D]; partial_lse: float32 [T, S + 1, Hq], base 2; contiguous. The first S
+            results of each token are written: the normalised output of each split, and its log sum of exp, zeros and
+            -inf where a split has no page.
+        cache: read; batch: the step; sm_scale: factor of the scores.
+    """
+    _, results, heads, head_dim = partial_out.shape
+    kv_heads, device = cache.num_kv_heads, cache.records.device
+    group, splits = heads // kv_heads, results - 1
+    is_bf16 = cache.dtype == torch.bfloat16
+    column_blocks = -(-max(batch.new_tokens) * group // COLUMNS[head_dim])
+    _compiled(config, head_dim, kv_heads, group, is_bf16, device.index or 0)(
+        (column_blocks, splits * kv_heads, batch.prefix_lens.shape[0]),
+        current_stream(device),
+        rotated_q=rotated_q,
+        records=cache.records,
+        page_table=batch.page_table,
+        prefix_lens=batch.prefix_lens,
+        exact_starts=batch.exact_starts,
+        qo_indptr=batch.qo_indptr,
+        out=partial_out,
+        lse=partial_lse,
+        stride_page_table=batch.page_table.stride(0),
+        sm_scale_log2_bits=sm_scale * LOG2_E,
+        splits=splits,
+    )
