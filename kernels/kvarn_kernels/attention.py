@@ -29,7 +29,7 @@ from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 logger = logging.getLogger(__name__)
 
-CPU_FORM_ENV = "KVARN_CPU_FORM"
+CPU_FORM_ENV, COLUMNS_ENV = "KVARN_CPU_FORM", "KVARN_UNTESTED_COLUMNS"
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def choose_kernels(
     gpu = gpu_of(device) if gpu is None else gpu
     if shape.dtype not in (torch.float16, torch.bfloat16):
         return TRITON
+    # its last change, to how pages are cut into splits, has not run on a GPU
+    by_columns = not config.fixed_order and os.environ.get(COLUMNS_ENV) == "1"
     compiled = gpu.capability >= (8, 0) and nvrtc.is_available()
     return Kernels(
         encode="cuda" if compiled else "triton",
@@ -103,7 +105,7 @@ def choose_kernels(
         extend="triton",
         dense="" if config.fixed_order else _dense_library(gpu),
         dequantise="cuda" if compiled else "triton",
-        columns="cuda" if compiled and not config.fixed_order and extend_sm90.serves(shape.head_dim, gpu) else "",
+        columns="cuda" if compiled and by_columns and extend_sm90.serves(shape.head_dim, gpu) else "",
     )
 
 

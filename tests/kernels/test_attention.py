@@ -37,6 +37,7 @@ def host(monkeypatch):
     """Return a function that lets a host have an H100 of another capability, NVRTC, and libraries or not."""
 
     def describe(capability=(9, 0), *, flashinfer: bool = True, fa3: bool = False) -> None:
+        monkeypatch.setenv(attention.COLUMNS_ENV, "1")
         monkeypatch.setattr(attention, "gpu_of", lambda device: replace(H100, capability=capability))
         monkeypatch.setattr(attention.nvrtc, "is_available", lambda: True)
         monkeypatch.setattr(attention.paged_calls, "has_fa3", lambda: fa3)
@@ -196,7 +197,7 @@ def test_attention_attends_long_steps_on_a_library(host, monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["", paged_calls.FLASHINFER])
-def test_few_tokens_on_a_long_prefix_are_attended_by_columns(host, library):
+def test_few_tokens_on_a_long_prefix_are_attended_by_columns(host, monkeypatch, library):
     enough, most = (extend_choice.COLUMN_PAGES + KVARN.window_pages) * 128, extend_choice.COLUMN_TOKENS
 
     def of(new: list[int], cached: int) -> bool:
@@ -207,10 +208,13 @@ def test_few_tokens_on_a_long_prefix_are_attended_by_columns(host, library):
     # partial results: 16 turns of 100 tokens take 50 MiB, 32 would take 100
     assert of([100] * 16, 20_480) and not of([100] * 32, 20_480)
     assert form_of([1], enough) == extend_choice.RECORDS
+    host((10, 0))
+    assert not choose_kernels(SHAPE, KVARN, CUDA).columns
     host()
     assert choose_kernels(SHAPE, KVARN, CUDA).columns == "cuda"
     assert not choose_kernels(SHAPE, CANONICAL, CUDA).columns
-    host((10, 0))
+    # a trial
+    monkeypatch.delenv(attention.COLUMNS_ENV)
     assert not choose_kernels(SHAPE, KVARN, CUDA).columns
 
 

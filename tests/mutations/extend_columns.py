@@ -99,8 +99,8 @@ MUTATIONS = (
     Mutation(
         "the rest begins behind the window of a hit (extend)",
         EXTEND,
-        "tl.maximum(own - WINDOW, exact_start // G)",
-        "tl.maximum(own - WINDOW, 0)",
+        "exact_page_of(prefix_len, exact_start, WINDOW, G)",
+        "exact_page_of(prefix_len, 0, WINDOW, G)",
         _STEP,
     ),
 )
