@@ -384,12 +384,14 @@ def test_pages_that_a_request_holds_get_the_sliding_windows_of_who_computes_them
 
 def test_a_ring_is_evicted_for_without_the_loss_of_sliding_windows(sliding):
     """A ring has no window: SGLang's eviction for so many tokens would drop as many of both kinds."""
-    finished = prefill(sliding, tokens(2 * PAGE + 5, 1))
-    sliding.finish(finished)
+    for seed in (1, 2):
+        sliding.finish(prefill(sliding, tokens(2 * PAGE + 5, seed)))
     before = sliding.tree.swa_evictable_size()
     # more than the free pages, and than all pages of sliding windows
     compat.evict(sliding.tree, sliding.allocator.full_available_size())
     assert sliding.tree.swa_evictable_size() == before > 0
     compat.evict(sliding.tree, sliding.allocator.full_available_size() + PAGE)
-    assert sliding.tree.full_evictable_size() < 2 * PAGE
+    assert sliding.tree.full_evictable_size() < 4 * PAGE
+    # the pages of the older prompt made room; the newer one has its windows
+    assert prefill(sliding, tokens(2 * PAGE + 5, 2) + [7]).exact_start == 2 * PAGE
     sliding.check_accounts()
