@@ -284,7 +284,7 @@ def step_by_columns(heads, head_dim, dtype, spans, sinks=None) -> None:
     cache = make_cache(KVARN, heads[1], head_dim, dtype, 1 + sum(len(r.pages) for r in requests), len(spans) + 1)
     kernels = Kernels("triton", "triton", "triton", columns="cuda")
     attention = attention_for(cache, heads[0], KVARN, kernels, max_batch=len(spans))
-    attention._extend_form = lambda batch: COLUMNS
+    attention._extend_form = lambda *step: COLUMNS
     for request, (start, _, exact_start) in zip(requests, spans, strict=True):
         prefill(torch_form.attend_extend, request, [start], cache, KVARN)
         request.exact_start = exact_start

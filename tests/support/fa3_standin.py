@@ -22,7 +22,7 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int,
     softmax_scale: float,
     causal: bool,
-    window_size: tuple[int, int],
+    window_size: tuple[int, int] = (-1, -1),
     out: torch.Tensor,
     return_softmax_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
