@@ -147,6 +147,7 @@ def test_the_backend_names_the_stream_of_the_forward_pass_and_the_balance(pool, 
         monkeypatch.setattr(backend.refusals, name, lambda *args: None)
     monkeypatch.setattr(backend.scales, "log_unused", lambda model_runner: None)
     monkeypatch.setattr(backend.compat, "unread_verify_mask", lambda *args: None)
+    monkeypatch.setattr(backend.compat, "windows_in_records", lambda model_config: ())
     limits = Limits(2, 4, extend_requests=2, chunk_pages=4)
     monkeypatch.setattr(backend.KVarNAttentionBackend, "_limits", lambda self, model_runner: limits)
     runner = SimpleNamespace(
