@@ -38,8 +38,8 @@ _SLIDING_LAYERS = {"sliding_attention"}
 # models of which some layers have a sliding window in a pool of SGLang's, as tested
 WITH_WINDOWS = ("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM")
 # models with sliding windows whose layers SGLang all gives one pool, so that windows are read from records, as tested
-# (Olmo 3 has the architecture of Olmo 2)
-WINDOWS_IN_RECORDS = ("Gemma3ForCausalLM", "Olmo2ForCausalLM")
+# (Olmo 3 has the architecture of Olmo 2), with the version of SGLang from which on
+WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
 # what SGLang writes into the code of a model, so that no configuration shows it
 _IN_CODE = {
@@ -567,7 +567,8 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     kinds = set(getattr(text, "layer_types", None) or ())
     # first: Inkling's state cannot be asked for before SGLang publishes its arguments
     is_window_model = compat.is_window_model(model_config) or bool(_SLIDING_LAYERS & kinds)
-    is_split, is_kept = (set(config.architectures) <= set(names) for names in (WITH_WINDOWS, WINDOWS_IN_RECORDS))
+    in_records = {name for name, since in WINDOWS_IN_RECORDS.items() if compat.is_since(since)}
+    is_split, is_kept = (set(config.architectures) <= set(names) for names in (WITH_WINDOWS, in_records))
     yield is_window_model and not (is_split or is_kept), "sliding-window layers of a kind that is not tested"
     is_served = is_window_model and is_split and model_config.is_hybrid_swa
     keeps_all = is_window_model and is_split and not is_served

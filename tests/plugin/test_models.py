@@ -61,7 +61,7 @@ VARIANTS = [
     ("MistralForCausalLM", "mistral", {"sliding_window": 4096}, None),
     ("Phi3ForCausalLM", "phi3", {"hidden_size": 4096, "sliding_window": 2047}, None),
     ("NemotronHForCausalLM", "nemotron_h", {"hybrid_override_pattern": "M-M-"}, "states of a kind that is not tested"),
-    ("Olmo2ForCausalLM", "olmo3", {}, None),
+    ("Olmo2ForCausalLM", "olmo3", {}, None if compat.is_since("0.5.23") else "sliding-window layers of a kind"),
     ("Gemma3ForCausalLM", "gemma3_text", {"use_bidirectional_attention": True}, "attention to later tokens"),
     ("Gemma3ForCausalLM", "gemma3_text", {"attn_logit_softcapping": 50.0}, "a logit cap"),
     ("PixtralForConditionalGeneration", "deepseek_v3", LATENT, "latent attention"),
