@@ -87,7 +87,7 @@ def page_bytes(shape: AttentionShape) -> int:
 
 def num_pages(shape: AttentionShape, max_pages: int, sliding_windows: Iterable[int] = ()) -> int:
     """Return the pages of the workspace: at most `max_pages`, and at least what a segment must have room for."""
-    fewest = max(2, *(segments.fewest_pages(tokens) for tokens in sliding_windows), 0)
+    fewest = max([2, *map(segments.fewest_pages, sliding_windows)])
     return max(fewest, min(max_pages, PAGES_BYTES // page_bytes(shape)))
 
 

@@ -53,14 +53,10 @@ def record_pages(batch: ExtendBatch, config: KVarNConfig) -> int:
     return max(max(batch.prefix_lens_host) // TILE_SIZE - config.window_pages, 0)
 
 
-def _blocks(batch: ExtendBatch, shape: AttentionShape) -> int:
-    """Return the blocks of a step whose pages are not cut."""
-    return shape.num_kv_heads * sum(-(-new * shape.group // COLUMNS[shape.head_dim]) for new in batch.new_tokens)
-
-
 def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
     """Return the splits of every request with which a step takes the least time; a multiprocessor runs one block."""
-    blocks, pages = _blocks(batch, shape), record_pages(batch, config)
+    columns, pages = COLUMNS[shape.head_dim], record_pages(batch, config)
+    blocks = shape.num_kv_heads * sum(-(-new * shape.group // columns) for new in batch.new_tokens)
 
     def time_of(splits: int) -> int:
         waves = -(-blocks * splits // gpu.multiprocessors)
