@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,26 @@ def run_alone(
         print(f"{cache}: no result, the log is {log.name} and ends with", *end, sep="\n  ", file=sys.stderr)
         return None
     return json.loads(found[-1])
+
+
+def run_each(
+    module: str, caches: Sequence[str], timeout: float, of: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (cache, what it reported) of `run_alone` for each cache; one without a result is left out.
+
+    Args:
+        of: what a result holds, for who reads that there is none.
+
+    Raises:
+        SystemExit: the first cache, with which the others are compared, gave no result.
+    """
+    for cache in caches:
+        with CONSOLE.status(cache) as status:
+            result = run_alone(module, cache, timeout, lambda text, s=status, c=cache: s.update(f"{c}: {text}"))
+        if result is not None:
+            yield cache, result
+        elif cache == caches[0]:
+            raise SystemExit(f"expected {of} of {cache}, the first cache, got none: see its log")
 
 
 def _reported(log: str, mark: str) -> list[str]:

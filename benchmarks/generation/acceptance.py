@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.common.intervals import interval
+
 # of each text (verify steps, drafts accepted in them)
 Steps = Sequence[tuple[int, int]]
-RESAMPLES = 10_000
 
 
 def accepted(steps: Steps) -> float:
@@ -20,12 +21,11 @@ def accepted(steps: Steps) -> float:
 def ratio(own: Steps, base: Steps) -> tuple[float, float, float]:
     """Return (`accepted` over that of another cache on the same texts, bounds of its 95 % interval).
 
-    The interval is that of the bootstrap over texts, since steps of one text are not independent.
+    The interval is that of the bootstrap over texts.
     """
-    drawn = torch.randint(len(own), (RESAMPLES, len(own)), generator=torch.Generator().manual_seed(0))
-    (own_steps, own_drafts), (base_steps, base_drafts) = (
-        torch.tensor(steps, dtype=torch.float64)[drawn].sum(1).T for steps in (own, base)
-    )
-    ratios = (own_drafts / own_steps) / (base_drafts / base_steps)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return accepted(own) / accepted(base), low, high
+
+    def figure(mean: torch.Tensor) -> torch.Tensor:
+        own_steps, own_drafts, base_steps, base_drafts = mean.unbind(-1)
+        return (own_drafts / own_steps) / (base_drafts / base_steps)
+
+    return interval([(*a, *b) for a, b in zip(own, base, strict=True)], figure)

@@ -35,7 +35,8 @@ from benchmarks.quality import texts
 
 MODULE = "benchmarks.generation.bench_drafts"
 SUPPORT = Path(__file__).parents[2] / "tests" / "support"
-# files of the standard library of several kinds, beside `texts.KINDS`
+# of several kinds: names of quality.sources, and files of the standard library
+TEXTS = ("manual", "code", "changelog", "page", "table")
 FILES = ("difflib.py", "doctest.py", "mailbox.py", "optparse.py", "pickletools.py", "tarfile.py", "turtle.py")
 
 
@@ -156,7 +157,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     names = [models.NGRAM, models.STANDALONE]
     text = f"Speculate with chains of D drafts, one after the other: {' or '.join(f'{name}=D' for name in names)}."
     option("--drafts", nargs="+", type=cli.drafts, default=[(name, 4) for name in names], metavar="A=D", help=text)
-    default = [*texts.KINDS, *FILES]
+    default = [*TEXTS, *FILES]
     option("--texts", nargs="+", default=default, metavar="T", help="Files, or kinds of text, as of bench_quality.")
     option("--pieces", type=int, default=1, metavar="N", help="Pieces of each text.")
     option("--context", type=int, default=1024, metavar="N", help="Tokens of a piece.")
@@ -181,15 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = Rows(args.output, "drafts")
     first: list[Steps] | None = None
     done = 0
-    for cache in args.caches:
-        with launch.CONSOLE.status(cache) as status:
-            result = launch.run_alone(
-                MODULE, cache, args.timeout, lambda text, s=status, c=cache: s.update(f"{c}: {text}")
-            )
-        if result is None and first is None:
-            raise SystemExit(f"expected drafts of {cache}, the first cache, got none: see its log")
-        if result is None:
-            continue
+    for cache, result in launch.run_each(MODULE, args.caches, args.timeout, "drafts"):
         done += 1
         first = first or result["steps"]
         for (algorithm, drafts), own, base in zip(args.drafts, result["steps"], first, strict=True):

@@ -74,28 +74,6 @@ def make_conversations(args: argparse.Namespace, tokenizer: Any) -> list[list[ta
     return [chats.conversation(encoder(tokenizer), args.turns, 200, own) for _ in range(args.conversations)]
 
 
-def engine_arguments(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Return the arguments of sglang.Engine for the cache of this process."""
-    import torch
-
-    chosen: dict[str, Any] = {
-        "model_path": folder,
-        "dtype": args.dtype,
-        "random_seed": args.seed,
-        "skip_tokenizer_init": True,
-        "sampling_backend": "pytorch",
-        "grammar_backend": "none",
-        "log_level": "info",
-    }
-    if torch.cuda.is_available():
-        chosen["mem_fraction_static"] = args.mem_fraction_static
-    chosen |= caches.engine_arguments(args.one, args.bf16_backend)
-    if args.one == caches.BF16 and args.dtype == "float32":
-        # the dtype of the model would make it a 32-bit cache
-        chosen["kv_cache_dtype"] = "bf16"
-    return chosen
-
-
 def run_one(args: argparse.Namespace) -> None:
     """Run one cache in this process and report its answers."""
     import sglang
@@ -104,7 +82,7 @@ def run_one(args: argparse.Namespace) -> None:
     folder = str(models.folder(args.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     started = monotonic()
-    engine = sglang.Engine(**engine_arguments(args, folder))
+    engine = sglang.Engine(**runs.engine_arguments(args, folder))
     answers = runs.answer_tasks(engine, tokenizer, make_tasks(args, tokenizer), args.samples, args.temperature)
     answers += runs.hold_conversations(engine, tokenizer, make_conversations(args, tokenizer))
     seconds = monotonic() - started
@@ -156,15 +134,7 @@ def measure(args: argparse.Namespace, written: Rows) -> tuple[dict[str, list[Ans
     found: dict[str, list[Answer]] = {}
     records = []
     common = {"model": args.model, "dtype": args.dtype, "seed": args.seed}
-    for cache in args.caches:
-        with launch.CONSOLE.status(cache) as status:
-            result = launch.run_alone(
-                MODULE, cache, args.timeout, lambda text, s=status, c=cache: s.update(f"{c}: {text}")
-            )
-        if result is None and not found:
-            raise SystemExit(f"expected answers of {cache}, the first cache, got none: see its log")
-        if result is None:
-            continue
+    for cache, result in launch.run_each(MODULE, args.caches, args.timeout, "answers"):
         found[cache] = [Answer(**answer) for answer in result["answers"]]
         for record in summarise(found[cache], found[args.caches[0]]):
             records.append({"cache": cache} | record)

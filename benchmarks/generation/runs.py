@@ -3,13 +3,41 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from benchmarks.common import launch
+from benchmarks.common import caches, launch
 from benchmarks.generation.scoring import Answer
 from benchmarks.generation.tasks import Task
+
+
+def engine_arguments(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Return the arguments of sglang.Engine for the cache of this process.
+
+    Args:
+        args: with one (the cache), dtype, seed, mem_fraction_static, bf16_backend.
+        folder: of the model.
+    """
+    import torch
+
+    chosen: dict[str, Any] = {
+        "model_path": folder,
+        "dtype": args.dtype,
+        "random_seed": args.seed,
+        "skip_tokenizer_init": True,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "log_level": "info",
+    }
+    if torch.cuda.is_available():
+        chosen["mem_fraction_static"] = args.mem_fraction_static
+    chosen |= caches.engine_arguments(args.one, args.bf16_backend)
+    if args.one == caches.BF16 and args.dtype == "float32":
+        # the dtype of the model would make it a 32-bit cache
+        chosen["kv_cache_dtype"] = "bf16"
+    return chosen
 
 
 def _ask(engine: Any, tokenizer: Any, tasks: list[Task], mode: str, temperature: float = 0.0) -> list[Answer]:

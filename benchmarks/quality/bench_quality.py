@@ -2,6 +2,7 @@
 """What each preset costs in accuracy: a model's predictions with it against those with an unquantised cache.
 
     python -m benchmarks.quality.bench_quality --output quality.csv --plot quality.png
+    python -m benchmarks.quality.bench_quality --texts held-out --caches fp8_e4m3 kvarn kvarn_k4v3_g128 --context 3072
     python -m benchmarks.quality.bench_quality --hard --dtype bfloat16 --unbalanced
     python -m benchmarks.quality.bench_quality --head-dims 128 256
     python -m benchmarks.quality.bench_quality --code-error
@@ -33,10 +34,13 @@ from kvarn_kernels import reference
 
 from benchmarks.common import cli, models
 from benchmarks.common.rows import Rows
-from benchmarks.quality import caches, code_error, compare, frames, hard, heads, report, texts
+from benchmarks.quality import caches, code_error, compare, frames, hard, heads, report, sources, texts
 from benchmarks.quality.model import Model
 from benchmarks.quality.report import ALIASES
 from benchmarks.quality.scores import Scores
+
+# of --texts
+HELD_OUT = "held-out"
 
 
 def check(rows: list[caches.Cache], device: torch.device) -> None:
@@ -85,11 +89,24 @@ def measure(
     return scores, exact_seconds
 
 
+def load_texts(options: argparse.Namespace, tokenizer: Any) -> list[texts.Text]:
+    """Return a piece of each of --texts.
+
+    Raises:
+        SystemExit: a text is too short.
+    """
+    names = [own for name in options.texts for own in (sources.HELD_OUT if name == HELD_OUT else [name])]
+    try:
+        return [texts.load(name, options.context, options.seed, tokenizer) for name in names]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = cli.parser(__doc__)
     cli.add_model(parser, models.SMOLLM2)
-    text = f"Files, or kinds of text: {', '.join(texts.KINDS)}."
+    text = f"Files, or names of texts: {', '.join(sources.ALL)}; {HELD_OUT} is all of them that nothing was chosen on."
     parser.add_argument("--texts", nargs="+", default=texts.DEFAULT, metavar="T", help=text)
     known = list(dict.fromkeys([*ALIASES, *caches.all_caches(0)]))
     cli.add_caches(parser, None, known, "Without it all, or some of them beside --hard and --head-dims.")
@@ -160,7 +177,7 @@ def main() -> None:
     with Console(file=sys.stderr).status("load") as progress:
         folder = models.folder(options.model)
         model = Model.load(str(folder), device, getattr(torch, options.dtype))
-        pieces = [texts.load(name, options.context, options.seed, model.tokenizer) for name in options.texts]
+        pieces = load_texts(options, model.tokenizer)
         if options.code_error:
             progress.update("squared errors")
             report.show_code_errors(code_error.shares(model, pieces))

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import torch
 
-# of texts, for an interval of a ratio
-RESAMPLES = 10_000
+from benchmarks.common.intervals import interval
+
 BUCKETS = (0, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -61,13 +61,10 @@ class Scores:
     def ratio(self, other: Scores, start: int, end: int) -> tuple[float, float, float]:
         """Return (mean KL over that of another cache on the same texts, bounds of its 95 % interval).
 
-        The interval is that of the bootstrap over texts, since tokens of one text are not independent.
+        The interval is that of the bootstrap over texts.
         """
-        own, base = (torch.stack([t[start:end].mean() for t in s.divergence]).double().cpu() for s in (self, other))
-        drawn = torch.randint(len(own), (RESAMPLES, len(own)), generator=torch.Generator().manual_seed(0))
-        ratios = own[drawn].mean(1) / base[drawn].mean(1)
-        low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return (own.mean() / base.mean()).item(), low, high
+        means = [torch.stack([t[start:end].mean() for t in s.divergence]).double().cpu() for s in (self, other)]
+        return interval(torch.stack(means, -1), lambda mean: mean[..., 0] / mean[..., 1])
 
     def buckets(self, context: int) -> dict[str, dict[str, float]]:
         """Return `summary` of each range of positions that the context reaches, named "start-end"."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.common import models, tiny_model
-from benchmarks.generation import acceptance, bench_drafts
+from benchmarks.common import intervals, models, tiny_model
+from benchmarks.generation import bench_drafts
 from benchmarks.generation.acceptance import accepted, ratio
 
 
@@ -31,7 +31,7 @@ def test_ratio_is_of_the_same_texts_in_every_draw(monkeypatch):
     value, low, high = ratio(own, base)
     assert low < value < high and high - low < 0.01
     # the interval of one text is as wide as the difference to the other
-    monkeypatch.setattr(acceptance, "RESAMPLES", 1000)
+    monkeypatch.setattr(intervals, "RESAMPLES", 1000)
     assert ratio([(1, 1), (1, 2)], [(1, 1), (1, 1)]) == (1.5, 1, 2)
 
 

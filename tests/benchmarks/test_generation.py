@@ -277,6 +277,6 @@ def test_run_fails_without_a_cache_and_ends_without_the_first(tmp_path, monkeypa
 
 def test_bf16_cache_is_16_bit_beside_a_float32_model():
     args = SimpleNamespace(dtype="float32", seed=0, one="bf16", mem_fraction_static=0.8, bf16_backend=None)
-    assert bench_generation.engine_arguments(args, "model")["kv_cache_dtype"] == "bf16"
+    assert runs.engine_arguments(args, "model")["kv_cache_dtype"] == "bf16"
     args.one = "kvarn"
-    assert bench_generation.engine_arguments(args, "model")["kv_cache_dtype"] == "kvarn"
+    assert runs.engine_arguments(args, "model")["kv_cache_dtype"] == "kvarn"
