@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from forked_engines import forked
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
 
@@ -33,17 +34,18 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def start_engine(model):
-    """Return a context manager that runs an engine as a user would start it, on the CPU."""
+    """Return a context manager that runs an engine as a user would start it, on the CPU; its processes are forked."""
     platform.prepare_environment()
     if not platform.is_active():
         pytest.skip("these tests are for a machine without a GPU")
 
     @contextmanager
     def start(**options) -> Iterator:
-        engine = compat.resolve("sglang.Engine")(**({"model_path": model} | OPTIONS | options))
-        try:
-            yield engine
-        finally:
-            engine.shutdown()
+        with forked():
+            engine = compat.resolve("sglang.Engine")(**({"model_path": model} | OPTIONS | options))
+            try:
+                yield engine
+            finally:
+                engine.shutdown()
 
     return start

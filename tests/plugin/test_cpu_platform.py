@@ -72,7 +72,8 @@ ONE_RANK = {"pp_size": 1, "dp_size": 1}
 
 def arguments(**changes) -> SimpleNamespace:
     names = ("device", "attention_backend", "max_running_requests", "max_total_tokens", "mem_fraction_static")
-    return SimpleNamespace(**(dict.fromkeys(names) | {"disable_cuda_graph": False, "tp_size": 1} | ONE_RANK | changes))
+    others = {"disable_cuda_graph": False, "tp_size": 1, "disaggregation_mode": "null"}
+    return SimpleNamespace(**(dict.fromkeys(names) | others | ONE_RANK | changes))
 
 
 def test_apply_defaults_bounds_the_pool_unless_the_user_does():
@@ -84,6 +85,15 @@ def test_apply_defaults_bounds_the_pool_unless_the_user_does():
     args = arguments(mem_fraction_static=0.5, max_running_requests=3, attention_backend="kvarn")
     cpu_platform.apply_defaults(args)
     assert (args.max_total_tokens, args.max_running_requests, args.attention_backend) == (None, 3, "kvarn")
+
+
+def test_a_scheduler_without_requests_sleeps_unless_another_server_may_send_pages():
+    found = []
+    for mode in ("null", "prefill", "decode"):
+        args = arguments(disaggregation_mode=mode)
+        cpu_platform.apply_defaults(args)
+        found.append(args.sleep_on_idle)
+    assert found == [True, False, False]
 
 
 def test_apply_defaults_leaves_a_gpu_alone(monkeypatch):
