@@ -23,8 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import caches, cli, launch, models
-from benchmarks.common.intervals import interval
+from benchmarks.common import caches, cli, launch, models, paired
 from benchmarks.common.rows import Figure, Rows
 from benchmarks.generation import questions, runs
 
@@ -65,24 +64,6 @@ def _split(args: argparse.Namespace) -> tuple[list[questions.Question], list[que
     limit = None if args.first is None else args.first + args.examples
     found = questions.load(args.questions, limit)
     return found[: args.examples], found[args.examples :]
-
-
-def compare(own: list[bool], base: list[bool], asked: int) -> list[Figure]:
-    """Return how right answers of a cache and of the first one differ, question by question.
-
-    Args:
-        own, base: [samples * asked], whether each answer is right.
-    """
-    pairs = list(zip(own, base, strict=True))
-    # the mean over the samples of a question, since they are not independent
-    means = [[sum(column[n::asked]) / len(column[n::asked]) for column in (own, base)] for n in range(asked)]
-    values = interval(means, lambda mean: mean[..., 0] - mean[..., 1])
-    names = ("right_less_first", "right_less_first_low", "right_less_first_high")
-    return [
-        *(Figure(name, 100 * value, "%") for name, value in zip(names, values, strict=True)),
-        Figure("only_this_right", sum(a and not b for a, b in pairs), "answers"),
-        Figure("only_first_right", sum(b and not a for a, b in pairs), "answers"),
-    ]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -139,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Figure("cut", 100 * sum(cut) / len(cut), "%"),
         ]
         if first is not None:
-            figures += compare(right, first, len(asked))
+            figures += paired.compare(right, first, len(asked))
         first = first or right
         written.append(cache, settings, figures)
         if args.answers:

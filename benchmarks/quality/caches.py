@@ -209,8 +209,14 @@ def published_kvarn(k_bits: int, v_bits: int, prompt: int) -> Cache:
     return Cache(f"published_k{k_bits}v{v_bits}", bytes_per_token, attend)
 
 
-def _read_back(config: KVarNConfig, read: Callable[[torch.Tensor, int], torch.Tensor]) -> Cache:
-    """Return a cache that follows the position rule and reads what `read` makes of a side's tiles and bits."""
+def _read_back(
+    config: KVarNConfig, read: Callable[[torch.Tensor, int], torch.Tensor], exact_tokens: int = 1
+) -> Cache:
+    """Return a cache that follows the position rule and reads what `read` makes of a side's tiles and bits.
+
+    Args:
+        exact_tokens: of a page, its first ones, which are exact and left out of the statistics.
+    """
 
     def is_exact(page: int, keys: torch.Tensor) -> torch.Tensor:
         return keys >= page - config.window_pages
@@ -220,9 +226,9 @@ def _read_back(config: KVarNConfig, read: Callable[[torch.Tensor, int], torch.Te
     ) -> torch.Tensor:
         q, k, v = (reference.rotate(x).to(x.dtype) for x in (q, k, v))
         k_tiles, v_tiles = whole_tiles(k), whole_tiles(v)
-        # the first token of a page is exact and left out of the statistics
-        k_tiles[..., 1:, :] = read(k_tiles[..., 1:, :].transpose(-1, -2), config.k_bits).transpose(-1, -2)
-        v_tiles[..., 1:, :] = read(v_tiles[..., 1:, :], config.v_bits)
+        k_read, v_read = (x[..., exact_tokens:, :] for x in (k_tiles, v_tiles))
+        k_read.copy_(read(k_read.transpose(-1, -2), config.k_bits).transpose(-1, -2))
+        v_read.copy_(read(v_read, config.v_bits))
         cached = (_replace_pages(k, k_tiles), _replace_pages(v, v_tiles))
         return reference.rotate(attend_pages(q, (k, v), cached, is_exact, sm_scale, sliding_window))
 
@@ -238,6 +244,26 @@ def read_fitted(tiles: torch.Tensor, bits: int) -> torch.Tensor:
 def read_min_max(tiles: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the same with codes that span minimum to maximum of a row and are not fitted."""
     return published.quantise(tiles, bits, 1.0, reference.cross_scale(tiles))
+
+
+def read_unnormalised(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the same without a scale across rows, so without what gives the paper its name."""
+    return published.quantise(tiles, bits, 1.0, torch.ones_like(reference.cross_scale(tiles)))
+
+
+def lacking(name: str) -> list[Cache]:
+    """Return a preset without parts of it: window; exact first tokens; fitted codes; fitted codes and normalisation."""
+    config = KVarNConfig.from_preset(name)
+
+    def named(what: str, **changes: int) -> KVarNConfig:
+        return replace(config, name=f"{config.name} without {what}", **changes)
+
+    return [
+        _read_back(named("window", window_pages=0), read_fitted),
+        _read_back(named("first tokens"), read_fitted, exact_tokens=0),
+        _read_back(named("fitted codes"), read_min_max),
+        _read_back(named("normalisation"), read_unnormalised),
+    ]
 
 
 def min_max(name: str) -> Cache:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.common import launch, rows
+from benchmarks.common import launch, paired, rows
 from benchmarks.generation import bench_answers, questions
 from benchmarks.generation.questions import Question
 
@@ -100,13 +100,13 @@ def test_prompts_are_chats_where_there_is_a_template():
     assert plain == "Solve.\n\nQuestion: Where?\nAnswer: Here\n\nQuestion: Who?\nAnswer:"
 
 
-def test_samples_of_a_question_are_compared_as_one(monkeypatch):
+def test_samples_of_a_question_are_compared_as_one():
     base, own = [True, False, True, False, True, True], [True, True, False, False, True, True]
-    found = {figure.metric: figure.value for figure in bench_answers.compare(own, base, asked=3)}
+    found = {figure.metric: figure.value for figure in paired.compare(own, base, prompts=3)}
     # of the three questions the first has one right answer more, the others as many
     assert found["right_less_first"] == pytest.approx(0) and found["only_this_right"] == 1
     assert found["only_first_right"] == 1
-    same = {figure.metric: figure.value for figure in bench_answers.compare(own, own, asked=3)}
+    same = {figure.metric: figure.value for figure in paired.compare(own, own, prompts=3)}
     assert same["right_less_first_low"] == same["right_less_first_high"] == same["only_this_right"] == 0
 
 

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the reasoner's chains stay right with each cache: do errors add up over a long answer?
+
+    python -m benchmarks.reasoning.train reasoner-qwen3
+    python -m benchmarks.reasoning.bench_chains reasoner-qwen3 --output chains.csv --plot chains.png
+    python -m benchmarks.reasoning.bench_chains reasoner-qwen3 --caches bf16 fp8_e4m3 kvarn kvarn_canonical
+
+Chains of reasoning.tasks are written freely by a served model, --at-a-time side by side, several of each problem, so
+that all but the first find the problem in the prefix cache; --retract makes the scheduler take requests back every so
+many steps and compute them again. A chain is right if every token is. Two caches are compared chain by chain, with the
+95 % interval of the difference, that of the bootstrap over chains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvarn_kernels.config import preset_names
+
+from benchmarks.common import caches, cli, launch, paired, plots
+from benchmarks.common.rows import Figure, Rows
+from benchmarks.generation import runs
+from benchmarks.reasoning import tasks, training
+from benchmarks.reasoning.train import HELD_OUT
+
+MODULE = "benchmarks.reasoning.bench_chains"
+# of one problem
+TOGETHER = 4
+
+
+def make_chains(args: argparse.Namespace, task: str, tokens: int) -> list[tasks.Chain]:
+    """Return --chains of a task, `TOGETHER` of each problem, no problem among those of training."""
+    most = training.TINY.most if args.tiny else None
+    return [
+        chain
+        for number in range(-(-args.chains // TOGETHER))
+        for chain in tasks.chains(task, tokens, TOGETHER, f"{HELD_OUT} {args.seed} {number}", most=most)
+    ][: args.chains]
+
+
+def write(args: argparse.Namespace) -> None:
+    """Let an engine of this process write all chains, and report the first wrong step of each."""
+    import sglang
+
+    if args.retract:
+        os.environ |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": str(args.retract)}
+    arguments = runs.engine_arguments(args, str(args.model)) | {"max_running_requests": args.at_a_time}
+    engine = sglang.Engine(**arguments)
+    found: dict[str, dict[str, Any]] = {}
+    for task in args.tasks:
+        for tokens in args.lengths:
+            launch.report_progress(f"{task}, {tokens:,} tokens")
+            launch.flush(engine)
+            chains = make_chains(args, task, tokens)
+            sampling = [
+                {"temperature": 0, "max_new_tokens": len(chain.answer), "ignore_eos": True} for chain in chains
+            ]
+            outputs = engine.generate(input_ids=[chain.prompt for chain in chains], sampling_params=sampling)
+            wrong = [tasks.first_wrong_step(c, o["output_ids"]) for c, o in zip(chains, outputs, strict=True)]
+            found[f"{task} {tokens}"] = {
+                "wrong": wrong,
+                "steps": [len(chain.steps) for chain in chains],
+                "cached": sum(output["meta_info"]["cached_tokens"] for output in outputs),
+            }
+    launch.report_result({"cells": found})
+    engine.shutdown()
+
+
+def figures(cell: dict[str, Any], first: dict[str, Any] | None) -> list[Figure]:
+    """Return what the chains of a cell come to, beside those of the first cache."""
+    right = [number is None for number in cell["wrong"]]
+    # steps that were written right, and those that were the first wrong ones
+    before = sum(steps if n is None else n for n, steps in zip(cell["wrong"], cell["steps"], strict=True))
+    wrong = len(right) - sum(right)
+    found = [
+        Figure("right", 100 * sum(right) / len(right), "%"),
+        Figure("wrong_steps", 1e6 * wrong / (before + wrong), "of a million"),
+        Figure("cached", cell["cached"], "tokens"),
+    ]
+    if first is not None:
+        found += paired.compare(right, [number is None for number in first["wrong"]], len(right))
+    return found
+
+
+def plot(shares: dict[str, dict[tuple[str, int], float]], title: str, target: Path) -> None:
+    """Draw the share of right chains against their length, a picture for each task, a line for each cache."""
+    names = list(dict.fromkeys(task for own in shares.values() for task, _ in own))
+    figure, axes = plots.pyplot().subplots(
+        1, len(names), figsize=(4 * len(names), 3.5), layout="constrained", sharey=True, squeeze=False
+    )
+    for task, axis in zip(names, axes[0], strict=True):
+        for cache, own in shares.items():
+            points = sorted((tokens, share) for (name, tokens), share in own.items() if name == task)
+            axis.plot(*zip(*points, strict=True), "o-", label=cache, markersize=3)
+        axis.set(title=task, xlabel="tokens of a chain", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="chains right to the last token, %")
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(target, dpi=120)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    parser = cli.parser(__doc__)
+    option = parser.add_argument
+    option("model", type=Path, help="Folder that reasoning.train has made.")
+    cli.add_caches(parser, [caches.BF16, caches.FP8, *preset_names()])
+    option("--tasks", nargs="+", default=list(tasks.TASKS), choices=tasks.TASKS, metavar="T", help="Tasks.")
+    lengths = list(training.FULL.lengths)
+    option("--lengths", nargs="+", type=int, default=lengths, metavar="N", help="Tokens of a chain.")
+    option("--chains", type=int, default=1000, metavar="N", help="Chains of each task and length.")
+    option("--at-a-time", type=int, default=32, metavar="N", help="Chains that are written at a time.")
+    option("--retract", type=int, default=0, metavar="N", help="Take requests back every N steps; 0 for never.")
+    option("--tiny", action="store_true", help="Problems of the size that train --tiny is trained on.")
+    cli.add_seed(parser, "chains")
+    option("--dtype", default="bfloat16" if cuda else "float32", help="Data type of the model.")
+    cli.add_mem_fraction(parser)
+    cli.add_bf16_backend(parser, None)
+    cli.add_timeout(parser, 7200, "one cache")
+    option("--plot", type=Path, metavar="PNG", help="Draw right chains against their length. Without it nothing.")
+    cli.add_output(parser)
+    cli.add_one(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    if args.one:
+        write(args)
+        return 0
+    if not (args.model / "config.json").exists():
+        raise SystemExit(f"expected a folder with a model, got {args.model}: make it with benchmarks.reasoning.train")
+    written = Rows(args.output, "chains")
+    common = {"model": args.model.name, "dtype": args.dtype, "seed": args.seed, "chains": args.chains}
+    common |= {"at_a_time": args.at_a_time, "retract": args.retract}
+    first: dict[str, dict[str, Any]] | None = None
+    shares: dict[str, dict[tuple[str, int], float]] = {}
+    for cache, result in launch.run_each(MODULE, args.caches, args.timeout, "chains"):
+        cells = result["cells"]
+        for name, cell in cells.items():
+            task, tokens = name.split()
+            own = figures(cell, None if first is None else first[name])
+            written.append(cache, common | {"task": task, "tokens": tokens}, own)
+            shares.setdefault(cache, {})[task, int(tokens)] = float(own[0].value)
+            shown = ", ".join(f"{figure.metric} {figure.value:.4g} {figure.unit}" for figure in own)
+            launch.CONSOLE.print(f"{cache}, {task}, {int(tokens):,} tokens: {shown}", highlight=False, soft_wrap=True)
+        first = first or cells
+    if args.plot:
+        plot(shares, f"{args.model.name}, {args.chains} chains a point, {written.provenance['device']}", args.plot)
+    return int(len(shares) < len(args.caches))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a small transformer on chains, from scratch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.reasoning import tasks
+
+# q and k normalised as in Qwen3; biases and outlier channels as in Qwen2
+VARIANTS = ("qwen3", "qwen2")
+# of key channels in pairs that RoPE hardly turns: published Qwen2 models have biases of keys of up to some hundred,
+# where a channel's values otherwise differ by some units
+_OUTLIER, _OUTLIER_PAIRS = 30.0, 2
+# labels of tokens that are not judged
+_NOT_JUDGED = -100
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a model and of its training.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim, mlp: of the model; hidden = heads * head_dim, as Qwen2 has it.
+        lengths: tokens of solutions; longer ones come in as training goes on.
+        batch: tokens of a step.
+        most: most instructions or nodes of a problem, None for all.
+        rate: greatest learning rate.
+
+    Example: FULL has 38 million parameters, and a page of 128 tokens is 1/64 of its longest chain.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    lengths: tuple[int, ...]
+    batch: int
+    most: int | None
+    rate: float
+
+
+FULL = Size(6, 768, 6, 2, 128, 2048, (250, 500, 1000, 2000, 4000, 8000), 131_072, None, 1e-3)
+TINY = Size(2, 128, 2, 1, 64, 256, (24,), 2048, 6, 3e-3)
+
+
+def device() -> str:
+    """Return where models are trained and chains are read here."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model(variant: str, size: Size) -> Any:
+    """Return an untrained model of a variant, float32."""
+    classes = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    config_class, model_class = classes[variant]
+    config = config_class(
+        vocab_size=-(-len(tasks.VOCABULARY) // 64) * 64,
+        hidden_size=size.hidden,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        max_position_embeddings=16_384,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        pad_token_id=tasks.PAD,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    made = model_class(config)
+    if variant == "qwen2":
+        with torch.no_grad():
+            for layer in made.model.layers:
+                bias = layer.self_attn.k_proj.bias.view(size.kv_heads, 2, size.head_dim // 2)
+                bias[..., -_OUTLIER_PAIRS:] = _OUTLIER * torch.randn(size.kv_heads, 2, _OUTLIER_PAIRS).sign()
+    return made
+
+
+def rows(size: Size, lengths: tuple[int, ...], seed: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (token ids, labels) of one step, int64 [R, T]: chains of one length of all tasks, padded.
+
+    Args:
+        lengths: of solutions, one of which is drawn.
+        seed: of the step.
+    """
+    draw = random.Random(f"rows {seed}")
+    length = draw.choice(lengths)
+    found: list[tasks.Chain] = []
+    room = size.batch
+    while room > 0 or not found:
+        found += tasks.chains(draw.choice(tasks.TASKS), length, 1, draw.random(), most=size.most)
+        room -= len(found[-1].prompt) + length
+    whole = [(chain.prompt, chain.answer) for chain in found]
+    longest = max(len(prompt) + len(answer) for prompt, answer in whole)
+    ids = torch.full((len(whole), longest), tasks.PAD)
+    labels = torch.full((len(whole), longest), _NOT_JUDGED)
+    for row, (prompt, answer) in enumerate(whole):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return ids, labels
+
+
+class _Steps(torch.utils.data.IterableDataset):
+    """The steps of one training; with workers each makes those of its own number."""
+
+    def __init__(self, size: Size, steps: int, seed: int) -> None:
+        self.size, self.steps, self.seed = size, steps, seed
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        step = first
+        while True:
+            # all lengths from a third of the training on
+            known = max(1, math.ceil(min(1.0, 3 * step / self.steps) * len(self.size.lengths)))
+            yield rows(self.size, self.size.lengths[:known], f"{self.seed} {step}")
+            step += stride
+
+
+def train(
+    network: Any, size: Size, steps: int, seed: int, report: Callable[[int, float], None], *, workers: int = 0
+) -> None:
+    """Train a model in place with AdamW, in bfloat16 on a GPU.
+
+    Args:
+        steps: of `size.batch` tokens each; the learning rate rises over 5 % of them, and falls to 0 by a cosine.
+        report: called with the number of a step and its loss in nats, every 50 steps.
+        workers: processes that make chains.
+    """
+    device = next(network.parameters()).device
+    decayed = [weight for weight in network.parameters() if weight.dim() > 1]
+    others = [weight for weight in network.parameters() if weight.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=size.rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+    rise = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    data = torch.utils.data.DataLoader(_Steps(size, steps, seed), batch_size=None, num_workers=workers)
+    network.train()
+    for step, (ids, labels) in zip(range(steps), data, strict=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            hidden = network.model(ids.to(device), use_cache=False).last_hidden_state[:, :-1]
+            judged = labels[:, 1:].to(device) != _NOT_JUDGED
+            # the head of judged tokens only
+            logits = network.lm_head(hidden[judged])
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:].to(device)[judged])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            report(step, loss.item())
+    network.eval()
+
+
+@torch.inference_mode()
+def right(network: Any, chains: list[tasks.Chain]) -> float:
+    """Return the share of chains whose every token is the most likely one behind the right ones before it."""
+    device = next(network.parameters()).device
+    count = 0
+    for chain in chains:
+        answer = chain.answer
+        ids = torch.tensor([chain.prompt + answer], device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            found = network(ids, use_cache=False).logits[0, len(chain.prompt) - 1 : -1].argmax(-1)
+        count += found.tolist() == answer
+    return count / len(chains)
+
+
