@@ -90,7 +90,7 @@ def test_apply_defaults_bounds_the_pool_unless_the_user_does():
 def test_a_scheduler_without_requests_sleeps_unless_another_server_may_send_pages():
     found = []
     for mode in ("null", "prefill", "decode"):
-        args = arguments(disaggregation_mode=mode)
+        args = arguments(disaggregation_mode=mode, sleep_on_idle=False)
         cpu_platform.apply_defaults(args)
         found.append(args.sleep_on_idle)
     assert found == [True, False, False]

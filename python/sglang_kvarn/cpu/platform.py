@@ -72,8 +72,9 @@ def apply_defaults(server_args: Any) -> None:
         os.environ[_BIND] = split_cores(sorted(os.sched_getaffinity(0)), ranks)
     server_args.disable_cuda_graph = True
     server_args.disable_custom_all_reduce = True
-    # a scheduler without requests would keep a core busy; between two servers it asks for pages all the time
-    server_args.sleep_on_idle = server_args.disaggregation_mode == "null"
+    if server_args.disaggregation_mode == "null":
+        # a scheduler without requests would keep a core busy; beside another server, asleep it would not see pages come
+        server_args.sleep_on_idle = True
     if server_args.attention_backend is None:
         server_args.attention_backend = "torch_native"
     if server_args.max_running_requests is None:
