@@ -177,4 +177,18 @@ MUTATIONS = (
         "except KeyError as error:",
         (f"{TEST_TRANSFER}::test_what_sglang_finds_different_fails_the_request_and_not_the_server",),
     ),
+    Mutation(
+        "a request whose client is gone that ends the server",
+        TRANSFER,
+        "        if request.kv_receiver is None:\n            continue\n",
+        "",
+        (f"{TEST_TRANSFER}::test_a_request_whose_client_is_gone_does_not_keep_the_others_from_failing",),
+    ),
+    Mutation(
+        "a failed request that SGLang waits for",
+        COMPAT,
+        "    receiver.kv_mgr.update_status(receiver.bootstrap_room, failed)\n",
+        "",
+        (_OTHER,),
+    ),
 )
