@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_plugin
+import forked_server
 import httpx
 import transfer_engine_on_cpu
 from host_faults import wait_for
@@ -67,7 +68,7 @@ class Server:
         self.url, self.log = f"http://{HOST}:{port}", folder / f"{name}.log"
         chosen = OPTIONS | {"model-path": model, "host": HOST, "port": port} | options
         flags = [f"--{flag}" for flag in FLAGS]
-        command = [sys.executable, "-m", "sglang.launch_server", *flags]
+        command = [sys.executable, forked_server.__file__, *flags]
         command += [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
@@ -96,6 +97,10 @@ class Server:
         """Return what the server says of its cache."""
         return httpx.get(f"{self.url}/server_info").json()["internal_states"][0]["kvarn"]
 
+    def load(self, section: str) -> dict[str, Any]:
+        """Return what SGLang says of its load, by the name of a section."""
+        return httpx.get(f"{self.url}/v1/loads").json()["loads"][0][section]
+
     def abort(self, rid: str) -> None:
         httpx.post(f"{self.url}/abort_request", json={"rid": rid})
 
@@ -121,7 +126,7 @@ class Pair:
     def __init__(self, prefill: Server, decode: Server, bootstrap_port: int, folder: Path) -> None:
         self.prefill, self.decode, self.folder = prefill, decode, folder
         self.bootstrap_port = bootstrap_port
-        self._clients = ThreadPoolExecutor(32)
+        self._clients = ThreadPoolExecutor(64)
 
     def send(
         self, tokens: list[int], new_tokens: int, bootstrap_port: int | None = None, **fields: Any
