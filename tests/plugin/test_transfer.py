@@ -166,6 +166,77 @@ def test_the_exact_start_travels_with_the_first_token_and_reaches_the_row(monkey
     assert receiver.rings.held(1).exact_start == 0 and receiver.rings.exact_starts[1] == 0
 
 
+def test_the_exact_start_is_in_its_place_before_sglang_sends_the_first_token(pool):
+    seen = []
+
+    class Scheduler(compat.resolve("sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin")):
+        kv_checksum_computer = None
+
+        def _send_kv_chunk(self, req, last_chunk=False, end_idx=None) -> None:
+            numbers = self.disagg_metadata_buffers.cached_tokens[req.metadata_buffer_index]
+            seen.append((last_chunk, int(numbers[transfer.EXACT_START])))
+
+    give_ring(pool, start=256)
+    scheduler = Scheduler()
+    vars(scheduler).update(vars(sender(pool)))
+    request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=ROW), metadata_buffer_index=3)
+    scheduler.send_kv_chunk(request)
+    scheduler.send_kv_chunk(request, last_chunk=True)
+    assert seen == [(False, 7), (True, 256)]
+
+
+class Reached(Exception):
+    """SGLang has come to where it does what a hook comes before."""
+
+
+def reach(*args) -> None:
+    raise Reached
+
+
+def test_the_exact_start_is_taken_before_sglang_takes_the_first_token(pool):
+    give_ring(pool)
+    numbers = torch.full((4, 16), 128, dtype=torch.int32)
+    queue = object.__new__(compat.resolve("sglang.srt.disaggregation.decode.DecodeTransferQueue"))
+    queue.scheduler = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(**{ATTRIBUTE: pool.rings}), kv_checksum_computer=None
+    )
+    queue.metadata_buffers = SimpleNamespace(cached_tokens=numbers, get_buf=reach)
+    received = SimpleNamespace(req=SimpleNamespace(kv=SimpleNamespace(req_pool_idx=ROW)), metadata_buffer_index=3)
+    with pytest.raises(Reached):
+        queue._commit_transfer_to_req(received)
+    assert pool.rings.held(ROW).exact_start == 128
+
+
+def preallocation(pool, **fields):
+    """Return SGLang's queue of requests that are to be received, as far as our hooks read it."""
+    queue = object.__new__(compat.resolve("sglang.srt.disaggregation.decode.DecodePreallocQueue"))
+    vars(queue).update({"token_to_kv_pool": pool, "token_to_kv_pool_allocator": pool.rings.allocator} | fields)
+    return queue
+
+
+def test_sglang_waits_for_steps_before_it_tells_a_sender_of_pages(pool):
+    told = []
+    pool.slab = SimpleNamespace(is_cuda=True)
+    pool.forward_stream = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    queue = preallocation(pool, req_to_metadata_buffer_idx_allocator=SimpleNamespace(alloc=reach))
+    with pytest.raises(Reached):
+        queue._send_kv_metadata(SimpleNamespace(), None, PAGE)
+    assert told == ["waited"]
+
+
+def test_sglang_counts_a_ring_beside_the_tokens_of_a_request_that_comes_or_comes_back(monkeypatch, pool):
+    memory = SimpleNamespace(disable_radix_cache=True)
+    monkeypatch.setattr("sglang.srt.disaggregation.decode.get_memory", lambda: memory)
+    queue, ring = preallocation(pool, num_reserved_decode_tokens=128), pool.rings.tokens_per_ring
+    request = SimpleNamespace(
+        origin_input_ids=[0] * 300, output_ids=[0] * 50, sampling_params=SimpleNamespace(max_new_tokens=1000)
+    )
+    assert queue._required_admission_tokens(request, 384, 0, 0) == 1300 + ring
+    assert queue._required_admission_tokens(request, 384, 0, 1200) == 384 + 128 + ring
+    # whole pages of 349 tokens, the last one of which is not yet computed
+    assert queue._prealloc_required_tokens(request) == (384 + 128 + ring, 384)
+
+
 def test_sglang_leaves_the_number_of_the_exact_start_alone():
     buffers = compat.resolve("sglang.srt.disaggregation.utils.MetadataBuffers")(
         size=2, hidden_size=16, hidden_states_dtype=torch.float32, max_sampling_mask_tokens=1
