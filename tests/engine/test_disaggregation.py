@@ -125,7 +125,7 @@ def test_a_request_that_waits_at_a_full_decode_server_is_aborted_there_and_the_o
     running = [pair.send(tokens, 250)[1] for tokens in prompts]
     server_pair.wait_for(lambda: pair.decode.facts()["rings_in_use"] == 2, "both places to be taken")
     # too long for the place that is free while one of them is retracted
-    sent, answer = pair.send(prompt(1500, seed=32), NEW, rid="waiting")
+    sent, answer = pair.send(prompt(1500, seed=32), NEW, rid="waiting", in_turn=True)
     server_pair.wait_for(lambda: pair.decode.load("queues")["prealloc_ready"] == 1, "a request without a place")
     assert not any(each.done() for each in running)
     pair.decode.abort("waiting")
@@ -180,7 +180,8 @@ OTHERS = {
 def test_a_sender_with_other_pages_fails_the_request_with_one_sentence(pair, model, what):
     change, sentence = OTHERS[what]
     with other_sender.tell(pair.bootstrap_port, change) as port:
-        sent, answer = pair.send(prompt(300, seed=25), NEW, bootstrap_port=port, rid=f"other {what}")
+        told = {"bootstrap_port": port, "in_turn": True, "rid": f"other {what}"}
+        sent, answer = pair.send(prompt(300, seed=25), NEW, **told)
         assert sentence in json.dumps(answer.result())
         if what == "cache":
             # SGLang ends the handshake before anybody could tell the sender
@@ -238,7 +239,7 @@ def test_unequal_servers_live_and_say_so(tmp_path, what):
     model = tiny_model.save(tmp_path / "model", "qwen2")
     with server_pair.start(tmp_path, model, prefill=POOL | other, decode=POOL) as pair:
         for _ in range(2):
-            sent, answer = pair.send(prompt(300, seed=28), NEW)
+            sent, answer = pair.send(prompt(300, seed=28), NEW, in_turn=True)
             assert sentence in json.dumps(answer.result())
             assert "output_ids" not in sent.result()
         pair.expect_empty()
