@@ -228,6 +228,7 @@ def test_log_probabilities_are_those_of_one_server_to_the_bit(start_engine, mode
 UNEQUAL = {
     "preset": ({"kv-cache-dtype": "kvarn_k4v4_g128"}, "start both servers with the same --kv-cache-dtype"),
     "balance": ({"KVARN_BALANCE": "0"}, "the same weights and the same KVARN_BALANCE"),
+    "ranks": ({"tp-size": 2}, "start both servers with the same --tp-size"),
 }
 
 
@@ -243,3 +244,26 @@ def test_unequal_servers_live_and_say_so(tmp_path, what):
             assert sentence in json.dumps(answer.result())
             assert "output_ids" not in sent.result()
         pair.expect_empty()
+
+
+@pytest.mark.long
+def test_two_ranks_of_each_server_answer_as_one(model, tmp_path):
+    first = prompt(300, seed=1)
+    prompts = [prompt(100, 4), prompt(256, 2), first, first, prompt(640, 3), first + prompt(84, 9)]
+    with server_pair.start(tmp_path, model, prefill=POOL, decode=SMALL_POOL | OFTEN, **{"tp-size": 2}) as pair:
+        assert [check(pair, model, tokens, pair.ask(tokens, NEW)) for tokens in prompts] == [0, 0, 0, 256, 0, 256]
+        together = [prompt(150 + 9 * n, seed=60 + n) for n in range(8)]
+        found = [each.result() for each in [pair.send(tokens, 40)[1] for tokens in together]]
+        for tokens, answer in zip(together, found, strict=True):
+            check(pair, model, tokens, answer, 40)
+        assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
+        # each rank learns of a failure by itself
+        with pair.fault(LOST):
+            sent, answer = pair.send(prompt(300, seed=22), NEW)
+            assert "transfer failed" in json.dumps(sent.result()) and "transfer failed" in json.dumps(answer.result())
+        server_pair.wait_for(lambda: "output_ids" in pair.ask(prompt(60, seed=23), 4), "transfers to go on")
+        change, sentence = OTHERS["preset"]
+        with other_sender.tell(pair.bootstrap_port, change) as port:
+            sent, answer = pair.send(prompt(300, seed=25), NEW, bootstrap_port=port, in_turn=True)
+            assert sentence in json.dumps(answer.result()) and "output_ids" not in sent.result()
+        works(pair, model)

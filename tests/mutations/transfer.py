@@ -197,6 +197,13 @@ MUTATIONS = (
         (f"{TEST_TRANSFER}::test_what_sglang_finds_different_fails_the_request_and_not_the_server",),
     ),
     Mutation(
+        "a server with other ranks that is told to balance its channels",
+        TRANSFER,
+        "in _WAYS_OUT.items():",
+        "in sorted(_WAYS_OUT.items()):",
+        (f"{TEST_TRANSFER}::test_other_ranks_are_named_although_their_balance_differs_too",),
+    ),
+    Mutation(
         "a request whose client is gone that ends the server",
         TRANSFER,
         "        if request.kv_receiver is None:\n            continue\n",

@@ -410,6 +410,12 @@ def test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentenc
     assert manager.prefill_info_table == {}
 
 
+def test_other_ranks_are_named_although_their_balance_differs_too(receive):
+    of_two = {"tp_size": 2, "balance": "-".join([LAYOUT["balance"]] * 2)}
+    _, waiting, manager = receive(json.dumps(LAYOUT | of_two))
+    assert all(why.endswith("the same --tp-size") for why in failures(waiting, manager))
+
+
 def test_a_server_that_tells_no_layout_is_another(receive):
     (ready, _), waiting, manager = receive(None)
     assert not ready and all("sends preset None" in why for why in failures(waiting, manager))
