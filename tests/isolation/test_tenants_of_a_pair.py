@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -94,10 +95,9 @@ def live(pair: Pair, prompts: list, tenant: int) -> list[Answer]:
 
 def spoil(pair: Pair, ended: threading.Event) -> dict[str, int]:
     """Let transfers fail, and wait, now and then; return how often some did."""
-    chance, happened = random.Random(0), {LOST: 0, LATE: 0}
-    while not ended.wait(5):
-        name = chance.choice([LOST, LATE])
-        with pair.fault(name):
+    happened, names = {LOST: 0, LATE: 0}, cycle((LOST, LATE))
+    while not ended.wait(4):
+        with pair.fault(name := next(names)):
             ended.wait(1)
             happened[name] += (pair.folder / f"{name} happened").exists()
     return happened
