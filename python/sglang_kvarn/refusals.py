@@ -283,7 +283,6 @@ _PD = (
     _transfer_flag("optimistic_prefill_attempts", "a prompt that is computed twice is not tested here", off=0),
     _transfer_flag("enable_pd_role_switch", "a server that changes its role is not tested"),
     _transfer_flag("enable_hierarchical_cache", "host memory beside transfers between servers is not tested"),
-    _transfer_flag("tp_size", "ranks that share heads are not tested beside transfers between servers", off=1),
     _transfer_flag("pp_size", "a pipeline beside transfers between servers is not tested", off=1),
     _transfer(
         lambda args: _has_dp_flags(args) or compat.argument(args, "attn_dp_size", 1) > 1,

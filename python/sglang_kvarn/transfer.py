@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 FORMAT = "kvarn"
 # of the 16 numbers of a request that travel with its first token, one that SGLang leaves alone
 EXACT_START = 15
-# by the part of a layout that differs: what to do
+# by the part of a layout that differs: what to do. Other ranks have another balance too, and come first
 _WAYS_OUT = {
     "preset": "start both servers with the same --kv-cache-dtype",
     "record": "run the same version of sglang-kvarn on both servers",
     "dtype": "start both servers with the same --dtype",
-    "balance": "start both servers with the same weights and the same KVARN_BALANCE",
     "tp_size": "start both servers with the same --tp-size",
+    "balance": "start both servers with the same weights and the same KVARN_BALANCE",
 }
 
 

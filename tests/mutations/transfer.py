@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import ADMISSION, COMPAT, FENCES, POOL, RINGS, SETTINGS, TEST_SETTINGS, TEST_TRANSFER, TRANSFER
+from .paths import ADMISSION, COMPAT, FENCES, PLUGIN, POOL, RINGS, SETTINGS, TEST_SETTINGS, TEST_TRANSFER, TRANSFER
 
 _START = f"{TEST_TRANSFER}::test_the_exact_start_travels_with_the_first_token_and_reaches_the_row"
 _RING = f"{TEST_TRANSFER}::test_the_pages_of_a_ring_that_are_sent_are_those_that_the_next_token_reads"
@@ -13,8 +13,27 @@ _ROOM = f"{TEST_TRANSFER}::test_a_request_is_received_where_there_is_room_for_it
 _DESCRIBE = f"{TEST_TRANSFER}::test_describe_names_records_by_layer_and_rings_as_a_state"
 _LAYOUT = f"{TEST_TRANSFER}::test_the_layout_holds_what_every_rank_says_of_its_channels"
 _OTHER = f"{TEST_TRANSFER}::test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentence"
+_COUNTED = "test_sglang_counts_a_ring_beside_the_tokens_of_a_request_that_comes_or_comes_back"
+# what hooks call, and the test that is to miss it
+_CALLED = {
+    "transfer.send_exact_start": "test_the_exact_start_is_in_its_place_before_sglang_sends_the_first_token",
+    "transfer.take_exact_start": "test_the_exact_start_is_taken_before_sglang_takes_the_first_token",
+    "fences.before_receiving": "test_sglang_waits_for_steps_before_it_tells_a_sender_of_pages",
+    "transfer.charge_ring": _COUNTED,
+    "transfer.charge_ring_of_retracted": _COUNTED,
+}
 
 MUTATIONS = (
+    *(
+        Mutation(
+            f"{name} that no hook calls",
+            PLUGIN,
+            f"            {name},\n",
+            "            lambda *args, **kwargs: None,\n",
+            (f"{TEST_TRANSFER}::{test}",),
+        )
+        for name, test in _CALLED.items()
+    ),
     Mutation(
         "an exact start that is sent before it counts, and not with the first token",
         TRANSFER,
@@ -176,5 +195,26 @@ MUTATIONS = (
         "except RuntimeError as error:",
         "except KeyError as error:",
         (f"{TEST_TRANSFER}::test_what_sglang_finds_different_fails_the_request_and_not_the_server",),
+    ),
+    Mutation(
+        "a server with other ranks that is told to balance its channels",
+        TRANSFER,
+        "in _WAYS_OUT.items():",
+        "in sorted(_WAYS_OUT.items()):",
+        (f"{TEST_TRANSFER}::test_other_ranks_are_named_although_their_balance_differs_too",),
+    ),
+    Mutation(
+        "a request whose client is gone that ends the server",
+        TRANSFER,
+        "        if request.kv_receiver is None:\n            continue\n",
+        "",
+        (f"{TEST_TRANSFER}::test_a_request_whose_client_is_gone_does_not_keep_the_others_from_failing",),
+    ),
+    Mutation(
+        "a failed request that SGLang waits for",
+        COMPAT,
+        "    receiver.kv_mgr.update_status(receiver.bootstrap_room, failed)\n",
+        "",
+        (_OTHER,),
     ),
 )

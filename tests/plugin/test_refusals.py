@@ -84,7 +84,6 @@ TRANSFER = [
     ({"enable_pd_role_switch": True}, "drop --enable-pd-role-switch"),
     ({"enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache"),
     ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "drop --speculative-algorithm"),
-    ({"tp_size": 2}, "drop --tp-size"),
     ({"pp_size": 2}, "drop --pp-size"),
 ]
 TRANSFER_VARIABLES = {
@@ -353,6 +352,7 @@ def test_check_arguments_refuses_variables_of_transfers(served, monkeypatch, var
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_check_arguments_takes_transfers_on_a_cpu(served, monkeypatch, mode):
     refusals.check_arguments(Changed(served, disaggregation_mode=mode))
+    refusals.check_arguments(Changed(served, disaggregation_mode=mode, tp_size=2))
     on_a_gpu = Changed(served, disaggregation_mode=mode, device="cuda")
     assert refused(on_a_gpu).endswith("set KVARN_UNTESTED_PD=1 to try it")
     monkeypatch.setenv(refusals.UNTESTED_PD_ENV, "1")

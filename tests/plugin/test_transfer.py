@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from threading import Lock
 from types import SimpleNamespace
 
 import pytest
@@ -164,6 +166,77 @@ def test_the_exact_start_travels_with_the_first_token_and_reaches_the_row(monkey
     assert receiver.rings.held(1).exact_start == 0 and receiver.rings.exact_starts[1] == 0
 
 
+def test_the_exact_start_is_in_its_place_before_sglang_sends_the_first_token(pool):
+    seen = []
+
+    class Scheduler(compat.resolve("sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin")):
+        kv_checksum_computer = None
+
+        def _send_kv_chunk(self, req, last_chunk=False, end_idx=None) -> None:
+            numbers = self.disagg_metadata_buffers.cached_tokens[req.metadata_buffer_index]
+            seen.append((last_chunk, int(numbers[transfer.EXACT_START])))
+
+    give_ring(pool, start=256)
+    scheduler = Scheduler()
+    vars(scheduler).update(vars(sender(pool)))
+    request = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=ROW), metadata_buffer_index=3)
+    scheduler.send_kv_chunk(request)
+    scheduler.send_kv_chunk(request, last_chunk=True)
+    assert seen == [(False, 7), (True, 256)]
+
+
+class Reached(Exception):
+    """SGLang has come to where it does what a hook comes before."""
+
+
+def reach(*args) -> None:
+    raise Reached
+
+
+def test_the_exact_start_is_taken_before_sglang_takes_the_first_token(pool):
+    give_ring(pool)
+    numbers = torch.full((4, 16), 128, dtype=torch.int32)
+    queue = object.__new__(compat.resolve("sglang.srt.disaggregation.decode.DecodeTransferQueue"))
+    queue.scheduler = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(**{ATTRIBUTE: pool.rings}), kv_checksum_computer=None
+    )
+    queue.metadata_buffers = SimpleNamespace(cached_tokens=numbers, get_buf=reach)
+    received = SimpleNamespace(req=SimpleNamespace(kv=SimpleNamespace(req_pool_idx=ROW)), metadata_buffer_index=3)
+    with pytest.raises(Reached):
+        queue._commit_transfer_to_req(received)
+    assert pool.rings.held(ROW).exact_start == 128
+
+
+def preallocation(pool, **fields):
+    """Return SGLang's queue of requests that are to be received, as far as our hooks read it."""
+    queue = object.__new__(compat.resolve("sglang.srt.disaggregation.decode.DecodePreallocQueue"))
+    vars(queue).update({"token_to_kv_pool": pool, "token_to_kv_pool_allocator": pool.rings.allocator} | fields)
+    return queue
+
+
+def test_sglang_waits_for_steps_before_it_tells_a_sender_of_pages(pool):
+    told = []
+    pool.slab = SimpleNamespace(is_cuda=True)
+    pool.forward_stream = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    queue = preallocation(pool, req_to_metadata_buffer_idx_allocator=SimpleNamespace(alloc=reach))
+    with pytest.raises(Reached):
+        queue._send_kv_metadata(SimpleNamespace(), None, PAGE)
+    assert told == ["waited"]
+
+
+def test_sglang_counts_a_ring_beside_the_tokens_of_a_request_that_comes_or_comes_back(monkeypatch, pool):
+    memory = SimpleNamespace(disable_radix_cache=True)
+    monkeypatch.setattr("sglang.srt.disaggregation.decode.get_memory", lambda: memory)
+    queue, ring = preallocation(pool, num_reserved_decode_tokens=128), pool.rings.tokens_per_ring
+    request = SimpleNamespace(
+        origin_input_ids=[0] * 300, output_ids=[0] * 50, sampling_params=SimpleNamespace(max_new_tokens=1000)
+    )
+    assert queue._required_admission_tokens(request, 384, 0, 0) == 1300 + ring
+    assert queue._required_admission_tokens(request, 384, 0, 1200) == 384 + 128 + ring
+    # whole pages of 349 tokens, the last one of which is not yet computed
+    assert queue._prealloc_required_tokens(request) == (384 + 128 + ring, 384)
+
+
 def test_sglang_leaves_the_number_of_the_exact_start_alone():
     buffers = compat.resolve("sglang.srt.disaggregation.utils.MetadataBuffers")(
         size=2, hidden_size=16, hidden_states_dtype=torch.float32, max_sampling_mask_tokens=1
@@ -237,30 +310,34 @@ def test_a_retracted_request_comes_back_with_records_ring_and_exact_start(monkey
     assert torch.equal(pool.slab[:, ring], before[:, sent]) and pool.rings.exact_starts[1] == start
 
 
-class Receiver:
-    """SGLang's receiver of a request, as far as a failure goes."""
-
-    def __init__(self, manager, room: int) -> None:
-        self.kv_mgr, self.bootstrap_room, self.conclude_state, self.calls = manager, room, None, []
-
-    def init(self, rank: int) -> None:
-        self.calls.append(("init", rank))
-
-    def ensure_abort_notified(self) -> None:
-        self.calls.append("told")
+CONN = "sglang.srt.disaggregation.common.conn"
 
 
-class Manager:
-    """SGLang's manager of transfers, as far as a failure goes."""
+def make_manager():
+    """Return SGLang's manager of transfers of a decode server, without its threads and its connections."""
+    manager = object.__new__(compat.resolve("sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager"))
+    tables = ("prefill_info_table", "request_status", "failure_records", "prefill_response_tracker")
+    vars(manager).update({name: {} for name in (*tables, "required_prefill_response_num_table")})
+    vars(manager).update({name: {} for name in ("_deferred_ack_targets", "_staging_outstanding")})
+    vars(manager).update(addr_to_rooms_tracker=defaultdict(set), _deferred_ack_poisoned_rooms=set())
+    vars(manager).update(failure_lock=Lock(), deferred_bootstrap=None)
+    vars(manager).update(defer_decode_allocation=False, enable_staging=False)
+    return manager
 
-    def __init__(self) -> None:
-        self.prefill_info_table, self.reasons, self.states = {}, {}, {}
 
-    def record_failure(self, room: int, why: str) -> None:
-        self.reasons[room] = why
+def make_receiver(manager, room: int):
+    """Return SGLang's receiver of a request, which notes what its sender is told instead of telling it."""
 
-    def update_status(self, room: int, state: int) -> None:
-        self.states[room] = state
+    class Receiver(compat.resolve("sglang.srt.disaggregation.mooncake.conn.MooncakeKVReceiver")):
+        told = ()
+
+        def _setup_bootstrap_infos(self) -> None:
+            self.bootstrap_infos = [{"rank": self.prefill_dp_rank}]
+
+        def _send_abort_notification(self, **options) -> None:
+            self.told = (*self.told, *self.bootstrap_infos)
+
+    return Receiver(manager, "host:1", room)
 
 
 LAYOUT = {"preset": "kvarn_k4v2_g128", "record": 1, "dtype": "bfloat16", "balance": "0123456789ab", "tp_size": 1}
@@ -274,56 +351,98 @@ OTHERS = [
 ]
 
 
-def receive(pool, told: str | None, answer=lambda addr_to_reqs: (addr_to_reqs, [])):
+@pytest.fixture
+def receive(monkeypatch, pool):
     """Let two requests ask for pages of a server that tells this of them; return what came of it."""
+    early = SimpleNamespace(disaggregation_decode_allocation_policy="early")
+    monkeypatch.setattr(f"{CONN}.get_disagg", lambda: early)
     pool.layout = LAYOUT
-    manager = Manager()
-    waiting = {"host:1": [SimpleNamespace(req=None, kv_receiver=Receiver(manager, room)) for room in (8, 9)]}
-    queue = queue_of(pool, kv_manager=manager, _resolve_prefill_dp_rank=lambda req: 0)
 
-    def original(given, addr_to_reqs):
-        assert given is queue
-        manager.prefill_info_table["host:1"] = SimpleNamespace(kv_layout=told)
-        return answer(addr_to_reqs)
+    def receive(told: str | None, answer=lambda addr_to_reqs: (addr_to_reqs, [])):
+        manager = make_manager()
+        waiting = {"host:1": [SimpleNamespace(req=None, kv_receiver=make_receiver(manager, room)) for room in (8, 9)]}
 
-    return transfer.check_senders(original, queue, waiting), waiting, manager
+        def rank_of(req) -> int | None:
+            return 0 if "host:1" in manager.prefill_info_table else None
+
+        def original(given, addr_to_reqs):
+            assert given is queue
+            ready, remaining = answer(addr_to_reqs)
+            if ready:
+                info = compat.resolve(f"{CONN}.PrefillServerInfo")(1, 1, 1, 1, PAGE, "kvarn", True, kv_layout=told)
+                manager.prefill_info_table["host:1"] = info
+            return ready, remaining
+
+        queue = queue_of(pool, kv_manager=manager, _resolve_prefill_dp_rank=rank_of)
+        return transfer.check_senders(original, queue, waiting), waiting, manager
+
+    return receive
 
 
-def test_pages_of_a_server_with_the_same_layout_are_taken(pool):
-    (ready, remaining), waiting, manager = receive(pool, json.dumps(LAYOUT))
-    assert (ready, remaining) == (waiting, []) and not manager.reasons
+def failures(waiting: dict, manager) -> list[str]:
+    """Return what the scheduler answers each request, all of which are to have failed."""
+    found = []
+    for request in waiting["host:1"]:
+        receiver = request.kv_receiver
+        states = (receiver.poll(), manager.check_status(receiver.bootstrap_room))
+        assert states == (compat.resolve("sglang.srt.disaggregation.base.conn.KVPoll").Failed,) * 2
+        with pytest.raises(compat.resolve(f"{CONN}.KVTransferError")) as caught:
+            receiver.failure_exception()
+        found.append(str(caught.value))
+    return found
+
+
+def test_pages_of_a_server_with_the_same_layout_are_taken(receive):
+    (ready, remaining), waiting, manager = receive(json.dumps(LAYOUT))
+    assert (ready, remaining) == (waiting, []) and not manager.failure_records
     assert "host:1" in manager.prefill_info_table
 
 
 @pytest.mark.parametrize(("part", "value", "way_out"), OTHERS, ids=[f"{part} {value}" for part, value, _ in OTHERS])
-def test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentence(pool, part, value, way_out):
-    (ready, remaining), waiting, manager = receive(pool, json.dumps(LAYOUT | {part: value}))
-    assert (ready, remaining) == ({}, []) and set(manager.states.values()) == {0}
-    for request in waiting["host:1"]:
-        why = manager.reasons[request.kv_receiver.bootstrap_room]
+def test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentence(receive, part, value, way_out):
+    (ready, remaining), waiting, manager = receive(json.dumps(LAYOUT | {part: value}))
+    assert (ready, remaining) == ({}, [])
+    for why in failures(waiting, manager):
         assert why.endswith(f": {way_out}") and str(value) in why and str(LAYOUT[part]) in why and "host:1" in why
-        # the prefill server is told, and the scheduler finds the failure when it polls
-        assert request.kv_receiver.calls == [("init", 0), "told"] and request.kv_receiver.conclude_state == 0
+    # the prefill server hears of it
+    assert [request.kv_receiver.told for request in waiting["host:1"]] == [({"rank": 0},)] * 2
     # nothing of the server is kept, so that the next request asks again
     assert manager.prefill_info_table == {}
 
 
-def test_a_server_that_tells_no_layout_is_another(pool):
-    (ready, _), _, manager = receive(pool, None)
-    assert not ready and all("sends preset None" in why for why in manager.reasons.values())
+def test_other_ranks_are_named_although_their_balance_differs_too(receive):
+    of_two = {"tp_size": 2, "balance": "-".join([LAYOUT["balance"]] * 2)}
+    _, waiting, manager = receive(json.dumps(LAYOUT | of_two))
+    assert all(why.endswith("the same --tp-size") for why in failures(waiting, manager))
 
 
-def test_what_sglang_finds_different_fails_the_request_and_not_the_server(pool):
+def test_a_server_that_tells_no_layout_is_another(receive):
+    (ready, _), waiting, manager = receive(None)
+    assert not ready and all("sends preset None" in why for why in failures(waiting, manager))
+
+
+def test_what_sglang_finds_different_fails_the_request_and_not_the_server(receive):
     def differs(addr_to_reqs):
         raise RuntimeError("KV cache dtype mismatch: prefill server has kv_cache_dtype=auto")
 
-    (ready, remaining), _, manager = receive(pool, None, differs)
-    assert (ready, remaining) == ({}, []) and all("kv_cache_dtype=auto" in why for why in manager.reasons.values())
+    (ready, remaining), waiting, manager = receive(None, differs)
+    assert (ready, remaining) == ({}, [])
+    assert all("kv_cache_dtype=auto" in why for why in failures(waiting, manager))
 
 
-def test_a_server_that_has_not_answered_yet_is_waited_for(pool):
-    (ready, remaining), waiting, manager = receive(pool, None, lambda given: ({}, given["host:1"]))
-    assert (ready, remaining) == ({}, waiting["host:1"]) and not manager.reasons
+def test_a_request_whose_client_is_gone_does_not_keep_the_others_from_failing(receive):
+    def forget_first(addr_to_reqs):
+        addr_to_reqs["host:1"][0].kv_receiver = None
+        return addr_to_reqs, []
+
+    _, waiting, manager = receive(None, forget_first)
+    del waiting["host:1"][0]
+    assert len(failures(waiting, manager)) == 1
+
+
+def test_a_server_that_has_not_answered_yet_is_waited_for(receive):
+    (ready, remaining), waiting, manager = receive(None, lambda given: ({}, given["host:1"]))
+    assert (ready, remaining) == ({}, waiting["host:1"]) and not manager.failure_records
 
 
 def test_rows_of_a_decode_server_have_rings(pool):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_plugin
+import forked_server
 import httpx
 import transfer_engine_on_cpu
 from host_faults import wait_for
@@ -32,7 +33,8 @@ OPTIONS = {
     "log-level": "info",
     "num-reserved-decode-tokens": 128,
 }
-FLAGS = ("skip-tokenizer-init", "skip-server-warmup", "enable-cache-report")
+# idle schedulers would take all cores, and whoever asks a busy one would wait
+FLAGS = ("skip-tokenizer-init", "skip-server-warmup", "enable-cache-report", "sleep-on-idle")
 ENVIRONMENT = {
     "MOONCAKE_PROTOCOL": "tcp",
     "SGLANG_HOST_IP": HOST,
@@ -67,7 +69,7 @@ class Server:
         self.url, self.log = f"http://{HOST}:{port}", folder / f"{name}.log"
         chosen = OPTIONS | {"model-path": model, "host": HOST, "port": port} | options
         flags = [f"--{flag}" for flag in FLAGS]
-        command = [sys.executable, "-m", "sglang.launch_server", *flags]
+        command = [sys.executable, forked_server.__file__, *flags]
         command += [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
@@ -92,9 +94,16 @@ class Server:
         body |= {"bootstrap_host": HOST, "bootstrap_port": bootstrap_port} | fields
         return httpx.post(f"{self.url}/generate", json=body, timeout=LIMIT_SECONDS).json()
 
+    def _get(self, path: str) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/{path}", timeout=LIMIT_SECONDS).json()
+
     def facts(self) -> dict[str, Any]:
         """Return what the server says of its cache."""
-        return httpx.get(f"{self.url}/server_info").json()["internal_states"][0]["kvarn"]
+        return self._get("server_info")["internal_states"][0]["kvarn"]
+
+    def load(self, section: str) -> dict[str, Any]:
+        """Return what SGLang says of its load, by the name of a section."""
+        return self._get("v1/loads")["loads"][0][section]
 
     def abort(self, rid: str) -> None:
         httpx.post(f"{self.url}/abort_request", json={"rid": rid})
@@ -121,15 +130,31 @@ class Pair:
     def __init__(self, prefill: Server, decode: Server, bootstrap_port: int, folder: Path) -> None:
         self.prefill, self.decode, self.folder = prefill, decode, folder
         self.bootstrap_port = bootstrap_port
-        self._clients = ThreadPoolExecutor(32)
+        self._clients = ThreadPoolExecutor(64)
 
     def send(
-        self, tokens: list[int], new_tokens: int, bootstrap_port: int | None = None, **fields: Any
+        self,
+        tokens: list[int],
+        new_tokens: int,
+        *,
+        bootstrap_port: int | None = None,
+        in_turn: bool = False,
+        **fields: Any,
     ) -> tuple[Future, Future]:
-        """Send a request; return what the prefill and the decode server will answer."""
+        """Send a request; return what the prefill and the decode server will answer.
+
+        Args:
+            in_turn: to the decode server once the prefill server has it, while that has no other one. What a decode
+                server tells of a request that the prefill server does not have yet is lost on it.
+        """
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
         request = (next(_rooms), bootstrap_port or self.bootstrap_port, tokens, sampling)
-        return tuple(self._clients.submit(s.generate, *request, **fields) for s in (self.prefill, self.decode))
+        sent = self._clients.submit(self.prefill.generate, *request, **fields)
+        if in_turn:
+            wait_for(
+                lambda: self.prefill.load("disaggregation")["prefill_bootstrap_queue_reqs"] > 0, "the prefill server"
+            )
+        return sent, self._clients.submit(self.decode.generate, *request, **fields)
 
     def ask(self, tokens: list[int], new_tokens: int, **fields: Any) -> dict[str, Any]:
         """Return what the decode server answers."""
