@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from forked_server import IMPORTED
 from sglang_kvarn import compat
 
-_IMPORTED = ("managers.scheduler", "managers.detokenizer_manager", "models.registry")
 # read when they are used, not when a module is imported, so that a process may differ in them from its server
 _READ_LATE = (
     *("SGLANG_TEST_RETRACT", "SGLANG_TEST_RETRACT_INTERVAL", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"),
@@ -32,7 +32,7 @@ def _server() -> forkserver.ForkServer:
     key = tuple(sorted((name, value) for name, value in os.environ.items() if name not in _READ_LATE))
     if key not in _servers:
         _servers[key] = forkserver.ForkServer()
-        _servers[key].set_forkserver_preload([f"sglang.srt.{name}" for name in _IMPORTED])
+        _servers[key].set_forkserver_preload([f"sglang.srt.{name}" for name in IMPORTED])
     return _servers[key]
 
 

@@ -73,7 +73,7 @@ def apply_defaults(server_args: Any) -> None:
     server_args.disable_cuda_graph = True
     server_args.disable_custom_all_reduce = True
     if server_args.disaggregation_mode == "null":
-        # a scheduler without requests would keep a core busy; beside another server, asleep it would not see pages come
+        # a scheduler without requests would keep a core busy; asleep it would see pages of another server come late
         server_args.sleep_on_idle = True
     if server_args.attention_backend is None:
         server_args.attention_backend = "torch_native"
