@@ -26,6 +26,7 @@ from .paths import (
     TEST_DECODE_PLAN,
     TEST_DECODE_SM90,
     TEST_KNOWN,
+    TEST_KNOWN_KERNELS,
     TEST_SEGMENTS,
     TEST_SINKS,
     TEST_SLIDING,
@@ -110,6 +111,20 @@ MUTATIONS = (
         "first_read = first_page(start, sliding_window)",
         "first_read = first_page(start + QUERY_BLOCK - 1, sliding_window)",
         (f"{TEST_SLIDING}::test_torch_form_matches_the_oracle",),
+    ),
+    Mutation(
+        "a window of the torch form begins with its page",
+        TORCH_FORM,
+        "hidden |= key <= own - sliding_window",
+        "hidden |= key < (own - sliding_window + 1) // TILE_SIZE * TILE_SIZE",
+        (f"{TEST_KNOWN_KERNELS}::test_a_sliding_window_over_records_begins_at_its_own_token",),
+    ),
+    Mutation(
+        "a window of Triton's kernels begins behind its first page",
+        DECODE_PLAN,
+        "return tl.maximum(position - (SLIDING - 1), 0) // G if",
+        "return tl.maximum(position - (SLIDING - 1) + G - 1, 0) // G if",
+        (f"{TEST_KNOWN_KERNELS}::test_a_sliding_window_over_records_begins_at_its_own_token",),
     ),
     Mutation(
         "the first token of a record seen after it has left the window",
