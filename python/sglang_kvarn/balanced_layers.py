@@ -31,7 +31,8 @@ def balance_loaded(result: Any, model_runner: Any, *args: Any, **kwargs: Any) ->
 def balance_layers(model_runner: Any) -> None:
     """Balance the attention modules of a model where that pays; a module that is balanced already stays as it is.
 
-    So do layers with a sliding window whose keys and values stay in 16 bits. Comes before any CUDA graph is captured. Every rank balances its own heads.
+    So does a layer with a sliding window that stays in 16 bits. Comes before any CUDA graph is captured. Every rank
+    balances its own heads.
     """
     if os.environ.get(BALANCE_ENV) == "0":
         return

@@ -204,7 +204,8 @@ def build(server_args, model_dir, monkeypatch):
         monkeypatch.setattr(source, "append_stages", lambda *args, **kwargs: (None, None), raising=False)
         monkeypatch.setattr(source, "LayerScatterModes", SimpleNamespace(init_new=lambda **kwargs: None), raising=False)
         ranks = {"pp_rank": 0} | dict.fromkeys(("tp_rank", "attn_tp_rank"), rank)
-        ranks |= dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), size) | dict.fromkeys(("tp_group", "attn_tp_group"))
+        ranks |= dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), size)
+        ranks |= dict.fromkeys(("tp_group", "attn_tp_group"))
         monkeypatch.setattr(source, "enable_fused_set_kv_buffer", lambda forward_batch: False, raising=False)
         if hasattr(linear := compat.resolve("sglang.srt.layers.linear"), "get_tp_group"):
             monkeypatch.setattr(linear, "get_tp_group", lambda: None)
@@ -240,9 +241,7 @@ def runner_of(module: Any, args: Any) -> SimpleNamespace:
     """Return a model runner of a layer with the module in it, whose sliding windows are read from records."""
     config = SimpleNamespace(layer_types=SLIDING + FULL, sliding_window=16)
     model_config = SimpleNamespace(is_hybrid_swa=False, hf_text_config=config)
-    return SimpleNamespace(
-        model=torch.nn.Sequential(layer_of(module)), server_args=args, model_config=model_config
-    )
+    return SimpleNamespace(model=torch.nn.Sequential(layer_of(module)), server_args=args, model_config=model_config)
 
 
 def spread(*size: int) -> torch.Tensor:
