@@ -78,14 +78,14 @@ MUTATIONS = (
         ATTENTION_MODULES,
         "attn.sliding_window_size + 1 in (0, *windows)",
         "True",
-        (TEST_BALANCED_LAYERS,),
+        (f"{TEST_BALANCED_LAYERS}::test_layers_with_a_sliding_window_are_balanced_where_it_is_read_from_records",),
     ),
     Mutation(
         "channels of sliding windows in records left as they are",
         ATTENTION_MODULES,
         "attn.sliding_window_size + 1 in (0, *windows)",
         "attn.sliding_window_size == -1",
-        (TEST_BALANCED_LAYERS,),
+        (f"{TEST_BALANCED_LAYERS}::test_layers_with_a_sliding_window_are_balanced_where_it_is_read_from_records",),
     ),
     Mutation(
         "a rank of Olmo balances the heads of another one",
