@@ -76,7 +76,7 @@ MUTATIONS = (
         BACKEND,
         'sinks = extra.pop("sinks", None)',
         'sinks = (extra.pop("sinks", None), None)[1]',
-        (f"{TEST_WINDOWS}::test_answer_of_a_model_with_windows_is_the_oracles",),
+        (f"{TEST_WINDOWS}::test_sinks_of_layers_in_records_count",),
     ),
     Mutation(
         "records attended in layers with a sliding window",
