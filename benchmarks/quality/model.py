@@ -18,8 +18,10 @@ ATTENTION = "bench_quality"
 # classes of transformers that compute what SGLang's class of this name does, with RoPE over whole heads
 BALANCED = {
     *("LlamaAttention", "MixtralAttention", "Qwen2Attention", "Qwen2MoeAttention"),
-    *("Qwen3Attention", "Qwen3MoeAttention"),
+    *("Qwen3Attention", "Qwen3MoeAttention", "Gemma3Attention"),
 }
+# what classes of transformers add to the weight of an RMSNorm
+NORM_OFFSETS = {"Gemma3RMSNorm": 1}
 
 
 class Model:
@@ -38,8 +40,8 @@ class Model:
         self.network, self.tokenizer = network.to(device), tokenizer
         self.device, self.dtype = device, dtype
         self.attend, self.frame = caches.unquantised().attend, UNTOUCHED
-        # what `balance` took out of the values, [Hk, D] by attention module
-        self.output_bias: dict[Any, torch.Tensor] = {}
+        # what the weights of an attention module lack, by module
+        self.balanced: dict[Any, balance.Balance] = {}
         config = self.network.config.get_text_config()
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
@@ -64,10 +66,13 @@ class Model:
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend [1, H, T, D] after RoPE with the cache and in the frame of this pass: [1, T, Hq, D]."""
-        inputs = self.frame.enter(*(x[0].transpose(0, 1) for x in (q, k, v)))
+        chosen, inputs = self.balanced.get(module), [x[0].transpose(0, 1) for x in (q, k, v)]
+        if chosen is not None and chosen.queries_and_keys is not None:
+            inputs[:2] = (x * factors for x, factors in zip(inputs[:2], chosen.queries_and_keys, strict=True))
+        inputs = self.frame.enter(*inputs)
         cached = (x.to(self.dtype).contiguous() for x in inputs)
         out = self.frame.leave(self.attend(*cached, scaling, sliding_window or 0))
-        if (bias := self.output_bias.get(module)) is not None:
+        if chosen is not None and (bias := chosen.output_bias) is not None:
             out = out + bias.repeat_interleave(out.shape[1] // len(bias), 0)
         return out[None].to(q.dtype), None
 
@@ -86,7 +91,7 @@ class Model:
             yield
         finally:
             self.frame = UNTOUCHED
-            self.output_bias.clear()
+            self.balanced.clear()
             for layer, module in zip(layers, own, strict=True):
                 layer.self_attn = module
 
@@ -94,18 +99,19 @@ class Model:
         if type(module).__name__ not in BALANCED:
             return
         projections = [(linear.weight, linear.bias) for linear in (module.q_proj, module.k_proj, module.v_proj)]
+        offset, norms = NORM_OFFSETS.get(type(norm).__name__, 0), None
+        if hasattr(module, "q_norm"):
+            norms = balance.Norms(module.q_norm.weight, module.k_norm.weight, offset)
         weights = balance.attention_weights(
             [tuple(None if x is None else x.unflatten(0, (-1, module.head_dim)) for x in pair) for pair in projections],
             module.o_proj.weight,
             balance.rope_partners(module.head_dim, module.head_dim, neox=True),
-            inputs=norm.weight.detach(),
-            norms=balance.Norms(module.q_norm.weight, module.k_norm.weight) if hasattr(module, "q_norm") else None,
+            inputs=norm.weight.detach() + offset,
+            norms=norms,
         )
-        if (chosen := balance.choose(weights)) is None:
-            return
-        chosen.put_in(weights)
-        if chosen.output_bias is not None:
-            self.output_bias[module] = chosen.output_bias
+        if (chosen := balance.choose(weights)) is not None:
+            chosen.put_in(weights)
+            self.balanced[module] = chosen
 
     @torch.inference_mode()
     def logits(self, tokens: list[int], attend: caches.Attend) -> torch.Tensor:

@@ -23,7 +23,7 @@ KNOWN = (
     *("qwen2.Qwen2Attention", "qwen2_moe.Qwen2MoeAttention", "qwen3.Qwen3Attention", "qwen3_moe.Qwen3MoeAttention"),
     *("glm4.Glm4Attention", "glm4_moe.Glm4MoeAttention", "hunyuan_v3.HYV3Attention", "laguna.LagunaAttention"),
     *("minimax_m2.MiniMaxM2Attention", "granitemoehybrid.GraniteMoeHybridAttention", "nemotron_h.NemotronHAttention"),
-    "falcon_h1.FalconH1HybridAttentionDecoderLayer",
+    *("gemma3_causal.Gemma3Attention", "olmo2.Olmo2Attention", "falcon_h1.FalconH1HybridAttentionDecoderLayer"),
     # with an output gate behind the queries of each head, in qkv_proj
     *("qwen3_next.Qwen3HybridAttentionDecoderLayer", "qwen3_5.Qwen3_5AttentionDecoderLayer"),
 )
@@ -32,28 +32,31 @@ _WITHOUT_NORMS = "falcon_h1.FalconH1HybridAttentionDecoderLayer"
 
 
 def known(model: torch.nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Yield the attention modules whose arithmetic is known, each with the module that it is a part of.
-
-    Layers with a sliding window are left out: their keys and values stay in 16 bits.
-    """
+    """Yield the attention modules whose arithmetic is known, each with the module that it is a part of."""
     for parent in model.modules():
         for module in parent.children():
-            if is_known(module) and not _slides(module.attn):
+            if is_known(module):
                 yield module, parent
 
 
-def unknown(model: torch.nn.Module) -> list[str]:
-    """Return the class of every module with an attention layer in it that `known` leaves out."""
+def unknown(model: torch.nn.Module, windows: tuple[int, ...]) -> list[str]:
+    """Return the class of every module that `known` leaves out, and that has an attention layer with records in it."""
     return [
         type(module).__name__
         for module in model.modules()
-        if any(isinstance(child, compat.RadixAttention) and not _slides(child) for child in module.children())
+        if any(isinstance(child, compat.RadixAttention) and has_records(child, windows) for child in module.children())
         and not is_known(module)
     ]
 
 
-def _slides(attn: Any) -> bool:
-    return attn.sliding_window_size > -1
+def has_records(attn: Any, windows: tuple[int, ...]) -> bool:
+    """Whether the keys and values of an attention layer are quantised.
+
+    Args:
+        windows: sliding windows that are read from records, in tokens; layers with another one keep 16 bits.
+    """
+    # SGLang counts the tokens before the query's own, and has -1 for all
+    return attn.sliding_window_size + 1 in (0, *windows)
 
 
 def is_known(module: Any) -> bool:
@@ -102,8 +105,15 @@ def _norm_weights(module: Any) -> Norms | None:
         return None
     offset = compat.rms_norm_offset(norms[0])
     assert offset is not None, "a known module has norms of a known kind"
-    queries, keys = (norm.weight.detach() for norm in norms)
+    attn = module.attn
+    heads = attn.tp_q_head_num, attn.tp_k_head_num
+    queries, keys = (_of_rank(module, x.weight.detach(), n * attn.head_dim) for x, n in zip(norms, heads, strict=True))
     return Norms(queries, keys, offset)
+
+
+def _of_rank(module: Any, weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Return what this rank uses of the weight of a norm: Olmo's ranks each hold that of all heads."""
+    return weight if weight.numel() <= size else weight.view(-1, size)[module.tp_rank]
 
 
 def _partners(module: Any) -> torch.Tensor | None:

@@ -31,16 +31,18 @@ def balance_loaded(result: Any, model_runner: Any, *args: Any, **kwargs: Any) ->
 def balance_layers(model_runner: Any) -> None:
     """Balance the attention modules of a model where that pays; a module that is balanced already stays as it is.
 
-    Comes before any CUDA graph is captured. Every rank balances its own heads.
+    So does a layer with a sliding window that stays in 16 bits. Comes before any CUDA graph is captured. Every rank
+    balances its own heads.
     """
     if os.environ.get(BALANCE_ENV) == "0":
         return
     if sharer := compat.sharer_of_weights(model_runner.server_args):
         logger.info("KVarN leaves the channels of the weights as they are: %s is in use", sharer)
         return
+    windows = compat.windows_in_records(model_runner.model_config)
     balanced, packed = [], []
     for module, parent in attention_modules.known(model_runner.model):
-        if hasattr(module.attn, _STATE):
+        if hasattr(module.attn, _STATE) or not attention_modules.has_records(module.attn, windows):
             continue
         if (weights := attention_modules.weights(module, parent)) is None:
             packed.append(type(module).__name__)
@@ -52,7 +54,8 @@ def balance_layers(model_runner: Any) -> None:
         setattr(model_runner.model, _STATE, True)
         _log_balanced(balanced)
     _log_left(packed, "the weights of %s are quantised, or packed for a CPU")
-    _log_left(attention_modules.unknown(model_runner.model), "it does not know what %s computes around attention")
+    unknown = attention_modules.unknown(model_runner.model, windows)
+    _log_left(unknown, "it does not know what %s computes around attention")
 
 
 def _log_balanced(balanced: list[Balance]) -> None:

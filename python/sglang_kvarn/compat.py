@@ -86,6 +86,7 @@ RESOLUTION_TARGETS = ("server_args.ServerArgs.__post_init__", "server_args.Serve
 _NORM_OFFSETS = {
     "layers.layernorm.RMSNorm": 0,
     "layers.layernorm.GemmaRMSNorm": 1,
+    "layers.layernorm.Gemma3RMSNorm": 1,
     "models.minimax_m2.MiniMaxM2RMSNormTP": 0,
 }
 

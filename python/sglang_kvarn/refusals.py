@@ -40,6 +40,10 @@ WITH_WINDOWS = ("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM")
 # models with sliding windows whose layers SGLang all gives one pool, so that windows are read from records, as tested
 # (Olmo 3 has the architecture of Olmo 2), with the version of SGLang from which on
 WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
+# models whose configuration has a `sliding_window_pattern`, if only an empty one: SGLang insists on its own backends
+_OWN_BACKENDS = ("Exaone4ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")
+# models whose window SGLang hands to its backends as the tokens before the query's own
+_LONGER_WINDOWS = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
 # what SGLang writes into the code of a model, so that no configuration shows it
 _IN_CODE = {
@@ -563,11 +567,16 @@ def check_model(model_config: Any) -> None:
 def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     """Yield what rules a model out by which tokens attend to which, and how."""
     config, text = model_config.hf_config, model_config.hf_text_config
-    kinds = set(getattr(text, "layer_types", None) or ())
-    # first: Inkling's state cannot be asked for before SGLang publishes its arguments
+    kinds, architectures = set(getattr(text, "layer_types", None) or ()), set(config.architectures)
+    has_pattern = getattr(config, "sliding_window_pattern", None) is not None
+    owns = has_pattern and bool(architectures & set(_OWN_BACKENDS))
+    yield owns, "attention backends of its own in SGLang (fa3, triton, trtllm_mha)"
+    is_longer = bool(architectures & set(_LONGER_WINDOWS))
+    yield is_longer, "sliding-window layers whose queries see a token more in SGLang than they were trained with"
+    # before the others: Inkling's state cannot be asked for before SGLang publishes its arguments
     is_window_model = compat.is_window_model(model_config) or bool(_SLIDING_LAYERS & kinds)
     in_records = {name for name, since in WINDOWS_IN_RECORDS.items() if compat.is_since(since)}
-    is_split, is_kept = (set(config.architectures) <= set(names) for names in (WITH_WINDOWS, in_records))
+    is_split, is_kept = (architectures <= set(names) for names in (WITH_WINDOWS, in_records))
     yield is_window_model and not (is_split or is_kept), "sliding-window layers of a kind that is not tested"
     is_served = is_window_model and is_split and model_config.is_hybrid_swa
     keeps_all = is_window_model and is_split and not is_served

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from benchmarks.quality import bench_quality, caches, compare, frames, hard, heads, report
 from benchmarks.quality.model import Model
@@ -82,11 +89,11 @@ def test_other_weights_leave_the_model_as_it_is(frame, balanced, model):
 def test_a_form_ends_with_its_with_statement(model):
     before = {name: x.clone() for name, x in model.network.state_dict().items()}
     with pytest.raises(ZeroDivisionError), model.form(HARD["4 value channels + 10"], balanced=True):
-        assert model.output_bias and any("v_proj.bias" in name for name in model.network.state_dict())
+        assert model.balanced and any("v_proj.bias" in name for name in model.network.state_dict())
         raise ZeroDivisionError
     after = model.network.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
-    assert not model.output_bias
+    assert not model.balanced
 
 
 @pytest.mark.parametrize("frame", HARD.values(), ids=HARD)
@@ -111,6 +118,18 @@ def test_a_model_with_norms_of_its_keys_is_balanced_there():
     for layer in model.network.model.layers:
         for norm, factor in ((layer.self_attn.q_norm, 1 / 32), (layer.self_attn.k_norm, 32)):
             norm.weight.data[[3, 35]] *= factor
+    assert model.error(frames.UNTOUCHED, balanced=True) < 1e-9
+    assert cached(model, frames.UNTOUCHED)[1].abs().max() > 20 * plain[1].abs().max()
+    torch.testing.assert_close(cached(model, frames.UNTOUCHED, balanced=True), plain, rtol=0.01, atol=0.01)
+
+
+def test_a_model_with_norms_of_gemmas_form_is_balanced_behind_them():
+    sizes = {"query_pre_attn_scalar": 64, "sliding_window": 16}
+    model = random_model(Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **LAYERS, **sizes)))
+    plain = cached(model, frames.UNTOUCHED)
+    for layer in model.network.model.layers:
+        for norm, factor in ((layer.self_attn.q_norm, 1 / 32), (layer.self_attn.k_norm, 32)):
+            norm.weight.data[[3, 35]] = factor - 1
     assert model.error(frames.UNTOUCHED, balanced=True) < 1e-9
     assert cached(model, frames.UNTOUCHED)[1].abs().max() > 20 * plain[1].abs().max()
     torch.testing.assert_close(cached(model, frames.UNTOUCHED, balanced=True), plain, rtol=0.01, atol=0.01)

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import functools
-import shutil
-from pathlib import Path
 
 import hybrids
 import pytest
 import states_on_cpu
 from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2, OPTIONS, PRESET, STEP, TWO_RANKS
-from safetensors.torch import load_file, save_file
 
 from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers, flush, prompt
@@ -123,22 +120,10 @@ def test_more_requests_than_rows_are_all_answered_as_alone(hybrid):
     assert [answer["tokens"] for answer in together] == list(expected)
 
 
-def with_large_keys(folder: str, target: Path) -> str:
-    """Copy a model with gated attention; it computes the same with four key channels of 256 times the size."""
-    shutil.copytree(folder, target)
-    weights = load_file(target / "model.safetensors")
-    for end, factor in (("q_norm.weight", 1 / 256), ("k_norm.weight", 256)):
-        for name in (name for name in weights if name.endswith(end)):
-            # a RoPE pair, and two channels that RoPE does not turn; these norms multiply by the weight and one
-            weights[name][[3, 35, 100, 200]] += factor - 1
-            assert (weights[name] + 1).max() == max(factor, 1), "a new model's norms multiply by one"
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    return str(target)
-
-
 def test_a_hybrid_with_large_key_channels_answers_as_one_without(start_engine, tmp_path):
     folder = tiny_model.save(tmp_path / "plain", DELTA)
-    hard = with_large_keys(folder, tmp_path / "hard")
+    # a RoPE pair, and two channels that RoPE does not turn
+    hard = hybrids.with_large_keys(folder, tmp_path / "hard", [3, 35, 100, 200])
     preset = "kvarn_k2v2_g128_canonical"
     tokens, expected = steady(folder, 300, preset=preset)
     # what two bits make of the answer where nobody balances the channels

@@ -8,6 +8,7 @@ import functools
 import hybrids
 import pytest
 import triton_attention_on_cpu
+from kvarn_kernels import reference
 
 from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers, flush, prompt
@@ -43,6 +44,24 @@ def test_answer_of_a_model_with_windows_is_the_oracles(served, length):
     flush(engine)
     (miss,) = answers(engine, [tokens], NEW)
     assert miss["cached"] == 0 and miss["tokens"] == expected
+
+
+def test_sinks_of_layers_in_records_count(served, monkeypatch):
+    engine, folder = served
+    if "gpt_oss" not in folder:
+        pytest.skip("has no sinks")
+    attend = reference.attention
+    # among many keys a sink has next to no weight here, and the answer does not hang on it
+    for length in range(3, 40):
+        tokens, expected = steady(folder, length)
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "attention", lambda *args, sinks, **options: attend(*args, **options))
+            without = tiny_model.expected(folder, tokens, PRESET, new_tokens=NEW)
+        if without != expected:
+            break
+    assert without != expected
+    flush(engine)
+    assert answers(engine, [tokens], NEW)[0]["tokens"] == expected
 
 
 def test_a_hit_is_the_oracles_and_needs_its_window(served):

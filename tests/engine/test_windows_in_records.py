@@ -64,3 +64,16 @@ def test_more_requests_than_rows_are_all_answered_as_alone(served):
     flush(engine)
     together = answers(engine, list(prompts), NEW)
     assert [answer["tokens"] for answer in together] == list(expected)
+
+
+@pytest.mark.skipif(not compat.is_since("0.5.23"), reason="refused with this SGLang")
+def test_a_model_with_windows_and_large_key_channels_answers_as_one_without(start_engine, tmp_path):
+    folder, preset = tiny_model.save(tmp_path / "plain", "gemma3_text"), "kvarn_k2v2_g128_canonical"
+    # two RoPE pairs, in the layer with a window as in the other one
+    hard = hybrids.with_large_keys(folder, tmp_path / "hard", [3, 131, 40, 168])
+    tokens, expected = steady(folder, 300, preset=preset)
+    # what two bits make of the answer where nobody balances the channels
+    assert tiny_model.expected(hard, tokens, preset, new_tokens=NEW) != expected
+    with start_engine(model_path=hard, kv_cache_dtype=preset, max_running_requests=ROWS) as engine:
+        (miss,) = answers(engine, [tokens], NEW)
+    assert miss["tokens"] == expected

@@ -196,3 +196,33 @@ def test_canonical_decode_gives_a_request_the_same_bits_in_any_company(form):
         )
         one = run_in(form, QKV(*(x[b : b + 1] for x in new)), cache, alone, config)
         assert torch.equal(one[0], together[b])
+
+
+@pytest.mark.parametrize("step", ["decode", "extend"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_sliding_window_over_records_begins_at_its_own_token(preset, form, step):
+    """A window was taken in whole pages: it began up to a page too early or too late."""
+    config, window = KVarNConfig.from_preset(preset), 2 * PAGE + 20
+    # it begins at the last token of a page, at the first one of the next page, behind that, and amid a page
+    lengths = [window + PAGE + over for over in (-1, 0, 1, 60)]
+    new, cache, batch, histories = decode_inputs(config, lengths)
+    if step == "extend":
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        batch = ExtendBatch(
+            ring_pages=batch.ring_pages,
+            prefix_lens=seq_lens - 1,
+            seq_lens=seq_lens,
+            qo_indptr=torch.arange(len(lengths) + 1, dtype=torch.int32),
+            page_table=batch.page_table,
+            exact_starts=batch.exact_starts,
+            prefix_lens_host=[n - 1 for n in lengths],
+            seq_lens_host=lengths,
+        )
+    attention = attention_with(FORMS[form], config, len(lengths), window=window)
+    out = attend(attention, new, cache, batch, window)
+    for got, history, n in zip(out, histories, lengths, strict=True):
+        expected, *others = (history.output(n - 1, n, 0, window + other)[0] for other in (0, PAGE, -PAGE))
+        assert error(got, expected) < 1e-2
+        # so that a page more or less could be seen
+        assert min(error(other, expected) for other in others) > 0.05

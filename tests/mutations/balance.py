@@ -74,6 +74,27 @@ MUTATIONS = (
         (TEST_ATTENTION_MODULES,),
     ),
     Mutation(
+        "channels balanced whose keys and values stay in 16 bits",
+        ATTENTION_MODULES,
+        "attn.sliding_window_size + 1 in (0, *windows)",
+        "True",
+        (f"{TEST_BALANCED_LAYERS}::test_layers_with_a_sliding_window_are_balanced_where_it_is_read_from_records",),
+    ),
+    Mutation(
+        "channels of sliding windows in records left as they are",
+        ATTENTION_MODULES,
+        "attn.sliding_window_size + 1 in (0, *windows)",
+        "attn.sliding_window_size == -1",
+        (f"{TEST_BALANCED_LAYERS}::test_layers_with_a_sliding_window_are_balanced_where_it_is_read_from_records",),
+    ),
+    Mutation(
+        "a rank of Olmo balances the heads of another one",
+        ATTENTION_MODULES,
+        "weight.view(-1, size)[module.tp_rank]",
+        "weight.view(-1, size)[0]",
+        (f"{TEST_ATTENTION_MODULES}::test_a_rank_of_olmo_balances_its_own_heads_in_a_norm_of_all",),
+    ),
+    Mutation(
         "an update into balanced weights",
         BALANCED_LAYERS,
         "        chosen.take_out(weights)\n",

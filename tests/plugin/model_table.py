@@ -119,7 +119,6 @@ REFUSED = {
         Cohere2VisionForConditionalGeneration cohere2_vision
         DeepseekV4ForCausalLM deepseek_v4  DiffusionGemmaForBlockDiffusion diffusion_gemma
         Dots3NoteForCausalLM dots3_note+  EmbeddingGemma2Model embedding_gemma2
-        Exaone4ForCausalLM exaone4  ExaoneMoEForCausalLM -  ExaoneMoeForCausalLM exaone_moe
         Gemma2ForCausalLM gemma2  Gemma2ForSequenceClassification gemma2
         Gemma3ForConditionalGeneration gemma3
         Gemma3nForCausalLM gemma3n_text  Gemma3nForConditionalGeneration gemma3n
@@ -130,10 +129,13 @@ REFUSED = {
         Llama4ForConditionalGeneration llama4
         MiMoV2FlashForCausalLM -  MiMoV2ForCausalLM -
         MuseGlimmerForCausalLM -  MuseGlimmerForConditionalGeneration -  MuseSparkForConditionalGeneration -
-        Spark2_5ForCausalLM spark2_5  Step3p5ForCausalLM step3p5  Step3p7ForConditionalGeneration step3p7
-        UnlimitedOCRForCausalLM -
+        Spark2_5ForCausalLM spark2_5  UnlimitedOCRForCausalLM -
         """
     ),
+    "attention backends of its own": _rows(
+        "Exaone4ForCausalLM exaone4  ExaoneMoEForCausalLM -  ExaoneMoeForCausalLM exaone_moe"
+    ),
+    "see a token more in SGLang": _rows("Step3p5ForCausalLM step3p5  Step3p7ForConditionalGeneration step3p7"),
     "states of a kind that is not tested": _rows(
         """
         FalconMambaForCausalLM falcon_mamba  InternS2MobiusForConditionalGeneration interns2_mobius

@@ -45,6 +45,20 @@ GRANITE = CONFIG | {
     "rope_scaling": None,
 }
 MINIMAX = CONFIG | {"use_qk_norm": True, "rotary_dim": 32, "rope_parameters": ROPE}
+GEMMA = CONFIG | {
+    "attention_bias": False,
+    "query_pre_attn_scalar": D,
+    "sliding_window": 16,
+    "rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}},
+}
+OLMO = CONFIG | {
+    "hidden_size": HEADS * D,
+    "attention_bias": False,
+    "sliding_window": 16,
+    "rope_parameters": ROPE,
+    "rope_scaling": None,
+}
+SLIDING, FULL = ["sliding_attention"], ["full_attention"]
 QUARTER = {"partial_rotary_factor": 0.25}
 QWEN = CONFIG | QUARTER | {"full_attention_interval": 1, "rope_parameters": ROPE | QUARTER}
 
@@ -57,6 +71,11 @@ def plain(**values: Any) -> SimpleNamespace:
 def of(path: str, **values: Any) -> Any:
     """Return a configuration of a class of SGLang's."""
     return compat.resolve(f"sglang.srt.configs.{path}")(**values)
+
+
+def gemma(layer_types: list[str]) -> dict[str, Any]:
+    """Return the arguments of a module of Gemma 3 with a layer of that type."""
+    return {"layer_id": 0, "config": plain(**GEMMA, layer_types=layer_types), "max_position_embeddings": 512}
 
 
 # class of the module, its arguments; a configuration is made when it is used
@@ -88,6 +107,10 @@ CASES = {
         lambda: LAGUNA | {"attention_bias": True, "gating": "per-head"},
     ),
     "minimax": ("minimax_m2.MiniMaxM2Attention", lambda: {"config": plain(**MINIMAX)}),
+    "gemma3": ("gemma3_causal.Gemma3Attention", lambda: gemma(FULL)),
+    "gemma3, window": ("gemma3_causal.Gemma3Attention", lambda: gemma(SLIDING)),
+    "olmo": ("olmo2.Olmo2Attention", lambda: {"config": plain(**OLMO, layer_types=FULL)}),
+    "olmo, window": ("olmo2.Olmo2Attention", lambda: {"config": plain(**OLMO, layer_types=SLIDING)}),
     "granite": (
         "granitemoehybrid.GraniteMoeHybridAttention",
         lambda: {"config": plain(**GRANITE, position_embedding_type="nope"), "layer_id": 0},
@@ -123,7 +146,7 @@ CASES = {
 
 
 # norms of Gemma's form, whose weights are no factors
-MULTIPLIED = {"qwen3 next", "qwen3.5", "qwen3.5, no gate"}
+MULTIPLIED = {"qwen3 next", "qwen3.5", "qwen3.5, no gate", "gemma3", "gemma3, window"}
 # biases of the values
 BIASED = {"llama, biased", "qwen2", "qwen2 moe", "glm4", "glm4 moe", "glm4 moe, norms", "granite", "granite, rope"}
 BIASED |= {"laguna, gate of channels", "laguna, gate of heads"}
@@ -171,7 +194,7 @@ def build(server_args, model_dir, monkeypatch):
     args = server_args(model_path=model_dir(), kv_cache_dtype="kvarn")
     compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(args)
 
-    def make(path: str, arguments: dict[str, Any]) -> Any:
+    def make(path: str, arguments: dict[str, Any], rank: int = 0, size: int = 1) -> Any:
         cls = compat.resolve(f"sglang.srt.models.{path}")
         source = inspect.getmodule(cls)
         for name in ("Qwen2MoeSparseMoeBlock", "Qwen2MoeMLP", "FalconH1MLP", "MambaMixer2"):
@@ -180,7 +203,8 @@ def build(server_args, model_dir, monkeypatch):
             monkeypatch.setattr(source, name, lambda *args, **kwargs: None, raising=False)
         monkeypatch.setattr(source, "append_stages", lambda *args, **kwargs: (None, None), raising=False)
         monkeypatch.setattr(source, "LayerScatterModes", SimpleNamespace(init_new=lambda **kwargs: None), raising=False)
-        ranks = dict.fromkeys(("tp_rank", "attn_tp_rank", "pp_rank"), 0) | dict.fromkeys(("tp_size", "attn_tp_size"), 1)
+        ranks = {"pp_rank": 0} | dict.fromkeys(("tp_rank", "attn_tp_rank"), rank)
+        ranks |= dict.fromkeys(("tp_size", "attn_tp_size", "moe_tp_size"), size)
         ranks |= dict.fromkeys(("tp_group", "attn_tp_group"))
         monkeypatch.setattr(source, "enable_fused_set_kv_buffer", lambda forward_batch: False, raising=False)
         if hasattr(linear := compat.resolve("sglang.srt.layers.linear"), "get_tp_group"):
@@ -204,8 +228,20 @@ def build(server_args, model_dir, monkeypatch):
 def layer_of(module: torch.nn.Module) -> torch.nn.Module:
     """Return a decoder layer with the module in it, behind a norm that multiplies by one."""
     layer = torch.nn.Module()
-    layer.input_layernorm, layer.mixer = compat.RMSNorm(module.hidden_size), module
+    layer.input_layernorm, layer.mixer = compat.RMSNorm(inputs_of(module)), module
     return layer
+
+
+def inputs_of(module: Any) -> int:
+    """Return how many inputs the projections of a module have."""
+    return module.qkv_proj.weight.shape[1]
+
+
+def runner_of(module: Any, args: Any) -> SimpleNamespace:
+    """Return a model runner of a layer with the module in it, whose sliding windows are read from records."""
+    config = SimpleNamespace(layer_types=SLIDING + FULL, sliding_window=16)
+    model_config = SimpleNamespace(is_hybrid_swa=False, hf_text_config=config)
+    return SimpleNamespace(model=torch.nn.Sequential(layer_of(module)), server_args=args, model_config=model_config)
 
 
 def spread(*size: int) -> torch.Tensor:
@@ -235,7 +271,7 @@ def fill(module: Any) -> None:
 
 def put_out(module: Any) -> torch.Tensor:
     """Return what a module makes of some tokens, [T, n]."""
-    x = torch.randn(TOKENS, module.hidden_size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(TOKENS, inputs_of(module), generator=torch.Generator().manual_seed(1))
     modes = SimpleNamespace(is_idle=lambda: False, is_extend=lambda: True)
     call = getattr(module, "self_attention", module)
     names = inspect.signature(getattr(module, "self_attention", module.forward)).parameters
@@ -244,6 +280,9 @@ def put_out(module: Any) -> torch.Tensor:
         "hidden_states": x,
         "forward_batch": SimpleNamespace(forward_mode=modes),
     }
+    if "position_embeddings" in names:
+        cosines, sines = module.rotary_emb.cos_sin_cache[None, :TOKENS].chunk(2, -1)
+        arguments["position_embeddings"] = torch.cat([cosines, cosines], -1), torch.cat([sines, sines], -1)
     with torch.compiler.set_stance("force_eager"):
         out = call(**{name: value for name, value in arguments.items() if name in names})
     return (out[0] if isinstance(out, tuple) else out).clone()
@@ -274,8 +313,7 @@ def test_a_balanced_module_puts_out_what_it_did(case, build, model_dir, server_a
     fill(module)
     expected, noise = put_out(module), errors(module)
     args = server_args(kv_cache_dtype="kvarn", model_path=model_dir())
-    model = torch.nn.Sequential(layer_of(module))
-    balanced_layers.balance_layers(SimpleNamespace(model=model, server_args=args))
+    balanced_layers.balance_layers(runner_of(module, args))
     assert "KVarN balanced" in caplog.text and "leaves the channels" not in caplog.text
     chosen = module.attn.kvarn_balance
     # in all heads, of keys and of values
@@ -311,12 +349,32 @@ def test_weights_say_how_large_a_channel_is(case, build):
         assert (octaves - octaves.mean()).std() < 0.7
 
 
+def test_a_rank_of_olmo_balances_its_own_heads_in_a_norm_of_all(build, model_dir, server_args, monkeypatch):
+    sizes = {"hidden_size": 2 * HEADS * D, "num_attention_heads": 2 * HEADS, "num_key_value_heads": 2 * KV_HEADS}
+    config = plain(**OLMO | sizes, layer_types=FULL)
+    module = build("olmo2.Olmo2Attention", {"config": config}, rank=1, size=2)
+    module.o_proj.reduce_results = False
+    # what the other rank projects
+    gather = f"{type(module).__module__}.tensor_model_parallel_all_gather"
+    monkeypatch.setattr(gather, lambda x: torch.cat([x.flip(-1), x], -1))
+    fill(module)
+    expected, noise = put_out(module), errors(module)
+    before = {name: norm.weight.clone() for name, norm in module.named_children() if name.endswith("_norm")}
+    balanced_layers.balance_layers(runner_of(module, server_args(kv_cache_dtype="kvarn", model_path=model_dir())))
+    assert torch.equal(put_out(module), expected)
+    for old, new in zip(noise, errors(module), strict=True):
+        assert (new < old / balance.GAIN).all()
+    for name, weight in before.items():
+        others, own = (getattr(module, name).weight == weight).view(2, -1)
+        assert others.all() and not own.all()
+
+
 def test_an_update_of_norms_of_gemmas_form_meets_the_weights_of_the_checkpoint(build, model_dir, server_args):
     path, arguments = CASES["qwen3 next"]
     module = build(path, arguments())
     fill(module)
     args = server_args(kv_cache_dtype="kvarn", model_path=model_dir())
-    runner = SimpleNamespace(model=torch.nn.Sequential(layer_of(module)), server_args=args)
+    runner = runner_of(module, args)
     checkpoint = {name: x.clone() for name, x in module.named_parameters()}
     balanced_layers.balance_layers(runner)
     assert all(torch.equal(x, checkpoint[name]) for name, x in module.named_parameters() if "norm" in name)

@@ -49,12 +49,19 @@ def model(path="llama.LlamaAttention", *, factor=32.0, bias=True, method=None, *
 
 @pytest.fixture
 def runner(server_args, model_dir):
-    """Return a function that makes what a backend gets: a model runner with arguments."""
+    """Return a function that makes what a backend gets: a model runner with arguments.
 
-    def make(model, *, is_draft_worker=False, **arguments):
+    Of a model whose configuration has sliding windows of 128 tokens, in records or in a pool of SGLang's.
+    """
+
+    def make(model, *, is_draft_worker=False, has_window_pool=False, **arguments):
         arguments = {"kv_cache_dtype": "kvarn", "model_path": model_dir()} | arguments
+        text = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], sliding_window=128)
         return SimpleNamespace(
-            model=model, server_args=server_args(**arguments), is_draft_worker=is_draft_worker
+            model=model,
+            server_args=server_args(**arguments),
+            is_draft_worker=is_draft_worker,
+            model_config=SimpleNamespace(is_hybrid_swa=has_window_pool, hf_text_config=text),
         )
 
     return make
@@ -98,13 +105,29 @@ def test_a_loaded_model_is_balanced_for_a_kvarn_cache_of_its_own(preset, is_draf
     assert changed(made, before) == is_balanced
 
 
-def test_layers_with_a_sliding_window_keep_their_weights(runner, caplog):
+@pytest.mark.parametrize("has_window_pool", [True, False])
+def test_layers_with_a_sliding_window_are_balanced_where_it_is_read_from_records(has_window_pool, runner, caplog):
+    class Unknown(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = compat.RadixAttention(4, 64, 1, num_kv_heads=2, layer_id=0, sliding_window_size=127)
+
     caplog.set_level("INFO")
-    made = model()
+    made = torch.nn.Sequential(*model(), *model(), Unknown())
     made[0].self_attn.attn.sliding_window_size = 127
-    before = weights(made)
-    balanced_layers.balance_layers(runner(made))
-    assert not changed(made, before) and not any("KVarN" in record.message for record in caplog.records)
+    checkpoint, full = weights(made), weights(made[1])
+    loaded = runner(made, has_window_pool=has_window_pool)
+    balanced_layers.balance_layers(loaded)
+    assert changed(made[:1], checkpoint[: len(full)]) != has_window_pool and changed(made[1:2], full)
+    named = "channels of 1 attention layers as they are, because it does not know what Unknown computes"
+    assert (named in caplog.text) != has_window_pool
+
+    def update(self):
+        assert not changed(made, checkpoint)
+
+    balanced = weights(made)
+    balanced_layers.with_plain_weights(update, SimpleNamespace(tp_worker=SimpleNamespace(model_runner=loaded)))
+    assert not changed(made, balanced)
 
 
 def test_a_second_load_changes_nothing(runner):

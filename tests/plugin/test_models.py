@@ -34,11 +34,14 @@ TWO_LAYERS = {"num_hidden_layers": 2}
 DUAL_CHUNK = {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}}
 SEVEN_B = {"hidden_size": 4096, "num_attention_heads": 32, "head_dim": 128}
 FULL = {"sliding_window": 0, "layer_types": ["full_attention"] * 2, "num_attention_heads_per_layer": [64, 64]}
+NO_WINDOW = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
 # verdicts that a default configuration does not show: architecture, model_type, configuration, word (None: served)
 VARIANTS = [
     ("AfmoeForCausalLM", "afmoe", TWO_LAYERS | WINDOWS, "sliding-window layers"),
     ("BaichuanForCausalLM", "-", SEVEN_B, None),
     ("DeepseekVL2ForCausalLM", "-", {"use_mla": False}, None),
+    # without windows too: transformers gives it a pattern of length 0
+    ("Exaone4ForCausalLM", "exaone4", TWO_LAYERS | NO_WINDOW, "attention backends of its own"),
     ("Gemma3TextModel", "-", {"use_bidirectional_attention": True}, "attention to later tokens"),
     ("Glm4ForCausalLM", "glm4", DUAL_CHUNK, "dual-chunk attention"),
     ("GraniteMoeHybridForCausalLM", "granitemoehybrid", TWO_LAYERS | {"layer_types": ["attention"] * 2}, None),
@@ -155,6 +158,16 @@ def launch(server_args, model_dir):
 
 def refused(word: str):
     return pytest.raises(ValueError, match=rf"^\w+ has .*{re.escape(word)}.*: drop --kv-cache-dtype$")
+
+
+def test_reasons_in_sglangs_code_still_hold():
+    where = "sglang.srt.arg_groups.model_hook" if compat.is_since("0.5.23") else "sglang.srt.server_args"
+    checks = Path(compat.resolve(where).__file__).read_text()
+    accepted = checks.partition('"Exaone4ForCausalLM"')[2].partition("assert")[0]
+    assert 'accepted_backends = ["fa3", "triton", "trtllm_mha"]' in accepted
+    (step,) = (file.read_text() for file, _, names in SOURCES if "Step3p5ForCausalLM" in names)
+    # others have a token less there, since backends see the query's own token besides
+    assert all(f"{line}\n" in step for line in ("sliding_window_size=self.sliding_window,", "= config.sliding_window"))
 
 
 def test_every_architecture_of_sglang_is_judged():

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from sglang_kvarn import compat
 
 from benchmarks.common import tiny_model
@@ -41,3 +44,20 @@ def steady(
         found, margin = tiny_model.expected_with_margin(folder, tokens, preset, cached=cached, new_tokens=new_tokens)
         if margin > MARGIN:
             return tokens, found
+
+
+def with_large_keys(folder: str, target: Path, channels: list[int]) -> str:
+    """Copy a model whose norms of keys are of Gemma's form; it computes the same with channels of 256 times the size.
+
+    Args:
+        channels: of the keys of every head, those that RoPE turns together both or none.
+    """
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    for end, factor in (("q_norm.weight", 1 / 256), ("k_norm.weight", 256)):
+        for name in (name for name in weights if name.endswith(end)):
+            # these norms multiply by the weight and one
+            weights[name][channels] += factor - 1
+            assert (weights[name] + 1).max() == max(factor, 1), "a new model's norms multiply by one"
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
