@@ -23,6 +23,8 @@ from sglang_kvarn import compat
 _READ_LATE = (
     *("SGLANG_TEST_RETRACT", "SGLANG_TEST_RETRACT_INTERVAL", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"),
     *("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", "SGLANG_CPU_OMP_THREADS_BIND", "PYTEST_CURRENT_TEST"),
+    # of each engine another one
+    "SGLANG_RUN_ID",
 )
 _servers: dict[tuple[tuple[str, str], ...], forkserver.ForkServer] = {}
 
