@@ -32,6 +32,15 @@ QWEN3_8B = {
     "max_position_embeddings": 40960,
     "torch_dtype": "bfloat16",
 }
+NEMOTRON_H = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +95,22 @@ def test_plan_prints_a_row_for_each_cache_and_marks_those_that_are_too_small(qwe
     assert sixteen.endswith("(fewer than 30)") and "fewer" not in dense
 
 
+def test_plan_counts_the_sessions_that_host_memory_holds(qwen3, capsys):
+    flags = ("--context", "50000", "--hicache-size", "64", "--sessions", "1")
+    _, out, _ = run(capsys, qwen3, *flags, "--json")
+    caches = {cache["cache"]: cache for cache in json.loads(out)["caches"]}
+    plain, ours = caches["16 bit"], caches["kvarn_k4v2_g128"]
+    assert plain["host_tokens"] == 64 * 10**9 // 147_456 // 128 * 128
+    assert ours["host_tokens"] == 64 * 10**9 // 32_256 // 128 * 128
+    # of 391 pages each
+    assert (plain["host_sessions"], ours["host_sessions"]) == (8, 39)
+    _, out, _ = run(capsys, qwen3, *flags)
+    lines = out.splitlines()
+    assert lines[1].endswith("in host memory") and lines[2].split()[-1] == "8"
+    _, out, _ = run(capsys, qwen3)
+    assert "host" not in out
+
+
 @pytest.mark.skipif(not compat.saves_states_at_page_ends(), reason="knows this model only as one that sees")
 def test_plan_splits_the_memory_of_a_hybrid_as_its_server_did(model_dir, capsys):
     from benchmarks.common.models import QWEN3_5_27B_HALF
@@ -106,10 +131,7 @@ def test_plan_splits_the_memory_of_a_hybrid_as_its_server_did(model_dir, capsys)
 
 
 def test_plan_counts_the_states_of_a_rank(model_dir, capsys):
-    state = {"mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8}
-    pattern = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
-    model = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": pattern}
-    folder = model_dir(plain=False, **model, **state)
+    folder = model_dir(plain=False, **NEMOTRON_H)
     found = {}
     for ranks in (1, 2):
         code, out, _ = run(capsys, folder, "--tp", str(ranks), "--weights-gib", "16", "--json")
@@ -147,8 +169,9 @@ def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, caps
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),
         ({}, TIGHT, "a kvarn cache needs"),
+        (NEMOTRON_H, ("--hicache-size", "8"), "NemotronHForCausalLM has layers with states"),
     ],
-    ids=["windows", "model", "ranks", "weights", "requests"],
+    ids=["windows", "model", "ranks", "weights", "requests", "host"],
 )
 def test_plan_refuses_in_one_sentence(changes, flags, sentence, model_dir, capsys):
     folder = model_dir(**changes)

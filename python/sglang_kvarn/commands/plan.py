@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights-gib", type=float, help="size of the weights; default: of the files, or estimated")
     parser.add_argument("--mem-fraction-static", type=float, help="as of the server; default: SGLang's rule")
     parser.add_argument("--max-running-requests", type=int, help="as of the server; default: left open")
+    parser.add_argument("--hicache-size", type=int, help="GB of host memory for each GPU, as of the server")
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -70,6 +71,11 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     windows, config = compat.windows_in_records(model), compat.hybrid_config(model)
     shape = capacity.rank_shape(model, dtype, options.tp, layers, sliding_windows=windows)
     state = 0 if config is None else compat.planned_state_bytes(config, options.tp)
+    if state and options.hicache_size:
+        raise Refused(
+            f"{model.hf_config.architectures[0]} has layers with states, and a server with a kvarn cache takes no host "
+            "memory for these: drop --hicache-size"
+        )
     weights = _weights(options, model) // options.tp
     available, fraction = _kv_memory(options, weights)
     if available <= 0:
@@ -100,13 +106,15 @@ def report(facts: dict[str, Any]) -> str:
     )
     columns = f"{'--kv-cache-dtype':28}{'bytes a token':>14}{'running at a time':>20}{'pool tokens':>14}"
     sessions = f"sessions of {facts['context']:,}"
-    lines = [head, f"{columns}{sessions:>22}"]
+    has_host = "host_tokens" in facts["caches"][0]
+    lines = [head, f"{columns}{sessions:>22}" + (f"{'in host memory':>16}" if has_host else "")]
     for cache in facts["caches"]:
         enough = "" if cache["sessions"] >= facts["sessions"] else f"  (fewer than {facts['sessions']})"
         if facts["bytes_per_state"]:
             enough = f"  ({cache['states']:,} states; {cache['runs_out']} run out first){enough}"
         requests = cache["requests_at_a_time"]
         numbers = f"{cache['bytes_per_token']:>14,}{requests:>20,}{cache['pool_tokens']:>14,}{cache['sessions']:>22,}"
+        numbers += f"{cache['host_sessions']:>16,}" if has_host else ""
         lines.append(f"{cache['cache']:28}{numbers}{enough}")
     return "\n".join(lines)
 
@@ -129,7 +137,7 @@ def _plain(
     token, (states, left) = shape.full_token_bytes(itemsize), _split(available, state, compat.STOCK_STATE_RATIO)
     tokens = left // token
     requests = min(tokens // options.context, options.max_running_requests or tokens)
-    return _row(name, token, tokens, requests, tokens // options.context, states, options.context)
+    return _row(name, token, tokens, requests, tokens // options.context, states, options)
 
 
 def _kvarn(
@@ -145,17 +153,27 @@ def _kvarn(
     ring = capacity.ring_pages(shape.attention, config) * PAGE_SIZE
     requests = capacity.requests_of(tokens, ring, options.context, charge.rows)
     sessions = tokens // capacity.whole_pages(options.context)
-    return _row(name, token, tokens, requests, sessions, states, options.context)
+    return _row(name, token, tokens, requests, sessions, states, options)
 
 
 def _row(
-    name: str, token: int, tokens: int, requests: int, sessions: int, states: States | None, context: int
+    name: str,
+    token: int,
+    tokens: int,
+    requests: int,
+    sessions: int,
+    states: States | None,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if states is not None:
         requests = min(requests, states.requests)
-        sessions, runs_out = states.sessions(tokens, context)
+        sessions, runs_out = states.sessions(tokens, options.context)
         kept = {"states": states.number, "runs_out": runs_out}
+    if options.hicache_size:
+        # SGLang counts in powers of ten
+        host_tokens = options.hicache_size * 10**9 // token // PAGE_SIZE * PAGE_SIZE
+        kept |= {"host_tokens": host_tokens, "host_sessions": host_tokens // capacity.whole_pages(options.context)}
     return kept | {
         "cache": name,
         "bytes_per_token": token,
