@@ -41,6 +41,17 @@ NEMOTRON_H = {
     "ssm_state_size": 128,
     "n_groups": 8,
 }
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +154,23 @@ def test_plan_counts_the_states_of_a_rank(model_dir, capsys):
     assert token == 4 * 2 * 8 * 128 * 2 == 2 * halved
 
 
+def test_plan_shares_memory_with_sliding_windows_as_the_budget_does(model_dir, capsys):
+    # 40 GiB for the cache of gpt-oss-20b
+    flags = ("--mem-fraction-static", "0.9", "--weights-gib", "30.5", "--max-running-requests", "256")
+    folder = model_dir(plain=False, **GPT_OSS)
+    code, out, _ = run(capsys, folder, *flags, "--json")
+    caches = {cache["cache"]: cache for cache in json.loads(out)["caches"]}
+    sixteen, fp8, ours = (caches[name] for name in ("16 bit", "fp8", "kvarn_k4v2_g128"))
+    assert code == 0 and sixteen["bytes_per_token"] == 12 * 8 * 64 * 4
+    # SGLang's ratio: 0.8 tokens of sliding windows for each other one
+    assert [row["pool_tokens"] for row in (sixteen, fp8)] == pytest.approx([970_880, 2 * 970_880], rel=0.001)
+    # what a server has, workspaces aside
+    assert [row["sliding_tokens"] for row in (sixteen, ours)] == pytest.approx([776_704] * 2, rel=0.01)
+    assert ours["pool_tokens"] == pytest.approx(4_212_736, rel=0.01)
+    _, out, _ = run(capsys, folder, *flags)
+    assert "tokens of sliding windows)" in out
+
+
 @pytest.mark.skipif(not compat.calls_attention_causal("Gemma3ForCausalLM"), reason="refused with this SGLang")
 def test_plan_counts_layers_with_a_window_like_others_where_all_have_records(model_dir, capsys):
     text = {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
@@ -164,7 +192,7 @@ def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, caps
 @pytest.mark.parametrize(
     ("changes", "flags", "sentence"),
     [
-        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, (), "a plan does not share memory with"),
+        (GPT_OSS, ("--hicache-size", "8"), "GptOssForCausalLM has layers with sliding windows"),
         ({"head_dim": 96}, (), "LlamaForCausalLM has head_dim 96, which a kvarn cache does not serve"),
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),

@@ -8,6 +8,7 @@ and what SGLang leaves free, by the rule of its ``--mem-fraction-static``.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvarn_kernels.config import KVarNConfig, preset_names
 from kvarn_kernels.device.gpu import H100
 
 from sglang_kvarn import capacity, compat, refusals
-from sglang_kvarn.capacity import GIB, Bounds, ModelShape, States
+from sglang_kvarn.capacity import GIB, Bounds, ModelShape, SlidingShare, States
 from sglang_kvarn.refused import Refused
 from sglang_kvarn.settings import PAGE_SIZE
 
@@ -59,23 +60,17 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"expected the folder of a model, with config.json, got {options.folder}: name one")
     model = compat.ModelConfig(options.folder)
     refusals.check_model(model)
-    if model.is_hybrid_swa:
-        raise Refused(
-            f"a plan does not share memory with the sliding windows of {model.hf_config.architectures[0]} yet: start a "
-            "server, whose log says how many tokens of both kinds it has"
-        )
     refusals.check_ranks(options.tp, model, on_cpu=False)
     refusals.check_ranks_of_states(options.tp, model)
-    dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    layers = len(compat.attention_layers(model, 0, model.num_hidden_layers))
-    windows, config = compat.windows_in_records(model), compat.hybrid_config(model)
-    shape = capacity.rank_shape(model, dtype, options.tp, layers, sliding_windows=windows)
-    state = 0 if config is None else compat.planned_state_bytes(config, options.tp)
-    if state and options.hicache_size:
+    layers, config = len(compat.attention_layers(model, 0, model.num_hidden_layers)), compat.hybrid_config(model)
+    if options.hicache_size and (model.is_hybrid_swa or config is not None):
+        kind = "sliding windows" if config is None else "states"
         raise Refused(
-            f"{model.hf_config.architectures[0]} has layers with states, and a server with a kvarn cache takes no host "
-            "memory for these: drop --hicache-size"
+            f"{model.hf_config.architectures[0]} has layers with {kind}, for which a server with a kvarn cache takes "
+            "no host memory: drop --hicache-size"
         )
+    dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    heads, windows = compat.query_heads(model), compat.windows_in_records(model)
     weights = _weights(options, model) // options.tp
     available, fraction = _kv_memory(options, weights)
     if available <= 0:
@@ -83,17 +78,24 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             f"the weights take {weights / GIB:.1f} GiB of each GPU and {fraction:.1%} of {options.gpu_gib:g} GiB are "
             "for weights and cache: use more GPUs (--tp) or larger ones"
         )
+    rank = _Rank(
+        shape=capacity.rank_shape(model, dtype, options.tp, layers, heads, windows),
+        state=0 if config is None else compat.planned_state_bytes(config, options.tp),
+        windows=_windows(model, dtype, options.tp),
+        available=available,
+        options=options,
+    )
     return {
         "model": model.hf_config.architectures[0],
         "weights_gib": round(weights / GIB, 2),
         "mem_fraction_static": fraction,
         "kv_gib": round(available / GIB, 2),
-        "bytes_per_state": state,
+        "bytes_per_state": rank.state,
         "sessions": options.sessions,
         "context": options.context,
         "caches": [
-            *(_plain(name, size, shape, state, available, options) for name, size in (("16 bit", 2), ("fp8", 1))),
-            *(_kvarn(name, shape, state, available, options) for name in preset_names() if "_g" in name),
+            *(rank.plain(name, size) for name, size in (("16 bit", 2), ("fp8", 1))),
+            *(rank.kvarn(name) for name in preset_names() if "_g" in name),
         ],
     }
 
@@ -110,6 +112,8 @@ def report(facts: dict[str, Any]) -> str:
     lines = [head, f"{columns}{sessions:>22}" + (f"{'in host memory':>16}" if has_host else "")]
     for cache in facts["caches"]:
         enough = "" if cache["sessions"] >= facts["sessions"] else f"  (fewer than {facts['sessions']})"
+        if "sliding_tokens" in cache:
+            enough = f"  ({cache['sliding_tokens']:,} tokens of sliding windows){enough}"
         if facts["bytes_per_state"]:
             enough = f"  ({cache['states']:,} states; {cache['runs_out']} run out first){enough}"
         requests = cache["requests_at_a_time"]
@@ -119,68 +123,120 @@ def report(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _split(available: int, state: int, ratio: float) -> tuple[States | None, int]:
-    """Return the states of a hybrid model and the bytes that they leave; SGLang keeps one state for itself.
+@dataclass(frozen=True)
+class _Windows:
+    """Describe layers with sliding windows whose tokens stay in 16 bits: bytes of a token, window in tokens."""
 
-    Args:
-        state: bytes of one, 0 without states.
+    token: int
+    window: int
+
+
+def _windows(model: Any, dtype: torch.dtype, ranks: int) -> _Windows | None:
+    if not (layers := compat.sliding_layers(model, 0, model.num_hidden_layers)):
+        return None
+    heads, *channels = compat.sliding_shape(model, ranks)
+    return _Windows(len(layers) * heads * sum(channels) * dtype.itemsize, model.sliding_window_size)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """Plan the caches of a rank.
+
+    Attributes:
+        state: bytes of a state of a hybrid model, 0 without states.
+        available: bytes for the cache.
     """
-    if not state:
-        return None, available
-    number = int(available * ratio / (1 + ratio)) // state - 1
-    return States(number, state, STATES_PER_REQUEST, capacity.STATES_PER_SESSION), available - (number + 1) * state
 
+    shape: ModelShape
+    state: int
+    windows: _Windows | None
+    available: int
+    options: argparse.Namespace
 
-def _plain(
-    name: str, itemsize: int, shape: ModelShape, state: int, available: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    token, (states, left) = shape.full_token_bytes(itemsize), _split(available, state, compat.STOCK_STATE_RATIO)
-    tokens = left // token
-    requests = min(tokens // options.context, options.max_running_requests or tokens)
-    return _row(name, token, tokens, requests, tokens // options.context, states, options)
+    def plain(self, name: str, itemsize: int) -> dict[str, Any]:
+        """Return the row of a stock cache, keys and values of `itemsize` bytes."""
+        token, context = self.shape.full_token_bytes(itemsize), self.options.context
+        states, left = self._split(compat.STOCK_STATE_RATIO)
+        tokens, sliding = self._tokens(token, itemsize / self.shape.attention.dtype.itemsize, left)
+        requests = min(tokens // context, self.options.max_running_requests or tokens)
+        return self._row(name, token, tokens, requests, tokens // context, states, sliding)
 
+    def kvarn(self, name: str) -> dict[str, Any]:
+        """Return the row of a preset."""
+        config, (_, chunk, graph_batch) = KVarNConfig.from_preset(name), _defaults(self.options)
+        token, context = self.shape.token_bytes(config), self.options.context
+        states, left = self._split(capacity.state_ratio(self.state, capacity.STATES_PER_SESSION, token))
+        allowed = None if states is None else states.requests
+        bounds = Bounds(self.options.max_running_requests, graph_batch, context, chunk, allowed)
+        charge = capacity.charge(self.shape, config, left, bounds, torch.device("cuda"), H100)
+        tokens, sliding = self._tokens(token, 1, left - charge.workspace)
+        tokens = tokens // PAGE_SIZE * PAGE_SIZE
+        ring = capacity.ring_pages(self.shape.attention, config) * PAGE_SIZE
+        requests = capacity.requests_of(tokens, ring, context, charge.rows)
+        return self._row(name, token, tokens, requests, tokens // capacity.whole_pages(context), states, sliding)
 
-def _kvarn(
-    name: str, shape: ModelShape, state: int, available: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    config, (_, chunk, graph_batch) = KVarNConfig.from_preset(name), _defaults(options)
-    token = shape.token_bytes(config)
-    states, left = _split(available, state, capacity.state_ratio(state, capacity.STATES_PER_SESSION, token))
-    allowed = None if states is None else states.requests
-    bounds = Bounds(options.max_running_requests, graph_batch, options.context, chunk, allowed)
-    charge = capacity.charge(shape, config, left, bounds, torch.device("cuda"), H100)
-    tokens = (left - charge.workspace) // (token * PAGE_SIZE) * PAGE_SIZE
-    ring = capacity.ring_pages(shape.attention, config) * PAGE_SIZE
-    requests = capacity.requests_of(tokens, ring, options.context, charge.rows)
-    sessions = tokens // capacity.whole_pages(options.context)
-    return _row(name, token, tokens, requests, sessions, states, options)
+    def _split(self, ratio: float) -> tuple[States | None, int]:
+        """Return the states of a hybrid model and the bytes that they leave; SGLang keeps one state for itself."""
+        if not self.state:
+            return None, self.available
+        number = int(self.available * ratio / (1 + ratio)) // self.state - 1
+        states = States(number, self.state, STATES_PER_REQUEST, capacity.STATES_PER_SESSION)
+        return states, self.available - (number + 1) * self.state
 
+    def _tokens(self, token: int, share: float, left: int) -> tuple[int, int | None]:
+        """Return tokens, and tokens of sliding windows, that so many bytes hold.
 
-def _row(
-    name: str,
-    token: int,
-    tokens: int,
-    requests: int,
-    sessions: int,
-    states: States | None,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    if states is not None:
-        requests = min(requests, states.requests)
-        sessions, runs_out = states.sessions(tokens, options.context)
-        kept = {"states": states.number, "runs_out": runs_out}
-    if options.hicache_size:
-        # SGLang counts in powers of ten
-        host_tokens = options.hicache_size * 10**9 // token // PAGE_SIZE * PAGE_SIZE
-        kept |= {"host_tokens": host_tokens, "host_sessions": host_tokens // capacity.whole_pages(options.context)}
-    return kept | {
-        "cache": name,
-        "bytes_per_token": token,
-        "requests_at_a_time": requests,
-        "pool_tokens": tokens,
-        "sessions": sessions,
-    }
+        Args:
+            token: bytes of one; share: of its bytes in 16 bits that a token of a sliding window takes.
+        """
+        if self.windows is None:
+            return left // token, None
+        plain = token if share < 1 else self.shape.full_token_bytes(self.shape.attention.dtype.itemsize)
+        found = SlidingShare(
+            token=token,
+            plain_token=plain,
+            sliding_token=int(self.windows.token * share),
+            ratio=compat.STOCK_SLIDING_RATIO,
+            is_chosen=False,
+            least=self._sliding_tokens_of_a_request() + 2 * _defaults(self.options)[1] + PAGE_SIZE,
+        )
+        return found.of_memory(left)
+
+    def _sliding_tokens_of_a_request(self) -> int:
+        assert self.windows is not None, "asked for models with sliding windows"
+        return self.windows.window + compat.sliding_eviction_interval() + 2 * PAGE_SIZE
+
+    def _row(
+        self,
+        name: str,
+        token: int,
+        tokens: int,
+        requests: int,
+        sessions: int,
+        states: States | None,
+        sliding: int | None,
+    ) -> dict[str, Any]:
+        kept: dict[str, Any] = {}
+        if states is not None:
+            requests = min(requests, states.requests)
+            sessions, runs_out = states.sessions(tokens, self.options.context)
+            kept = {"states": states.number, "runs_out": runs_out}
+        if sliding is not None:
+            each = self._sliding_tokens_of_a_request()
+            requests, sessions = min(requests, sliding // each), min(sessions, sliding // each)
+            kept = {"sliding_tokens": sliding}
+        if self.options.hicache_size:
+            # SGLang counts in powers of ten
+            host_tokens = self.options.hicache_size * 10**9 // token // PAGE_SIZE * PAGE_SIZE
+            host_sessions = host_tokens // capacity.whole_pages(self.options.context)
+            kept |= {"host_tokens": host_tokens, "host_sessions": host_sessions}
+        return kept | {
+            "cache": name,
+            "bytes_per_token": token,
+            "requests_at_a_time": requests,
+            "pool_tokens": tokens,
+            "sessions": sessions,
+        }
 
 
 def _defaults(options: argparse.Namespace) -> tuple[float, int, int]:
