@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from forked_engines import forked
+from forked_engines import forked, stop_others
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
 
@@ -24,6 +24,13 @@ OPTIONS = {
     "random_seed": 0,
     "custom_sigquit_handler": tiny_model.fail,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def servers() -> Iterator[None]:
+    """Stop what forks the processes of engines in an environment that a file of tests made."""
+    yield
+    stop_others()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ CPU = {
     "device": "cpu",
     "disable_cuda_graph": True,
     "disable_custom_all_reduce": True,
+    "sleep_on_idle": True,
     "attention_backend": "torch_native",
     "max_running_requests": platform.MAX_RUNNING_REQUESTS,
     "max_total_tokens": platform.MAX_TOTAL_TOKENS,

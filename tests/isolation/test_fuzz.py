@@ -398,6 +398,15 @@ def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, has_files: 
     return total
 
 
+def fuzz_until(event: str, preset: str, steps: int, seed: int, **options) -> dict[str, int]:
+    """Run `fuzz`, and three times as many steps of another seed where the event did not happen: one run in ten."""
+    total = fuzz(preset, steps, seed, **options)
+    if not total[event]:
+        more = fuzz(preset, 3 * steps, seed + 1_000_003, **options)
+        total = {name: count + more[name] for name, count in total.items()}
+    return total
+
+
 def test_kernels_agree_on_a_page_that_rejected_drafts_fill(monkeypatch):
     use_plain_allocation_kernels(monkeypatch)
     world = World("kvarn", drafts=2)
@@ -417,7 +426,7 @@ def test_every_read_is_of_the_requests_own_history(preset, monkeypatch, record_p
     seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
     steps = int(os.environ.get("KVARN_FUZZ_STEPS", 10_000))
     started = time.monotonic()
-    total = fuzz(preset, steps, seed, kernels_every=1500)
+    total = fuzz_until("host hits", preset, steps, seed, kernels_every=1500)
     total["per second"] = round(total["steps"] / (time.monotonic() - started))
     print(f"{preset}: {total}")
     for name, count in total.items():
@@ -433,7 +442,7 @@ def test_every_read_is_of_the_requests_own_history_with_files_behind_host_memory
     use_plain_allocation_kernels(monkeypatch)
     seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
     steps = int(os.environ.get("KVARN_FUZZ_STEPS", 1000))
-    total = fuzz("kvarn", steps, seed, has_files=True)
+    total = fuzz_until("storage hits", "kvarn", steps, seed, has_files=True)
     print(f"with files: {total}")
     for name, count in total.items():
         record_property(name, count)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from multiprocessing import context, forkserver
+from multiprocessing import context, forkserver, reduction
 from typing import Any
 
 import psutil
@@ -19,29 +19,63 @@ import pytest
 from forked_server import IMPORTED
 from sglang_kvarn import compat
 
-# read when they are used, not when a module is imported, so that a process may differ in them from its server
+# read when they are used, not when a module is imported, so that a process may differ in them from its server; so are
+# all of the plugin and of its tests
 _READ_LATE = (
     *("SGLANG_TEST_RETRACT", "SGLANG_TEST_RETRACT_INTERVAL", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"),
     *("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", "SGLANG_CPU_OMP_THREADS_BIND", "PYTEST_CURRENT_TEST"),
+    "TORCH_EXTENSIONS_DIR",
     # of each engine another one
     "SGLANG_RUN_ID",
 )
 _servers: dict[tuple[tuple[str, str], ...], forkserver.ForkServer] = {}
 
 
+def _environment() -> tuple[tuple[str, str], ...]:
+    late = (name in _READ_LATE or name.startswith("KVARN_") for name in os.environ)
+    return tuple(sorted(pair for pair, is_late in zip(os.environ.items(), late, strict=True) if not is_late))
+
+
 def _server() -> forkserver.ForkServer:
     """Return the server of this environment; it starts when it is first used."""
-    key = tuple(sorted((name, value) for name, value in os.environ.items() if name not in _READ_LATE))
+    key = _environment()
     if key not in _servers:
         _servers[key] = forkserver.ForkServer()
         _servers[key].set_forkserver_preload([f"sglang.srt.{name}" for name in IMPORTED])
     return _servers[key]
 
 
-def _run(environment: dict[str, str], target: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
-    """Run what SGLang wants to run, in the environment of the process that asked for it."""
+def stop_others() -> None:
+    """Stop the servers of other environments than that of now, once no process of theirs is left: each has a GiB."""
+    for key in [key for key in _servers if key != _environment()]:
+        _servers.pop(key)._stop()
+
+
+class _Output:
+    """Take a descriptor of the process that asks for another one into that one."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self.descriptor)
+
+    def __setstate__(self, found: Any) -> None:
+        self.descriptor = found.detach()
+
+
+def _run(
+    environment: dict[str, str],
+    outputs: list[_Output],
+    target: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> None:
+    """Run what SGLang wants to run as the process that asked for it would: its environment, its output and errors."""
     os.environ.clear()
     os.environ.update(environment)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output.descriptor, number)
     target(*args, **kwargs)
 
 
@@ -55,7 +89,8 @@ class _Process(context.ForkServerProcess):
     made: list[_Process]
 
     def __init__(self, *, target: Callable[..., Any], args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
-        super().__init__(target=_run, args=(dict(os.environ), target, args, kwargs or {}))
+        outputs = [_Output(1), _Output(2)]
+        super().__init__(target=_run, args=(dict(os.environ), outputs, target, args, kwargs or {}))
         self.made.append(self)
 
     def start(self) -> None:
