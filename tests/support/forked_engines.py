@@ -32,8 +32,9 @@ _servers: dict[tuple[tuple[str, str], ...], forkserver.ForkServer] = {}
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
-    late = (name in _READ_LATE or name.startswith("KVARN_") for name in os.environ)
-    return tuple(sorted(pair for pair, is_late in zip(os.environ.items(), late, strict=True) if not is_late))
+    """Return the variables that imports may have read."""
+    early = (name for name in os.environ if name not in _READ_LATE and not name.startswith("KVARN_"))
+    return tuple((name, os.environ[name]) for name in sorted(early))
 
 
 def _server() -> forkserver.ForkServer:
@@ -102,8 +103,8 @@ class _Process(context.ForkServerProcess):
 def _kill(processes: list[_Process]) -> None:
     """Kill processes and those that they have started."""
     for process in processes:
-        if process.pid is None:
-            # it was not started
+        if process.pid is None or process.exitcode is not None:
+            # it was not started, or its number may be that of another one by now
             continue
         with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(process.pid)
