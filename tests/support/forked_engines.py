@@ -22,9 +22,8 @@ from sglang_kvarn import compat
 # read when they are used, not when a module is imported, so that a process may differ in them from its server; so are
 # all of the plugin and of its tests
 _READ_LATE = (
-    *("SGLANG_TEST_RETRACT", "SGLANG_TEST_RETRACT_INTERVAL", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"),
-    *("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", "SGLANG_CPU_OMP_THREADS_BIND", "PYTEST_CURRENT_TEST"),
-    "TORCH_EXTENSIONS_DIR",
+    *("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"),
+    *("SGLANG_CPU_OMP_THREADS_BIND", "TORCH_EXTENSIONS_DIR", "PYTEST_CURRENT_TEST"),
     # of each engine another one
     "SGLANG_RUN_ID",
 )
