@@ -121,13 +121,24 @@ def test_a_request_that_is_aborted_at_its_sender_ends_at_both(pair, model):
 
 
 def test_a_request_that_waits_at_a_full_decode_server_is_aborted_there_and_the_others_go_on(pair, model):
-    prompts = [prompt(140, seed=30), prompt(260, seed=31)]
-    running = [pair.send(tokens, 250)[1] for tokens in prompts]
-    server_pair.wait_for(lambda: pair.decode.facts()["rings_in_use"] == 2, "both places to be taken")
-    # too long for the place that is free while one of them is retracted
-    sent, answer = pair.send(prompt(1500, seed=32), NEW, rid="waiting", in_turn=True)
-    server_pair.wait_for(lambda: pair.decode.load("queues")["prealloc_ready"] == 1, "a request without a place")
-    assert not any(each.done() for each in running)
+    for seed in (30, 40, 50, 60):
+        prompts = [prompt(140, seed=seed), prompt(260, seed=seed + 1)]
+        running = [pair.send(tokens, 250)[1] for tokens in prompts]
+        server_pair.wait_for(lambda: pair.decode.facts()["rings_in_use"] == 2, "both places to be taken")
+        # too long for the place that is free while one of them is retracted
+        sent, answer = pair.send(prompt(1500, seed=32), NEW, rid="waiting", in_turn=True)
+
+        def waits_or_has_a_place(running=running) -> bool:
+            waits = pair.decode.load("queues")["prealloc_ready"] == 1
+            return waits or any(each.done() for each in running)
+
+        server_pair.wait_for(waits_or_has_a_place, "a request without a place")
+        if not any(each.done() for each in running):
+            break
+        # on a busy machine they may end before it is seen to wait; it then gets a place
+        assert all("output_ids" in each.result() for each in (answer, *running))
+    else:
+        pytest.fail("expected two requests to run while a third waits, got their answers first each time")
     pair.decode.abort("waiting")
     assert "Abort" in json.dumps(answer.result())
     # its sender hears of it
