@@ -108,6 +108,18 @@ def add_bf16_backend(to: argparse.ArgumentParser, default: str | None) -> None:
     to.add_argument("--bf16-backend", default=default, metavar="B", help=text + otherwise)
 
 
+def add_engines(to: argparse.ArgumentParser, timeout: float) -> None:
+    """Add what scripts share that run an engine for each cache with `launch.run_each`; timeout: seconds for one."""
+    import torch
+
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    to.add_argument("--dtype", default=dtype, help="Data type of the model.")
+    add_mem_fraction(to)
+    add_bf16_backend(to, None)
+    add_timeout(to, timeout, "one cache")
+    add_one(to)
+
+
 def drafts(text: str) -> tuple[str, int]:
     """Return algorithm and number of --drafts.
 

@@ -68,9 +68,6 @@ def _split(args: argparse.Namespace) -> tuple[list[questions.Question], list[que
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    import torch
-
-    cuda = torch.cuda.is_available()
     parser = cli.parser(__doc__)
     option = parser.add_argument
     option("questions", type=Path, metavar="JSONL", help="Questions with their answers, one JSON object a line.")
@@ -85,13 +82,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--temperature", type=float, default=0.0, metavar="T", help="Temperature; 0 is greedy.")
     option("--top-p", type=float, default=1.0, metavar="P", help="Share of the probability that samples come from.")
     cli.add_seed(parser, "samples")
-    option("--dtype", default="bfloat16" if cuda else "float32", help="Data type of the model.")
-    cli.add_mem_fraction(parser)
-    cli.add_bf16_backend(parser, None)
-    cli.add_timeout(parser, 36000, "one cache")
+    cli.add_engines(parser, 36000)
     option("--answers", type=Path, metavar="JSONL", help="Append every answer to this file. Without it none.")
     cli.add_output(parser)
-    cli.add_one(parser)
     return parser.parse_args(arguments)
 
 

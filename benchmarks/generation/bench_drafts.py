@@ -148,8 +148,6 @@ def run_one(args: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    import torch
-
     parser = cli.parser(__doc__)
     option = parser.add_argument
     cli.add_model(parser, models.SMOLLM2)
@@ -164,13 +162,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--prompts-per-piece", type=int, default=16, metavar="N", help="Places from which a piece is gone on.")
     option("--new-tokens", type=int, default=16, metavar="N", help="Tokens of an answer.")
     cli.add_seed(parser, "pieces and places")
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    option("--dtype", default=dtype, help="Data type of the model.")
-    cli.add_mem_fraction(parser)
-    cli.add_bf16_backend(parser, None)
-    cli.add_timeout(parser, 3600, "one cache")
+    cli.add_engines(parser, 3600)
     cli.add_output(parser)
-    cli.add_one(parser)
     return parser.parse_args(arguments)
 
 

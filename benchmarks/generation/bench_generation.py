@@ -113,13 +113,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--conversations", type=int, default=16 if cuda else 3, metavar="N", help="Conversations side by side.")
     option("--turns", type=int, default=3, metavar="N", help="Turns of a conversation.")
     cli.add_seed(parser, "prompts and samples")
-    option("--dtype", default="bfloat16" if cuda else "float32", help="Data type of the model.")
-    cli.add_mem_fraction(parser)
-    cli.add_bf16_backend(parser, None)
-    cli.add_timeout(parser, 3600, "one cache")
+    cli.add_engines(parser, 3600)
     option("--json", action="store_true", help="Print one JSON object, with every answer, instead of a table.")
     cli.add_output(parser)
-    cli.add_one(parser)
     return parser.parse_args(arguments)
 
 

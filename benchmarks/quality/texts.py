@@ -47,7 +47,7 @@ def load(name: str, length: int, seed: int, tokenizer: Any) -> Text:
         ValueError: the text is shorter than that.
     """
     origin, content = _content(name)
-    # a token of these texts has two characters or more, so this many always hold enough tokens
+    # a token of these texts has fewer than 12 characters on average, so these always hold enough tokens
     latest = max(0, len(content) - 12 * length)
     offset = random.Random(f"{seed} {Path(name).name}").randrange(latest + 1)
     start = content.rfind("\n", 0, offset) + 1

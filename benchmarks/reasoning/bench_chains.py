@@ -43,6 +43,16 @@ def make_chains(args: argparse.Namespace, task: str, tokens: int) -> list[tasks.
     ][: args.chains]
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder without a model.
+
+    Raises:
+        SystemExit: names it.
+    """
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"expected a folder with a model, got {folder}: make it with benchmarks.reasoning.train")
+
+
 def write(args: argparse.Namespace) -> None:
     """Let an engine of this process write all chains, and report the first wrong step of each."""
     import sglang
@@ -107,9 +117,6 @@ def plot(shares: dict[str, dict[tuple[str, int], float]], title: str, target: Pa
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    import torch
-
-    cuda = torch.cuda.is_available()
     parser = cli.parser(__doc__)
     option = parser.add_argument
     option("model", type=Path, help="Folder that reasoning.train has made.")
@@ -122,13 +129,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--retract", type=int, default=0, metavar="N", help="Take requests back every N steps; 0 for never.")
     option("--tiny", action="store_true", help="Problems of the size that train --tiny is trained on.")
     cli.add_seed(parser, "chains")
-    option("--dtype", default="bfloat16" if cuda else "float32", help="Data type of the model.")
-    cli.add_mem_fraction(parser)
-    cli.add_bf16_backend(parser, None)
-    cli.add_timeout(parser, 7200, "one cache")
+    cli.add_engines(parser, 7200)
     option("--plot", type=Path, metavar="PNG", help="Draw right chains against their length. Without it nothing.")
     cli.add_output(parser)
-    cli.add_one(parser)
     return parser.parse_args(arguments)
 
 
@@ -137,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.one:
         write(args)
         return 0
-    if not (args.model / "config.json").exists():
-        raise SystemExit(f"expected a folder with a model, got {args.model}: make it with benchmarks.reasoning.train")
+    check_folder(args.model)
     written = Rows(args.output, "chains")
     common = {"model": args.model.name, "dtype": args.dtype, "seed": args.seed, "chains": args.chains}
     common |= {"at_a_time": args.at_a_time, "retract": args.retract}

@@ -78,8 +78,7 @@ def load(folder: Path, dtype: str) -> Model:
     """
     from transformers import AutoModelForCausalLM
 
-    if not (folder / "config.json").exists():
-        raise SystemExit(f"expected a folder with a model, got {folder}: make it with benchmarks.reasoning.train")
+    bench_chains.check_folder(folder)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return Model(network, None, torch.device(training.device()), getattr(torch, dtype))
 

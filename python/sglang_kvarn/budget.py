@@ -54,7 +54,8 @@ def sliding_share(configurator: Any) -> SlidingShare:
     assert found.requests is not None, "charge_fixed_bytes comes first"
     args = compat.resolved_arguments(server_args)
     chunks = found.chunk_len if args.disable_overlap_schedule else 2 * found.chunk_len
-    each = configurator.sliding_window_size + compat.sliding_eviction_interval() + 2 * settings.PAGE_SIZE
+    interval = compat.sliding_eviction_interval()
+    each = capacity.sliding_tokens_of_request(configurator.sliding_window_size, interval)
     return SlidingShare(
         token=shape.token_bytes(config),
         plain_token=shape.full_token_bytes(configurator.model_dtype.itemsize),

@@ -140,6 +140,11 @@ class SlidingShare:
         return found
 
 
+def sliding_tokens_of_request(window: int, eviction_interval: int) -> int:
+    """Return the tokens of sliding windows that a running request keeps at most, its next pages included."""
+    return window + eviction_interval + 2 * PAGE_SIZE
+
+
 def state_ratio(state_bytes: int, per_session: int, token_bytes: int) -> float:
     """Return bytes of states for each byte of tokens with which both run out at the same number of typical sessions."""
     return per_session * state_bytes / (TYPICAL_SESSION * token_bytes)

@@ -399,7 +399,7 @@ def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, has_files: 
 
 
 def fuzz_until(event: str, preset: str, steps: int, seed: int, **options) -> dict[str, int]:
-    """Run `fuzz`, and three times as many steps of another seed where the event did not happen: one run in ten."""
+    """Run `fuzz`, and three times as many steps of another seed where the event did not happen, as with some seeds."""
     total = fuzz(preset, steps, seed, **options)
     if not total[event]:
         more = fuzz(preset, 3 * steps, seed + 1_000_003, **options)

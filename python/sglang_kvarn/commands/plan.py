@@ -204,7 +204,7 @@ class _Rank:
 
     def _sliding_tokens_of_a_request(self) -> int:
         assert self.windows is not None, "asked for models with sliding windows"
-        return self.windows.window + compat.sliding_eviction_interval() + 2 * PAGE_SIZE
+        return capacity.sliding_tokens_of_request(self.windows.window, compat.sliding_eviction_interval())
 
     def _row(
         self,
