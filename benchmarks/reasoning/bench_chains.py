@@ -62,39 +62,44 @@ def write(args: argparse.Namespace) -> None:
     arguments = runs.engine_arguments(args, str(args.model)) | {"max_running_requests": args.at_a_time}
     engine = sglang.Engine(**arguments)
     found: dict[str, dict[str, Any]] = {}
+    tokens = max(args.lengths)
     for task in args.tasks:
-        for tokens in args.lengths:
-            launch.report_progress(f"{task}, {tokens:,} tokens")
-            launch.flush(engine)
-            chains = make_chains(args, task, tokens)
-            sampling = [
-                {"temperature": 0, "max_new_tokens": len(chain.answer), "ignore_eos": True} for chain in chains
-            ]
-            outputs = engine.generate(input_ids=[chain.prompt for chain in chains], sampling_params=sampling)
-            wrong = [tasks.first_wrong_step(c, o["output_ids"]) for c, o in zip(chains, outputs, strict=True)]
-            found[f"{task} {tokens}"] = {
-                "wrong": wrong,
-                "steps": [len(chain.steps) for chain in chains],
-                "cached": sum(output["meta_info"]["cached_tokens"] for output in outputs),
-            }
+        launch.report_progress(f"{task}, {tokens:,} tokens")
+        launch.flush(engine)
+        chains = make_chains(args, task, tokens)
+        sampling = [{"temperature": 0, "max_new_tokens": len(chain.answer), "ignore_eos": True} for chain in chains]
+        outputs = engine.generate(input_ids=[chain.prompt for chain in chains], sampling_params=sampling)
+        right = [tasks.right_tokens(c, o["output_ids"]) for c, o in zip(chains, outputs, strict=True)]
+        found[task] = {
+            "right": right,
+            "steps": [tasks.right_steps(c, own) for c, own in zip(chains, right, strict=True)],
+            "tokens": [len(chain.answer) for chain in chains],
+            "cached": sum(output["meta_info"]["cached_tokens"] for output in outputs),
+        }
     launch.report_result({"cells": found})
     engine.shutdown()
 
 
-def figures(cell: dict[str, Any], first: dict[str, Any] | None) -> list[Figure]:
-    """Return what the chains of a cell come to, beside those of the first cache."""
-    right = [number is None for number in cell["wrong"]]
-    # steps that were written right, and those that were the first wrong ones
-    before = sum(steps if n is None else n for n, steps in zip(cell["wrong"], cell["steps"], strict=True))
-    wrong = len(right) - sum(right)
-    found = [
-        Figure("right", 100 * sum(right) / len(right), "%"),
-        Figure("wrong_steps", 1e6 * wrong / (before + wrong), "of a million"),
+def figures(cell: dict[str, Any], first: dict[str, Any] | None, tokens: int) -> list[Figure]:
+    """Return what the chains of a cell come to after so many tokens, beside those of the first cache."""
+
+    def right(own: dict[str, Any]) -> list[bool]:
+        # a multiplication may end before
+        return [there >= min(tokens, whole) for there, whole in zip(own["right"], own["tokens"], strict=True)]
+
+    found = [Figure("right", 100 * sum(right(cell)) / len(cell["right"]), "%")]
+    if first is not None:
+        found += paired.compare(right(cell), right(first), len(cell["right"]))
+    return found
+
+
+def whole(cell: dict[str, Any]) -> list[Figure]:
+    """Return what all steps of a cell come to."""
+    wrong = sum(there < tokens for there, tokens in zip(cell["right"], cell["tokens"], strict=True))
+    return [
+        Figure("wrong_steps", 1e6 * wrong / (sum(cell["steps"]) + wrong), "of a million"),
         Figure("cached", cell["cached"], "tokens"),
     ]
-    if first is not None:
-        found += paired.compare(right, [number is None for number in first["wrong"]], len(right))
-    return found
 
 
 def plot(shares: dict[str, dict[tuple[str, int], float]], title: str, target: Path) -> None:
@@ -123,7 +128,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_caches(parser, [caches.BF16, caches.FP8, *preset_names()])
     option("--tasks", nargs="+", default=list(tasks.TASKS), choices=tasks.TASKS, metavar="T", help="Tasks.")
     lengths = list(training.FULL.lengths)
-    option("--lengths", nargs="+", type=int, default=lengths, metavar="N", help="Tokens of a chain.")
+    option("--lengths", nargs="+", type=int, default=lengths, metavar="N", help="Tokens at which chains are judged.")
     option("--chains", type=int, default=1000, metavar="N", help="Chains of each task and length.")
     option("--at-a-time", type=int, default=32, metavar="N", help="Chains that are written at a time.")
     option("--retract", type=int, default=0, metavar="N", help="Take requests back every N steps; 0 for never.")
@@ -148,13 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shares: dict[str, dict[tuple[str, int], float]] = {}
     for cache, result in launch.run_each(MODULE, args.caches, args.timeout, "chains"):
         cells = result["cells"]
-        for name, cell in cells.items():
-            task, tokens = name.split()
-            own = figures(cell, None if first is None else first[name])
-            written.append(cache, common | {"task": task, "tokens": tokens}, own)
-            shares.setdefault(cache, {})[task, int(tokens)] = float(own[0].value)
-            shown = ", ".join(f"{figure.metric} {figure.value:.4g} {figure.unit}" for figure in own)
-            launch.CONSOLE.print(f"{cache}, {task}, {int(tokens):,} tokens: {shown}", highlight=False, soft_wrap=True)
+        for task, cell in cells.items():
+            for tokens in args.lengths:
+                own = figures(cell, None if first is None else first[task], tokens)
+                if tokens == max(args.lengths):
+                    own += whole(cell)
+                written.append(cache, common | {"task": task, "tokens": tokens}, own)
+                shares.setdefault(cache, {})[task, tokens] = float(own[0].value)
+                shown = ", ".join(f"{figure.metric} {figure.value:.4g} {figure.unit}" for figure in own)
+                launch.CONSOLE.print(f"{cache}, {task}, {tokens:,} tokens: {shown}", highlight=False, soft_wrap=True)
         first = first or cells
     if args.plot:
         plot(shares, f"{args.model.name}, {args.chains} chains a point, {written.provenance['device']}", args.plot)

@@ -7,8 +7,8 @@
 
 A chain is read in one pass with each cache, as bench_quality reads texts, without a server. The first token that is not
 the most likely one is where a model that writes greedily leaves the chain: up to there it has written the same. So one
-pass gives both figures: wrong tokens of a million behind right ones (teacher-forced), and chains right to the last
-token (free-running). The model runs in float32; q, k and v enter the cache in --dtype.
+pass gives both figures: wrong tokens of a million behind right ones (teacher-forced), and chains that are right so far
+at each of --lengths (free-running). The model runs in float32; q, k and v enter the cache in --dtype.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("model", type=Path, help="Folder that reasoning.train has made.")
     cli.add_presets(parser)
     option("--tasks", nargs="+", default=list(tasks.TASKS), choices=tasks.TASKS, metavar="T", help="Tasks.")
-    lengths = [1000, 4000, 8000]
-    option("--lengths", nargs="+", type=int, default=lengths, metavar="N", help="Tokens of a chain.")
+    lengths = list(training.FULL.lengths)
+    option("--lengths", nargs="+", type=int, default=lengths, metavar="N", help="Tokens at which chains are judged.")
     option("--chains", type=int, default=200, metavar="N", help="Chains of each task and length.")
     option("--tiny", action="store_true", help="Problems of the size that train --tiny is trained on.")
     cli.add_seed(parser, "chains")
@@ -91,24 +91,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = Rows(args.output, "methods")
     model = load(args.model, args.dtype)
     for task in args.tasks:
-        for tokens in args.lengths:
-            chains = bench_chains.make_chains(args, task, tokens)
-            first: list[bool] | None = None
-            for cache in methods(args.presets, min(len(chain.prompt) for chain in chains)):
-                wrong = [wrong_tokens(model, chain, cache) for chain in chains]
-                right = [not own.any() for own in wrong]
+        chains = bench_chains.make_chains(args, task, max(args.lengths))
+        first: list[torch.Tensor] | None = None
+        for cache in methods(args.presets, min(len(chain.prompt) for chain in chains)):
+            wrong = [wrong_tokens(model, chain, cache) for chain in chains]
+            size = Figure("bytes_per_token", cache.bytes_per_token(model.head_dim), "bytes")
+            for tokens in args.lengths:
+                right = [not own[:tokens].any() for own in wrong]
+                parts = torch.cat([own[:tokens] for own in wrong]).double()
                 figures = [
-                    Figure("bytes_per_token", cache.bytes_per_token(model.head_dim), "bytes"),
+                    size,
                     Figure("right", 100 * sum(right) / len(right), "%"),
-                    Figure("wrong_tokens", 1e6 * torch.cat(wrong).double().mean().item(), "of a million"),
+                    Figure("wrong_tokens", 1e6 * parts.mean().item(), "of a million"),
                 ]
                 if first is not None:
-                    figures += paired.compare(right, first, len(right))
-                first = first or right
+                    figures += paired.compare(right, [not own[:tokens].any() for own in first], len(right))
                 settings = {"model": args.model.name, "dtype": args.dtype, "seed": args.seed, "chains": args.chains}
                 written.append(cache.name, settings | {"task": task, "tokens": tokens}, figures)
                 shown = ", ".join(f"{figure.metric} {figure.value:.4g} {figure.unit}" for figure in figures)
                 console.print(f"{task}, {tokens:,} tokens, {cache.name}: {shown}", highlight=False, soft_wrap=True)
+            first = first or wrong
     return 0
 
 

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks whose solution is a long written chain of steps, made by a seeded generator.
 
-machine    a program of a machine with 8 registers of one digit: each step is the instruction's number and all registers
-           after it. The instruction stands in the prompt, the registers in the step before.
-walk       a graph whose nodes have two successors each, one for even and one for odd steps: each step is the parity and
-           the next node. The successors stand in the prompt.
+machine    a program of a machine with 8 registers of one digit: each step is an instruction, number first, what it
+           works on, and all registers after it. The instruction stands in the prompt, the registers in the step before.
+walk       a graph whose nodes have two successors each, one for even and one for odd steps: each step is the successor
+           and, as the node to go on from, the same again. The successors stand in the prompt.
 multiply   two long numbers, multiplied as on paper: each step is the place of a digit, the two digits, what stood at
            their place, the carry, and the digit and carry that come of them.
 
 One wrong token makes all later ones wrong, so a chain is right only if a model read the right places of its cache in
 every step: what is measured is whether errors of a cache add up over a long answer.
 
-Chains are token ids of a vocabulary of words, so no tokenizer has a part in them.
+Chains are token ids of a vocabulary of words, so no tokenizer has a part in them. A word says what it is for: place i7
+begins an instruction and t7 is where a jump goes to, b3 is register b that holds 3, n5 is a node and e5 or o5 the same
+as the successor of an even or odd step. So a step is found by its first word, and a small model learns to.
 """
 
 from __future__ import annotations
@@ -19,17 +21,22 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
 REGISTERS, MOST_INSTRUCTIONS, MOST_NODES, MOST_DIGITS = 8, 48, 192, 40
 _PLACES = max(MOST_INSTRUCTIONS, MOST_DIGITS)
+# of registers: those that no other kind of word begins with
+_NAMES = "abcdfghj"
+assert len(_NAMES) == REGISTERS
 _WORDS = (
-    *("pad", "machine", "walk", "multiply", "start", "solve", "even", "odd", "row"),
+    *("pad", "machine", "walk", "multiply", "start", "solve", "row"),
     *("add", "subtract", "raise", "jump"),
     *(str(digit) for digit in range(10)),
-    *(f"r{n}" for n in range(REGISTERS)),
+    *_NAMES,
+    *(f"{name}{digit}" for name in _NAMES for digit in range(10)),
     *(f"i{n}" for n in range(_PLACES)),
-    *(f"n{n}" for n in range(MOST_NODES)),
+    *(f"t{n}" for n in range(MOST_INSTRUCTIONS)),
+    *(f"{kind}{n}" for kind in "neo" for n in range(MOST_NODES)),
 )
 VOCABULARY = {word: number for number, word in enumerate(_WORDS)}
 PAD = VOCABULARY["pad"]
@@ -80,18 +87,26 @@ def _machine(draw: random.Random, size: int) -> Problem:
         return kind, register, other
 
     program = [instruction(number) for number in range(size)]
-    second = {"add": "r{}", "subtract": "r{}", "raise": "{}", "jump": "i{}"}
-    lines = (f"i{n} {kind} r{a} {second[kind].format(b)}" for n, (kind, a, b) in enumerate(program))
+
+    def line(place: int) -> str:
+        kind, register, other = program[place]
+        second = {"raise": str(other), "jump": f"t{other}"}.get(kind) or _NAMES[other % REGISTERS]
+        return f"i{place} {kind} {_NAMES[register]} {second}"
 
     def begin(own: random.Random) -> tuple[str, Steps]:
         registers = [own.randrange(10) for _ in range(REGISTERS)]
         place = own.randrange(size)
+
+        def shown() -> str:
+            return " ".join(f"{name}{digit}" for name, digit in zip(_NAMES, registers, strict=True))
 
         def run() -> Steps:
             at = place
             while True:
                 kind, a, b = program[at]
                 after = (at + 1) % size
+                other = shown().split()[b] if kind in ("add", "subtract") else line(at).split()[-1]
+                begun = f"{line(at)} {_NAMES[a]}{registers[a]} {other}"
                 if kind == "add":
                     registers[a] = (registers[a] + registers[b]) % 10
                 elif kind == "subtract":
@@ -102,19 +117,19 @@ def _machine(draw: random.Random, size: int) -> Problem:
                     # it jumps unless the register is 0, and raises it, so that no loop is without end
                     registers[a] = (registers[a] + 1) % 10
                     after = b
-                yield f"i{at} {' '.join(map(str, registers))}"
+                yield f"{begun} {shown()}"
                 at = after
 
-        return f"start i{place} {' '.join(map(str, registers))}", run()
+        return f"start i{place} {shown()}", run()
 
-    return f"machine {' '.join(lines)}", begin
+    return f"machine {' '.join(map(line, range(size)))}", begin
 
 
 def _walk(draw: random.Random, size: int) -> Problem:
     nodes = draw.sample(range(MOST_NODES), size)
     # permutations, so that walks come back late
     even, odd = (dict(zip(nodes, draw.sample(nodes, size), strict=True)) for _ in range(2))
-    lines = (f"n{node} n{even[node]} n{odd[node]}" for node in nodes)
+    lines = (f"n{node} e{even[node]} o{odd[node]}" for node in nodes)
 
     def begin(own: random.Random) -> tuple[str, Steps]:
         first = own.choice(nodes)
@@ -122,9 +137,9 @@ def _walk(draw: random.Random, size: int) -> Problem:
         def go() -> Steps:
             node = first
             while True:
-                for parity, successor in (("even", even), ("odd", odd)):
+                for parity, successor in (("e", even), ("o", odd)):
                     node = successor[node]
-                    yield f"{parity} n{node}"
+                    yield f"{parity}{node} n{node}"
 
         return f"start n{first}", go()
 
@@ -164,7 +179,9 @@ _MAKE = {"machine": _machine, "walk": _walk, "multiply": _multiply}
 TASKS = tuple(_MAKE)
 
 
-def chains(task: str, tokens: int, number: int, seed: object, *, most: int | None = None) -> list[Chain]:
+def chains(
+    task: str, tokens: int, number: int, seed: object, *, least: int | None = None, most: int | None = None
+) -> list[Chain]:
     """Return chains of one problem: the same program, graph or first number, other starts.
 
     Args:
@@ -172,7 +189,8 @@ def chains(task: str, tokens: int, number: int, seed: object, *, most: int | Non
         tokens: of a solution, which is cut there; `multiply` ends after 11,320 at most.
         number: of chains.
         seed: anything with a text; the same makes the same chains.
-        most: most instructions, or nodes; None for as many as a problem may have. Numbers have the digits they need.
+        least, most: instructions, or nodes; from half as many as a problem may have, to as many, where not given. Small
+            problems are as frequent as large ones. Numbers have the digits they need.
     """
     draw = random.Random(f"{task} {tokens} {seed}")
     room = {"machine": MOST_INSTRUCTIONS, "walk": MOST_NODES}.get(task)
@@ -180,7 +198,8 @@ def chains(task: str, tokens: int, number: int, seed: object, *, most: int | Non
         size = _digits(tokens)
     else:
         greatest = min(room, most or room)
-        size = draw.randint(greatest // 2 + 1, greatest)
+        smallest = min(least or greatest // 2 + 1, greatest)
+        size = round(smallest * (greatest / smallest) ** draw.random())
     problem, begin = _MAKE[task](draw, size)
     shared = ids(problem)
     found = []
@@ -200,11 +219,13 @@ def _cut(steps: Iterator[list[int]], tokens: int) -> Iterator[list[int]]:
             return
 
 
-def first_wrong_step(chain: Chain, answer: list[int]) -> int | None:
-    """Return the number of the first step that an answer has not to the letter, None if it has all."""
-    place = 0
-    for number, step in enumerate(chain.steps):
-        if answer[place : place + len(step)] != step:
-            return number
-        place += len(step)
-    return None
+def right_tokens(chain: Chain, answer: list[int]) -> int:
+    """Return how many tokens an answer begins with that are the chain's."""
+    pairs = zip(chain.answer, answer, strict=False)
+    return next((number for number, (own, other) in enumerate(pairs) if own != other), len(answer))
+
+
+def right_steps(chain: Chain, tokens: int) -> int:
+    """Return how many steps of a chain its first tokens make up."""
+    ends = accumulate(map(len, chain.steps))
+    return sum(end <= tokens for end in ends)

@@ -60,9 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     network = training.model(args.variant, size).to(device)
     started = time.monotonic()
 
-    def report(step: int, loss: float) -> None:
+    def report(step: int, losses: dict[str, float]) -> None:
         speed = (step + 1) * size.batch / (time.monotonic() - started)
-        console.print(f"step {step:,} of {args.steps:,}: loss {loss:.5f}, {speed:,.0f} tokens/s", highlight=False)
+        shown = ", ".join(f"{task} {loss:.5f}" for task, loss in losses.items())
+        console.print(f"step {step:,} of {args.steps:,}: loss of {shown}; {speed:,.0f} tokens/s", highlight=False)
 
     training.train(network, size, args.steps, args.seed, report, workers=args.workers)
     seconds = time.monotonic() - started

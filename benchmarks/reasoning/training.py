@@ -19,6 +19,8 @@ VARIANTS = ("qwen3", "qwen2")
 # of key channels in pairs that RoPE hardly turns: published Qwen2 models have biases of keys of up to some hundred,
 # where a channel's values otherwise differ by some units
 _OUTLIER, _OUTLIER_PAIRS = 30.0, 2
+# instructions or nodes: among many a lookup is learned late or never, unless it is learned among few
+_LEAST = 4
 # labels of tokens that are not judged
 _NOT_JUDGED = -100
 
@@ -49,7 +51,7 @@ class Size:
     rate: float
 
 
-FULL = Size(6, 768, 6, 2, 128, 2048, (250, 500, 1000, 2000, 4000, 8000), 131_072, None, 1e-3)
+FULL = Size(6, 768, 6, 2, 128, 2048, (60, 120, 250, 500, 1000, 2000, 4000, 8000), 32_768, None, 1e-3)
 TINY = Size(2, 128, 2, 1, 64, 256, (24,), 2048, 6, 3e-3)
 
 
@@ -98,7 +100,8 @@ def rows(size: Size, lengths: tuple[int, ...], seed: object) -> tuple[torch.Tens
     found: list[tasks.Chain] = []
     room = size.batch
     while room > 0 or not found:
-        found += tasks.chains(draw.choice(tasks.TASKS), length, 1, draw.random(), most=size.most)
+        task = draw.choice(tasks.TASKS)
+        found += tasks.chains(task, length, 1, draw.random(), least=_LEAST, most=size.most)
         room -= len(found[-1].prompt) + length
     whole = [(chain.prompt, chain.answer) for chain in found]
     longest = max(len(prompt) + len(answer) for prompt, answer in whole)
@@ -122,20 +125,32 @@ class _Steps(torch.utils.data.IterableDataset):
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         step = first
         while True:
-            # all lengths from a third of the training on
-            known = max(1, math.ceil(min(1.0, 3 * step / self.steps) * len(self.size.lengths)))
+            # all lengths from two fifths of the training on: what is near is learned first
+            known = max(1, math.ceil(min(1.0, 2.5 * step / self.steps) * len(self.size.lengths)))
             yield rows(self.size, self.size.lengths[:known], f"{self.seed} {step}")
             step += stride
 
 
-def train(
-    network: Any, size: Size, steps: int, seed: int, report: Callable[[int, float], None], *, workers: int = 0
-) -> None:
+def _by_task(losses: torch.Tensor, ids: torch.Tensor, judged: torch.Tensor) -> dict[str, float]:
+    """Return the mean loss of each task that a step has.
+
+    Args:
+        losses: of the judged tokens, [judged]; ids: token ids of the step, [R, T]; judged: bool [R, T - 1].
+    """
+    first = ids[:, :1].expand(judged.shape)[judged]
+    own = {task: losses[first == tasks.VOCABULARY[task]] for task in tasks.TASKS}
+    return {task: found.mean().item() for task, found in own.items() if found.numel()}
+
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+def train(network: Any, size: Size, steps: int, seed: int, report: Report, *, workers: int = 0) -> None:
     """Train a model in place with AdamW, in bfloat16 on a GPU.
 
     Args:
         steps: of `size.batch` tokens each; the learning rate rises over 5 % of them, and falls to 0 by a cosine.
-        report: called with the number of a step and its loss in nats, every 50 steps.
+        report: called with the number of a step and the loss of each task in nats, every 50 steps.
         workers: processes that make chains.
     """
     device = next(network.parameters()).device
@@ -157,14 +172,15 @@ def train(
             judged = labels[:, 1:].to(device) != _NOT_JUDGED
             # the head of judged tokens only
             logits = network.lm_head(hidden[judged])
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:].to(device)[judged])
+        wanted = labels[:, 1:].to(device)[judged]
+        losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            report(step, loss.item())
+            report(step, _by_task(losses.detach(), ids.to(device), judged))
     network.eval()
 
 
