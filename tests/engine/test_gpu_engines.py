@@ -19,7 +19,7 @@ import tiny_engines
 import torch
 from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2
 from near_ties import Tally
-from sglang_kvarn import refusals
+from sglang_kvarn import compat, refusals
 from tiny_engines import ON_GPU, ask
 
 from benchmarks.common import tiny_model
@@ -188,6 +188,32 @@ def test_a_model_with_states_answers_as_the_oracle(tmp_path, monkeypatch, capfd,
     tally.close()
 
 
+# SGLang would run experts of gpt-oss by kernels for others than tiny ones
+WINDOWS = {"gpt_oss": {"moe_runner_backend": "triton"}, "laguna": {}, "gemma3_text": {}, "olmo3": {}}
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_a_model_with_windows_answers_as_the_oracle(tmp_path, monkeypatch, capfd, family):
+    apart = family not in tiny_model.WINDOWS_IN_RECORDS
+    tiny_engines.prepare(monkeypatch, tmp_path, windows=apart)
+    monkeypatch.setenv(refusals.UNTESTED_WINDOWS_ENV, "1")
+    model = tiny_engines.save(tmp_path / "model", family)
+    # longer than the windows, which end in the middle of a page where they are read from records
+    prompts = [prompt(length, seed=length) for length in (60, 120, 250, 330, 520)]
+    tally = Tally(model, CANONICAL, tiny_engines.DTYPE)
+    with tiny_engines.start(tally, **WINDOWS[family]) as engine:
+        first = ask(engine, tally, prompts, NEW)
+        again = ask(engine, tally, prompts, NEW)
+        turns = [tokens + first[n]["tokens"] + prompt(30, seed=n) for n, tokens in enumerate(prompts)]
+        hits = ask(engine, tally, turns, 8)
+        facts = engine.get_server_info()["internal_states"][0]["kvarn"]
+    assert [answer["cached"] for answer in again] == [0, 0, 128, 256, 512]
+    assert [answer["cached"] for answer in hits] == [0, 128, 256, 256, 512]
+    assert ("sliding_tokens" in facts) is apart
+    tiny_engines.check_graphs(capfd.readouterr().err)
+    tally.close()
+
+
 @pytest.mark.parametrize(
     ("policy", "algorithm"), [("write_through", ""), ("write_back", ""), ("write_through", "NGRAM")], ids=named
 )
@@ -239,7 +265,10 @@ def on_gpus(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not ON_GPU, reason=reason)
 
 
-@pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
+TWO_GPUS = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@TWO_GPUS
 @pytest.mark.parametrize(
     ("preset", "family", "kv_heads", "algorithm"),
     [
@@ -272,5 +301,43 @@ def test_two_ranks_answer_as_the_oracle(tmp_path, monkeypatch, capfd, preset, fa
     # 36 of 80 on two H200s, and more than half on one: answers of both rounds part at near ties
     least, most = (0.25 * 4 * NEW, 4 * NEW) if algorithm else (0, 0)
     assert least <= accepted <= most
+    tiny_engines.check_graphs(capfd.readouterr().err)
+    tally.close()
+
+
+@TWO_GPUS
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"dp_size": 2}, id="replicas"),
+        pytest.param(
+            {"pp_size": 2},
+            id="pipeline",
+            marks=pytest.mark.skipif(not compat.runs_pipelines(), reason="refused in this SGLang"),
+        ),
+        pytest.param(
+            {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+            id="DP attention",
+            marks=on_gpus("SGLang has no such ranks on a CPU"),
+        ),
+    ],
+)
+def test_ranks_of_their_own_requests_or_layers_answer_as_the_oracle(tmp_path, monkeypatch, capfd, options):
+    tiny_engines.prepare(monkeypatch, tmp_path)
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
+    model = tiny_engines.save(tmp_path / "model", "qwen3")
+    prompts = [prompt(length, seed=length) for length in LENGTHS]
+    tally = Tally(model, KVARN, tiny_engines.DTYPE)
+    with tiny_engines.start(tally, **options) as engine:
+        first = ask(engine, tally, prompts, NEW)
+        ask(engine, tally, prompts, NEW)
+        turns = [tokens + first[n]["tokens"] + prompt(30, seed=n) for n, tokens in enumerate(prompts)]
+        hits = ask(engine, tally, turns, 8)
+        flush(engine)
+        states = [state["kvarn"] for state in engine.get_server_info()["internal_states"]]
+    # which of two caches a turn meets is not said
+    assert sum(answer["cached"] for answer in hits) >= 128
+    assert all((state["rings_in_use"], state["pages_in_use"]) == (0, 0) for state in states)
     tiny_engines.check_graphs(capfd.readouterr().err)
     tally.close()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prefill server and a decode server of a tiny model on this machine, and what a client sends to both."""
+"""A prefill server and a decode server of a tiny model on this machine, and what a client sends to both.
+
+On a machine with GPUs each server has one of its own, and mooncake moves the bytes; on a CPU a stand-in does.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,14 @@ import forked_server
 import httpx
 import transfer_engine_on_cpu
 from host_faults import wait_for
+from sglang_kvarn import refusals
+from tiny_engines import DTYPE, ON_GPU, ROWS
 
 HOST, LIMIT_SECONDS = "127.0.0.1", 400
 OPTIONS = {
     "kv-cache-dtype": "kvarn",
-    "dtype": "float32",
-    "max-running-requests": 4,
+    "dtype": str(DTYPE).removeprefix("torch."),
+    "max-running-requests": ROWS,
     "chunked-prefill-size": 256,
     "random-seed": 0,
     "log-level": "info",
@@ -47,6 +52,12 @@ ENVIRONMENT = {
     "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1",
     "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "0.5",
 }
+if ON_GPU:
+    OPTIONS |= {"mem-fraction-static": 0.3, "cuda-graph-max-bs-decode": ROWS}
+    FLAGS = (*FLAGS, "disable-prefill-cuda-graph")
+    ENVIRONMENT |= {refusals.UNTESTED_PD_ENV: "1"}
+# how servers start: on a GPU as for a user
+_SERVER = ["-m", "sglang.launch_server"] if ON_GPU else [forked_server.__file__]
 _rooms = count(1)
 
 
@@ -69,7 +80,7 @@ class Server:
         self.url, self.log = f"http://{HOST}:{port}", folder / f"{name}.log"
         chosen = OPTIONS | {"model-path": model, "host": HOST, "port": port} | options
         flags = [f"--{flag}" for flag in FLAGS]
-        command = [sys.executable, forked_server.__file__, *flags]
+        command = [sys.executable, *_SERVER, *flags]
         command += [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
@@ -192,7 +203,9 @@ class Pair:
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Return the environment of a server whose transfers run on a CPU; faults are in the folder."""
+    """Return the environment of a server; on a CPU faults of its transfers are in the folder."""
+    if ON_GPU:
+        return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | variables
     if not (plugin := folder / "plugin").exists():
         engine_plugin.make(plugin, "transfer_engine_on_cpu:install")
     path = os.pathsep.join([str(plugin), *filter(None, sys.path)])
@@ -217,8 +230,8 @@ def start(
     bootstrap = free_port()
     with ExitStack() as stack:
         servers = []
-        for mode, own in (("prefill", prefill), ("decode", decode)):
-            chosen = common | (own or {})
+        for number, (mode, own) in enumerate((("prefill", prefill), ("decode", decode))):
+            chosen = ({"CUDA_VISIBLE_DEVICES": str(number)} if ON_GPU else {}) | common | (own or {})
             variables = {key: value for key, value in chosen.items() if key.isupper()}
             options = {key: value for key, value in chosen.items() if not key.isupper()}
             options |= {"disaggregation-mode": mode, "disaggregation-bootstrap-port": bootstrap}

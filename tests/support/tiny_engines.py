@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -41,6 +42,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"mamba_head_dim": 64, "ssm_state_size": 128},
     # its heads have hidden_size / num_attention_heads channels
     "qwen2": {"hidden_size": 1024},
+    "olmo3": {"hidden_size": 1024},
+    "gpt_oss": {"head_dim": 64},
+    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
 }
 
 
@@ -57,11 +61,14 @@ def save(folder: Path, family: str = "llama", dtype: torch.dtype = DTYPE, **chan
     return tiny_model.save(folder, family, rounded_to=dtype, peak=peak, **shape)
 
 
-def prepare(patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, states: bool = False) -> None:
+def prepare(
+    patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, states: bool = False, windows: bool = False
+) -> None:
     """Let SGLang check every page of every step; on a CPU, put torch in the place of its kernels.
 
     Args:
-        drafts: for engines that speculate; states: for models that keep states.
+        drafts: for engines that speculate; states: for models that keep states; windows: for models whose windows
+            SGLang keeps apart.
     """
     patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
     if ON_GPU:
@@ -70,14 +77,24 @@ def prepare(patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, st
     # not on a GPU, where what they stand in for may be missing
     import drafts_on_cpu
     import states_on_cpu
+    import triton_attention_on_cpu
     from engine_plugin import add_to_engines
 
+    if windows:
+        triton_attention_on_cpu.prepare(patch, folder / "windows")
+        # experts of gpt-oss compile their activation, which takes a minute
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
     if states:
         states_on_cpu.prepare(patch, folder / "states")
     if drafts:
         drafts_on_cpu.prepare(patch, folder / "drafts")
     if drafts and not states:
         add_to_engines(patch, folder / "attention", "chain_attention:install")
+
+
+def _shape(folder: str) -> dict[str, Any]:
+    """Return the sizes of a model, with those that its configuration leaves out."""
+    return _HEADS | json.loads((Path(folder) / "config.json").read_text())
 
 
 @contextmanager
@@ -92,7 +109,8 @@ def start(tally: Tally, *, pages: int = 40, rows: int = ROWS, drafts: int = 1, *
     Raises:
         TimeoutError: engine and block took longer than `LIMIT_SECONDS`.
     """
-    ring = KVarNConfig.from_preset(tally.preset).ring_pages(_HEADS["head_dim"], tally.dtype.itemsize, drafts)
+    head_dim = _shape(tally.folder)["head_dim"]
+    ring = KVarNConfig.from_preset(tally.preset).ring_pages(head_dim, tally.dtype.itemsize, drafts)
     chosen = {
         "model_path": tally.folder,
         "skip_tokenizer_init": True,
