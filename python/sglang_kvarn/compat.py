@@ -103,8 +103,6 @@ _SUMS_ONCE_SINCE = {"FalconH1Config": "0.5.23"}
 _CAUSAL_SINCE = {"Gemma3ForCausalLM": "0.5.23"}
 # the first version, of those that are tested, whose model runs a verify step
 _VERIFIES_SINCE = {"FalconH1Config": "0.5.23"}
-# the first version with which the test of a model on a GPU (tests/engine/test_gpu_engines.py) failed
-_FAILED_ON_GPUS_SINCE = {"FalconH1Config": "0.5.23", "GraniteMoeHybridConfig": "0.5.23"}
 
 
 def __getattr__(name: str) -> Any:
@@ -334,12 +332,6 @@ def shares_states(config: Any, ranks: int) -> bool:
 def verifies_drafts(config: Any) -> bool:
     """Whether SGLang's layers of a `hybrid_config` keep the state after each draft; the others stop there."""
     return is_since(_VERIFIES_SINCE.get(type(config).__name__, "0"))
-
-
-def failed_on_gpus(config: Any) -> bool:
-    """Whether the test of the model of a `hybrid_config` failed on a GPU."""
-    first = _FAILED_ON_GPUS_SINCE.get(type(config).__name__)
-    return first is not None and is_since(first)
 
 
 def compared_drafts_beside_states_on_gpus() -> bool:

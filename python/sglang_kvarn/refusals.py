@@ -14,13 +14,11 @@ from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
 from kvarn_kernels.shape import AttentionShape
 
 from sglang_kvarn import capacity, compat, settings
-from sglang_kvarn.cpu import platform
 from sglang_kvarn.drafts import DFLASH, NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
 UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNTESTED_DRAFTS"
-UNTESTED_WINDOWS_ENV, UNTESTED_STATES_ENV = "KVARN_UNTESTED_WINDOWS", "KVARN_UNTESTED_STATES"
-UNTESTED_PD_ENV, UNTESTED_RANKS_ENV = "KVARN_UNTESTED_PD", "KVARN_UNTESTED_RANKS"
+UNTESTED_WINDOWS_ENV, UNTESTED_RANKS_ENV = "KVARN_UNTESTED_WINDOWS", "KVARN_UNTESTED_RANKS"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
@@ -40,6 +38,9 @@ WITH_WINDOWS = ("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM")
 # models with sliding windows whose layers SGLang all gives one pool, so that windows are read from records, as tested
 # (Olmo 3 has the architecture of Olmo 2), with the version of SGLang from which on
 WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
+# of both, those that have answered right on a GPU, from a version of SGLang on
+_WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM")
+_WINDOWS_ON_GPUS_SINCE = "0.5.23"
 # models whose configuration has a `sliding_window_pattern`, if only an empty one: SGLang insists on its own backends
 _OWN_BACKENDS = ("Exaone4ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")
 # models whose window SGLang hands to its backends as the tokens before the query's own
@@ -182,16 +183,11 @@ _HOST_MEMORY = (
 # SGLang ignores the first flag without the second, and calls both --attn-dp-size from 0.5.23 on
 _DP_FLAGS = "--enable-dp-attention with --dp-size {args.dp_size}"
 _DP_ATTENTION = "ranks with requests of their own have not run beside records, as SGLang's code for them needs a GPU"
-_PIPELINE = "a pipeline has run on CPUs only, with SGLang 0.5.23"
+_PIPELINE = "a pipeline has run with SGLang 0.5.23 only"
 
 
 def _has_dp_flags(args: Any) -> bool:
     return args.enable_dp_attention and args.dp_size > 1
-
-
-def _has_run(args: Any) -> bool:
-    """Whether a pipeline has run there; as typed, a device may be open."""
-    return (args.device == "cpu" or (args.device is None and platform.is_active())) and compat.runs_pipelines()
 
 
 def _untested_ranks(applies: Callable[[Any], bool], what: str, why: str, drop: str) -> Refusal:
@@ -222,7 +218,10 @@ _RANKS = (
     _beside_pipeline("enable_hierarchical_cache", off=False),
     _beside_pipeline("speculative_algorithm", off=None),
     _untested_ranks(
-        lambda args: args.pp_size > 1 and not _has_run(args), "--pp-size {args.pp_size}", _PIPELINE, "--pp-size"
+        lambda args: args.pp_size > 1 and not compat.runs_pipelines(),
+        "--pp-size {args.pp_size}",
+        _PIPELINE,
+        "--pp-size",
     ),
 )
 
@@ -232,9 +231,9 @@ _MODE = "--disaggregation-mode {args.disaggregation_mode}"
 _TRANSFERS = ("mooncake", "mooncake_tcp")
 
 
-def _transfer(applies: Callable[[Any], bool], what: str, why: str, way_out: str, typed: bool = True) -> Refusal:
+def _transfer(applies: Callable[[Any], bool], what: str, why: str, way_out: str) -> Refusal:
     """Return a refusal beside --disaggregation-mode."""
-    return Refusal(lambda args: args.disaggregation_mode != "null" and applies(args), _text(what, why, way_out), typed)
+    return Refusal(lambda args: args.disaggregation_mode != "null" and applies(args), _text(what, why, way_out))
 
 
 def _transfer_flag(name: str, why: str, *, off: Any = False) -> Refusal:
@@ -250,13 +249,6 @@ _PD = (
         _MODE,
         f"the transfer between servers is tested with SGLang {compat.TRANSFERS_SINCE} only",
         f"use SGLang {compat.TRANSFERS_SINCE}, or drop --disaggregation-mode",
-    ),
-    _transfer(
-        lambda args: args.device != "cpu" and os.environ.get(UNTESTED_PD_ENV) != "1",
-        _MODE,
-        "a request has gone from one server to another on CPUs only",
-        f"drop --disaggregation-mode, or set {UNTESTED_PD_ENV}=1 to try it",
-        typed=False,
     ),
     _transfer(
         lambda args: args.disaggregation_transfer_backend not in _TRANSFERS,
@@ -740,10 +732,11 @@ def check_windows(server_args: Any, model_config: Any) -> None:
             f"--attention-backend torch_native cannot attend the sliding windows of {model}, because it reads them at "
             "the slots of the other layers, whatever the cache: drop --attention-backend, or set it to triton"
         )
-    if args.device != "cpu" and os.environ.get(UNTESTED_WINDOWS_ENV) != "1":
+    has_run = compat.is_since(_WINDOWS_ON_GPUS_SINCE) and model in _WINDOWS_ON_GPUS
+    if args.device != "cpu" and not has_run and os.environ.get(UNTESTED_WINDOWS_ENV) != "1":
         raise Refused(
-            f"a kvarn cache of {model} cannot be served on a GPU yet, because one beside sliding windows has run on a "
-            f"CPU only: drop --kv-cache-dtype, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
+            f"a kvarn cache of {model} cannot be served on a GPU with SGLang {compat.version()} yet, because its "
+            f"sliding windows have run on a CPU only: drop --kv-cache-dtype, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
         )
 
 
@@ -810,7 +803,7 @@ def check_device(device: str, dtype: torch.dtype) -> None:
 
 
 def check_states_on_device(device: str, model_config: Any) -> None:
-    """Refuse GPUs on which SGLang has gated delta nets beside its own attention backends only, or answers went wrong.
+    """Refuse GPUs on which SGLang has gated delta nets beside its own attention backends only.
 
     Raises:
         Refused: the model and the GPU.
@@ -822,12 +815,6 @@ def check_states_on_device(device: str, model_config: Any) -> None:
         raise Refused(
             f"SGLang runs {model} on {torch.cuda.get_device_name()} beside attention backends of its own only, and a "
             "kvarn cache has another: use a GPU up to Hopper or drop --kv-cache-dtype"
-        )
-    if compat.failed_on_gpus(states) and os.environ.get(UNTESTED_STATES_ENV) != "1":
-        raise Refused(
-            f"a kvarn cache of {model} is not served on a GPU with SGLang {compat.version()}, because its test failed "
-            "there, for a reason that is not known yet: drop --kv-cache-dtype, or set "
-            f"{UNTESTED_STATES_ENV}=1 to try it"
         )
 
 

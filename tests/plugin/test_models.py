@@ -416,6 +416,13 @@ def test_drafts_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypa
     with pytest.raises(ValueError, match=r"drafts beside sliding windows are not tested yet: drop --speculative-alg"):
         refusals.check_windows(SimpleNamespace(**off | {"speculative_algorithm": "EAGLE3"}), config)
     on_gpu = SimpleNamespace(**off | {"device": "cuda"})
+    monkeypatch.setattr(compat, "is_since", lambda version: True)
+    refusals.check_windows(on_gpu, config)
+    config.hf_config.architectures[0] = "MellumForCausalLM"
+    with pytest.raises(ValueError, match=r"on a CPU only: drop --kv-cache-dtype, or set KVARN_UNTESTED_WINDOWS=1"):
+        refusals.check_windows(on_gpu, config)
+    config.hf_config.architectures[0] = "GptOssForCausalLM"
+    monkeypatch.setattr(compat, "is_since", lambda version: False)
     with pytest.raises(ValueError, match=r"on a CPU only: drop --kv-cache-dtype, or set KVARN_UNTESTED_WINDOWS=1"):
         refusals.check_windows(on_gpu, config)
     kept = SimpleNamespace(is_hybrid_swa=False, hf_config=config.hf_config)

@@ -189,10 +189,8 @@ def test_check_arguments_takes_a_pipeline_where_one_has_run(served, monkeypatch,
         refusals.check_arguments(Changed(served, pp_size=2))
     else:
         assert refused(Changed(served, pp_size=2)).endswith(way_out)
-    on_a_gpu = Changed(served, pp_size=2, device="cuda")
-    assert refused(on_a_gpu).startswith("--pp-size 2 cannot") and refused(on_a_gpu).endswith(way_out)
     monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
-    refusals.check_arguments(on_a_gpu)
+    refusals.check_arguments(Changed(served, pp_size=2))
     refusals.check_arguments(Changed(served, enable_dp_attention=True, dp_size=2))
 
 
@@ -350,13 +348,10 @@ def test_check_arguments_refuses_variables_of_transfers(served, monkeypatch, var
 
 @needs_transfers
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
-def test_check_arguments_takes_transfers_on_a_cpu(served, monkeypatch, mode):
-    refusals.check_arguments(Changed(served, disaggregation_mode=mode))
-    refusals.check_arguments(Changed(served, disaggregation_mode=mode, tp_size=2))
-    on_a_gpu = Changed(served, disaggregation_mode=mode, device="cuda")
-    assert refused(on_a_gpu).endswith("set KVARN_UNTESTED_PD=1 to try it")
-    monkeypatch.setenv(refusals.UNTESTED_PD_ENV, "1")
-    refusals.check_arguments(on_a_gpu)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_check_arguments_takes_transfers(served, mode, device):
+    refusals.check_arguments(Changed(served, disaggregation_mode=mode, device=device))
+    refusals.check_arguments(Changed(served, disaggregation_mode=mode, tp_size=2, device=device))
 
 
 @needs_transfers
@@ -375,10 +370,10 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 def test_every_refusal_of_the_table_has_a_case():
     # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, three for the
-    # version beside host memory, also on a GPU, and storage; three for the version, a GPU and DP attention beside
+    # version beside host memory, also on a GPU, and storage; two for the version and DP attention beside
     # transfers; four for pipelines
     cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 11 + (not compat.has_argument(HOST_MODE))
-    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4
+    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 2 + 4
     assert len(refusals.ARGUMENTS) == cases
 
 
@@ -572,27 +567,6 @@ def test_gated_delta_nets_are_refused_where_sglang_wants_attention_of_its_own(
     refusals.check_states_on_device("cpu", model)
     with pytest.raises(ValueError, match="Any on a GPU") if is_refused else contextlib.nullcontext():
         refusals.check_states_on_device("cuda", model)
-
-
-@pytest.mark.parametrize(
-    ("version", "name", "is_refused"),
-    [
-        ("0.5.16", "FalconH1Config", False),
-        ("0.5.23", "FalconH1Config", True),
-        ("0.5.23", "GraniteMoeHybridConfig", True),
-        ("0.5.23", "NemotronHConfig", False),
-    ],
-)
-def test_models_whose_test_failed_on_a_gpu_are_a_trial_there(monkeypatch, version, name, is_refused):
-    monkeypatch.setattr(compat, "version", lambda: version)
-    monkeypatch.setattr(compat, "hybrid_config", lambda model: type(name, (), {})())
-    model = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Any"]))
-    refusals.check_states_on_device("cpu", model)
-    refuses = pytest.raises(ValueError, match=f"set {refusals.UNTESTED_STATES_ENV}=1")
-    with refuses if is_refused else contextlib.nullcontext():
-        refusals.check_states_on_device("cuda", model)
-    monkeypatch.setenv(refusals.UNTESTED_STATES_ENV, "1")
-    refusals.check_states_on_device("cuda", model)
 
 
 def test_pool_refuses_foreign_readers_and_writers():

@@ -25,7 +25,6 @@ import forked_server
 import httpx
 import transfer_engine_on_cpu
 from host_faults import wait_for
-from sglang_kvarn import refusals
 from tiny_engines import DTYPE, ON_GPU, ROWS
 
 HOST, LIMIT_SECONDS = "127.0.0.1", 400
@@ -55,7 +54,6 @@ ENVIRONMENT = {
 if ON_GPU:
     OPTIONS |= {"mem-fraction-static": 0.3, "cuda-graph-max-bs-decode": ROWS}
     FLAGS = (*FLAGS, "disable-prefill-cuda-graph")
-    ENVIRONMENT |= {refusals.UNTESTED_PD_ENV: "1"}
 # how servers start: on a GPU as for a user
 _SERVER = ["-m", "sglang.launch_server"] if ON_GPU else [forked_server.__file__]
 _rooms = count(1)

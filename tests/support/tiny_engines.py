@@ -38,13 +38,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_next": _DELTA,
     "qwen3_5_text": _DELTA,
     "falcon_h1": {"mamba_d_ssm": 256, "mamba_d_head": 64, "mamba_d_state": 128},
-    "granitemoehybrid": {"mamba_d_state": 128},
+    "granitemoehybrid": {"mamba_d_state": 128, "hidden_size": 1024, "mamba_n_heads": 32},
     "nemotron_h": {"mamba_head_dim": 64, "ssm_state_size": 128},
     # its heads have hidden_size / num_attention_heads channels
     "qwen2": {"hidden_size": 1024},
     "olmo3": {"hidden_size": 1024},
     "gpt_oss": {"head_dim": 64},
-    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
+    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256},
 }
 
 
@@ -58,7 +58,12 @@ def save(folder: Path, family: str = "llama", dtype: torch.dtype = DTYPE, **chan
     shape = _HEADS | _SHAPES.get(family, {}) | changes
     # attention so peaked that a prefix counts, and not so peaked that roundings do
     peak = 1.36 / shape.get("hidden_size", 256) ** 0.5
-    return tiny_model.save(folder, family, rounded_to=dtype, peak=peak, **shape)
+    saved = tiny_model.save(folder, family, rounded_to=dtype, peak=peak, **shape)
+    if family == "gpt_oss":
+        # SGLang gives its projections the dtype of the configuration, whatever the engine's is
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}))
+    return saved
 
 
 def prepare(
