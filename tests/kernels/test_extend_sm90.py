@@ -35,8 +35,8 @@ from kvarn_kernels.shape import AttentionShape
 from test_decode import TOLERANCE, make_requests
 
 KVARN = KVarNConfig.from_preset("kvarn")
-# fp16 operands: queries, keys, values and weights, 2^-12 on average each. That of queries and keys counts as often as the
-# largest score: float64 with operands rounded in that way is off by up to 1.3e-3 where it is 31, and by 6e-4 where it is 11
+# fp16 operands: queries, keys, values and weights, 2^-12 on average each. That of queries and keys counts as often as
+# the largest score says: float64 with operands so rounded is off by up to 1.3e-3 where it is 31, by 6e-4 where it is 11
 BOUND, BOUND_OF_SCORES = 1.5e-3, 2.0**-15
 # Of the log sum of exp, in shares of the largest score: the rounding of a query and a key changes their product by at
 # most 2^-10 of itself (seen: 0.028 where the largest score is 49.5). The rounding of weights adds LSE_OF_WEIGHTS.
