@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
-REGISTERS, MOST_INSTRUCTIONS, MOST_NODES, MOST_DIGITS = 8, 48, 192, 40
+REGISTERS, MOST_INSTRUCTIONS, MOST_NODES, MOST_DIGITS = 8, 32, 64, 40
 _PLACES = max(MOST_INSTRUCTIONS, MOST_DIGITS)
 # of registers: those that no other kind of word begins with
 _NAMES = "abcdfghj"

@@ -35,7 +35,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("folder", type=Path, help="Folder of the model; it must not be there yet.")
     option("--variant", default=training.VARIANTS[0], choices=training.VARIANTS, help="Whose attention the model has.")
     option("--tiny", action="store_true", help="A model and chains for a CPU.")
-    option("--steps", type=int, default=3000, metavar="N", help="Steps of training.")
+    option("--steps", type=int, default=6000, metavar="N", help="Steps of training.")
+    option("--minutes", type=float, metavar="M", help="End after so many minutes instead. Not given: --steps.")
     option("--judged", type=int, default=100, metavar="N", help="Chains of each task and length that are judged.")
     option("--workers", type=int, default=0, metavar="N", help="Processes that make chains.")
     cli.add_seed(parser, "weights and chains")
@@ -63,14 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def report(step: int, losses: dict[str, float]) -> None:
         speed = (step + 1) * size.batch / (time.monotonic() - started)
         shown = ", ".join(f"{task} {loss:.5f}" for task, loss in losses.items())
-        console.print(f"step {step:,} of {args.steps:,}: loss of {shown}; {speed:,.0f} tokens/s", highlight=False)
+        console.print(f"step {step:,}: loss of {shown}; {speed:,.0f} tokens/s", highlight=False, soft_wrap=True)
 
-    training.train(network, size, args.steps, args.seed, report, workers=args.workers)
+    options = {"workers": args.workers, "minutes": args.minutes}
+    steps = training.train(network, size, args.steps, args.seed, report, **options)
     seconds = time.monotonic() - started
     if device == "cuda":
         network.to(torch.bfloat16)
     network.save_pretrained(args.folder)
-    common = {"variant": args.variant, "steps": args.steps, "seed": args.seed} | asdict(size)
+    common = {"variant": args.variant, "steps": steps, "seed": args.seed} | asdict(size)
     written.append("bf16" if device == "cuda" else "float32", common, [Figure("training", seconds, "s")])
     for task in tasks.TASKS:
         for tokens in size.lengths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ _OUTLIER, _OUTLIER_PAIRS = 30.0, 2
 _LEAST = 4
 # of the tasks, in their order, among chains of the training: multiplication is learned in a tenth of the steps
 _SHARES = (2, 2, 1)
+# steps whose chains are sorted by the tokens of their prompts
+_STEPS_TOGETHER = 8
 # labels of tokens that are not judged
 _NOT_JUDGED = -100
 
@@ -90,100 +93,136 @@ def model(variant: str, size: Size) -> Any:
     return made
 
 
-def rows(size: Size, lengths: tuple[int, ...], seed: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (token ids, labels) of one step, int64 [R, T]: chains of one length of all tasks, padded.
+# (token ids, labels), int64 [R, T] each
+Part = tuple[torch.Tensor, torch.Tensor]
+
+
+def steps_of(size: Size, lengths: tuple[int, ...], seed: object) -> list[list[Part]]:
+    """Return some steps of the training: of each task a part, chains of one length, padded.
+
+    Chains of about the same number of tokens share a part, so that little of it is padding.
 
     Args:
         lengths: of solutions, one of which is drawn.
-        seed: of the step.
+        seed: of the steps.
     """
-    draw = random.Random(f"rows {seed}")
+    draw = random.Random(f"steps {seed}")
     length = draw.choice(lengths)
-    found: list[tasks.Chain] = []
-    room = size.batch
-    while room > 0 or not found:
-        (task,) = draw.choices(tasks.TASKS, _SHARES)
-        found += tasks.chains(task, length, 1, draw.random(), least=_LEAST, most=size.most)
-        room -= len(found[-1].prompt) + length
-    whole = [(chain.prompt, chain.answer) for chain in found]
-    longest = max(len(prompt) + len(answer) for prompt, answer in whole)
-    ids = torch.full((len(whole), longest), tasks.PAD)
-    labels = torch.full((len(whole), longest), _NOT_JUDGED)
-    for row, (prompt, answer) in enumerate(whole):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
+    parts = []
+    for task, share in zip(tasks.TASKS, _SHARES, strict=True):
+        room, chains = _STEPS_TOGETHER * size.batch * share // sum(_SHARES), []
+        while room > 0 or len(chains) < _STEPS_TOGETHER:
+            chains += tasks.chains(task, length, 1, draw.random(), least=_LEAST, most=size.most)
+            room -= len(chains[-1].prompt) + length
+        chains.sort(key=lambda chain: len(chain.prompt))
+        # those that are left over are the longest
+        number = len(chains) // _STEPS_TOGETHER
+        own = [_padded(chains[n * number : (n + 1) * number]) for n in range(_STEPS_TOGETHER)]
+        draw.shuffle(own)
+        parts.append(own)
+    return [list(step) for step in zip(*parts, strict=True)]
+
+
+def _padded(chains: list[tasks.Chain]) -> Part:
+    longest = max(len(chain.prompt) + len(chain.answer) for chain in chains)
+    ids = torch.full((len(chains), longest), tasks.PAD)
+    labels = torch.full((len(chains), longest), _NOT_JUDGED)
+    for row, chain in enumerate(chains):
+        answer = chain.answer
+        first, end = len(chain.prompt), len(chain.prompt) + len(answer)
+        ids[row, :end] = torch.tensor(chain.prompt + answer)
+        labels[row, first:end] = torch.tensor(answer)
     return ids, labels
 
 
 class _Steps(torch.utils.data.IterableDataset):
-    """The steps of one training; with workers each makes those of its own number."""
+    """The steps of one training; with workers each makes those of its own numbers.
 
-    def __init__(self, size: Size, steps: int, seed: int) -> None:
-        self.size, self.steps, self.seed = size, steps, seed
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        worker = torch.utils.data.get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        step = first
-        while True:
-            # all lengths from two fifths of the training on: what is near is learned first
-            known = max(1, math.ceil(min(1.0, 2.5 * step / self.steps) * len(self.size.lengths)))
-            yield rows(self.size, self.size.lengths[:known], f"{self.seed} {step}")
-            step += stride
-
-
-def _by_task(losses: torch.Tensor, ids: torch.Tensor, judged: torch.Tensor) -> dict[str, float]:
-    """Return the mean loss of each task that a step has.
-
-    Args:
-        losses: of the judged tokens, [judged]; ids: token ids of the step, [R, T]; judged: bool [R, T - 1].
+    Attributes:
+        done: the share of the training that is over, float64 [1], for the workers to read; None: that of the steps.
     """
-    first = ids[:, :1].expand(judged.shape)[judged]
-    own = {task: losses[first == tasks.VOCABULARY[task]] for task in tasks.TASKS}
-    return {task: found.mean().item() for task, found in own.items() if found.numel()}
+
+    def __init__(self, size: Size, steps: int, seed: int, done: torch.Tensor | None) -> None:
+        self.size, self.steps, self.seed, self.done = size, steps, seed, done
+
+    def __iter__(self) -> Iterator[list[Part]]:
+        worker = torch.utils.data.get_worker_info()
+        step, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        while True:
+            done = step / self.steps if self.done is None else self.done.item()
+            # all lengths from two fifths of the training on: what is near is learned first
+            known = max(1, math.ceil(min(1.0, 2.5 * done) * len(self.size.lengths)))
+            for own in steps_of(self.size, self.size.lengths[:known], f"{self.seed} {step}"):
+                yield own
+                step += stride
+
+
+def _losses(network: Any, part: Part) -> torch.Tensor:
+    """Return the loss of each judged token of a part, in nats, float32."""
+    device = next(network.parameters()).device
+    ids, labels = (x.to(device) for x in part)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        hidden = network.model(ids, use_cache=False).last_hidden_state[:, :-1]
+        judged = labels[:, 1:] != _NOT_JUDGED
+        # the head of judged tokens only
+        logits = network.lm_head(hidden[judged])
+    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][judged], reduction="none")
 
 
 Report = Callable[[int, dict[str, float]], None]
 
 
-def train(network: Any, size: Size, steps: int, seed: int, report: Report, *, workers: int = 0) -> None:
+def train(
+    network: Any,
+    size: Size,
+    steps: int,
+    seed: int,
+    report: Report,
+    *,
+    workers: int = 0,
+    minutes: float | None = None,
+) -> int:
     """Train a model in place with AdamW, in bfloat16 on a GPU.
 
     Args:
         steps: of `size.batch` tokens each; the learning rate rises over 5 % of them, and falls to 0 by a cosine.
         report: called with the number of a step and the loss of each task in nats, every 50 steps.
         workers: processes that make chains.
+        minutes: after which it ends instead, with rate and lengths as behind such a share of the steps.
+
+    Returns:
+        The number of steps.
     """
     device = next(network.parameters()).device
     decayed = [weight for weight in network.parameters() if weight.dim() > 1]
     others = [weight for weight in network.parameters() if weight.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=size.rate, betas=(0.9, 0.95), fused=device.type == "cuda")
-    rise = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-    data = torch.utils.data.DataLoader(_Steps(size, steps, seed), batch_size=None, num_workers=workers)
+    shared = None if minutes is None else torch.zeros(1, dtype=torch.float64).share_memory_()
+    data = torch.utils.data.DataLoader(_Steps(size, steps, seed, shared), batch_size=None, num_workers=workers)
     network.train()
-    for step, (ids, labels) in zip(range(steps), data, strict=False):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hidden = network.model(ids.to(device), use_cache=False).last_hidden_state[:, :-1]
-            judged = labels[:, 1:].to(device) != _NOT_JUDGED
-            # the head of judged tokens only
-            logits = network.lm_head(hidden[judged])
-        wanted = labels[:, 1:].to(device)[judged]
-        losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+    started = time.monotonic()
+    for step, parts in enumerate(data):
+        done = step / steps
+        if shared is not None and minutes is not None:
+            shared[0] = done = (time.monotonic() - started) / 60 / minutes
+        if done >= 1:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = size.rate * min(20 * done + 1 / steps, 0.5 * (1 + math.cos(math.pi * done)))
         optimiser.zero_grad(set_to_none=True)
-        losses.mean().backward()
+        judged = sum((labels != _NOT_JUDGED).sum().item() for _, labels in parts)
+        means = {}
+        for task, part in zip(tasks.TASKS, parts, strict=True):
+            losses = _losses(network, part)
+            (losses.sum() / judged).backward()
+            means[task] = losses.detach().mean()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
-        schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            report(step, _by_task(losses.detach(), ids.to(device), judged))
+        if step % 50 == 0:
+            report(step, {task: mean.item() for task, mean in means.items()})
     network.eval()
+    return step
 
 
 @torch.inference_mode()

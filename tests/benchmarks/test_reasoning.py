@@ -98,14 +98,31 @@ def test_right_tokens_and_steps_are_counted_and_cut_answers_are_right_so_far():
         assert (right, tasks.right_steps(own, right)) == expected
 
 
-def test_rows_judge_the_solutions_only():
-    ids, labels = training.rows(training.TINY, (24,), 0)
-    assert ids.shape == labels.shape and ids.numel() >= training.TINY.batch
-    judged = labels >= 0
-    assert judged.sum(1).eq(24).all() and labels[judged].equal(ids[judged])
-    for row, mask in zip(ids, judged, strict=True):
-        first = mask.int().argmax()
-        assert (row[first + 24 :] == tasks.PAD).all() and (row[:first] != tasks.PAD).all()
+def test_a_step_has_a_part_of_each_task_and_judges_the_solutions_only():
+    steps = training.steps_of(training.TINY, (24,), 0)
+    assert len(steps) == 8
+    for parts in steps:
+        firsts = [[tasks.words([token]) for token in set(ids[:, 0].tolist())] for ids, _ in parts]
+        assert firsts == [[task] for task in tasks.TASKS]
+        for ids, labels in parts:
+            judged = labels >= 0
+            assert ids.shape == labels.shape and judged.sum(1).eq(24).all() and labels[judged].equal(ids[judged])
+            for row, mask in zip(ids, judged, strict=True):
+                first = mask.int().argmax()
+                assert (row[first + 24 :] == tasks.PAD).all() and (row[:first] != tasks.PAD).all()
+    sizes = [sum(ids.numel() for ids, _ in parts) for parts in steps]
+    assert all(0.8 * training.TINY.batch < size < 1.2 * training.TINY.batch for size in sizes)
+    kept = sum((ids != tasks.PAD).sum().item() for parts in steps for ids, _ in parts)
+    assert kept > 0.95 * sum(sizes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_ends_when_its_minutes_are_over(workers):
+    torch.manual_seed(0)
+    network, seen = training.model("qwen3", training.TINY), []
+    options = {"workers": workers, "minutes": 0.05}
+    steps = training.train(network, training.TINY, 10**6, 0, lambda step, losses: seen.append(step), **options)
+    assert 1 <= steps < 500 and seen[0] == 0
 
 
 @pytest.mark.parametrize("variant", training.VARIANTS)
@@ -131,9 +148,9 @@ def test_a_tiny_reasoner_learns_and_is_saved_as_it_is(tmp_path, capsys):
         assert train.main(arguments) == 0
     finally:
         torch.set_num_threads(threads)
-    losses = [float(found) for found in re.findall(r"walk ([\d.]+)", capsys.readouterr().err.split("right")[0])]
-    # one word of all is 6.8
-    assert losses[0] > 6 and losses[-1] < 4.5
+    losses = [float(found) for found in re.findall(r"multiply ([\d.]+);", capsys.readouterr().err)]
+    # one word of all is 5.9, one digit of ten 2.3
+    assert losses[0] > 5.5 and losses[-1] < 1.5
     found = {row["settings"].get("task"): float(row["value"]) for row in rows.read(target, "reasoner")}
     assert {*tasks.TASKS, None} == found.keys() and found["walk"] >= 0
     from transformers import AutoModelForCausalLM
