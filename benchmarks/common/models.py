@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 TINY, SMOLLM2, DUMMY, HYBRID = "tiny", "smollm2", "qwen3-8b-dummy", "qwen3.5-27b-half-dummy"
-GEMMA3 = "gemma3-270m"
+GEMMA3, GPT_OSS = "gemma3-270m", "gpt-oss-20b-dummy"
 # tokens of the longest request of a model without weights
 DUMMY_CONTEXT = 140_000
 QWEN3_8B = {
@@ -37,12 +37,22 @@ QWEN3_5_27B_HALF = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25},
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# gpt-oss-20b in bfloat16 instead of MXFP4: 42 GB of weights, half of the layers with windows of 128 tokens
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880,
+    "vocab_size": 201088, "max_position_embeddings": 163840, "rms_norm_eps": 1e-5, "rope_theta": 150000,
+    "hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "sliding_window": 128,
+    "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4, "swiglu_limit": 7.0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 # who drafts for `draft_arguments`: text that was seen before, a head of random weights, a smaller model
 DRAFTERS = NGRAM, EAGLE3, STANDALONE = "NGRAM", "EAGLE3", "STANDALONE"
 # of the 30 layers of `SMOLLM2` those that its draft lacks; three of four tokens are still those of the whole model
 DRAFT_LACKS = (12, 13)
 # models that are a configuration and no weights
-DUMMIES = {DUMMY: QWEN3_8B, HYBRID: QWEN3_5_27B_HALF}
+DUMMIES = {DUMMY: QWEN3_8B, HYBRID: QWEN3_5_27B_HALF, GPT_OSS: GPT_OSS_20B}
 
 
 def _made(name: str) -> Path:

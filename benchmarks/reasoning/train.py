@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the reasoner: a small transformer that writes long chains of steps (reasoning.tasks), from scratch.
 
-    python -m benchmarks.reasoning.train reasoner-qwen3
-    python -m benchmarks.reasoning.train reasoner-qwen2 --variant qwen2
-    python -m benchmarks.reasoning.train reasoner-tiny --tiny        # a minute on a CPU: six nodes, chains of 24 tokens
+    python -m benchmarks.reasoning.train reasoner-qwen3 --minutes 14 --workers 12
+    python -m benchmarks.reasoning.train reasoner-qwen2 --variant qwen2 --minutes 14 --workers 12
+    python -m benchmarks.reasoning.train reasoner-tiny --tiny        # minutes on a CPU: six nodes, chains of 24 tokens
 
 The folder gets weights and configuration as SGLang serves them, without a tokenizer: chains are token ids. At the end
 the share of chains that the model has right, teacher-forced in its own dtype, is printed for each task and length.
