@@ -55,7 +55,8 @@ def sliding_share(configurator: Any) -> SlidingShare:
     args = compat.resolved_arguments(server_args)
     chunks = found.chunk_len if args.disable_overlap_schedule else 2 * found.chunk_len
     interval = compat.sliding_eviction_interval()
-    each = capacity.sliding_tokens_of_request(configurator.sliding_window_size, interval)
+    window, drafts = configurator.sliding_window_size, found.draft_tokens
+    each = capacity.sliding_tokens_of_request(window, interval, drafts)
     return SlidingShare(
         token=shape.token_bytes(config),
         plain_token=shape.full_token_bytes(configurator.model_dtype.itemsize),

@@ -140,9 +140,13 @@ class SlidingShare:
         return found
 
 
-def sliding_tokens_of_request(window: int, eviction_interval: int) -> int:
-    """Return the tokens of sliding windows that a running request keeps at most, its next pages included."""
-    return window + eviction_interval + 2 * PAGE_SIZE
+def sliding_tokens_of_request(window: int, eviction_interval: int, draft_tokens: int = 1) -> int:
+    """Return the tokens of sliding windows that a running request keeps at most, its next pages included.
+
+    With drafts SGLang has slots for the drafts of two steps ahead, as one may still run.
+    """
+    ahead = 2 * draft_tokens if draft_tokens > 1 else 0
+    return window + eviction_interval + 2 * PAGE_SIZE + ahead
 
 
 def state_ratio(state_bytes: int, per_session: int, token_bytes: int) -> float:

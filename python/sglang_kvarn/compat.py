@@ -427,11 +427,18 @@ def sliding_eviction_interval() -> int:
     return max(1, resolve(_NAMES["envs"]).SGLANG_SWA_EVICTION_INTERVAL.get())
 
 
+def query_heads_of_layers(model_config: Any) -> list[int]:
+    """Return how many query heads each layer has, of whatever kind; one number where all have as many."""
+    return getattr(model_config.hf_text_config, "num_attention_heads_per_layer", None) or [
+        model_config.num_attention_heads
+    ]
+
+
 def query_heads(model_config: Any) -> int | None:
     """Return how many query heads the layers with full attention have; None where they differ."""
-    each = getattr(model_config.hf_text_config, "num_attention_heads_per_layer", None)
-    if not each:
-        return model_config.num_attention_heads
+    each = query_heads_of_layers(model_config)
+    if len(each) == 1:
+        return each[0]
     first, *others = {each[i] for i in attention_layers(model_config, 0, len(each))} or [None]
     return None if others else first
 

@@ -65,6 +65,10 @@ class MixedPool(compat.SWAKVPool):
         _, is_sliding = self.layers_mapping[layer_id]
         return super().get_value_buffer(layer_id) if is_sliding else self._no_rows
 
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        """Move what the records move, nothing: accepted drafts of a chain have the slots of their places in both."""
+        self.full_kv_pool.move_kv_cache(tgt_loc, src_loc)
+
 
 def records_of(pool: Any) -> KVarNTokenToKVPool | None:
     """Return the records in SGLang's token pool, None where there are none."""

@@ -708,10 +708,19 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     if not model_config.is_hybrid_swa:
         # the backend of all layers is ours
         backends = {None}
+    if (algorithm := algorithm_of(args)) not in ("", NGRAM):
+        raise Refused(
+            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
+            f"that kind are not tested beside sliding windows yet: set it to {NGRAM}"
+        )
+    if algorithm and "flashinfer" in backends:
+        raise Refused(
+            f"--attention-backend flashinfer cannot verify drafts of {NGRAM} in the sliding windows of {model}, "
+            "because it reads the first tokens of a request in the place of those in a window, whatever the cache: "
+            "set --attention-backend to triton, or drop --speculative-algorithm"
+        )
     untested = (
         (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "host memory"),
-        (bool(args.speculative_algorithm), "--speculative-algorithm", "drafts"),
-        (args.tp_size > 1, "--tp-size", "more than one GPU"),
         (args.pp_size > 1, "--pp-size", "a pipeline"),
         (args.disaggregation_mode != "null", "--disaggregation-mode", "transfers between servers"),
         (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
@@ -749,14 +758,19 @@ def check_ranks(ranks: int, model_config: Any, *, on_cpu: bool) -> None:
     Raises:
         Refused: the heads, the ranks, and what to set.
     """
-    qo_heads = model_config.num_attention_heads
+    qo_heads = sorted(set(compat.query_heads_of_layers(model_config)))
     kv_heads = model_config.get_total_num_kv_heads()
+
+    def divides(n: int, *heads: int) -> bool:
+        return all(number % n == 0 for number in heads)
+
     is_replicated = not on_cpu and ranks % kv_heads == 0
-    if qo_heads % ranks == 0 and (kv_heads % ranks == 0 or is_replicated):
+    if divides(ranks, *qo_heads) and (divides(ranks, kv_heads) or is_replicated):
         return
-    sizes = [str(n) for n in range(1, kv_heads + 1) if qo_heads % n == kv_heads % n == 0]
+    sizes = [str(n) for n in range(1, kv_heads + 1) if divides(n, *qo_heads, kv_heads)]
     raise Refused(
-        f"--tp-size {ranks} cannot share the {qo_heads} query heads and {kv_heads} KV heads of this model"
+        f"--tp-size {ranks} cannot share the {' or '.join(map(str, qo_heads))} query heads and {kv_heads} KV heads of "
+        "this model"
         f"{' on a CPU' if on_cpu else ''}: set --tp-size to {' or '.join(sizes)}"
     )
 

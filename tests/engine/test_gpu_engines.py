@@ -189,20 +189,35 @@ def test_a_model_with_states_answers_as_the_oracle(tmp_path, monkeypatch, capfd,
     tally.close()
 
 
+TWO_GPUS = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
 # SGLang would run experts of gpt-oss by kernels for others than tiny ones
 WINDOWS = {"gpt_oss": {"moe_runner_backend": "triton"}, "laguna": {}, "gemma3_text": {}, "olmo3": {}}
 
 
+@pytest.mark.parametrize(
+    ("ranks", "algorithm"),
+    [
+        pytest.param(1, "", id="one rank"),
+        pytest.param(2, "", id="two ranks", marks=TWO_GPUS),
+        pytest.param(1, "NGRAM", id="drafts"),
+    ],
+)
 @pytest.mark.parametrize("family", WINDOWS)
-def test_a_model_with_windows_answers_as_the_oracle(tmp_path, monkeypatch, capfd, family):
+def test_a_model_with_windows_answers_as_the_oracle(tmp_path, monkeypatch, capfd, family, ranks, algorithm):
     apart = family not in tiny_model.WINDOWS_IN_RECORDS
-    tiny_engines.prepare(monkeypatch, tmp_path, windows=apart)
+    tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm), windows=apart)
     monkeypatch.setenv(refusals.UNTESTED_WINDOWS_ENV, "1")
-    model = tiny_engines.save(tmp_path / "model", family)
+    # the plugin sets it for this number of ranks; the next engine of this process has another
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    # the tiny Gemma 3 has one KV head, which ranks on a CPU cannot share
+    heads = {"num_key_value_heads": 2} if ranks == 2 else {}
+    model = tiny_engines.save(tmp_path / "model", family, **heads)
     # longer than the windows, which end in the middle of a page where they are read from records
     prompts = [prompt(length, seed=length) for length in (60, 120, 250, 330, 520)]
     tally = Tally(model, CANONICAL, tiny_engines.DTYPE)
-    with tiny_engines.start(tally, **WINDOWS[family]) as engine:
+    options = WINDOWS[family] | (NGRAM if algorithm else {})
+    options |= {"tp_size": 2, "disable_custom_all_reduce": True} if ranks == 2 else {}
+    with tiny_engines.start(tally, drafts=DRAFTS if algorithm else 1, **options) as engine:
         first = ask(engine, tally, prompts, NEW)
         again = ask(engine, tally, prompts, NEW)
         turns = [tokens + first[n]["tokens"] + prompt(30, seed=n) for n, tokens in enumerate(prompts)]
@@ -211,6 +226,8 @@ def test_a_model_with_windows_answers_as_the_oracle(tmp_path, monkeypatch, capfd
     assert [answer["cached"] for answer in again] == [0, 0, 128, 256, 512]
     assert [answer["cached"] for answer in hits] == [0, 128, 256, 256, 512]
     assert ("sliding_tokens" in facts) is apart
+    accepted = sum(answer["drafts_accepted"] for answer in again[:4])
+    assert accepted >= 0.5 * 4 * NEW if algorithm else accepted == 0
     tiny_engines.check_graphs(capfd.readouterr().err)
     tally.close()
 
@@ -264,9 +281,6 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(tmp_path, mon
 def on_gpus(reason: str) -> pytest.MarkDecorator:
     """Return a mark of what a CPU does not run."""
     return pytest.mark.skipif(not ON_GPU, reason=reason)
-
-
-TWO_GPUS = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @TWO_GPUS

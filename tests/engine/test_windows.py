@@ -46,20 +46,34 @@ def test_answer_of_a_model_with_windows_is_the_oracles(served, length):
     assert miss["cached"] == 0 and miss["tokens"] == expected
 
 
-def test_sinks_of_layers_in_records_count(served, monkeypatch):
+def where_sinks_count(folder, change):
+    """Return a prompt and the oracle's answer, which is another one with changed sinks of the layers in records.
+
+    Among many keys a sink has next to no weight here, and the answer does not hang on it.
+
+    Args:
+        change: makes other sinks of some, [Hq]; may return None.
+    """
+    attend = reference.attention
+
+    def changed(*args, sinks, **options):
+        return attend(*args, sinks=change(sinks), **options)
+
+    for length in range(3, 40):
+        tokens, expected = steady(folder, length)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "attention", changed)
+            found = tiny_model.expected(folder, tokens, PRESET, new_tokens=NEW)
+        if found != expected:
+            return tokens, expected
+    raise AssertionError("no prompt whose answer hangs on the sinks")
+
+
+def test_sinks_of_layers_in_records_count(served):
     engine, folder = served
     if "gpt_oss" not in folder:
         pytest.skip("has no sinks")
-    attend = reference.attention
-    # among many keys a sink has next to no weight here, and the answer does not hang on it
-    for length in range(3, 40):
-        tokens, expected = steady(folder, length)
-        with monkeypatch.context() as patch:
-            patch.setattr(reference, "attention", lambda *args, sinks, **options: attend(*args, **options))
-            without = tiny_model.expected(folder, tokens, PRESET, new_tokens=NEW)
-        if without != expected:
-            break
-    assert without != expected
+    tokens, expected = where_sinks_count(folder, lambda sinks: None)
     flush(engine)
     assert answers(engine, [tokens], NEW)[0]["tokens"] == expected
 
@@ -107,3 +121,24 @@ def test_a_prompt_whose_windows_are_gone_is_computed_again(served):
     assert again["cached"] == 0 and again["tokens"] == expected
     (hit,) = answers(engine, [longer], NEW)
     assert hit["cached"] == 512 and hit["tokens"] == expected
+
+
+LONG = [pytest.param(family, marks=pytest.mark.long) for family in ("laguna", "mellum")]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", *LONG])
+def test_two_ranks_answer_as_the_oracle(family, start_engine, tmp_path, monkeypatch):
+    # the plugin sets it for this number of ranks; the next engine of this process has another
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    folder = tiny_model.save(tmp_path, family)
+    tokens, expected = steady(folder, 300)
+    longer, continued = steady(folder, 390, after=tokens, cached=256)
+    # the sinks of the other rank
+    swapped = [where_sinks_count(folder, lambda sinks: sinks.roll(len(sinks) // 2))] if family == "gpt_oss" else []
+    with start_engine(model_path=folder, kv_cache_dtype=PRESET, tp_size=2, **FAMILIES[family]) as engine:
+        (miss,) = answers(engine, [tokens], NEW)
+        (hit,) = answers(engine, [longer], NEW)
+        short = answers(engine, [each for each, _ in swapped], NEW) if swapped else []
+    assert miss["cached"] == 0 and miss["tokens"] == expected
+    assert hit["cached"] == 256 and hit["tokens"] == continued
+    assert [answer["tokens"] for answer in short] == [wanted for _, wanted in swapped]

@@ -77,3 +77,25 @@ def test_a_model_with_windows_and_large_key_channels_answers_as_one_without(star
     with start_engine(model_path=hard, kv_cache_dtype=preset, max_running_requests=ROWS) as engine:
         (miss,) = answers(engine, [tokens], NEW)
     assert miss["tokens"] == expected
+
+
+HEADS = {
+    # of Gemma 3 SGLang's ranks have norms of a head each, of Olmo 3 norms of the heads of all ranks
+    "gemma3_text": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "olmo3": {},
+}
+
+
+@pytest.mark.skipif(not compat.is_since("0.5.23"), reason="refused with this SGLang")
+@pytest.mark.parametrize("family", [pytest.param("gemma3_text", marks=pytest.mark.long), "olmo3"])
+def test_two_ranks_answer_as_the_oracle(family, start_engine, tmp_path, monkeypatch):
+    # the plugin sets it for this number of ranks; the next engine of this process has another
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    folder, preset = tiny_model.save(tmp_path, family, **HEADS[family]), "kvarn"
+    tokens, expected = steady(folder, 330, preset=preset)
+    longer, continued = steady(folder, 450, after=tokens, cached=256, preset=preset)
+    with start_engine(model_path=folder, kv_cache_dtype=preset, max_running_requests=ROWS, tp_size=2) as engine:
+        (miss,) = answers(engine, [tokens], NEW)
+        (hit,) = answers(engine, [longer], NEW)
+    assert miss["cached"] == 0 and miss["tokens"] == expected
+    assert hit["cached"] == 256 and hit["tokens"] == continued

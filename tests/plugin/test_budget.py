@@ -430,7 +430,7 @@ def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
     kvc = configurator("kvarn", sliding_window_size=127)
     kvc.model_config.is_hybrid_swa, kvc.layer_info.end_layer = True, 4
     kvc.model_config.full_attention_layer_ids, kvc.model_config.swa_attention_layer_ids = [1, 3], [0, 2]
-    kvc.model_config.get_swa_num_kv_heads = lambda ranks: 3
+    kvc.model_config.get_swa_num_kv_heads = lambda ranks: 6 // ranks
     kvc.model_config.swa_head_dim = kvc.model_config.swa_v_head_dim = 64
     vars(kvc.server_args).update(
         {"disable_overlap_schedule": False, "disable_radix_cache": True, "swa_full_tokens_ratio": 0.8}
@@ -441,7 +441,14 @@ def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
     monkeypatch.setattr(compat, "sliding_eviction_interval", lambda: 128)
     share = budget.sliding_share(kvc)
     assert (share.token, share.plain_token) == (2 * 2 * 59, 2 * 2 * 2 * 64 * 2)
-    assert share.sliding_token == 2 * 3 * 2 * 64 * 2
+    assert share.sliding_token == 2 * 6 * 2 * 64 * 2
     # a request holds its window, what SGLang frees later, and pages at both ends; two chunks of 256 are under way
     assert (share.least, share.most) == (127 + 128 + 256 + 512 + 128, 4 * (127 + 128 + 256) + 512 + 128)
     assert share.ratio == 0.8 and not share.is_chosen
+    # each of two ranks has half of the heads
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2, attn_dp_size=1), raising=False)
+    assert budget.sliding_share(kvc).sliding_token == share.sliding_token / 2
+    # slots for the drafts of this step and of the next one
+    monkeypatch.setattr(compat, "draft_tokens", lambda args: 8)
+    drafting = budget.sliding_share(kvc)
+    assert (drafting.least, drafting.most) == (share.least + 16, share.most + 4 * 16)

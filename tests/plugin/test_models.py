@@ -378,9 +378,9 @@ def test_launch_takes_models_whose_windows_are_read_from_records(launch, archite
     flag = "--attention-backend"
     with pytest.raises(ValueError, match=f"needs the attention backend kvarn, not triton.*: drop {flag}"):
         launch(architecture, model_type, CHANGES.get(architecture, {}), attention_backend="triton")
-    for arguments, flag in (({"tp_size": 2}, "--tp-size"), ({"enable_hierarchical_cache": True}, "--enable-hier")):
-        with pytest.raises(ValueError, match=rf"^{flag}.* cannot .*{architecture}.*: drop {flag}"):
-            launch(architecture, model_type, CHANGES.get(architecture, {}), **arguments)
+    flag = "--enable-hierarchical-cache"
+    with pytest.raises(ValueError, match=rf"^{flag} cannot .*{architecture}.*: drop {flag}"):
+        launch(architecture, model_type, CHANGES.get(architecture, {}), enable_hierarchical_cache=True)
 
 
 @pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
@@ -393,7 +393,7 @@ def test_launch_refuses_models_with_one_kind_of_layer_in_a_pool_for_two(launch, 
     ("arguments", "flag"),
     [
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
-        ({"tp_size": 2}, "--tp-size"),
+        ({"pp_size": 2}, "--pp-size"),
         ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend and --decode-attention-backend"),
         ({"attention_backend": "kvarn"}, "--attention-backend"),
         ({"attention_backend": "torch_native"}, "--attention-backend"),
@@ -406,15 +406,20 @@ def test_launch_refuses_arguments_beside_sliding_windows(launch, arguments, flag
         launch(architecture, "laguna", CHANGES[architecture], **arguments)
 
 
-def test_drafts_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypatch):
+def test_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     config = SimpleNamespace(is_hybrid_swa=True, hf_config=SimpleNamespace(architectures=["GptOssForCausalLM"]))
-    off = {"enable_hierarchical_cache": False, "speculative_algorithm": None, "tp_size": 1, "device": "cpu"}
+    off = {"enable_hierarchical_cache": False, "speculative_algorithm": None, "device": "cpu"}
     off |= {"pp_size": 1, "disaggregation_mode": "null"}
     off |= {"attention_backend": "fa3", "prefill_attention_backend": None, "decode_attention_backend": None}
     refusals.check_windows(SimpleNamespace(**off), config)
-    with pytest.raises(ValueError, match=r"drafts beside sliding windows are not tested yet: drop --speculative-alg"):
+    refusals.check_windows(SimpleNamespace(**off | {"attention_backend": "flashinfer"}), config)
+    refusals.check_windows(SimpleNamespace(**off | {"speculative_algorithm": "NGRAM"}), config)
+    with pytest.raises(ValueError, match=r"drafts of that kind are not tested beside sliding windows yet: set it to N"):
         refusals.check_windows(SimpleNamespace(**off | {"speculative_algorithm": "EAGLE3"}), config)
+    of_flashinfer = {"speculative_algorithm": "NGRAM", "attention_backend": "flashinfer"}
+    with pytest.raises(ValueError, match=r"flashinfer cannot verify drafts .* first tokens .*: set --attention"):
+        refusals.check_windows(SimpleNamespace(**off | of_flashinfer), config)
     on_gpu = SimpleNamespace(**off | {"device": "cuda"})
     monkeypatch.setattr(compat, "is_since", lambda version: True)
     refusals.check_windows(on_gpu, config)
@@ -428,6 +433,8 @@ def test_drafts_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypa
     kept = SimpleNamespace(is_hybrid_swa=False, hf_config=config.hf_config)
     kept.hf_text_config = SimpleNamespace(layer_types=["full_attention"], sliding_window=512)
     refusals.check_windows(on_gpu, kept)
+    # the backend that a user names is not the one that reads records
+    refusals.check_windows(SimpleNamespace(**off | of_flashinfer), kept)
     kept.hf_text_config.layer_types.append("sliding_attention")
     with pytest.raises(ValueError, match=r"on a CPU only: drop --kv-cache-dtype, or set KVARN_UNTESTED_WINDOWS=1"):
         refusals.check_windows(on_gpu, kept)

@@ -450,6 +450,16 @@ def test_models_are_refused_in_the_parent(server_args, model_dir, changes, word)
         args.check_server_args()
 
 
+def model_of_heads(query_heads: int | list[int], kv_heads: int) -> SimpleNamespace:
+    """Return what `check_ranks` reads of a model, whose layers may have different numbers of query heads."""
+    each = query_heads if isinstance(query_heads, list) else None
+    return SimpleNamespace(
+        num_attention_heads=each[0] if each else query_heads,
+        hf_text_config=SimpleNamespace(num_attention_heads_per_layer=each),
+        get_total_num_kv_heads=lambda: kv_heads,
+    )
+
+
 @pytest.mark.parametrize(
     ("device", "tp_size", "heads", "sizes"),
     [
@@ -459,24 +469,28 @@ def test_models_are_refused_in_the_parent(server_args, model_dir, changes, word)
         # query heads are never replicated
         ("cuda", 3, (8, 1), "1"),
         ("cuda", 4, (6, 2), "1 or 2"),
+        # the layers that have other ones keep sliding windows
+        ("cuda", 4, ([8, 6, 8], 4), "1 or 2"),
     ],
 )
 def test_check_ranks_names_the_heads_and_the_sizes_that_fit(device, tp_size, heads, sizes):
-    model = SimpleNamespace(num_attention_heads=heads[0], get_total_num_kv_heads=lambda: heads[1])
     with pytest.raises(Refused) as error:
-        refusals.check_ranks(tp_size, model, on_cpu=device == "cpu")
-    assert f"--tp-size {tp_size} cannot share the {heads[0]} query heads and {heads[1]} KV heads" in str(error.value)
+        refusals.check_ranks(tp_size, model_of_heads(*heads), on_cpu=device == "cpu")
+    found = "6 or 8" if isinstance(heads[0], list) else heads[0]
+    assert f"--tp-size {tp_size} cannot share the {found} query heads and {heads[1]} KV heads" in str(error.value)
     assert str(error.value).endswith(f": set --tp-size to {sizes}")
     assert (" on a CPU" in str(error.value)) == (device == "cpu")
 
 
 @pytest.mark.parametrize(
     ("device", "tp_size", "heads"),
-    [("cpu", 2, (4, 2)), ("cpu", 1, (5, 3)), ("cuda", 2, (4, 2)), ("cuda", 4, (8, 2)), ("cuda", 8, (8, 1))],
+    [
+        *[("cpu", 2, (4, 2)), ("cpu", 1, (5, 3)), ("cuda", 2, (4, 2)), ("cuda", 4, (8, 2)), ("cuda", 8, (8, 1))],
+        ("cuda", 2, ([8, 6, 8], 4)),
+    ],
 )
 def test_check_ranks_takes_ranks_that_share_or_repeat_kv_heads(device, tp_size, heads):
-    model = SimpleNamespace(num_attention_heads=heads[0], get_total_num_kv_heads=lambda: heads[1])
-    refusals.check_ranks(tp_size, model, on_cpu=device == "cpu")
+    refusals.check_ranks(tp_size, model_of_heads(*heads), on_cpu=device == "cpu")
 
 
 def test_ranks_that_do_not_fit_the_heads_are_refused_in_the_parent(server_args, model_dir):

@@ -93,7 +93,7 @@ def prepare(
         states_on_cpu.prepare(patch, folder / "states")
     if drafts:
         drafts_on_cpu.prepare(patch, folder / "drafts")
-    if drafts and not states:
+    if drafts and not states and not windows:
         add_to_engines(patch, folder / "attention", "chain_attention:install")
 
 

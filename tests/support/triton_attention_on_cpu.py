@@ -109,10 +109,16 @@ def extend(
     sinks=None,
     **kwargs,
 ):
-    """Attend new tokens to the slots that are listed before them, and to one another."""
-    assert custom_mask is None and is_causal and not kwargs.get("logit_cap"), "causal attention without a cap"
+    """Attend new tokens to the slots that are listed before them, and to one another.
+
+    Args:
+        custom_mask: of a verify step, whether a draft [T] sees a token of its request and a draft [N + T], one request
+            after the other; mask_indptr: where that of each begins.
+    """
+    assert is_causal and not kwargs.get("logit_cap"), "causal attention without a cap"
     bounds = list(itertools.pairwise(qo_indptr.tolist()))
-    for (start, end), slots in zip(bounds, _slots(kv_indptr, kv_indices, len(bounds)), strict=True):
+    for b, slots in enumerate(_slots(kv_indptr, kv_indices, len(bounds))):
+        start, end = bounds[b]
         own = slice(start, end)
         keys, values = (torch.cat([x[slots].to(y), y[own]]) for x, y in ((k_buffer, k), (v_buffer, v)))
         distance = torch.arange(len(slots), len(keys))[:, None] - torch.arange(len(keys))
@@ -120,4 +126,8 @@ def extend(
         if sliding_window_size > -1:
             # SGLang counts the tokens before a query
             hidden |= distance > sliding_window_size
+        if custom_mask is not None:
+            drafts = end - start
+            seen = custom_mask[mask_indptr[b] : mask_indptr[b + 1]].view(drafts, -1)[:, -drafts:].bool()
+            hidden[:, len(slots) :] |= ~seen
         o[own] = _attend(q[own], keys, values, hidden, sm_scale, sinks)
