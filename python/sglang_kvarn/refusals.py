@@ -741,12 +741,20 @@ def check_windows(server_args: Any, model_config: Any) -> None:
             f"--attention-backend torch_native cannot attend the sliding windows of {model}, because it reads them at "
             "the slots of the other layers, whatever the cache: drop --attention-backend, or set it to triton"
         )
-    has_run = compat.is_since(_WINDOWS_ON_GPUS_SINCE) and model in _WINDOWS_ON_GPUS
-    if args.device != "cpu" and not has_run and os.environ.get(UNTESTED_WINDOWS_ENV) != "1":
+    if args.device == "cpu" or os.environ.get(UNTESTED_WINDOWS_ENV) == "1":
+        return
+    if not (compat.is_since(_WINDOWS_ON_GPUS_SINCE) and model in _WINDOWS_ON_GPUS):
         raise Refused(
             f"a kvarn cache of {model} cannot be served on a GPU with SGLang {compat.version()} yet, because its "
             f"sliding windows have run on a CPU only: drop --kv-cache-dtype, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
         )
+    on_cpus = ((args.tp_size > 1, "--tp-size", "ranks"), (bool(algorithm), "--speculative-algorithm", "drafts"))
+    for applies, flag, what in on_cpus:
+        if applies:
+            raise Refused(
+                f"{flag} cannot be combined with a kvarn cache of {model} on a GPU yet, because {what} beside sliding "
+                f"windows have run on a CPU only: drop {flag}, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
+            )
 
 
 def check_ranks(ranks: int, model_config: Any, *, on_cpu: bool) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import string
 from pathlib import Path
 
 import drafts_on_cpu
 import pytest
-import tokenizers
 import torch
-import transformers
 from sglang_kvarn import compat
+from texts import REGEX, by_the_regex, with_texts
 
 from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers, expected, flush, prompt
@@ -36,25 +34,6 @@ def stand_ins(tmp_path_factory):
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
         drafts_on_cpu.prepare(patch, tmp_path_factory.mktemp("plugin"))
         yield
-
-
-# six letters, a digit behind each; the tokens of both are those of `with_texts`, behind them the end
-REGEX, LETTERS, DIGITS, END = "([a-f][0-9]){6}", range(6), range(26, 36), tiny_model.VOCABULARY - 1
-
-
-def by_the_regex(n: int) -> list[int]:
-    """Return what REGEX allows as the n-th token of an answer."""
-    return [END] if n == 12 else list(DIGITS if n % 2 else LETTERS)
-
-
-def with_texts(folder: str) -> str:
-    """Put texts of the tokens beside a model, a letter or digit each of the first 36, and return its folder."""
-    texts = [*string.ascii_lowercase, *string.digits]
-    texts += [f"<{token}>" for token in range(len(texts), tiny_model.VOCABULARY)]
-    words = tokenizers.models.WordLevel({text: token for token, text in enumerate(texts)}, unk_token=texts[-2])
-    options = {"tokenizer_object": tokenizers.Tokenizer(words), "eos_token": texts[END]}
-    transformers.PreTrainedTokenizerFast(**options).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=[KVARN, pytest.param(CANONICAL, marks=pytest.mark.long)])

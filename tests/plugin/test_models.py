@@ -410,7 +410,7 @@ def test_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(mo
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     config = SimpleNamespace(is_hybrid_swa=True, hf_config=SimpleNamespace(architectures=["GptOssForCausalLM"]))
     off = {"enable_hierarchical_cache": False, "speculative_algorithm": None, "device": "cpu"}
-    off |= {"pp_size": 1, "disaggregation_mode": "null"}
+    off |= {"tp_size": 1, "pp_size": 1, "disaggregation_mode": "null"}
     off |= {"attention_backend": "fa3", "prefill_attention_backend": None, "decode_attention_backend": None}
     refusals.check_windows(SimpleNamespace(**off), config)
     refusals.check_windows(SimpleNamespace(**off | {"attention_backend": "flashinfer"}), config)
@@ -423,6 +423,11 @@ def test_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(mo
     on_gpu = SimpleNamespace(**off | {"device": "cuda"})
     monkeypatch.setattr(compat, "is_since", lambda version: True)
     refusals.check_windows(on_gpu, config)
+    on_cpus = {"--tp-size": {"tp_size": 2}, "--speculative-algorithm": {"speculative_algorithm": "NGRAM"}}
+    for flag, changes in on_cpus.items():
+        refusals.check_windows(SimpleNamespace(**off | changes), config)
+        with pytest.raises(ValueError, match=rf"^{flag} .*on a CPU only: drop {flag}, or set KVARN_UNTESTED_WINDOWS=1"):
+            refusals.check_windows(SimpleNamespace(**vars(on_gpu) | changes), config)
     config.hf_config.architectures[0] = "MellumForCausalLM"
     with pytest.raises(ValueError, match=r"on a CPU only: drop --kv-cache-dtype, or set KVARN_UNTESTED_WINDOWS=1"):
         refusals.check_windows(on_gpu, config)
@@ -433,14 +438,14 @@ def test_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(mo
     kept = SimpleNamespace(is_hybrid_swa=False, hf_config=config.hf_config)
     kept.hf_text_config = SimpleNamespace(layer_types=["full_attention"], sliding_window=512)
     refusals.check_windows(on_gpu, kept)
-    # the backend that a user names is not the one that reads records
-    refusals.check_windows(SimpleNamespace(**off | of_flashinfer), kept)
     kept.hf_text_config.layer_types.append("sliding_attention")
+    # all layers are attended by ours
+    refusals.check_windows(SimpleNamespace(**off | of_flashinfer), kept)
     with pytest.raises(ValueError, match=r"on a CPU only: drop --kv-cache-dtype, or set KVARN_UNTESTED_WINDOWS=1"):
         refusals.check_windows(on_gpu, kept)
     monkeypatch.setenv(refusals.UNTESTED_WINDOWS_ENV, "1")
     for model_config in (config, kept):
-        refusals.check_windows(on_gpu, model_config)
+        refusals.check_windows(SimpleNamespace(**vars(on_gpu) | {"tp_size": 2}), model_config)
 
 
 def test_resolution_leaves_errors_that_are_not_about_the_model_to_sglang(server_args, model_dir):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from sglang_kvarn import compat
@@ -36,12 +38,16 @@ OPTIONS = {
 
 
 def steady(
-    folder: str, length: int, *, after: list[int] = (), cached: int = 0, preset: str = PRESET, new_tokens: int
+    folder: str, length: int, *, after: Sequence[int] = (), preset: str = PRESET, **options: Any
 ) -> tuple[list[int], list[int]]:
-    """Return a prompt of so many tokens that begins with others, and the oracle's answer by a wide enough margin."""
+    """Return a prompt of so many tokens that begins with others, and the oracle's answer by a wide enough margin.
+
+    Args:
+        options: of `tiny_model.expected`.
+    """
     for seed in itertools.count(length):
         tokens = [*after, *prompt(length - len(after), seed)]
-        found, margin = tiny_model.expected_with_margin(folder, tokens, preset, cached=cached, new_tokens=new_tokens)
+        found, margin = tiny_model.expected_with_margin(folder, tokens, preset, **options)
         if margin > MARGIN:
             return tokens, found
 
