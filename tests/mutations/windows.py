@@ -32,12 +32,12 @@ from .paths import (
     TEST_KNOWN,
     TEST_KNOWN_KERNELS,
     TEST_MIXED_BACKEND,
+    TEST_MIXED_POOL,
     TEST_MODELS,
     TEST_REFUSALS,
     TEST_SEGMENTS,
     TEST_SINKS,
     TEST_SLIDING,
-    TEST_WINDOW_DRAFTS,
     TEST_WINDOWS,
     TORCH_FORM,
 )
@@ -251,7 +251,7 @@ MUTATIONS = (
         PLUGIN,
         "shape = compat.sliding_shape(configurator.model_config, ranks)",
         "shape = compat.sliding_shape(configurator.model_config, 1)",
-        (f"{TEST_WINDOWS}::test_two_ranks_answer_as_the_oracle",),
+        (TEST_MIXED_POOL,),
     ),
     Mutation(
         "a rank charged for the sliding windows of all ranks",
@@ -272,7 +272,7 @@ MUTATIONS = (
         MIXED_POOL,
         "self.full_kv_pool.move_kv_cache(tgt_loc, src_loc)",
         "super().move_kv_cache(tgt_loc, src_loc)",
-        (f"{TEST_WINDOW_DRAFTS}::test_answers_are_the_oracles_whether_drafts_are_rejected_or_accepted[gpt_oss-60]",),
+        (TEST_MIXED_POOL,),
     ),
     Mutation(
         "FlashInfer verifies drafts by tokens that are in no window",
