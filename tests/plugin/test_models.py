@@ -393,7 +393,11 @@ def test_launch_refuses_models_with_one_kind_of_layer_in_a_pool_for_two(launch, 
     ("arguments", "flag"),
     [
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
-        ({"pp_size": 2}, "--pp-size"),
+        pytest.param(
+            {"pp_size": 2},
+            "--pp-size",
+            marks=pytest.mark.skipif(not compat.runs_pipelines(), reason="refused beside any layers"),
+        ),
         ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend and --decode-attention-backend"),
         ({"attention_backend": "kvarn"}, "--attention-backend"),
         ({"attention_backend": "torch_native"}, "--attention-backend"),
