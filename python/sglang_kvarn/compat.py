@@ -73,6 +73,9 @@ _ADDED_ARGUMENTS = {
 # the first version for whose transfer between servers the hooks are made
 TRANSFERS_SINCE = "0.5.23"
 
+# the first version whose host memory keeps states beside our pool
+HOSTS_STATES_SINCE = "0.5.23"
+
 # --mamba-full-memory-ratio where nobody chooses it
 STOCK_STATE_RATIO = 0.9
 
@@ -586,6 +589,16 @@ def fences_host_copies() -> bool:
 def salts_storage_keys() -> bool:
     """Whether the keys of a storage behind host memory hold the salt and the adapter of a request."""
     return is_since("0.5.23")
+
+
+def hosts_states() -> bool:
+    """Whether host memory may keep states of a hybrid model beside our pages; before, a hybrid has no prefix cache."""
+    return is_since(HOSTS_STATES_SINCE)
+
+
+def host_states(tree_cache: Any) -> int:
+    """Return the states of a hybrid model that host memory behind a prefix cache has room for."""
+    return tree_cache.host_pool_group.get_pool(resolve("sglang.srt.mem_cache.hicache_storage.PoolName").MAMBA).size
 
 
 def refuse_storage(message: str) -> Any:

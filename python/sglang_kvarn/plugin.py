@@ -65,6 +65,13 @@ def _choose_host_pool(original: Callable[..., Any], source: Any) -> Any:
     return KVarNHostPool
 
 
+def _hold_states(original: Callable[..., bool], strategy: Any, kvcache: Any, components: Any) -> bool:
+    """Let SGLang build host memory for states beside our pool. Hook around ``_MambaStrategy.matches``."""
+    if rings.of_pool(kvcache) is None or kvcache.states is None:
+        return original(strategy, kvcache, components)
+    return True
+
+
 def _resolve(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Refuse what was typed before SGLang can advise otherwise, and fill what was left open."""
     settings.apply_defaults(server_args)
@@ -345,6 +352,14 @@ ALL_HOOKS = (
         (),
         _choose_host_pool,
         why="HiCache would copy the row of each slot, and a slot has none.",
+    ),
+    Hook(
+        "mem_cache.hybrid_cache.hybrid_pool_assembler._MambaStrategy.matches",
+        "around",
+        ("self", "kvcache", "components"),
+        _hold_states,
+        why="Host memory of a hybrid model would take the pool for one without states.",
+        since=compat.HOSTS_STATES_SINCE,
     ),
     Hook(
         "managers.cache_controller.HiCacheController.start_writing",

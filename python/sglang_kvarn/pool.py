@@ -125,7 +125,9 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         self.exports_facts = False
         caches = [LayerCache(records, self.head_dim, self.shape.dtype) for records in self.records]
         self._layer_caches = dict(zip(self.layer_ids, caches, strict=True))
-        self._layer_numbers = {layer: n for n, layer in enumerate(self.layer_ids)}
+        # by SGLang's names, for host memory that takes states too
+        self.full_attention_layer_id_mapping = {layer: n for n, layer in enumerate(self.layer_ids)}
+        self.use_mla = False
         hit_reads_as_miss = self.config.window_pages == 0
         ring_pages = capacity.ring_pages(self.shape, self.config, self.draft_tokens)
         self.rings = Rings(self._rows, ring_pages, self.device, hit_reads_as_miss=hit_reads_as_miss)
@@ -140,12 +142,21 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         What is queued from now on finds the pages of the layer that a load from host memory brings, if one runs.
         """
         if self.layer_transfer_counter is not None:
-            self.layer_transfer_counter.wait_until(self._layer_numbers[layer_id])
+            # beside states SGLang loads all layers of the model one after the other, else those of the pool
+            number = self.full_attention_layer_id_mapping[layer_id] if self.states is None else layer_id
+            self.layer_transfer_counter.wait_until(number)
         return self._layer_caches[layer_id]
 
     def attach_host(self, host: Any) -> None:
         """Note the host pool that was made for this one."""
         self.host = host
+        logger.info(
+            "KVarN: host memory for %s tokens in %.1f MiB, %.2f for each token of the pool%s",
+            f"{host.size:,}",
+            host.kv_buffer.nbytes / MIB,
+            host.size / self.size,
+            "" if self.states is None else ", and as many times the states, which SGLang keeps there",
+        )
         if self.exports_facts:
             report.export(self.facts())
 

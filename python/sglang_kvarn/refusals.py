@@ -21,6 +21,8 @@ UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNT
 UNTESTED_WINDOWS_ENV, UNTESTED_RANKS_ENV = "KVARN_UNTESTED_WINDOWS", "KVARN_UNTESTED_RANKS"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
+# the one of them that SGLang has for states
+_STATE_LAYOUT = "page_first"
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
 
 _NOT_A_SLOT = f"it copies single tokens, and {settings.PAGE_SIZE} tokens share one record"
@@ -120,6 +122,7 @@ _HICACHE = "--enable-hierarchical-cache"
 _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
 _NOT_COMPARED = "on a GPU answers behind host memory were compared without drafts and without a storage only"
+_NO_STATE_FILES = "states in files beside records are not tested"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
 _HOST_MEMORY = (
     _host_memory(
@@ -524,6 +527,8 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _NO_SALT, "use SGLang 0.5.23"
     elif recv_req.hicache_storage_backend not in _STORAGES:
         why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
+    elif compat.hybrid_config(scheduler.model_config) is not None:
+        why, way_out = _NO_STATE_FILES, "keep prefixes in memory"
     elif compat.published_argument("device") != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
         why, way_out = _NOT_COMPARED, f"start the server with {UNTESTED_HICACHE_ENV}=1 to try it"
     else:
@@ -661,11 +666,7 @@ def check_states(server_args: Any, model_config: Any) -> None:
             "beside records is not tested yet: drop --disaggregation-mode"
         )
     if args.enable_hierarchical_cache:
-        raise Refused(
-            f"--enable-hierarchical-cache cannot be combined with a kvarn cache of {model}, because SGLang takes "
-            "states into host memory beside a pool of its own only, and copies them with kernels for GPUs: "
-            "drop --enable-hierarchical-cache"
-        )
+        _check_host_states(args, model)
     if args.disable_radix_cache:
         return
     if not compat.saves_states_at_page_ends():
@@ -689,6 +690,32 @@ def check_states(server_args: Any, model_config: Any) -> None:
         raise Refused(
             f"a kvarn cache needs a --mamba-track-interval that is a multiple of the page size {settings.PAGE_SIZE}, "
             f"not {args.mamba_track_interval}: drop --mamba-track-interval"
+        )
+
+
+def _check_host_states(args: Any, model: str) -> None:
+    """Refuse what is not served beside --enable-hierarchical-cache if host memory takes states too."""
+    what = f"{_HICACHE} cannot be combined with a kvarn cache of {model}"
+    if not compat.hosts_states():
+        raise Refused(
+            f"{what} in SGLang {compat.version()}, which saves states of other tokens if pages have "
+            f"{settings.PAGE_SIZE}, so that there is no prefix cache to take into host memory: use SGLang "
+            f"{compat.HOSTS_STATES_SINCE}, or drop {_HICACHE}"
+        )
+    if args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
+        raise Refused(
+            f"{what} on a GPU yet, because states beside records in host memory have come back on a CPU only: drop "
+            f"{_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
+        )
+    if args.hicache_storage_backend is not None:
+        raise Refused(
+            f"--hicache-storage-backend cannot be combined with a kvarn cache of {model}, because {_NO_STATE_FILES}: "
+            "drop --hicache-storage-backend"
+        )
+    if args.hicache_mem_layout != _STATE_LAYOUT:
+        raise Refused(
+            f"--hicache-mem-layout {args.hicache_mem_layout} cannot be combined with a kvarn cache of {model}, because "
+            f"SGLang keeps states in host memory in the order {_STATE_LAYOUT} only: drop --hicache-mem-layout"
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from sglang_kvarn import settings
+from sglang_kvarn import compat, settings
 
 # facts of a pool that are gauges, sglang:kvarn_NAME with the preset as label; SGLang has its own of what is in use
 GAUGES = {
@@ -22,7 +22,7 @@ def add_to_server_info(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     """Add "kvarn" to the internal state of a scheduler with our pool. Hook after ``get_internal_state``.
 
     "pages_in_use" counts the pages that requests and the prefix cache hold, those of rings included, and
-    "host_pages_in_use" those of the prefix cache in host memory.
+    "host_pages_in_use" those of the prefix cache in host memory. Of a hybrid model "host_states" are there too.
     """
     if settings.preset_of(scheduler.server_args) is None:
         return result
@@ -33,6 +33,8 @@ def add_to_server_info(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     used = (allocator.size - allocator.available_size()) // settings.PAGE_SIZE
     host = 0 if pool.host is None else (pool.host.size - pool.host.available_size()) // settings.PAGE_SIZE
     used = {"pages_in_use": used, "host_pages_in_use": host, "rings_in_use": pool.rings.out}
+    if pool.host is not None and pool.states is not None:
+        used["host_states"] = compat.host_states(scheduler.tree_cache)
     result.internal_state["kvarn"] = pool.facts() | used
     return result
 

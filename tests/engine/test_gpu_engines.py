@@ -232,15 +232,26 @@ def test_a_model_with_windows_answers_as_the_oracle(tmp_path, monkeypatch, capfd
     tally.close()
 
 
-@pytest.mark.parametrize(
-    ("policy", "algorithm"), [("write_through", ""), ("write_back", ""), ("write_through", "NGRAM")], ids=named
-)
-def test_a_prefix_that_left_the_device_comes_back_from_host_memory(tmp_path, monkeypatch, capfd, policy, algorithm):
-    tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))
-    monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
-    model = tiny_engines.save(tmp_path / "model")
+def host_cases() -> list:
+    """Return (family, policy, algorithm) of what the installed SGLang serves with host memory."""
+    cases = [("llama", "write_through", ""), ("llama", "write_back", ""), ("llama", "write_through", "NGRAM")]
+    if compat.hosts_states():
+        cases += [(family, "write_through", "") for family in dict.fromkeys([DELTA, *MAMBA2, "qwen3_next"])]
+        cases += [(DELTA, "write_back", ""), (DELTA, "write_through", "NGRAM")]
+    return cases
+
+
+@pytest.mark.parametrize(("family", "policy", "algorithm"), host_cases(), ids=named)
+def test_a_prefix_that_left_the_device_comes_back_from_host_memory(
+    tmp_path, monkeypatch, capfd, family, policy, algorithm
+):
+    keeps_states = family != "llama"
+    tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm), states=keeps_states)
+    for name in (refusals.UNTESTED_HICACHE_ENV, refusals.UNTESTED_STATES_ENV, refusals.UNTESTED_DRAFTS_ENV):
+        monkeypatch.setenv(name, "1")
+    model = tiny_engines.save(tmp_path / "model", family)
     prompts = [prompt(300, seed) for seed in range(6)]
-    options = {
+    options = (hybrids.OPTIONS if keeps_states else {}) | {
         "enable_hierarchical_cache": True,
         "hicache_ratio": 3.0,
         "hicache_write_policy": policy,

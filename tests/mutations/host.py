@@ -81,8 +81,8 @@ MUTATIONS = (
     Mutation(
         "a layer that waits for the pages of the first one",
         POOL,
-        "wait_until(self._layer_numbers[layer_id])",
-        "wait_until(0)",
+        "self.layer_transfer_counter.wait_until(number)",
+        "self.layer_transfer_counter.wait_until(0)",
         (_READ,),
     ),
     Mutation(

@@ -14,6 +14,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.record import tile
 from kvarn_kernels.shape import AttentionShape
 from sglang_kvarn import balanced_layers, compat, fences, plugin
+from sglang_kvarn.capacity import States
 
 PAGE, PAGES, LAYERS = 128, 6, (3, 7, 11)
 SHAPE = AttentionShape(4, 2, 64, torch.float32)
@@ -128,6 +129,27 @@ def test_a_layer_waits_for_its_own_pages(pool):
     for layer in (11, 3, 7):
         assert pool.layer_cache(layer).records.data_ptr() == pool.records[LAYERS.index(layer)].data_ptr()
     assert waited == [2, 0, 1]
+
+
+def test_a_layer_beside_states_waits_for_its_own_among_all_layers_of_the_model(pool):
+    waited = []
+    pool.states = States(4, 1024, 3, 3)
+    pool.register_layer_transfer_counter(SimpleNamespace(wait_until=waited.append))
+    for layer in (11, 3, 7):
+        assert pool.layer_cache(layer).records.data_ptr() == pool.records[LAYERS.index(layer)].data_ptr()
+    assert waited == [11, 3, 7]
+
+
+@pytest.mark.skipif(not compat.hosts_states(), reason="this SGLang has no prefix cache of hybrid models")
+def test_host_memory_for_states_takes_our_pool_where_there_are_some(pool):
+    names = "sglang.srt.mem_cache.unified_cache.component_type.ComponentType"
+    parts = {getattr(compat.resolve(names), name) for name in ("FULL", "MAMBA")}
+    strategy = compat.resolve("sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler._select_strategy")
+    assert type(strategy(pool, parts - {max(parts, key=str)})).__name__ == "_PlainKvStrategy"
+    pool.states = States(4, 1024, 3, 3)
+    assert type(strategy(pool, parts)).__name__ == "_MambaStrategy"
+    # as SGLang numbers the transfers of layers
+    assert pool.full_attention_layer_id_mapping == {3: 0, 7: 1, 11: 2} and pool.start_layer == 0
 
 
 @pytest.mark.parametrize(("fence", "stream"), [("before_writing", "write_stream"), ("before_loading", "load_stream")])

@@ -258,17 +258,32 @@ def test_launch_refuses_ranks_of_a_hybrid_that_sglang_sums_wrongly(launch, check
         launch("FalconH1ForCausalLM", "falcon_h1", FOUR_HEADS, tp_size=2, **HYBRID_ARGUMENTS)
 
 
+HOST_MEMORY = {"enable_hierarchical_cache": True}
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), HYBRIDS, ids=lambda value: value)
+def test_launch_takes_host_memory_for_states_where_they_are_of_page_ends(launch, checkpoints, architecture, model_type):
+    chosen = CHANGES.get(architecture, {}), HOST_MEMORY
+    if compat.hosts_states():
+        launch(architecture, model_type, chosen[0], **chosen[1])
+        return
+    why = rf"^--enable-hierarchical-cache .*{architecture} in SGLang .* saves states of other tokens if pages have 128"
+    with pytest.raises(ValueError, match=f"{why}.*: use SGLang 0.5.23, or drop --enable-hierarchical-cache$"):
+        launch(architecture, model_type, chosen[0], **chosen[1])
+
+
 @needs_checkpoints
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({"mamba_radix_cache_strategy": "no_buffer"}, "no_buffer needs pages of one token"),
         ({"enable_mixed_chunk": True}, "not tested yet: drop --enable-mixed-chunk"),
-        ({"enable_hierarchical_cache": True}, "copies them with kernels for GPUs: drop --enable-hierarchical-cache"),
+        (HOST_MEMORY | {"hicache_storage_backend": "file"}, "are not tested: drop --hicache-storage-backend"),
+        (HOST_MEMORY | {"hicache_mem_layout": "layer_first"}, "order page_first only: drop --hicache-mem-layout"),
         ({"mamba_track_interval": 192}, "--mamba-track-interval that is a multiple of the page size 128, not 192"),
         ({"linear_attn_backend": "cutedsl"}, "with --linear-attn-backend cutedsl needs pages of one token"),
     ],
-    ids=["strategy", "mixed", "host", "interval", "backend"],
+    ids=["strategy", "mixed", "files", "layout", "interval", "backend"],
 )
 def test_launch_refuses_arguments_of_a_hybrid(launch, checkpoints, arguments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -324,6 +339,34 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
     with pytest.raises(ValueError, match=r"with SGLang 0\.5\.16 only: drop --speculative-algorithm, or set KVARN_"):
         refusals.check_states(args, model_config)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
+    refusals.check_states(args, model_config)
+
+
+@pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang")
+def test_host_memory_for_states_is_a_trial_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
+    monkeypatch.setattr(compat, "hybrid_config", lambda model_config: object())
+    monkeypatch.setattr(compat, "has_gated_delta_nets", lambda states: True)
+    monkeypatch.setattr(compat, "checkpoints_states", lambda server_args, model_config: True)
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3NextForCausalLM"]))
+    args = SimpleNamespace(
+        device="cpu",
+        speculative_algorithm=None,
+        pp_size=1,
+        enable_mixed_chunk=False,
+        disaggregation_mode="null",
+        enable_hierarchical_cache=True,
+        hicache_storage_backend=None,
+        hicache_mem_layout="page_first",
+        disable_radix_cache=False,
+        mamba_radix_cache_strategy="extra_buffer",
+        mamba_track_interval=256,
+    )
+    refusals.check_states(args, model_config)
+    args.device = "cuda"
+    with pytest.raises(ValueError, match=r"on a GPU yet, .*: drop --enable-h.*, or set KVARN_UNTESTED_HICACHE=1"):
+        refusals.check_states(args, model_config)
+    monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
     refusals.check_states(args, model_config)
 
 

@@ -130,6 +130,25 @@ def test_plan_splits_the_memory_of_a_hybrid_as_its_server_did(model_dir, capsys)
     assert "states; tokens run out first)" in out
 
 
+@pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang")
+def test_plan_shares_host_memory_between_tokens_and_states_as_the_gpu_does(model_dir, capsys):
+    folder = model_dir(plain=False, **NEMOTRON_H)
+    flags = ("--weights-gib", "16", "--context", "32768", "--hicache-size", "256", "--json")
+    _, out, _ = run(capsys, folder, *flags)
+    facts = json.loads(out)
+    caches = {cache["cache"]: cache for cache in facts["caches"]}
+    for cache in caches.values():
+        states, tokens = cache["host_states"], cache["host_tokens"]
+        size = states * facts["bytes_per_state"] + tokens * cache["bytes_per_token"]
+        assert size == pytest.approx(256e9, rel=0.001)
+        assert tokens / cache["pool_tokens"] == pytest.approx(states / cache["states"], rel=0.02)
+        assert cache["host_sessions"] == min(states // 3, tokens // 32768)
+    # both run out at the same number of sessions of 32,768 tokens
+    ours = caches["kvarn_k4v2_g128"]
+    assert ours["host_states"] // 3 == pytest.approx(ours["host_tokens"] // 32768, rel=0.05)
+    assert ours["host_sessions"] > caches["16 bit"]["host_sessions"]
+
+
 def test_plan_counts_the_states_of_a_rank(model_dir, capsys):
     folder = model_dir(plain=False, **NEMOTRON_H)
     found = {}
@@ -186,7 +205,10 @@ def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, caps
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),
         ({}, TIGHT, "a kvarn cache needs"),
-        (NEMOTRON_H, ("--hicache-size", "8"), "NemotronHForCausalLM has layers with states"),
+        pytest.param(
+            *(NEMOTRON_H, ("--hicache-size", "8"), "NemotronHForCausalLM has layers with states"),
+            marks=pytest.mark.skipif(compat.hosts_states(), reason="served in this SGLang"),
+        ),
     ],
     ids=["windows", "model", "ranks", "weights", "requests", "host"],
 )

@@ -298,20 +298,22 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
 
 
 @pytest.mark.parametrize(
-    ("device", "storage", "salted", "end"),
+    ("device", "storage", "salted", "states", "end"),
     [
-        ("cpu", "file", True, None),
-        ("cuda", "file", True, "without a storage only: start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
-        ("cpu", "mooncake", True, "because only files are tested: attach file"),
-        ("cpu", "dynamic", True, "because only files are tested: attach file"),
-        ("cpu", "file", False, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("cuda", "mooncake", False, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("cpu", "file", True, None, None),
+        ("cuda", "file", True, None, "a storage only: start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
+        ("cpu", "mooncake", True, None, "because only files are tested: attach file"),
+        ("cpu", "dynamic", True, None, "because only files are tested: attach file"),
+        ("cpu", "file", False, None, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("cuda", "mooncake", False, None, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("cpu", "file", True, object(), "beside records are not tested: keep prefixes in memory"),
     ],
 )
-def test_a_running_server_attaches_what_it_could_start_with(monkeypatch, device, storage, salted, end):
+def test_a_running_server_attaches_what_it_could_start_with(monkeypatch, device, storage, salted, states, end):
     monkeypatch.setattr(compat, "published_argument", lambda name: {"device": device}[name])
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: salted)
-    scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"))
+    monkeypatch.setattr(compat, "hybrid_config", lambda model_config: model_config)
+    scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"), model_config=states)
     request = SimpleNamespace(hicache_storage_backend=storage)
     attached = []
     answer = refusals.attach_or_refuse(lambda *given: attached.append(given), scheduler, request)

@@ -75,6 +75,7 @@ STOCK = {
     "balanced_layers.balance_loaded": [((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)),), {})],
     # a pool, and what it says of itself
     "plugin._choose_host_pool": [((SimpleNamespace(size=4),), {}), ((SimpleNamespace(head_num=4),), {})],
+    "plugin._hold_states": [((Unread(), SimpleNamespace(size=4), Unread()), {})],
     "fences.before_writing": [((SimpleNamespace(mem_pool_device=SimpleNamespace(size=4)),), {})],
     "fences.before_loading": [((SimpleNamespace(mem_pool_device=SimpleNamespace(size=4)),), {})],
     "refusals.attach_or_refuse": [((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)), Unread()), {})],

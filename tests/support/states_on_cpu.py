@@ -2,7 +2,8 @@
 """Layers with states on a machine without a GPU: torch in the place of the Triton kernels that SGLang has for them.
 
 SGLang's kernels take 16-bit models on a GPU only. What both kinds of layers need is here, a kind has a module of its
-own: `gdn_on_cpu`, `mamba2_on_cpu`. Nothing touches full attention.
+own: `gdn_on_cpu`, `mamba2_on_cpu`; so have copies of states to host memory, `host_states_on_cpu`. Nothing touches full
+attention.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ def install() -> None:
     scatter.fused_mamba_state_scatter_with_mask = scatter.fused_conv_window_scatter_with_mask = commit
     gdn_on_cpu.install()
     mamba2_on_cpu.install()
+    if compat.hosts_states():
+        import host_states_on_cpu
+
+        host_states_on_cpu.install()
 
 
 def _stand_in_for_a_device() -> None:

@@ -63,7 +63,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     refusals.check_ranks(options.tp, model, on_cpu=False)
     refusals.check_ranks_of_states(options.tp, model)
     layers, config = len(compat.attention_layers(model, 0, model.num_hidden_layers)), compat.hybrid_config(model)
-    if options.hicache_size and (model.is_hybrid_swa or config is not None):
+    if options.hicache_size and (model.is_hybrid_swa or (config is not None and not compat.hosts_states())):
         kind = "sliding windows" if config is None else "states"
         raise Refused(
             f"{model.hf_config.architectures[0]} has layers with {kind}, for which a server with a kvarn cache takes "
@@ -226,10 +226,7 @@ class _Rank:
             requests, sessions = min(requests, sliding // each), min(sessions, sliding // each)
             kept = {"sliding_tokens": sliding}
         if self.options.hicache_size:
-            # SGLang counts in powers of ten
-            host_tokens = self.options.hicache_size * 10**9 // token // PAGE_SIZE * PAGE_SIZE
-            host_sessions = host_tokens // capacity.whole_pages(self.options.context)
-            kept |= {"host_tokens": host_tokens, "host_sessions": host_sessions}
+            kept |= self._host(token, tokens, states)
         return kept | {
             "cache": name,
             "bytes_per_token": token,
@@ -237,6 +234,20 @@ class _Rank:
             "pool_tokens": tokens,
             "sessions": sessions,
         }
+
+    def _host(self, token: int, tokens: int, states: States | None) -> dict[str, Any]:
+        """Return what host memory holds; SGLang shares it between tokens and states as the GPU does."""
+        # SGLang counts in powers of ten
+        size = self.options.hicache_size * 10**9
+        of_states = 0 if states is None else (states.number + 1) * states.nbytes
+        for_states = size * of_states // (of_states + tokens * token)
+        host_tokens = (size - for_states) // token // PAGE_SIZE * PAGE_SIZE
+        host_sessions = host_tokens // capacity.whole_pages(self.options.context)
+        kept = {"host_tokens": host_tokens, "host_sessions": host_sessions}
+        if states is not None:
+            number = for_states // states.nbytes
+            kept |= {"host_states": number, "host_sessions": min(host_sessions, number // states.per_session)}
+        return kept
 
 
 def _defaults(options: argparse.Namespace) -> tuple[float, int, int]:

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hierarchical cache of models in which some layers keep states: pages and states that left the device come back."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import drafts_on_cpu
+import hybrids
+import pytest
+import states_on_cpu
+from hybrids import DELTA, MAMBA2, STEP, TWO_RANKS
+from kvarn_kernels.config import KVarNConfig
+from sglang_kvarn import compat
+
+from benchmarks.common import tiny_model
+from benchmarks.common.tiny_model import answers, flush, prompt
+
+NEW = 4
+KVARN, CANONICAL = "kvarn", "kvarn_canonical"
+NGRAM = {
+    "speculative_algorithm": "NGRAM",
+    "speculative_ngram_max_bfs_breadth": 1,
+    "speculative_num_draft_tokens": 4,
+}
+steady = functools.partial(hybrids.steady, new_tokens=NEW)
+pytestmark = pytest.mark.skipif(not compat.hosts_states(), reason="this SGLang has no prefix cache of hybrid models")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        # SGLang counts every page and every state of every step
+        patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
+        states_on_cpu.prepare(patch, tmp_path_factory.mktemp("plugin"))
+        yield
+
+
+def options(preset: str, *, pages: int, rows: int = 1, states: int = 40, drafts: int = 1, **others) -> dict[str, Any]:
+    """Return the options of an engine with a pool of so many pages beside the rings of some requests, and host memory.
+
+    Args:
+        states: that the device has room for, those of running requests included.
+    """
+    ring = KVarNConfig.from_preset(preset).ring_pages(256, 4, drafts)
+    chosen = {
+        "kv_cache_dtype": preset,
+        "max_total_tokens": (rows * ring + pages) * 128,
+        "max_running_requests": rows,
+        "max_mamba_cache_size": states,
+        "chunked_prefill_size": STEP,
+        "enable_hierarchical_cache": True,
+        "hicache_ratio": 3.0,
+        "enable_cache_report": True,
+    }
+    return chosen | others
+
+
+def ask(engine, folder: str, preset: str, tokens: list[int]) -> dict[str, int]:
+    """Return where the prefix came from, after comparing the answer with the oracle's."""
+    sampling = {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}
+    output = engine.generate(input_ids=tokens, sampling_params=sampling)
+    found, cached = output["meta_info"], output["meta_info"]["cached_tokens"]
+    expected = tiny_model.expected(folder, tokens, preset, cached=cached, new_tokens=NEW)
+    assert output["output_ids"] == expected, found["cached_tokens_details"]
+    return {"device": 0, "host": 0} | (found["cached_tokens_details"] or {}) | {"all": cached}
+
+
+def facts_of(engine) -> dict[str, Any]:
+    return engine.get_server_info()["internal_states"][0]["kvarn"]
+
+
+def cases() -> list:
+    """Return (family, preset, policy); what takes long is marked."""
+    quick = [(DELTA, CANONICAL, "write_through"), (DELTA, KVARN, "write_back")]
+    others = [(DELTA, KVARN, "write_through_selective"), (DELTA, CANONICAL, "write_back")]
+    others += [(family, KVARN, "write_through") for family in (*MAMBA2, "qwen3_next")]
+    return quick + [pytest.param(*case, marks=pytest.mark.long) for case in others]
+
+
+@pytest.mark.parametrize(("family", "preset", "policy"), cases())
+def test_a_prefix_that_left_the_device_comes_back_with_its_state(start_engine, tmp_path, family, preset, policy):
+    folder = tiny_model.save(tmp_path, family)
+    prompts = [steady(folder, 300 + n, preset=preset)[0] for n in range(4)]
+    asked = functools.partial(ask, folder=folder, preset=preset)
+    with start_engine(model_path=folder, **options(preset, pages=8, hicache_write_policy=policy)) as engine:
+        for tokens in prompts:
+            # the selective policy copies at the second hit
+            for _ in range(3 if policy == "write_through_selective" else 1):
+                asked(engine, tokens=tokens)
+        found = [asked(engine, tokens=tokens) for tokens in prompts]
+        turn = prompts[3] + prompt(40, seed=50)
+        assert asked(engine, tokens=turn)["all"] == 256
+        # of a step one state is kept; that in the middle of a prompt leaves the device, too
+        kept = STEP // 256 * 256 if family in ("falcon_h1", "granitemoehybrid") else STEP
+        longer = prompt(650, seed=51)
+        asked(engine, tokens=longer)
+        for tokens in prompts:
+            asked(engine, tokens=tokens)
+        shorter = asked(engine, tokens=longer[:600] + prompt(40, seed=52))
+        facts = facts_of(engine)
+        flush(engine)
+        assert asked(engine, tokens=prompts[0])["all"] == 0
+    assert all(each["all"] == 256 for each in found), found
+    assert sum(each["host"] == 256 for each in found) >= 3, found
+    assert shorter["all"] == kept, shorter
+    assert policy == "write_through_selective" or shorter["host"] > 0, shorter
+    # as many as the ratio says, and the page and the state that SGLang adds
+    assert facts["host_tokens"] == 3 * facts["pool_tokens"] + 128
+    assert facts["host_states"] == 3 * facts["states"] + 1
+    assert facts["host_pages_in_use"] >= 8
+
+
+@pytest.mark.parametrize("hosted", [True, False], ids=["host memory", "none"])
+def test_a_state_that_left_the_device_comes_back_where_its_pages_stayed(start_engine, tmp_path, hosted):
+    folder = tiny_model.save(tmp_path, DELTA)
+    base = prompt(256, seed=1)
+    first, second = (steady(folder, n, after=base, preset=CANONICAL)[0] for n in (456, 470))
+    sizes = options(CANONICAL, pages=40, states=6, hicache_size=1, enable_hierarchical_cache=hosted)
+    with start_engine(model_path=folder, **sizes) as engine:
+        # states behind 256 tokens and behind 384, then those of others, which take the place of the older one
+        for tokens in (base + prompt(10, seed=2), first, *(prompt(300, seed=seed) for seed in (3, 4))):
+            answers(engine, [tokens], NEW)
+        facts = facts_of(engine)
+        found = ask(engine, folder, CANONICAL, second)
+    # all pages stayed
+    assert facts["pages_in_use"] == 7
+    # where only the state is loaded, SGLang counts its tokens
+    assert (found["host"], found["all"]) == ((256, 256) if hosted else (0, 0))
+    if not hosted:
+        return
+    # shared as the device is, which keeps a state more than requests may use
+    tokens, states = (facts["bytes_per_token"] * facts["pool_tokens"], facts["bytes_per_state"] * (facts["states"] + 1))
+    assert facts["host_states"] * facts["bytes_per_state"] == pytest.approx(1e9 * states / (states + tokens), rel=0.02)
+    assert facts["host_tokens"] * facts["bytes_per_token"] == pytest.approx(1e9 * tokens / (states + tokens), rel=0.02)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("policy", ["write_through", "write_back"])
+def test_host_memory_that_is_full_forgets_states_and_pages_and_nothing_else(start_engine, tmp_path, policy):
+    folder = tiny_model.save(tmp_path, DELTA)
+    prompts = [steady(folder, 300 + n, preset=KVARN)[0] for n in range(12)]
+    # 9 states of the device, and 10 of the host
+    sizes = options(KVARN, pages=8, states=9, hicache_write_policy=policy, hicache_ratio=1.1)
+    with start_engine(model_path=folder, **sizes) as engine:
+        found = [ask(engine, folder, KVARN, prompts[n])["all"] for n in (*range(12), 0, 11, 3, 10, 11)]
+    assert found[:12] == [0] * 12 and 256 in found[12:] and 0 in found[12:], found
+
+
+@pytest.mark.long
+def test_retraction_changes_no_token_beside_host_memory(start_engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_TEST_RETRACT", "1")
+    monkeypatch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "3")
+    folder = tiny_model.save(tmp_path, DELTA)
+    lengths = (330, 129, 60, 200)
+    prompts, expected = zip(*[hybrids.steady(folder, n, preset=KVARN, new_tokens=8) for n in lengths], strict=True)
+    with start_engine(model_path=folder, **options(KVARN, pages=10, rows=4)) as engine:
+        got = answers(engine, list(prompts), 8)
+        for seed in range(5):
+            ask(engine, folder, KVARN, prompt(400, seed=seed))
+        again = ask(engine, folder, KVARN, prompts[0])
+    assert sum(answer["retractions"] for answer in got) > 0
+    assert [answer["tokens"] for answer in got] == list(expected)
+    assert again["host"] == again["all"] == 256
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [DELTA, "nemotron_h"])
+def test_drafts_verify_on_a_prefix_and_a_state_from_host_memory(start_engine, tmp_path, monkeypatch, family):
+    drafts_on_cpu.prepare(monkeypatch, tmp_path / "plugin")
+    folder = tiny_model.save(tmp_path / "model", family)
+    prompts = [steady(folder, 300 + n, preset=CANONICAL)[0] for n in range(4)]
+    with start_engine(model_path=folder, **options(CANONICAL, pages=8, drafts=4), **NGRAM) as engine:
+        for tokens in prompts:
+            ask(engine, folder, CANONICAL, tokens)
+        found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]
+    assert sum(each["host"] == 256 for each in found) >= 3, found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [DELTA, "nemotron_h"])
+def test_two_ranks_find_pages_and_states_in_host_memory(start_engine, tmp_path, family):
+    folder = tiny_model.save(tmp_path, family, **TWO_RANKS.get(family, {}))
+    prompts = [steady(folder, 300 + n, preset=CANONICAL)[0] for n in range(4)]
+    with start_engine(model_path=folder, tp_size=2, **options(CANONICAL, pages=8)) as engine:
+        for tokens in prompts:
+            ask(engine, folder, CANONICAL, tokens)
+        found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]
+    assert sum(each["host"] == 256 for each in found) >= 3, found
