@@ -247,7 +247,7 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(
 ):
     keeps_states = family != "llama"
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm), states=keeps_states)
-    for name in (refusals.UNTESTED_HICACHE_ENV, refusals.UNTESTED_STATES_ENV, refusals.UNTESTED_DRAFTS_ENV):
+    for name in (refusals.UNTESTED_HICACHE_ENV, refusals.UNTESTED_DRAFTS_ENV):
         monkeypatch.setenv(name, "1")
     model = tiny_engines.save(tmp_path / "model", family)
     prompts = [prompt(300, seed) for seed in range(6)]

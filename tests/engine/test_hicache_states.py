@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import drafts_on_cpu
@@ -37,14 +39,18 @@ def stand_ins(tmp_path_factory):
         yield
 
 
-def options(preset: str, *, pages: int, rows: int = 1, states: int = 40, drafts: int = 1, **others) -> dict[str, Any]:
+def options(
+    folder: str, preset: str, *, pages: int, rows: int = 1, states: int = 40, drafts: int = 1, **others
+) -> dict[str, Any]:
     """Return the options of an engine with a pool of so many pages beside the rings of some requests, and host memory.
 
     Args:
-        states: that the device has room for, those of running requests included.
+        folder: of the model; states: that the device has room for, those of running requests included.
     """
-    ring = KVarNConfig.from_preset(preset).ring_pages(256, 4, drafts)
+    head_dim = json.loads((Path(folder) / "config.json").read_text())["head_dim"]
+    ring = KVarNConfig.from_preset(preset).ring_pages(head_dim, 4, drafts)
     chosen = {
+        "model_path": folder,
         "kv_cache_dtype": preset,
         "max_total_tokens": (rows * ring + pages) * 128,
         "max_running_requests": rows,
@@ -67,6 +73,12 @@ def ask(engine, folder: str, preset: str, tokens: list[int]) -> dict[str, int]:
     return {"device": 0, "host": 0} | (found["cached_tokens_details"] or {}) | {"all": cached}
 
 
+def prompts_for(folder: str, preset: str, count: int) -> list[list[int]]:
+    """Return prompts with two full pages each, all of which differ from their first token on."""
+    # `steady` tries the seeds behind the length
+    return [steady(folder, 270 + 11 * n, preset=preset)[0] for n in range(count)]
+
+
 def facts_of(engine) -> dict[str, Any]:
     return engine.get_server_info()["internal_states"][0]["kvarn"]
 
@@ -82,9 +94,9 @@ def cases() -> list:
 @pytest.mark.parametrize(("family", "preset", "policy"), cases())
 def test_a_prefix_that_left_the_device_comes_back_with_its_state(start_engine, tmp_path, family, preset, policy):
     folder = tiny_model.save(tmp_path, family)
-    prompts = [steady(folder, 300 + n, preset=preset)[0] for n in range(4)]
+    prompts = prompts_for(folder, preset, 4)
     asked = functools.partial(ask, folder=folder, preset=preset)
-    with start_engine(model_path=folder, **options(preset, pages=8, hicache_write_policy=policy)) as engine:
+    with start_engine(**options(folder, preset, pages=8, hicache_write_policy=policy)) as engine:
         for tokens in prompts:
             # the selective policy copies at the second hit
             for _ in range(3 if policy == "write_through_selective" else 1):
@@ -112,13 +124,21 @@ def test_a_prefix_that_left_the_device_comes_back_with_its_state(start_engine, t
     assert facts["host_pages_in_use"] >= 8
 
 
-@pytest.mark.parametrize("hosted", [True, False], ids=["host memory", "none"])
-def test_a_state_that_left_the_device_comes_back_where_its_pages_stayed(start_engine, tmp_path, hosted):
+@pytest.mark.parametrize(
+    ("hosted", "policy"),
+    [
+        (True, "write_through"),
+        pytest.param(True, "write_back", marks=pytest.mark.long),
+        pytest.param(False, "write_through", marks=pytest.mark.long, id="no host memory"),
+    ],
+)
+def test_a_state_that_left_the_device_comes_back_where_its_pages_stayed(start_engine, tmp_path, hosted, policy):
     folder = tiny_model.save(tmp_path, DELTA)
     base = prompt(256, seed=1)
     first, second = (steady(folder, n, after=base, preset=CANONICAL)[0] for n in (456, 470))
-    sizes = options(CANONICAL, pages=40, states=6, hicache_size=1, enable_hierarchical_cache=hosted)
-    with start_engine(model_path=folder, **sizes) as engine:
+    chosen = {"hicache_size": 1, "enable_hierarchical_cache": hosted, "hicache_write_policy": policy}
+    sizes = options(folder, CANONICAL, pages=40, states=6, **chosen)
+    with start_engine(**sizes) as engine:
         # states behind 256 tokens and behind 384, then those of others, which take the place of the older one
         for tokens in (base + prompt(10, seed=2), first, *(prompt(300, seed=seed) for seed in (3, 4))):
             answers(engine, [tokens], NEW)
@@ -140,12 +160,12 @@ def test_a_state_that_left_the_device_comes_back_where_its_pages_stayed(start_en
 @pytest.mark.parametrize("policy", ["write_through", "write_back"])
 def test_host_memory_that_is_full_forgets_states_and_pages_and_nothing_else(start_engine, tmp_path, policy):
     folder = tiny_model.save(tmp_path, DELTA)
-    prompts = [steady(folder, 300 + n, preset=KVARN)[0] for n in range(12)]
+    prompts = prompts_for(folder, KVARN, 11)
     # 9 states of the device, and 10 of the host
-    sizes = options(KVARN, pages=8, states=9, hicache_write_policy=policy, hicache_ratio=1.1)
-    with start_engine(model_path=folder, **sizes) as engine:
-        found = [ask(engine, folder, KVARN, prompts[n])["all"] for n in (*range(12), 0, 11, 3, 10, 11)]
-    assert found[:12] == [0] * 12 and 256 in found[12:] and 0 in found[12:], found
+    sizes = options(folder, KVARN, pages=8, states=9, hicache_write_policy=policy, hicache_ratio=1.1)
+    with start_engine(**sizes) as engine:
+        found = [ask(engine, folder, KVARN, prompts[n])["all"] for n in (*range(11), 0, 10, 3, 9, 10)]
+    assert found[:11] == [0] * 11 and 256 in found[11:] and 0 in found[11:], found
 
 
 @pytest.mark.long
@@ -155,14 +175,21 @@ def test_retraction_changes_no_token_beside_host_memory(start_engine, tmp_path, 
     folder = tiny_model.save(tmp_path, DELTA)
     lengths = (330, 129, 60, 200)
     prompts, expected = zip(*[hybrids.steady(folder, n, preset=KVARN, new_tokens=8) for n in lengths], strict=True)
-    with start_engine(model_path=folder, **options(KVARN, pages=10, rows=4)) as engine:
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    with start_engine(**options(folder, KVARN, pages=4, rows=4)) as engine:
         got = answers(engine, list(prompts), 8)
-        for seed in range(5):
-            ask(engine, folder, KVARN, prompt(400, seed=seed))
-        again = ask(engine, folder, KVARN, prompts[0])
-    assert sum(answer["retractions"] for answer in got) > 0
+        # more than the device holds
+        answers(engine, [prompt(400, seed=seed) for seed in range(20)], 1)
+        again = engine.generate(input_ids=list(prompts), sampling_params=sampling)
     assert [answer["tokens"] for answer in got] == list(expected)
-    assert again["host"] == again["all"] == 256
+    facts = [output["meta_info"] for output in again]
+    assert [found["cached_tokens"] for found in facts] == [256, 128, 0, 128]
+    assert [(found["cached_tokens_details"] or {"host": 0})["host"] for found in facts] == [256, 128, 0, 128]
+    for tokens, output, found in zip(prompts, again, facts, strict=True):
+        cached = found["cached_tokens"]
+        assert output["output_ids"] == tiny_model.expected(folder, tokens, KVARN, cached=cached, new_tokens=8), cached
+    for retractions in ([answer["retractions"] for answer in got], [found["num_retractions"] for found in facts]):
+        assert sum(retractions) > 0
 
 
 @pytest.mark.long
@@ -170,8 +197,8 @@ def test_retraction_changes_no_token_beside_host_memory(start_engine, tmp_path, 
 def test_drafts_verify_on_a_prefix_and_a_state_from_host_memory(start_engine, tmp_path, monkeypatch, family):
     drafts_on_cpu.prepare(monkeypatch, tmp_path / "plugin")
     folder = tiny_model.save(tmp_path / "model", family)
-    prompts = [steady(folder, 300 + n, preset=CANONICAL)[0] for n in range(4)]
-    with start_engine(model_path=folder, **options(CANONICAL, pages=8, drafts=4), **NGRAM) as engine:
+    prompts = prompts_for(folder, CANONICAL, 4)
+    with start_engine(**options(folder, CANONICAL, pages=8, drafts=4), **NGRAM) as engine:
         for tokens in prompts:
             ask(engine, folder, CANONICAL, tokens)
         found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]
@@ -182,8 +209,8 @@ def test_drafts_verify_on_a_prefix_and_a_state_from_host_memory(start_engine, tm
 @pytest.mark.parametrize("family", [DELTA, "nemotron_h"])
 def test_two_ranks_find_pages_and_states_in_host_memory(start_engine, tmp_path, family):
     folder = tiny_model.save(tmp_path, family, **TWO_RANKS.get(family, {}))
-    prompts = [steady(folder, 300 + n, preset=CANONICAL)[0] for n in range(4)]
-    with start_engine(model_path=folder, tp_size=2, **options(CANONICAL, pages=8)) as engine:
+    prompts = prompts_for(folder, CANONICAL, 4)
+    with start_engine(tp_size=2, **options(folder, CANONICAL, pages=8)) as engine:
         for tokens in prompts:
             ask(engine, folder, CANONICAL, tokens)
         found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]

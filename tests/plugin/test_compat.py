@@ -122,6 +122,12 @@ def test_states_are_saved_where_pages_end_from_the_first_version_that_does(monke
     assert compat.saves_states_at_page_ends() is right
 
 
+@pytest.mark.parametrize(("found", "right"), [("0.5.16", False), ("0.5.20", False), ("0.5.23", True)])
+def test_states_go_to_host_memory_from_the_version_that_the_hook_is_for(monkeypatch, found, right):
+    monkeypatch.setattr(compat, "version", lambda: found)
+    assert compat.hosts_states() is right
+
+
 @pytest.mark.parametrize(
     ("name", "found", "wrong"),
     [
