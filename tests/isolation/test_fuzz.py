@@ -87,6 +87,9 @@ class Lives(RuleBasedStateMachine):
         core=st.sampled_from(calls.cores),
         order=st.sampled_from((COPIES_FIRST, FORWARD_FIRST)) | st.integers(0, 1 << 16),
         prefetch=st.sampled_from(("wait_complete", "wait_complete", "best_effort")),
+        # beside host memory, and not beside files, drafts or checkpoints that are none of the prefix tree; three for
+        # each row, and few or many for the tree
+        states=st.sampled_from((0, 16, 30) if compat.hosts_states() else (0,)),
     )
     def start(
         self,
@@ -100,6 +103,7 @@ class Lives(RuleBasedStateMachine):
         core: str,
         order: int | str,
         prefetch: str,
+        states: int,
     ) -> None:
         if self.has_files:
             sliding = 0
@@ -112,7 +116,9 @@ class Lives(RuleBasedStateMachine):
         self.host = {"pages": host_pages, "policy": policy, "seed": order, "core": core}
         self.host |= {"folder": folder, "prefetch": prefetch}
         self.options = {"poison": poison, "checkpoint": checkpoint, "drafts": drafts, "sliding": sliding}
-        self.options["window"] = window
+        if not host_pages or self.has_files or drafts or checkpoint:
+            states = 0
+        self.options |= {"window": window, "states": states}
         self.begin(self.preset, factors=0)
         if self.files:
             # lives are short, and need something that can be written
@@ -124,6 +130,7 @@ class Lives(RuleBasedStateMachine):
         self.total["worlds with drafts"] += bool(drafts)
         self.total["worlds with sliding windows"] += bool(sliding)
         self.total["worlds with windows in records"] += bool(window)
+        self.total["worlds with states"] += bool(states)
         self.total["worlds"] += 1
 
     def begin(self, preset: str, factors: int) -> None:
@@ -386,7 +393,7 @@ def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, has_files: 
         has_files: whether every world has host memory, and files behind it.
     """
     kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory", "worlds with files")
-    kinds += ("worlds with sliding windows", "worlds with windows in records")
+    kinds += ("worlds with sliding windows", "worlds with windows in records", "worlds with states")
     events = ("host hits", "storage hits", "failed loads", "flushes")
     total = dict.fromkeys(("steps", "forwards", "kernel forwards", *events, *kinds), 0)
     chosen = {"preset": preset, "total": total, "kernels_every": kernels_every, "has_files": has_files}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import host_states_on_cpu
 import pytest
 import torch
 from history import PAGE
@@ -31,9 +32,15 @@ def plain_allocation(monkeypatch) -> None:
 
 
 def hosted(
-    order: int | str, policy: str = "write_through", core: str = "python", *, pages: int = 60, rings: int = ROWS
+    order: int | str,
+    policy: str = "write_through",
+    core: str = "python",
+    *,
+    pages: int = 60,
+    rings: int = ROWS,
+    states: int = 0,
 ) -> World:
-    return World("kvarn", host=HostOptions(pages, policy, order, core), rings=rings)
+    return World("kvarn", host=HostOptions(pages, policy, order, core), rings=rings, states=states)
 
 
 def without_fence(monkeypatch, name: str) -> None:
@@ -252,3 +259,62 @@ def test_a_prefix_that_the_ring_of_its_request_drops_from_host_memory_is_found(c
     # 0.5.16 reads the records of another request, 0.5.23 stops the server
     with pytest.raises((AssertionError, KeyError)):
         make_a_ring_out_of_what_goes_to_the_host("write_back", core)
+
+
+needs_states = pytest.mark.skipif(not compat.hosts_states(), reason="this SGLang has no prefix cache of hybrid models")
+# of the device; three for each row
+STATES = 20
+
+
+def read_a_prefix_and_its_state_from_the_host(order: int | str, policy: str, core: str) -> None:
+    """A prompt is found in host memory alone, and what follows goes on from its state; so does a branch, later."""
+    world = hosted(order, policy, core, states=STATES)
+    again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(PAGE, 2))
+    world.extend(1000)
+    assert (again.exact_start, world.host_hits) == (3 * PAGE, 1)
+    for seed in (3, 4):
+        # the first one leaves a state where both part
+        branch = prefill(world, tokens(3 * PAGE, 1)[: 2 * PAGE] + tokens(40, seed))
+    assert branch.exact_start == 2 * PAGE
+    for _ in range(3):
+        world.decode()
+    branch = world.come_back(branch, tokens(9, 5))
+    world.extend(1000)
+    assert branch.exact_start == 2 * PAGE
+    world.settle()
+    world.check_accounts()
+
+
+@needs_states
+@pytest.mark.parametrize("core", calls.cores)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_state_from_the_host_is_read_as_one_that_never_left(policy, core):
+    for order in ORDERS:
+        read_a_prefix_and_its_state_from_the_host(order, policy, core)
+
+
+@needs_states
+def test_a_layer_beside_states_that_waits_for_its_number_among_those_with_records_is_found(monkeypatch):
+    def layer_cache(self, layer: int):
+        self.layer_transfer_counter and self.layer_transfer_counter.wait_until(self.layer_ids.index(layer))
+        return self._layer_caches[layer]
+
+    monkeypatch.setattr(pool.KVarNTokenToKVPool, "layer_cache", layer_cache)
+    with pytest.raises(AssertionError, match="error"):
+        for order in ORDERS:
+            read_a_prefix_and_its_state_from_the_host(order, "write_through", "python")
+
+
+@needs_states
+def test_a_state_of_other_tokens_is_found(monkeypatch):
+    def load(src, dst, src_indices, dst_indices, layer_id, **kwargs):
+        dst[dst_indices.long()] = src[src_indices.long() - 1, layer_id, 0]
+
+    install = host_states_on_cpu.install
+    monkeypatch.setattr(host_states_on_cpu, "load_layer", load)
+    try:
+        with pytest.raises(AssertionError, match="state of layer"):
+            read_a_prefix_and_its_state_from_the_host(0, "write_through", "python")
+    finally:
+        monkeypatch.undo()
+        install()

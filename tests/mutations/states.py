@@ -4,7 +4,21 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import COMPAT, PLAN, REFUSALS, RINGS, TEST_COMPAT, TEST_KNOWN, TEST_MODELS, TEST_PLAN, TEST_REFUSALS
+from .paths import (
+    COMPAT,
+    PLAN,
+    PLUGIN,
+    POOL,
+    REFUSALS,
+    RINGS,
+    TEST_COMPAT,
+    TEST_HOST_POOL,
+    TEST_KNOWN,
+    TEST_KNOWN_HOST,
+    TEST_MODELS,
+    TEST_PLAN,
+    TEST_REFUSALS,
+)
 
 _TABLE = f"{TEST_MODELS}::test_launch_takes_a_hybrid"
 _SAVED = f"{TEST_MODELS}::test_launch_refuses_a_prefix_cache_of_states_that_sglang_saves_at_other_tokens"
@@ -12,6 +26,11 @@ _WRONG = f"{TEST_MODELS}::test_launch_refuses_a_hybrid_whose_code_in_sglang_is_w
 _VARIANT = f"{TEST_MODELS}::test_launch_judges_by_the_configuration"
 _HIT = f"{TEST_KNOWN}::test_a_hit_at_a_state_before_the_end_of_the_cached_pages_reads_exactly_from_there"
 _BLACKWELL = f"{TEST_REFUSALS}::test_gated_delta_nets_are_refused_where_sglang_wants_attention_of_its_own"
+# these need an SGLang with host memory for states
+_STRATEGY = f"{TEST_HOST_POOL}::test_host_memory_for_states_takes_our_pool_where_there_are_some"
+_HOSTED = f"{TEST_KNOWN_HOST}::test_a_state_from_the_host_is_read_as_one_that_never_left"
+_ON_GPU = f"{TEST_MODELS}::test_host_memory_for_states_is_a_trial_on_a_gpu"
+_ARGUMENTS = f"{TEST_MODELS}::test_launch_refuses_arguments_of_a_hybrid"
 
 MUTATIONS = (
     Mutation(
@@ -103,5 +122,75 @@ def checkpoints_states""",
         "[compat.prefix_len(req) for req in reqs]",
         "[n + 128 if n else 0 for n in map(compat.prefix_len, reqs)]",
         (_HIT,),
+    ),
+    Mutation(
+        "a layer beside states that waits for its number among those with records",
+        POOL,
+        "number = self.full_attention_layer_id_mapping[layer_id] if self.states is None else layer_id",
+        "number = self.full_attention_layer_id_mapping[layer_id]",
+        (_HOSTED,),
+    ),
+    Mutation(
+        "records of a hybrid model under the numbers of their layers in host memory",
+        POOL,
+        "self.full_attention_layer_id_mapping = {layer: n for n, layer in enumerate(self.layer_ids)}",
+        "self.full_attention_layer_id_mapping = dict(enumerate(range(len(self.layer_ids))))",
+        (_HOSTED,),
+    ),
+    Mutation(
+        "host memory for states without records",
+        PLUGIN,
+        "if rings.of_pool(kvcache) is None or kvcache.states is None:",
+        "if True:",
+        (_STRATEGY,),
+    ),
+    Mutation(
+        "host memory for states of a model that has none",
+        PLUGIN,
+        "if rings.of_pool(kvcache) is None or kvcache.states is None:",
+        "if rings.of_pool(kvcache) is None:",
+        (_STRATEGY,),
+    ),
+    Mutation(
+        "states taken into host memory by every version",
+        COMPAT,
+        "return is_since(HOSTS_STATES_SINCE)",
+        "return True",
+        (TEST_COMPAT,),
+    ),
+    Mutation(
+        "states in host memory of a GPU taken as tested",
+        REFUSALS,
+        """    if args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":""",
+        "    if False:",
+        (_ON_GPU,),
+    ),
+    Mutation(
+        "states taken into files",
+        REFUSALS,
+        "    if args.hicache_storage_backend is not None:",
+        "    if False:",
+        (_ARGUMENTS,),
+    ),
+    Mutation(
+        "states in an order of pages that SGLang does not have",
+        REFUSALS,
+        "if args.hicache_mem_layout != _STATE_LAYOUT:",
+        "if False:",
+        (_ARGUMENTS,),
+    ),
+    Mutation(
+        "files for states of a running server",
+        REFUSALS,
+        "elif compat.hybrid_config(scheduler.model_config) is not None:",
+        "elif False:",
+        (f"{TEST_REFUSALS}::test_a_running_server_attaches_what_it_could_start_with",),
+    ),
+    Mutation(
+        "a plan in which host memory is for tokens only",
+        PLAN,
+        "for_states = size * of_states // (of_states + tokens * token)",
+        "for_states = 0",
+        (f"{TEST_PLAN}::test_plan_shares_host_memory_between_tokens_and_states_as_the_gpu_does",),
     ),
 )

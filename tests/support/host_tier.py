@@ -116,19 +116,23 @@ class HostTier:
         run = partial(self._copy, source, target, source_slots, target_slots, page_size)
         self.device.launch(run, kind, frozenset((target_slots // page_size).tolist()))
 
-    def launch_forward(self, operations: list[Callable], consumer: int, *, graph: bool) -> None:
-        """Queue the layers of a forward pass, each behind what the pool has it wait for.
+    def launch_forward(
+        self, layers: list[tuple[Callable, Callable]], consumer: int, *, graph: bool, begin: Callable = lambda: None
+    ) -> None:
+        """Queue the layers of a forward pass, each behind what its pool has it wait for.
 
         Args:
-            operations: of each layer, called with its LayerCache; consumer: what SGLang's controller returned for the
-                loads of this step; graph: whether SGLang's next calls wait for it only until it has read its inputs.
+            layers: of each what returns its memory, and what runs with that; consumer: what SGLang's controller
+                returned for the loads of this step; graph: whether SGLang's next calls wait for it only until it has
+                read its inputs; begin: what comes before the layers.
         """
         forward, schedule = self._pool.forward_stream, self.device.current_stream()
         self.controller.layer_done_counter.set_consumer(consumer)
         with self.device.stream(forward):
             forward.wait_stream(schedule)
-            for layer_id, operation in zip(self._pool.layer_ids, operations, strict=True):
-                self.device.launch(partial(operation, self._pool.layer_cache(layer_id)), "forward")
+            begin()
+            for memory, run in layers:
+                self.device.launch(partial(run, memory()), "forward")
         if not graph:
             schedule.wait_stream(forward)
 

@@ -261,12 +261,18 @@ class UnifiedCalls(RadixCalls):
     def make_tree(self, rows, allocator, host=None, sliding=0):
         if sliding:
             return self._make_sliding_tree(rows, allocator, sliding, "sglang.srt.mem_cache.unified_cache.components")
-        full = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").FULL
+        kind = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType")
         cache = compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
         if host is None:
-            return cache(self._parameters(rows, allocator, tree_components=(full,)))
+            return cache(self._parameters(rows, allocator, tree_components=(kind.FULL,)))
+        more: dict[str, object] = {"tree_components": (kind.FULL,)}
+        if hasattr(rows, "mamba_pool"):
+            more = {"tree_components": (kind.FULL, kind.MAMBA), "enable_mamba_extra_buffer": True}
+            # SGLang asks the configuration of a model
+            component = compat.resolve("sglang.srt.mem_cache.unified_cache.components.mamba")
+            component.mamba_cache_chunk_size, component.mamba_checkpoint_grid = lambda: PAGE, lambda tree_page: PAGE
         parameters = self._parameters(
-            rows, allocator, tree_components=(full,), tp_cache_group=self._one_rank(), tree_core_backend=host.core
+            rows, allocator, tp_cache_group=self._one_rank(), tree_core_backend=host.core, **more
         )
         compat.override_argument(None, **self._host_arguments(allocator, host))
         tree = cache(parameters)
@@ -278,6 +284,21 @@ class UnifiedCalls(RadixCalls):
 
     def host_pool(self, tree):
         return tree.cache_controller.mem_pool_host.anchor_entry.host_pool
+
+    def host_states(self, tree):
+        """Return SGLang's host pool of states."""
+        return tree.host_pool_group.get_pool(compat.resolve("sglang.srt.mem_cache.hicache_storage.PoolName").MAMBA)
+
+    def nodes_with_states(self, tree) -> Iterator[tuple[list[int], dict[str, torch.Tensor | None]]]:
+        """Yield of every node the tokens from the root to its end, and the slot of its state in both memories."""
+        mamba = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").MAMBA
+        stack = [(child, []) for child in self._root(tree).children.values()]
+        while stack:
+            node, before = stack.pop()
+            path = before + list(node.key.token_ids)
+            stack += [(child, path) for child in node.children.values()]
+            data = node.component_data[mamba]
+            yield path, {"device": data.value, "host": data.host_value}
 
     def set_fences(self, controller, stream) -> None:
         controller.write_fence_stream = controller.load_fence_stream = stream

@@ -187,6 +187,10 @@ class Device:
         items = (item for stream in self._streams for item in stream.queue if isinstance(item, Operation))
         return {page for item in items if item.kind == kind for page in item.pages}
 
+    def is_idle(self) -> bool:
+        """Return whether nothing is queued."""
+        return not any(stream.queue for stream in self._streams)
+
     def run_until(self, mark: Mark) -> None:
         """Run operations, not only those that the mark waits for, until it is reached."""
         self._shuffle()

@@ -20,6 +20,8 @@ import torch
 from builders import poison
 from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History, Pages, extend_hash
 from host_tier import HostOptions, HostTier, of_layer
+from kept_states import LAYERS as STATE_LAYERS
+from kept_states import KeptStates, Move
 from kvarn_kernels.attention import TORCH, TRITON, Attention, Kernels, Limits
 from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
@@ -27,6 +29,7 @@ from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.shape import AttentionShape
 from prefix_cache import calls
 from sglang_kvarn import admission, compat
+from sglang_kvarn.capacity import States
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
 from sglang_kvarn.rings import ATTRIBUTE
 
@@ -126,6 +129,9 @@ class Step:
     slots: list[torch.Tensor] = field(default_factory=list)
     exact_starts: list[int] = field(default_factory=list)
     rings: torch.Tensor | None = None
+    # what it does to states, and those from which requests begin
+    moves: list[Move] = field(default_factory=list)
+    begun: list = field(default_factory=list)
 
     @property
     def is_extend(self) -> bool:
@@ -144,6 +150,7 @@ class World:
             for what such a layer stores.
         window: tokens in the sliding window of the layers with records, 0 for all.
         host: host memory behind the prefix cache, with two layers instead of one and a device that runs late.
+        kept: states of two layers more, None for none; with host memory only, which takes them too.
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
         host_hits: requests that found some of their prompt in host memory only, and loaded it.
@@ -163,7 +170,14 @@ class World:
         sliding: int = 0,
         window: int = 0,
         host: HostOptions | None = None,
+        states: int = 0,
     ) -> None:
+        """Make the pools.
+
+        Args:
+            states: that the device has room for, 0 for a model without.
+        """
+        assert not states or (host and not drafts and not checkpoint), "what states are tested beside"
         self.config = KVarNConfig.from_preset(preset)
         self.pages = pages_of(self.config)
         each = max(drafts, 1)
@@ -179,11 +193,15 @@ class World:
             rows=ROWS + 1,
             device="cpu",
             draft_tokens=each,
+            states=States(states, 1, 3, 1) if states else None,
         )
-        memory_pool = compat.resolve("sglang.srt.mem_cache.memory_pool")
-        self.rows = memory_pool.ReqToTokenPool(
-            size=ROWS, max_context_len=CONTEXT, device="cpu", enable_memory_saver=False
-        )
+        self.kept = KeptStates(states, ROWS, CONTEXT) if states else None
+        if self.kept:
+            self.rows = self.kept.rows
+        else:
+            self.rows = compat.resolve("sglang.srt.mem_cache.memory_pool.ReqToTokenPool")(
+                size=ROWS, max_context_len=CONTEXT, device="cpu", enable_memory_saver=False
+            )
         self.allocator = self._make_allocator()
         # of the records; beside sliding windows one of two
         self.paged = self.allocator.full_attn_allocator if sliding else self.allocator
@@ -191,6 +209,8 @@ class World:
         make_tree = partial(calls.make_tree, self.rows, self.allocator, sliding=sliding)
         self.tier = HostTier(host, self.pool, make_tree, self.pages) if host else None
         self.tree = self.tier.tree if self.tier else make_tree()
+        if self.kept:
+            self.kept.attach(self.tree, self.tier.device)
         self.rings = self.pool.rings
         setattr(self.rows, ATTRIBUTE, self.rings)
         self.most_rows = (ROWS + PADDING) * each
@@ -291,6 +311,8 @@ class World:
         assert self.rings.out == len(self.holders()), "a ring is out for every row, and no other"
         if self.tier:
             self.tier.check()
+        if self.kept:
+            self.kept.check(self.holders() + self.waiting)
 
     def holders(self) -> list[Request]:
         """Requests that have a row."""
@@ -571,6 +593,8 @@ class World:
             request.req.init_next_round_input(None if request is self.chunked else self.tree)
             new = self._add(request, fresh, budget, reserved)
             if not new:
+                if self.kept and request is not self.chunked:
+                    self.kept.release_unadmitted(request.req)
                 break
             reserved += new + PAGE
             budget -= new
@@ -684,6 +708,9 @@ class World:
         step.exact_starts = [r.exact_start for r in step.requests]
         table, rows = self.rows.req_to_token, [r.row for r in step.requests]
         step.slots = [table[row, :end].clone() for row, (_, end) in zip(rows, step.spans, strict=True)]
+        if self.kept:
+            decoding = [r in self.running for r in step.requests]
+            step.moves, step.begun = self.kept.plan(step.requests, step.spans, decoding)
         return step
 
     def launch(self, step: Step) -> None:
@@ -699,14 +726,21 @@ class World:
             padded = step.padding * max(step.drafts, 1)
             q, k, v = (torch.cat([x, x.new_full((padded, *x.shape[1:]), 1e4)]) for x in (q, k, v))
         step.new = QKV(q, k, v)
-        layers = [partial(self._forward, step, n) for n in range(len(self.caches))]
         if self.sliding:
             self._slide(step)
-        if self.tier:
-            self.tier.launch_forward(layers, step.consumer, graph=not step.is_extend)
-        else:
-            for layer, cache in zip(layers, self.caches, strict=True):
-                layer(cache)
+        if not self.tier:
+            for n, cache in enumerate(self.caches):
+                self._forward(step, n, cache)
+            return
+        layers = {
+            layer: (partial(self.pool.layer_cache, layer), partial(self._forward, step, n))
+            for n, layer in enumerate(self.pool.layer_ids)
+        }
+        begin = partial(self.kept.begin, step.begun) if self.kept else lambda: None
+        for layer in STATE_LAYERS if self.kept else ():
+            layers[layer] = partial(self.rows.mamba2_layer_cache, layer), partial(self.kept.run, step.moves, layer)
+        ordered = [layers[layer] for layer in sorted(layers)]
+        self.tier.launch_forward(ordered, step.consumer, graph=not step.is_extend, begin=begin)
 
     def _forward(self, step: Step, n: int, cache: LayerCache) -> None:
         """Run a layer of a step; check its output and the memory that the next step will read."""
@@ -773,10 +807,12 @@ class World:
 
     def _process(self, step: Step) -> None:
         """Sample a token, put pages into the tree and re-point rows, as SGLang's result processor does."""
-        for request, (_, end) in zip(step.requests, step.spans, strict=True):
+        for request, (start, end) in zip(step.requests, step.spans, strict=True):
             if request.row is None:
                 continue
             decoded = request in self.running
+            if decoded and self.kept:
+                self.kept.process(request.req, start, end)
             if decoded and self.sliding:
                 calls.evict_sliding(self.tree, request.req, end - 1)
             if step.drafts:
