@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import drafts_on_cpu
@@ -69,8 +71,6 @@ class Cell:
 
 def refusal(cell: Cell) -> str | None:
     """Return the beginning of the sentence that refuses a cell, None for one that is served."""
-    if cell.host and cell.family == "qwen3_5_text":
-        return "--enable-hierarchical-cache cannot be combined with a kvarn cache of .*, because SGLang takes states"
     if cell.host and cell.family in ("gpt_oss", "olmo3"):
         return "--enable-hierarchical-cache cannot be combined with .*, because host memory beside sliding windows"
     if cell.host and not cell.prefix:
@@ -139,7 +139,8 @@ def options_of(cell: Cell, folder: str) -> dict[str, Any]:
         chosen |= NGRAM
     if cell.host:
         # a ring and 8 pages on the device, of which a prompt of 300 tokens takes 3
-        ring = KVarNConfig.from_preset(PRESET).ring_pages(64, 4, DRAFTS if cell.drafts else 1)
+        head_dim = json.loads((Path(folder) / "config.json").read_text())["head_dim"]
+        ring = KVarNConfig.from_preset(PRESET).ring_pages(head_dim, 4, DRAFTS if cell.drafts else 1)
         chosen |= {"max_total_tokens": (ring + 8) * 128, "hicache_ratio": 3.0, "enable_cache_report": True}
         chosen["enable_hierarchical_cache"] = True
     return chosen
