@@ -111,11 +111,11 @@ def steps_of(size: Size, lengths: tuple[int, ...], seed: object) -> list[list[Pa
     parts = []
     for task, share in zip(tasks.TASKS, _SHARES, strict=True):
         room, chains = _STEPS_TOGETHER * size.batch * share // sum(_SHARES), []
-        while room > 0 or len(chains) < _STEPS_TOGETHER:
+        # as many in each step, so that no size of problem is rarer than another
+        while room > 0 or len(chains) % _STEPS_TOGETHER:
             chains += tasks.chains(task, length, 1, draw.random(), least=_LEAST, most=size.most)
             room -= len(chains[-1].prompt) + length
         chains.sort(key=lambda chain: len(chain.prompt))
-        # those that are left over are the longest
         number = len(chains) // _STEPS_TOGETHER
         own = [_padded(chains[n * number : (n + 1) * number]) for n in range(_STEPS_TOGETHER)]
         draw.shuffle(own)

@@ -112,6 +112,8 @@ def test_a_step_has_a_part_of_each_task_and_judges_the_solutions_only():
                 assert (row[first + 24 :] == tasks.PAD).all() and (row[:first] != tasks.PAD).all()
     sizes = [sum(ids.numel() for ids, _ in parts) for parts in steps]
     assert all(0.8 * training.TINY.batch < size < 1.2 * training.TINY.batch for size in sizes)
+    # machines of all sizes: one word, six instructions of four, and where it starts
+    assert max(parts[0][0].shape[1] for parts in steps) == 1 + 24 + 10 + 24
     kept = sum((ids != tasks.PAD).sum().item() for parts in steps for ids, _ in parts)
     assert kept > 0.95 * sum(sizes)
 
