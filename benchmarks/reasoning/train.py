@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--variant", default=training.VARIANTS[0], choices=training.VARIANTS, help="Whose attention the model has.")
     option("--tiny", action="store_true", help="A model and chains for a CPU.")
     option("--steps", type=int, default=6000, metavar="N", help="Steps of training.")
-    option("--minutes", type=float, metavar="M", help="End after so many minutes instead. Not given: --steps.")
+    option("--minutes", type=float, metavar="M", help="End after so many minutes instead. Without it after --steps.")
     option("--judged", type=int, default=100, metavar="N", help="Chains of each task and length that are judged.")
     option("--workers", type=int, default=0, metavar="N", help="Processes that make chains.")
     cli.add_seed(parser, "weights and chains")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import other_sender
 import pytest
 import server_pair
+import torch
 from kvarn_kernels.config import KVarNConfig
 from server_pair import Pair
 from sglang_kvarn import compat
@@ -46,13 +47,18 @@ def pair(model, tmp_path_factory) -> Iterator[Pair]:
         yield started
 
 
-def check(pair: Pair, model: str, tokens: list[int], answer: dict, new_tokens: int = NEW) -> int:
-    """Compare an answer with the oracle's; return how much came from the prefix cache of the prefill server."""
+def check(pair: Pair, model: str, tokens: list[int], answer: dict, new_tokens: int = NEW, near: float = 0.0) -> int:
+    """Compare an answer with the oracle's; return how much came from the prefix cache of the prefill server.
+
+    Args:
+        near: by how much the oracle's logit of a token may be below that of its best one.
+    """
     assert "output_ids" in answer, answer
     cached, found = answer["meta_info"]["cached_tokens"], answer["output_ids"]
     # greedy, so that each token is the best one behind those before it
-    best = logits(model, tokens + found[:-1], PRESET, cached=cached)[len(tokens) - 1 :].argmax(-1).tolist()
-    assert (found, len(found)) == (best, new_tokens), cached
+    expected = logits(model, tokens + found[:-1], PRESET, cached=cached)[len(tokens) - 1 :]
+    below = expected.amax(-1) - expected.gather(-1, torch.tensor(found)[:, None])[:, 0]
+    assert (below.max() <= near, len(found)) == (True, new_tokens), (cached, below.tolist())
     return cached
 
 
@@ -91,7 +97,10 @@ def test_tenants_share_two_places_and_are_retracted_and_none_reads_another(pair,
     # so many steps that two of them run at a time, whatever else the machine does
     answers = [answer for _, answer in [pair.send(tokens, 40) for tokens in prompts]]
     found = [answer.result() for answer in answers]
-    hits = [check(pair, model, tokens, answer, 40) for tokens, answer in zip(prompts, found, strict=True)]
+    # who runs beside whom decides about last bits, and with 480 tokens these about a token now and then, seen: 0.0006
+    # below the best one. Another page, or another's, puts tokens below it by 0.2 and more in the mean
+    pairs = zip(prompts, found, strict=True)
+    hits = [check(pair, model, tokens, answer, 40, near=0.005) for tokens, answer in pairs]
     assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
     assert sum(hits) > 0
     pair.expect_empty()
