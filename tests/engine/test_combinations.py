@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from dataclasses import astuple, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import drafts_on_cpu
 import hybrids
 import pytest
 import states_on_cpu
+import tiny_engines
 import torch
 import triton_attention_on_cpu
-from kvarn_kernels.config import KVarNConfig
 from sglang_kvarn import compat
 from texts import REGEX, by_the_regex, with_texts
 
-from benchmarks.common import tiny_model
+from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import prompt
 
 pytestmark = pytest.mark.skipif(not compat.is_since("0.5.23"), reason="the table is that of SGLang 0.5.23")
@@ -41,11 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"moe_runner_backend": "triton"},
     "olmo3": {},
 }
-NGRAM = {
-    "speculative_algorithm": "NGRAM",
-    "speculative_ngram_max_bfs_breadth": 1,
-    "speculative_num_draft_tokens": DRAFTS,
-}
+NGRAM = models.draft_arguments(models.TINY, models.NGRAM, DRAFTS)
 # log-probabilities that differ by less are the same
 NEAR = 0.05
 
@@ -139,8 +133,7 @@ def options_of(cell: Cell, folder: str) -> dict[str, Any]:
         chosen |= NGRAM
     if cell.host:
         # a ring and 8 pages on the device, of which a prompt of 300 tokens takes 3
-        head_dim = json.loads((Path(folder) / "config.json").read_text())["head_dim"]
-        ring = KVarNConfig.from_preset(PRESET).ring_pages(head_dim, 4, DRAFTS if cell.drafts else 1)
+        ring = tiny_engines.ring_pages(folder, PRESET, 4, DRAFTS if cell.drafts else 1)
         chosen |= {"max_total_tokens": (ring + 8) * 128, "hicache_ratio": 3.0, "enable_cache_report": True}
         chosen["enable_hierarchical_cache"] = True
     return chosen

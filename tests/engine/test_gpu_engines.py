@@ -22,7 +22,7 @@ from near_ties import Tally
 from sglang_kvarn import compat, refusals
 from tiny_engines import ON_GPU, ask
 
-from benchmarks.common import tiny_model
+from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import flush, prompt
 
 pytestmark = pytest.mark.gpu if ON_GPU else pytest.mark.long
@@ -32,11 +32,7 @@ NEW, DRAFTS = 20, 4
 # A page ends at 128. Where all drafts are accepted, the runs of four prompts end at tokens that differ by one, so that
 # some of the runs have the end of the page inside them
 LENGTHS = (117, 118, 119, 120, 250, 380)
-NGRAM = {
-    "speculative_algorithm": "NGRAM",
-    "speculative_ngram_max_bfs_breadth": 1,
-    "speculative_num_draft_tokens": DRAFTS,
-}
+NGRAM = models.draft_arguments(models.TINY, models.NGRAM, DRAFTS)
 # a draft model whose cache is of 16 bits is mostly right; the others draft what they have seen, or are told
 SHARE = {"STANDALONE": 0.25}
 # those whose draft model has random weights

@@ -12,6 +12,7 @@ import pytest
 from kvarn_kernels.config import KVarNConfig
 from sglang_kvarn import compat
 
+from benchmarks.common import models
 from benchmarks.common.tiny_model import expected, flush, prompt
 
 NEW = 4
@@ -102,11 +103,7 @@ def test_a_host_pool_that_is_full_forgets_prefixes_and_nothing_else(start_engine
 
 def test_drafts_verify_on_a_prefix_from_host_memory(start_engine, model, monkeypatch, tmp_path_factory):
     drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
-    ngram = {
-        "speculative_algorithm": "NGRAM",
-        "speculative_ngram_max_bfs_breadth": 1,
-        "speculative_num_draft_tokens": 4,
-    }
+    ngram = models.draft_arguments(models.TINY, models.NGRAM, 4)
     prompts = [prompt(300, seed) for seed in range(4)]
     with start_engine(**small(KVARN, drafts=4), **ngram) as engine:
         for tokens in prompts:

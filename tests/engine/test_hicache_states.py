@@ -4,28 +4,22 @@
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 from typing import Any
 
 import drafts_on_cpu
 import hybrids
 import pytest
 import states_on_cpu
+import tiny_engines
 from hybrids import DELTA, MAMBA2, STEP, TWO_RANKS
-from kvarn_kernels.config import KVarNConfig
 from sglang_kvarn import compat
 
-from benchmarks.common import tiny_model
+from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import answers, flush, prompt
 
 NEW = 4
 KVARN, CANONICAL = "kvarn", "kvarn_canonical"
-NGRAM = {
-    "speculative_algorithm": "NGRAM",
-    "speculative_ngram_max_bfs_breadth": 1,
-    "speculative_num_draft_tokens": 4,
-}
+NGRAM = models.draft_arguments(models.TINY, models.NGRAM, 4)
 steady = functools.partial(hybrids.steady, new_tokens=NEW)
 pytestmark = pytest.mark.skipif(not compat.hosts_states(), reason="this SGLang has no prefix cache of hybrid models")
 
@@ -47,8 +41,7 @@ def options(
     Args:
         folder: of the model; states: that the device has room for, those of running requests included.
     """
-    head_dim = json.loads((Path(folder) / "config.json").read_text())["head_dim"]
-    ring = KVarNConfig.from_preset(preset).ring_pages(head_dim, 4, drafts)
+    ring = tiny_engines.ring_pages(folder, preset, 4, drafts)
     chosen = {
         "model_path": folder,
         "kv_cache_dtype": preset,

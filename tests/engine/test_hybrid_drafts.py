@@ -11,15 +11,11 @@ import pytest
 import states_on_cpu
 from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2, OPTIONS, PRESET
 
-from benchmarks.common import tiny_model
+from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import answers, flush
 
 NEW = 14
-NGRAM = {
-    "speculative_algorithm": "NGRAM",
-    "speculative_ngram_max_bfs_breadth": 1,
-    "speculative_num_draft_tokens": 8,
-}
+NGRAM = models.draft_arguments(models.TINY, models.NGRAM, 8)
 # the model itself, whose checkpoint has no head: its weights are dummies
 MTP = {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
 # layers of Falcon-H1 in 0.5.16 stop at drafts

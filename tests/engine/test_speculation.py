@@ -13,15 +13,11 @@ import torch
 from sglang_kvarn import compat
 from texts import REGEX, by_the_regex, with_texts
 
-from benchmarks.common import tiny_model
+from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import answers, expected, flush, prompt
 
 NEW = 20
-NGRAM = {
-    "speculative_algorithm": "NGRAM",
-    "speculative_ngram_max_bfs_breadth": 1,
-    "speculative_num_draft_tokens": 8,
-}
+NGRAM = models.draft_arguments(models.TINY, models.NGRAM, 8)
 KVARN, CANONICAL = "kvarn", "kvarn_canonical"
 # whether SGLang lets a request that drafts by EAGLE decode in the step of a prompt
 MIXES = hasattr(compat.resolve("sglang.srt.speculative.spec_info.SpeculativeAlgorithm"), "supports_mixed_chunk")

@@ -11,15 +11,11 @@ import pytest
 import triton_attention_on_cpu
 from sglang_kvarn import compat
 
-from benchmarks.common import tiny_model
+from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import answers, flush
 
 NEW = 14
-NGRAM = {
-    "speculative_algorithm": "NGRAM",
-    "speculative_ngram_max_bfs_breadth": 1,
-    "speculative_num_draft_tokens": 8,
-}
+NGRAM = models.draft_arguments(models.TINY, models.NGRAM, 8)
 # By family: preset, and arguments of its engine, the first of which has room for the sliding windows of few requests.
 # The tiny Mellum repeats itself, so that drafts are right before anything was answered
 FAMILIES = {

@@ -97,9 +97,10 @@ def prepare(
         add_to_engines(patch, folder / "attention", "chain_attention:install")
 
 
-def _shape(folder: str) -> dict[str, Any]:
-    """Return the sizes of a model, with those that its configuration leaves out."""
-    return _HEADS | json.loads((Path(folder) / "config.json").read_text())
+def ring_pages(folder: str, preset: str, itemsize: int, drafts: int) -> int:
+    """Return the pages of a ring of a model, by the bytes of a number and the drafts that a step verifies."""
+    head_dim = (_HEADS | json.loads((Path(folder) / "config.json").read_text()))["head_dim"]
+    return KVarNConfig.from_preset(preset).ring_pages(head_dim, itemsize, drafts)
 
 
 @contextmanager
@@ -114,8 +115,7 @@ def start(tally: Tally, *, pages: int = 40, rows: int = ROWS, drafts: int = 1, *
     Raises:
         TimeoutError: engine and block took longer than `LIMIT_SECONDS`.
     """
-    head_dim = _shape(tally.folder)["head_dim"]
-    ring = KVarNConfig.from_preset(tally.preset).ring_pages(head_dim, tally.dtype.itemsize, drafts)
+    ring = ring_pages(tally.folder, tally.preset, tally.dtype.itemsize, drafts)
     chosen = {
         "model_path": tally.folder,
         "skip_tokenizer_init": True,
