@@ -31,6 +31,24 @@ def add_with_ring(original: Callable[..., Any], adder: Any, req: Any, *args: Any
     return result
 
 
+def begin_where_a_load_failed(
+    original: Callable[..., Any], tree_cache: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Let a request whose load failed go on from the state of the device. Hook around ``init_load_back``.
+
+    A request of a hybrid model may find a prefix on the device, and a longer one in host memory. SGLang copies the
+    state behind the longer one; where that cannot be loaded the request keeps the shorter prefix, and would go on from
+    a state of zeros. The state behind the shorter one is on the device: who adds a request locks it.
+    """
+    loaded = original(tree_cache, params, *args, **kwargs)
+    if loaded is None or rings.of_pool(tree_cache.req_to_token_pool) is None:
+        return loaded
+    tokens, last_node = loaded
+    if not tokens and params.req.prefix_len:
+        compat.copy_state(tree_cache, params.req, last_node)
+    return loaded
+
+
 def limit_lengths(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Refuse requests that the pool cannot hold beside their ring. Hook after ``Scheduler.init_model_worker``."""
     worker_pool, _ = scheduler.tp_worker.get_memory_pool()

@@ -601,6 +601,16 @@ def host_states(tree_cache: Any) -> int:
     return tree_cache.host_pool_group.get_pool(resolve("sglang.srt.mem_cache.hicache_storage.PoolName").MAMBA).size
 
 
+def copy_state(tree_cache: Any, req: Any, node: Any) -> None:
+    """Let a request of a hybrid model that has no state yet begin from a copy of a node's; nothing for other models."""
+    base = "sglang.srt.mem_cache.base_prefix_cache"
+    params = resolve(f"{base}.MatchPrefixParams")(key=None, cow_mamba=True, req=req)
+    mamba = resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").MAMBA
+    if mamba in tree_cache.components and not req.kv.holds_mamba:
+        found = tree_cache.tree_core.empty_match_result._replace(best_match_node=node)
+        tree_cache.components[mamba].finalize_match_result_in_cache(params, found)
+
+
 def refuse_storage(message: str) -> Any:
     """Return a scheduler's answer to who asked for a storage and gets none."""
     output = resolve("sglang.srt.managers.io_struct.AttachHiCacheStorageReqOutput")

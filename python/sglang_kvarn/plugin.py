@@ -362,6 +362,14 @@ ALL_HOOKS = (
         since=compat.HOSTS_STATES_SINCE,
     ),
     Hook(
+        "mem_cache.unified_radix_cache.UnifiedRadixCache.init_load_back",
+        "around",
+        ("self", "params"),
+        admission.begin_where_a_load_failed,
+        why="A request of a hybrid model whose load from host memory fails would go on from a state of zeros.",
+        since=compat.HOSTS_STATES_SINCE,
+    ),
+    Hook(
         "managers.cache_controller.HiCacheController.start_writing",
         "before",
         ("self",),

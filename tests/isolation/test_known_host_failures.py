@@ -318,3 +318,31 @@ def test_a_state_of_other_tokens_is_found(monkeypatch):
     finally:
         monkeypatch.undo()
         install()
+
+
+def fail_to_load_behind_a_prefix_of_the_device(policy: str, core: str) -> None:
+    """Two pages of a prompt are on the device, and a third in host memory, where it stays."""
+    world = hosted(0, policy, core, states=STATES)
+    prefill(world, tokens(2 * PAGE, 1) + tokens(5, 2))
+    leave = prefill(world, tokens(2 * PAGE, 1) + tokens(PAGE + 5, 3))
+    again = world.come_back(leave, tokens(9, 4))
+    world.tier.has_room = False
+    world.extend(1000)
+    assert (again.exact_start, world.host_hits, world.tier.failed) == (2 * PAGE, 0, 1)
+    world.settle()
+    world.check_accounts()
+
+
+@needs_states
+@pytest.mark.parametrize("core", calls.cores)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_request_whose_load_fails_goes_on_from_the_state_of_the_device(policy, core):
+    fail_to_load_behind_a_prefix_of_the_device(policy, core)
+
+
+@needs_states
+@pytest.mark.parametrize("core", calls.cores)
+def test_a_request_whose_load_fails_without_a_state_is_found(core, monkeypatch):
+    monkeypatch.setattr(compat, "copy_state", lambda *args: None)
+    with pytest.raises(AssertionError, match="state of layer"):
+        fail_to_load_behind_a_prefix_of_the_device("write_through", core)

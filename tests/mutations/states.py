@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .mutation import Mutation
 from .paths import (
+    ADMISSION,
     COMPAT,
     PLAN,
     PLUGIN,
@@ -29,6 +30,7 @@ _BLACKWELL = f"{TEST_REFUSALS}::test_gated_delta_nets_are_refused_where_sglang_w
 # these need an SGLang with host memory for states
 _STRATEGY = f"{TEST_HOST_POOL}::test_host_memory_for_states_takes_our_pool_where_there_are_some"
 _HOSTED = f"{TEST_KNOWN_HOST}::test_a_state_from_the_host_is_read_as_one_that_never_left"
+_FAILED = f"{TEST_KNOWN_HOST}::test_a_request_whose_load_fails_goes_on_from_the_state_of_the_device"
 _ON_GPU = f"{TEST_MODELS}::test_host_memory_for_states_is_a_trial_on_a_gpu"
 _ARGUMENTS = f"{TEST_MODELS}::test_launch_refuses_arguments_of_a_hybrid"
 
@@ -192,5 +194,19 @@ def checkpoints_states""",
         "for_states = size * of_states // (of_states + tokens * token)",
         "for_states = 0",
         (f"{TEST_PLAN}::test_plan_shares_host_memory_between_tokens_and_states_as_the_gpu_does",),
+    ),
+    Mutation(
+        "a request whose load fails, from a state of zeros",
+        ADMISSION,
+        "if not tokens and params.req.prefix_len:",
+        "if tokens and params.req.prefix_len:",
+        (_FAILED,),
+    ),
+    Mutation(
+        "a request whose load fails, from the state that was not loaded",
+        COMPAT,
+        "_replace(best_match_node=node)",
+        "_replace(best_match_node=req.best_match_node)",
+        (_FAILED,),
     ),
 )

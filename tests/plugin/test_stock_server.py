@@ -86,6 +86,7 @@ STOCK = {
     "admission.add_with_ring": [
         ((SimpleNamespace(tree_cache=SimpleNamespace(req_to_token_pool=SimpleNamespace())), Unread()), {})
     ],
+    "admission.begin_where_a_load_failed": [((SimpleNamespace(req_to_token_pool=SimpleNamespace()), Unread()), {})],
     "admission.limit_lengths": [
         ((SimpleNamespace(tp_worker=SimpleNamespace(get_memory_pool=lambda: (SimpleNamespace(), None))),), {})
     ],

@@ -28,7 +28,7 @@ class Move:
     """What a step does to the state of one request.
 
     Attributes:
-        slot: of the state; before, after: hashes, 0 before the first token.
+        slot: of the state; before, after: hashes, 0 before the first token, where a state is zeros.
         kept: slot of the copy, None for none; at: its hash; request: for messages.
     """
 
@@ -76,7 +76,8 @@ class KeptStates:
         for name, kind in (("backup_from_device_all_layer", "host states"), ("load_to_device_per_layer", "states")):
             setattr(self.host, name, partial(self._launch, getattr(self.host, name), kind))
         pool = self.rows.mamba_pool
-        pool.copy_from = partial(self._launch, pool.copy_from, "states")
+        for name in ("copy_from", "clear_slots"):
+            setattr(pool, name, partial(self._launch, getattr(pool, name), "states"))
 
     def _launch(self, copy: Callable, kind: str, *args: Any, **kwargs: Any) -> None:
         self._device.launch(partial(copy, *args, **kwargs), kind, frozenset([0]))
@@ -88,14 +89,18 @@ class KeptStates:
             self.rows.mamba_allocator.free(req.kv.mamba_pool_idx.unsqueeze(-1))
             req.kv.mamba_pool_idx = None
 
+    def make_room(self, reqs: list[Any]) -> None:
+        """Evict states of the tree until requests that get a row find theirs, as SGLang does before it gives rows."""
+        compat.resolve("sglang.srt.mem_cache.allocation.ensure_mamba_capacity")(self.rows, reqs, self._tree)
+
     def plan(self, requests: list[Any], spans: list[tuple[int, int]], decoding: list[bool]) -> tuple[list[Move], list]:
-        """Return what a step does to states, and (from, to) of the states from which requests begin."""
+        """Return what a step does to states, and (from, to) of those from which requests begin; from None: of zeros."""
         moves, begun = [], []
         for request, (start, end), decodes in zip(requests, spans, decoding, strict=True):
             req, hashes = request.req, [0, *request.history.hashes]
             kv, edge = req.kv, end // PAGE * PAGE
             if not decodes:
-                if kv.mamba_cow_src_index is not None:
+                if kv.mamba_cow_src_index is not None or kv.mamba_needs_clear:
                     begun.append((kv.mamba_cow_src_index, kv.mamba_pool_idx.unsqueeze(0)))
                 kv.mamba_cow_src_index, kv.mamba_needs_clear = None, False
                 if req.mamba_branching_seqlen is not None and start < req.mamba_branching_seqlen < end:
@@ -119,19 +124,19 @@ class KeptStates:
         kv.mamba_next_track_idx = self.rows.get_mamba_ping_pong_other_idx(kv.mamba_next_track_idx)
 
     def begin(self, begun: list) -> None:
-        """Copy the states from which requests of a step begin, behind what SGLang has the copy wait for."""
-        if begun:
-            sources, targets = (torch.cat(slots) for slots in zip(*begun, strict=True))
-            self.rows.copy_mamba_state(sources, targets)
+        """Clear and copy the states from which requests of a step begin, behind what SGLang has the copy wait for."""
+        if cleared := [target for source, target in begun if source is None]:
+            self.rows.mamba_pool.clear_slots(torch.cat(cleared))
+        if copied := [slots for slots in begun if slots[0] is not None]:
+            self.rows.copy_mamba_state(*(torch.cat(slots) for slots in zip(*copied, strict=True)))
 
     @staticmethod
     def run(moves: list[Move], layer: int, memory: Any) -> None:
         """Run a layer of states of a step: check what each goes on from, and move it."""
         for move in moves:
             for part in (memory.temporal, *memory.conv):
-                if move.before:
-                    found = int(part[move.slot])
-                    assert found == _state(move.before, layer), f"request {move.request}: state of layer {layer}"
+                expected = _state(move.before, layer) if move.before else 0
+                assert int(part[move.slot]) == expected, f"request {move.request}: state of layer {layer}"
                 part[move.slot] = _state(move.after, layer)
                 if move.kept is not None:
                     part[move.kept] = _state(move.at, layer)

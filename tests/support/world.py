@@ -657,6 +657,8 @@ class World:
                 request.exact_start = calls.prefix_len(request.req)
                 self.waiting.remove(request)
         prefixes = [calls.prefix_slots(self.tree, self.rows, r.req) for r in fresh]
+        if self.kept:
+            self.kept.make_room([r.req for r in fresh])
         rows = self.rows.alloc([r.req for r in fresh])
         assert rows is not None, "only as many as there are rows are chosen"
         starts, ends = zip(*(calls.extend_range(r.req) for r in fresh), strict=True)
