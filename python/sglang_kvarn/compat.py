@@ -586,6 +586,11 @@ def fences_host_copies() -> bool:
     return is_since("0.5.23") or not is_since("0.5.18")
 
 
+def moves_host_indices_by_pool() -> bool:
+    """Whether each host pool gets slots where its copies want them; before, all get them where the first pool does."""
+    return is_since("0.5.23")
+
+
 def salts_storage_keys() -> bool:
     """Whether the keys of a storage behind host memory hold the salt and the adapter of a request."""
     return is_since("0.5.23")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,3 +72,12 @@ def charge_draft(result: None, configurator: Any, kvc: Any) -> None:
     config = settings.target_preset(kvc)
     if config is not None and (drafted := budget.draft_token_bytes(kvc)):
         configurator._cell_size = budget.model_shape(kvc).token_bytes(config) + drafted
+
+
+def keep_apart(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+    """Let host memory keep a draft model's pages in a pool of its own. Hook around ``_can_pack_hicache_mtp``.
+
+    SGLang would pack the layer of a head that comes with the model into the pages of the target, as one more layer of
+    the same kind: here a page holds records. A draft model of any other kind has its own pool in any case.
+    """
+    return not settings.is_kvarn(compat.published_argument("kv_cache_dtype")) and original(*args, **kwargs)

@@ -42,13 +42,13 @@ class KVarNHostPool(compat.HostKVCache):
 
         Args:
             source: the pool of the device, until 0.5.20 itself; host_to_device_ratio: tokens here for each of its own,
-                unless host_size gives GB.
+                unless host_size gives GB, in which what a draft model keeps of the same tokens has room, too.
 
         Raises:
             ValueError: the memory is not there.
         """
         pool = source.pool if isinstance(source, HostSource) else source
-        assert not kwargs.get("draft_buffer_infos"), "draft models beside host memory are refused"
+        assert not kwargs.get("draft_buffer_infos"), "a draft model has a host pool of its own"
         self._pool = self.device_pool = pool
         self.layer_num = self.target_layer_num = pool.layer_num
         self._row_bytes = pool.slab[0, 0].nbytes
@@ -60,13 +60,14 @@ class KVarNHostPool(compat.HostKVCache):
         self.can_use_jit = False
         first_tokens = first_token_dtype(pool.shape.dtype)
         self._header = int(tile.header(first_tokens == torch.bfloat16))
+        token_bytes = self.page_bytes // page_size
         if not pool.slab.is_cuda:
             # SGLang leaves 10 GB free, for the other processes of a machine with GPUs
             compat.reserve_no_host_memory()
         super().__init__(
-            **compat.host_pool_arguments(pool, self.page_bytes // page_size),
+            **compat.host_pool_arguments(pool, token_bytes),
             host_to_device_ratio=host_to_device_ratio,
-            host_size=host_size,
+            host_size=host_size * token_bytes / (token_bytes + pool.draft_token_bytes),
             page_size=page_size,
             layout=LAYOUT,
             pin_memory=pool.slab.is_cuda,

@@ -362,6 +362,14 @@ ALL_HOOKS = (
         since=compat.HOSTS_STATES_SINCE,
     ),
     Hook(
+        "speculative.base_spec_worker._can_pack_hicache_mtp",
+        "around",
+        ("spec_algorithm", "draft_runners"),
+        drafts.keep_apart,
+        why="Host memory would put the layer of a draft model into pages of records, as one more of them.",
+        since="0.5.23",
+    ),
+    Hook(
         "mem_cache.unified_radix_cache.UnifiedRadixCache.init_load_back",
         "around",
         ("self", "params"),

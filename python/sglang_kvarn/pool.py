@@ -71,6 +71,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         states: that SGLang keeps for the other layers, None where there are none.
         sliding_tokens: of SGLang's pool for the layers with a sliding window, 0 where there are none.
         draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
+        draft_token_bytes: of a token in the cache of a draft model, which is SGLang's; 0 without one.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         states: States | None = None,
         sliding_tokens: int = 0,
         draft_tokens: int = 1,
+        draft_token_bytes: int = 0,
     ) -> None:
         """Allocate everything.
 
@@ -92,13 +94,15 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
             tokens: of the pool, whole pages; rows: of SGLang's ReqToTokenPool, the padding row included.
             states: that SGLang keeps for the other layers; sliding_tokens: that it keeps for them.
             draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
+            draft_token_bytes: of a token in the cache of a draft model, 0 without one.
 
         Raises:
             ValueError: the tokens are no whole pages.
         """
         hook.verify_hooks()
         self.config, self._rows, self.shape, self.layer_ids = config, rows, shape, layer_ids
-        self.states, self.sliding_tokens, self.draft_tokens = states, sliding_tokens, draft_tokens
+        self.states, self.sliding_tokens = states, sliding_tokens
+        self.draft_tokens, self.draft_token_bytes = draft_tokens, draft_token_bytes
         super().__init__(
             tokens,
             page_size=PAGE_SIZE,
@@ -313,12 +317,13 @@ def build(
         states=budget.states(configurator),
         sliding_tokens=sliding_tokens,
         draft_tokens=draft_tokens,
+        draft_token_bytes=budget.draft_token_bytes(configurator),
     )
     setattr(req_to_token_pool, ATTRIBUTE, pool.rings)
     if compat.get_parallel().tp_rank == 0:
         _log(pool, shape)
-        if drafted := budget.draft_token_bytes(configurator):
-            _log_draft(drafted, shape.token_bytes(config), configurator)
+        if pool.draft_token_bytes:
+            _log_draft(pool.draft_token_bytes, shape.token_bytes(config), configurator)
         if pool.states is not None:
             _log_states(pool, pool.states, configurator)
         if sliding_tokens:

@@ -21,8 +21,8 @@ UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNT
 UNTESTED_WINDOWS_ENV, UNTESTED_RANKS_ENV = "KVARN_UNTESTED_WINDOWS", "KVARN_UNTESTED_RANKS"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
-# the one of them that SGLang has for states
-_STATE_LAYOUT = "page_first"
+# the one of them that SGLang has for states, and copies what a draft model keeps in
+_PAGE_FIRST = "page_first"
 MIN_POOL_TOKENS = capacity.MIN_PAGES * settings.PAGE_SIZE
 
 _NOT_A_SLOT = f"it copies single tokens, and {settings.PAGE_SIZE} tokens share one record"
@@ -118,11 +118,16 @@ def _host_memory(applies: Callable[[Any], bool], what: str, why: str, way_out: s
     return Refusal(lambda args: args.enable_hierarchical_cache and applies(args), _text(what, why, way_out), typed)
 
 
+def _has_draft_model(args: Any) -> bool:
+    return algorithm_of(args) not in ("", NGRAM)
+
+
 _HICACHE = "--enable-hierarchical-cache"
 _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
 _NOT_COMPARED = "on a GPU answers behind host memory were compared without drafts and without a storage only"
 _NO_STATE_FILES = "states in files beside records are not tested"
+_NO_DRAFT_FILES = "keys and values of a draft model in files beside records are not tested"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
 _HOST_MEMORY = (
     _host_memory(
@@ -175,11 +180,21 @@ _HOST_MEMORY = (
         "drop --hicache-host-memory-mode",
     ),
     _host_memory(
-        lambda args: algorithm_of(args) not in ("", NGRAM),
-        f"{_HICACHE} beside the draft model of --speculative-algorithm",
-        "SGLang packs layers of a draft model into pages of the target, where records leave no room, or copies them "
-        "with kernels for GPUs, where host memory has not run yet",
-        f"drop {_HICACHE}, or set --speculative-algorithm NGRAM",
+        lambda args: (
+            _has_draft_model(args)
+            and args.hicache_mem_layout != _PAGE_FIRST
+            and not compat.moves_host_indices_by_pool()
+        ),
+        "--hicache-mem-layout {args.hicache_mem_layout} beside the draft model of --speculative-algorithm",
+        f"this version of SGLang copies what it keeps of one in the order {_PAGE_FIRST} only beside records",
+        "drop --hicache-mem-layout, or use SGLang 0.5.23",
+        typed=False,
+    ),
+    _host_memory(
+        lambda args: _has_draft_model(args) and args.hicache_storage_backend is not None,
+        "--hicache-storage-backend beside the draft model of --speculative-algorithm",
+        _NO_DRAFT_FILES,
+        "drop --hicache-storage-backend, or set --speculative-algorithm NGRAM",
     ),
 )
 
@@ -343,7 +358,7 @@ ARGUMENTS = (
     *(_other_drafts(name, why) for name, why in _OTHER_DRAFTS.items()),
     _other_drafts(None, "only the verification of SGLang's own chains of drafts is tested"),
     Refusal(
-        lambda args: algorithm_of(args) not in ("", NGRAM) and args.speculative_eagle_topk not in (None, 1),
+        lambda args: _has_draft_model(args) and args.speculative_eagle_topk not in (None, 1),
         _text("--speculative-eagle-topk {args.speculative_eagle_topk}", _TREE, "set --speculative-eagle-topk 1"),
     ),
     Refusal(
@@ -529,6 +544,8 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
     elif compat.hybrid_config(scheduler.model_config) is not None:
         why, way_out = _NO_STATE_FILES, "keep prefixes in memory"
+    elif _has_draft_model(scheduler.server_args):
+        why, way_out = _NO_DRAFT_FILES, "keep prefixes in memory"
     elif compat.published_argument("device") != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
         why, way_out = _NOT_COMPARED, f"start the server with {UNTESTED_HICACHE_ENV}=1 to try it"
     else:
@@ -712,10 +729,10 @@ def _check_host_states(args: Any, model: str) -> None:
             f"--hicache-storage-backend cannot be combined with a kvarn cache of {model}, because {_NO_STATE_FILES}: "
             "drop --hicache-storage-backend"
         )
-    if args.hicache_mem_layout != _STATE_LAYOUT:
+    if args.hicache_mem_layout != _PAGE_FIRST:
         raise Refused(
             f"--hicache-mem-layout {args.hicache_mem_layout} cannot be combined with a kvarn cache of {model}, because "
-            f"SGLang keeps states in host memory in the order {_STATE_LAYOUT} only: drop --hicache-mem-layout"
+            f"SGLang keeps states in host memory in the order {_PAGE_FIRST} only: drop --hicache-mem-layout"
         )
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import drafts_on_cpu
 import pytest
+from engine_plugin import add_to_engines
 from kvarn_kernels.config import KVarNConfig
 from sglang_kvarn import compat
+from test_draft_kinds import block_drafter
+from test_speculation import eagle_head
 
 from benchmarks.common import models
-from benchmarks.common.tiny_model import expected, flush, prompt
+from benchmarks.common.tiny_model import answers, expected, flush, prompt
 
 NEW = 4
 # a prompt of 300 tokens takes 3 pages, 2 of which stay in the prefix cache
@@ -106,6 +109,45 @@ def test_drafts_verify_on_a_prefix_from_host_memory(start_engine, model, monkeyp
     ngram = models.draft_arguments(models.TINY, models.NGRAM, 4)
     prompts = [prompt(300, seed) for seed in range(4)]
     with start_engine(**small(KVARN, drafts=4), **ngram) as engine:
+        for tokens in prompts:
+            ask(engine, model, KVARN, tokens)
+        assert sum(ask(engine, model, KVARN, tokens)["host"] for tokens in prompts) >= 256
+
+
+def test_a_draft_model_finds_its_keys_and_values_in_host_memory(start_engine, model, monkeypatch, tmp_path_factory):
+    drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
+    # the model drafts for itself, from a cache in 16 bits
+    drafted = {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": model}
+    prompts = [prompt(300, seed) for seed in range(4)]
+
+    def ask_each(engine) -> tuple[list[int], int]:
+        found = [answers(engine, [tokens], 16)[0] for tokens in prompts]
+        for tokens, answer in zip(prompts, found, strict=True):
+            assert answer["tokens"] == expected(model, tokens, KVARN, cached=answer["cached"], new_tokens=16)
+        return [answer["cached"] for answer in found], sum(answer["drafts_accepted"] for answer in found)
+
+    with start_engine(**small(KVARN, drafts=4), **drafted) as engine:
+        first, accepted = ask_each(engine)
+        again, accepted_again = ask_each(engine)
+    # of 4 prompts the pool of the device holds fewer than 3
+    assert first == [0] * 4 and again.count(256) >= 3
+    # next to none where the draft model finds zeros
+    assert accepted_again > accepted // 2 > 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "DFLASH"])
+def test_heads_draft_on_a_prefix_from_host_memory(start_engine, model, monkeypatch, tmp_path_factory, algorithm):
+    drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
+    add_to_engines(monkeypatch, tmp_path_factory.mktemp("plugin"), "chain_attention:install")
+    head = tmp_path_factory.mktemp("head")
+    if algorithm == "DFLASH":
+        folder = block_drafter(head)
+    else:
+        folder = eagle_head(head, f"LlamaForCausalLM{algorithm.title()}")
+    drafted = {"speculative_algorithm": algorithm, "speculative_draft_model_path": folder}
+    prompts = [prompt(300, seed) for seed in range(4)]
+    with start_engine(**small(KVARN, drafts=4), **drafted, speculative_draft_load_format="dummy") as engine:
         for tokens in prompts:
             ask(engine, model, KVARN, tokens)
         assert sum(ask(engine, model, KVARN, tokens)["host"] for tokens in prompts) >= 256

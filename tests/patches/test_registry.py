@@ -145,6 +145,7 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     # drafts, whose own cache SGLang charges after it asked a format
     kept.append("model_executor.pool_configurator.DefaultPoolConfigurator.__init__")
     kept.append("speculative.cpp_ngram.ngram_corpus.NgramCorpus.batch_get")
+    kept += [h.target for h in plugin.HOOKS if h.target.endswith("_can_pack_hicache_mtp")]
     # rings of requests, which are pages of the pool
     kept += [f"mem_cache.memory_pool.ReqToTokenPool.{name}" for name in ("alloc", "free", "clear")]
     kept += ["mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__"]

@@ -176,6 +176,13 @@ def test_trees_of_other_caches_stay(monkeypatch, cache):
     assert drafts.keep_chains((np.zeros(6), TREES), None) is None
 
 
+@pytest.mark.parametrize(("cache", "packed"), [("kvarn", False), ("auto", True), ("fp8_e4m3", True), (None, True)])
+def test_host_memory_packs_a_draft_model_into_pages_of_other_caches_only(monkeypatch, cache, packed):
+    monkeypatch.setattr(compat, "published_argument", {"kv_cache_dtype": cache}.get)
+    assert drafts.keep_apart(lambda *args: args == (1, 2), 1, 2) is packed
+    assert drafts.keep_apart(lambda *args: False, 1, 2) is False
+
+
 def test_no_argument_is_published_outside_of_a_server(monkeypatch):
     context = compat.resolve("sglang.srt.runtime_context.get_context")()
     fresh = type(context)(context.parallel)

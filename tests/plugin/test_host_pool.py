@@ -57,6 +57,9 @@ def test_a_host_pool_holds_so_many_times_the_tokens_or_so_many_bytes(pool, make)
     assert host.kv_buffer.nbytes == host.size * token_bytes and not host.kv_buffer.is_pinned()
     size = 40 * PAGE * token_bytes / 1e9
     assert make(host_size=size).page_num in (40, 41)
+    # the bytes are also for what a draft model keeps of the same tokens
+    pool.draft_token_bytes = 3 * token_bytes
+    assert make(host_size=size).page_num in (10, 11) and make().size == host.size
 
 
 def test_pages_come_back_layer_by_layer_wherever_they_are_needed(pool, make):

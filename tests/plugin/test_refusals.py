@@ -56,11 +56,13 @@ CASES = [
     ("use_ray", True, "--use-ray"),
 ]
 # beside --enable-hierarchical-cache; on the platform of these tests it is served itself
+NGRAM = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
+# of a draft model
+CHAIN = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 HOST_MEMORY = [
     ({"hicache_storage_backend": "nixl"}, "--hicache-storage-backend", "--hicache-storage-backend, or"),
     ({"hicache_io_backend": "direct"}, "--hicache-io-backend direct", "set it to kernel"),
     ({"hicache_mem_layout": "page_head"}, "--hicache-mem-layout page_head", "drop --hicache-mem-layout"),
-    ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "--enable-hierarchical-cache beside", "NGRAM"),
 ]
 HOST_MODE = "hicache_host_memory_mode"
 if compat.has_argument(HOST_MODE):
@@ -256,13 +258,22 @@ def test_check_arguments_says_what_is_not_served_in_host_memory(served, changes,
 def test_check_arguments_takes_host_memory(served, monkeypatch, layout):
     taken = {"enable_hierarchical_cache": True, "hicache_mem_layout": layout}
     refusals.check_arguments(Changed(served, **taken))
-    drafts = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
-    refusals.check_arguments(Changed(served, **drafts, **taken))
     monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
-    refusals.check_arguments(Changed(served, device="cuda", **drafts, **taken))
+    monkeypatch.setattr(compat, "moves_host_indices_by_pool", lambda: True)
+    for device in ("cpu", "cuda"):
+        for drafts in (NGRAM, CHAIN):
+            refusals.check_arguments(Changed(served, device=device, **drafts, **taken))
 
 
-@pytest.mark.parametrize("drafts", [{}, {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}])
+def test_check_arguments_refuses_a_draft_model_in_host_memory_of_another_order(served, monkeypatch):
+    taken = CHAIN | {"enable_hierarchical_cache": True}
+    monkeypatch.setattr(compat, "moves_host_indices_by_pool", lambda: False)
+    refusals.check_arguments(Changed(served, **taken, hicache_mem_layout="page_first"))
+    message = refused(Changed(served, **taken, hicache_mem_layout="layer_first"))
+    assert message.endswith("drop --hicache-mem-layout, or use SGLang 0.5.23")
+
+
+@pytest.mark.parametrize("drafts", [{}, NGRAM, CHAIN])
 @pytest.mark.parametrize("storage", [None, "file"])
 def test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared(served, monkeypatch, drafts, storage):
     args = Changed(
@@ -293,27 +304,34 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
     args = Changed(served, enable_hierarchical_cache=True, hicache_storage_backend="file")
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: True)
     refusals.check_arguments(args)
+    refusals.check_arguments(Changed(args, **NGRAM))
+    assert refused(Changed(args, **CHAIN)).endswith("-backend, or set --speculative-algorithm NGRAM")
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: False)
     assert refused(args).endswith(": drop --hicache-storage-backend, or use SGLang 0.5.23")
 
 
 @pytest.mark.parametrize(
-    ("device", "storage", "salted", "states", "end"),
+    ("device", "storage", "salted", "states", "algorithm", "end"),
     [
-        ("cpu", "file", True, None, None),
-        ("cuda", "file", True, None, "a storage only: start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
-        ("cpu", "mooncake", True, None, "because only files are tested: attach file"),
-        ("cpu", "dynamic", True, None, "because only files are tested: attach file"),
-        ("cpu", "file", False, None, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("cuda", "mooncake", False, None, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("cpu", "file", True, object(), "beside records are not tested: keep prefixes in memory"),
+        ("cpu", "file", True, None, None, None),
+        ("cuda", "file", True, None, None, "a storage only: start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
+        ("cpu", "mooncake", True, None, None, "because only files are tested: attach file"),
+        ("cpu", "dynamic", True, None, None, "because only files are tested: attach file"),
+        ("cpu", "file", False, None, None, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("cuda", "mooncake", False, None, None, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("cpu", "file", True, object(), "NGRAM", "beside records are not tested: keep prefixes in memory"),
+        ("cpu", "file", True, None, "NGRAM", None),
+        ("cpu", "file", True, None, "EAGLE", "in files beside records are not tested: keep prefixes in memory"),
     ],
 )
-def test_a_running_server_attaches_what_it_could_start_with(monkeypatch, device, storage, salted, states, end):
+def test_a_running_server_attaches_what_it_could_start_with(
+    monkeypatch, device, storage, salted, states, algorithm, end
+):
     monkeypatch.setattr(compat, "published_argument", lambda name: {"device": device}[name])
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: salted)
     monkeypatch.setattr(compat, "hybrid_config", lambda model_config: model_config)
-    scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"), model_config=states)
+    args = SimpleNamespace(kv_cache_dtype="kvarn", speculative_algorithm=algorithm)
+    scheduler = SimpleNamespace(server_args=args, model_config=states)
     request = SimpleNamespace(hicache_storage_backend=storage)
     attached = []
     answer = refusals.attach_or_refuse(lambda *given: attached.append(given), scheduler, request)
@@ -371,10 +389,10 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, three for the
-    # version beside host memory, also on a GPU, and storage; two for the version and DP attention beside
-    # transfers; four for pipelines
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 11 + (not compat.has_argument(HOST_MODE))
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, five for host
+    # memory (the version, its order with a draft model, a GPU, storage, storage with a draft model); two for the
+    # version and DP attention beside transfers; four for pipelines
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
     cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 2 + 4
     assert len(refusals.ARGUMENTS) == cases
 
