@@ -56,10 +56,10 @@ def sliding_share(configurator: Any) -> SlidingShare:
     chunks = found.chunk_len if args.disable_overlap_schedule else 2 * found.chunk_len
     interval = compat.sliding_eviction_interval()
     window, drafts = configurator.sliding_window_size, found.draft_tokens
-    each = capacity.sliding_tokens_of_request(window, interval, drafts)
+    each, drafted = capacity.sliding_tokens_of_request(window, interval, drafts), draft_token_bytes(configurator)
     return SlidingShare(
-        token=shape.token_bytes(config),
-        plain_token=shape.full_token_bytes(configurator.model_dtype.itemsize),
+        token=shape.token_bytes(config) + drafted,
+        plain_token=shape.full_token_bytes(itemsize) + drafted,
         sliding_token=len(sliding_layer_ids(configurator)) * heads * sum(channels) * itemsize,
         ratio=compat.scheduler_argument(server_args, "swa_full_tokens_ratio"),
         is_chosen=not compat.is_sliding_ratio_open(server_args),

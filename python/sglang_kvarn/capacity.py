@@ -87,7 +87,8 @@ class SlidingShare:
     """Share memory between records and sliding windows, whose tokens stay in 16 bits.
 
     Attributes:
-        token: bytes of a token in records, all layers; plain_token: what it takes in 16 bits.
+        token: bytes of a token in records, all layers, and in a draft model's cache; plain_token: what it takes in 16
+            bits.
         sliding_token: bytes of a token in all layers with a sliding window.
         ratio: tokens of sliding windows for each other token; is_chosen: by the user, who takes it as it is. Else the
             sliding windows get the bytes that they have with this ratio beside a 16-bit cache.

@@ -43,6 +43,8 @@ WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
 # of both, those that have answered right on a GPU, from a version of SGLang on
 _WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM")
 _WINDOWS_ON_GPUS_SINCE = "0.5.23"
+# drafts that are tested beside sliding windows: those of the two last come from heads with full attention
+_DRAFTS_BESIDE_WINDOWS = (NGRAM, "EAGLE", "EAGLE3")
 # models whose configuration has a `sliding_window_pattern`, if only an empty one: SGLang insists on its own backends
 _OWN_BACKENDS = ("Exaone4ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")
 # models whose window SGLang hands to its backends as the tokens before the query's own
@@ -752,14 +754,15 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     if not model_config.is_hybrid_swa:
         # the backend of all layers is ours
         backends = {None}
-    if (algorithm := algorithm_of(args)) not in ("", NGRAM):
+    if (algorithm := algorithm_of(args)) not in ("", *_DRAFTS_BESIDE_WINDOWS):
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
-            f"that kind are not tested beside sliding windows yet: set it to {NGRAM}"
+            "that kind are not tested beside sliding windows yet: set it to "
+            f"{' or '.join((', '.join(_DRAFTS_BESIDE_WINDOWS[:-1]), _DRAFTS_BESIDE_WINDOWS[-1]))}"
         )
     if algorithm and "flashinfer" in backends:
         raise Refused(
-            f"--attention-backend flashinfer cannot verify drafts of {NGRAM} in the sliding windows of {model}, "
+            f"--attention-backend flashinfer cannot verify drafts in the sliding windows of {model}, "
             "because it reads the first tokens of a request in the place of those in a window, whatever the cache: "
             "set --attention-backend to triton, or drop --speculative-algorithm"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NGRAM drafts of models with sliding windows: verified by SGLang's backend in windows of its own, or from records."""
+"""Drafts of models with sliding windows: verified by SGLang's backend in windows of its own, or from records."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import hybrids
 import pytest
 import triton_attention_on_cpu
 from sglang_kvarn import compat
+from test_speculation import eagle_head
 
 from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import answers, flush
@@ -102,3 +103,24 @@ def test_more_requests_than_rows_are_all_answered_as_alone(drafting):
         together = answers(engine, list(prompts), NEW)
         assert [answer["tokens"] for answer in together] == list(expected)
     assert sum(answer["drafts_accepted"] for answer in together) > NEW
+
+
+@pytest.mark.parametrize(
+    ("family", "algorithm"), [("gpt_oss", "EAGLE3"), pytest.param("laguna", "EAGLE", marks=pytest.mark.long)]
+)
+def test_a_head_drafts_from_a_cache_of_its_own(start_engine, tmp_path, capfd, family, algorithm):
+    preset, options = FAMILIES[family]
+    folder, head = tiny_model.save(tmp_path / "model", family), tmp_path / "head"
+    head.mkdir()
+    drafted = {"speculative_algorithm": algorithm, "speculative_draft_load_format": "dummy", "log_level": "info"}
+    drafted["speculative_draft_model_path"] = eagle_head(head, f"LlamaForCausalLM{algorithm.title()}")
+    # longer than a window; its second page ends amid the answer
+    tokens, expected = hybrids.steady(folder, 380, preset=preset, new_tokens=NEW)
+    turn, continued = hybrids.steady(folder, 450, after=tokens + expected, cached=384, preset=preset, new_tokens=NEW)
+    with start_engine(model_path=folder, kv_cache_dtype=preset, **options, **drafted) as engine:
+        (first,) = answers(engine, [tokens], NEW)
+        (hit,) = answers(engine, [turn], NEW)
+    assert first["tokens"] == expected and first["cached"] == 0
+    assert hit["tokens"] == continued and hit["cached"] == 384
+    # 4 KV heads of 64 channels in float32
+    assert "the draft model keeps 2,048 bytes of a token" in capfd.readouterr().err

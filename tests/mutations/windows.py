@@ -261,6 +261,13 @@ MUTATIONS = (
         (f"{TEST_BUDGET}::test_sliding_share_reads_shapes_and_arguments_of_a_server",),
     ),
     Mutation(
+        "a draft model beside sliding windows costs nothing",
+        BUDGET,
+        "token=shape.token_bytes(config) + drafted,",
+        "token=shape.token_bytes(config),",
+        (f"{TEST_BUDGET}::test_sliding_share_reads_shapes_and_arguments_of_a_server",),
+    ),
+    Mutation(
         "no room for sliding windows of drafts",
         CAPACITY,
         "ahead = 2 * draft_tokens if",

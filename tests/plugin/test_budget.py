@@ -439,6 +439,7 @@ def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
     monkeypatch.setattr(compat, "attention_backends", lambda args: 1)
     monkeypatch.setattr(compat, "is_sliding_ratio_open", lambda args: True)
     monkeypatch.setattr(compat, "sliding_eviction_interval", lambda: 128)
+    monkeypatch.setattr(budget, "draft_token_bytes", lambda kvc: 0)
     share = budget.sliding_share(kvc)
     assert (share.token, share.plain_token) == (2 * 2 * 59, 2 * 2 * 2 * 64 * 2)
     assert share.sliding_token == 2 * 6 * 2 * 64 * 2
@@ -452,3 +453,7 @@ def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
     monkeypatch.setattr(compat, "draft_tokens", lambda args: 8)
     drafting = budget.sliding_share(kvc)
     assert (drafting.least, drafting.most) == (share.least + 16, share.most + 4 * 16)
+    # what a draft model keeps of a token is charged beside it, with any cache
+    monkeypatch.setattr(budget, "draft_token_bytes", lambda kvc: 1000)
+    with_model = budget.sliding_share(kvc)
+    assert with_model.token - drafting.token == with_model.plain_token - drafting.plain_token == 1000

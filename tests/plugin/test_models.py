@@ -453,7 +453,7 @@ def test_launch_refuses_arguments_beside_sliding_windows(launch, arguments, flag
         launch(architecture, "laguna", CHANGES[architecture], **arguments)
 
 
-def test_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypatch):
+def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     config = SimpleNamespace(is_hybrid_swa=True, hf_config=SimpleNamespace(architectures=["GptOssForCausalLM"]))
     off = {"enable_hierarchical_cache": False, "speculative_algorithm": None, "device": "cpu"}
@@ -462,8 +462,9 @@ def test_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(mo
     refusals.check_windows(SimpleNamespace(**off), config)
     refusals.check_windows(SimpleNamespace(**off | {"attention_backend": "flashinfer"}), config)
     refusals.check_windows(SimpleNamespace(**off | {"speculative_algorithm": "NGRAM"}), config)
-    with pytest.raises(ValueError, match=r"drafts of that kind are not tested beside sliding windows yet: set it to N"):
-        refusals.check_windows(SimpleNamespace(**off | {"speculative_algorithm": "EAGLE3"}), config)
+    with pytest.raises(ValueError, match=r"of that kind are not tested beside sliding .* NGRAM, EAGLE or EAGLE3$"):
+        refusals.check_windows(SimpleNamespace(**off | {"speculative_algorithm": "STANDALONE"}), config)
+    refusals.check_windows(SimpleNamespace(**off | {"speculative_algorithm": "EAGLE3"}), config)
     of_flashinfer = {"speculative_algorithm": "NGRAM", "attention_backend": "flashinfer"}
     with pytest.raises(ValueError, match=r"flashinfer cannot verify drafts .* first tokens .*: set --attention"):
         refusals.check_windows(SimpleNamespace(**off | of_flashinfer), config)
