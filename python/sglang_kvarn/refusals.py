@@ -95,8 +95,6 @@ def _flag(name: str, why: str, *, off: Any = False) -> Refusal:
 MAX_DRAFT_TOKENS = settings.PAGE_SIZE - 2
 # algorithms whose drafts follow one another; a verify step reads what stands before each
 CHAINS = (NGRAM, "STANDALONE", "EAGLE", "EAGLE3", "NEXTN", DFLASH)
-# those of a head that comes with the model; SGLang calls the first one by the name of the second
-_HEADS = ("NEXTN", "EAGLE")
 _OTHER_DRAFTS = {
     "DSPARK": "its requests have different numbers of drafts in a step",
     "FROZEN_KV_MTP": "its draft model reads the cache of the target",
@@ -646,11 +644,11 @@ def check_states(server_args: Any, model_config: Any) -> None:
     if (states := compat.hybrid_config(model_config)) is None:
         return
     args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
-    tested = (NGRAM, *_HEADS) if compat.has_gated_delta_nets(states) else (NGRAM,)
+    tested = CHAINS if compat.has_gated_delta_nets(states) else (NGRAM,)
     if (algorithm := algorithm_of(args)) not in ("", *tested):
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
-            f"that kind are not tested beside states yet: set it to {' or '.join(tested[:2])}"
+            f"that kind are not tested beside states of its kind yet: set it to {NGRAM}"
         )
     if algorithm and args.speculative_adaptive:
         raise Refused(
