@@ -788,7 +788,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
         )
     if args.device == "cpu" or os.environ.get(UNTESTED_WINDOWS_ENV) == "1":
         return
-    if not (compat.is_since(_WINDOWS_ON_GPUS_SINCE) and model in _WINDOWS_ON_GPUS):
+    if not _have_windows_run_on_gpus(model):
         raise Refused(
             f"a kvarn cache of {model} cannot be served on a GPU with SGLang {compat.version()} yet, because its "
             f"sliding windows have run on a CPU only: drop --kv-cache-dtype, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
@@ -800,6 +800,21 @@ def check_windows(server_args: Any, model_config: Any) -> None:
                 f"{flag} cannot be combined with a kvarn cache of {model} on a GPU yet, because {what} beside sliding "
                 f"windows have run on a CPU only: drop {flag}, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
             )
+
+
+def _have_windows_run_on_gpus(model: str) -> bool:
+    return compat.is_since(_WINDOWS_ON_GPUS_SINCE) and model in _WINDOWS_ON_GPUS
+
+
+def trials_on_gpus(model_config: Any, *, ranks: int, host_memory: bool) -> list[str]:
+    """Return the variables without which a server on a GPU refuses a model, because it has run on a CPU only."""
+    (model, *_), found = model_config.hf_config.architectures, []
+    has_windows = model_config.is_hybrid_swa or compat.windows_in_records(model_config)
+    if has_windows and (ranks > 1 or not _have_windows_run_on_gpus(model)):
+        found.append(UNTESTED_WINDOWS_ENV)
+    if host_memory and compat.hybrid_config(model_config) is not None:
+        found.append(UNTESTED_HICACHE_ENV)
+    return found
 
 
 def check_ranks(ranks: int, model_config: Any, *, on_cpu: bool) -> None:

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
+import shutil
 
 import pytest
 import torch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device.gpu import H100
 from sglang_kvarn import __main__ as command
-from sglang_kvarn import capacity, compat
+from sglang_kvarn import capacity, compat, refusals
 from sglang_kvarn.commands import plan
+from sglang_kvarn.refused import Refused
 
 from benchmarks.common.models import GPT_OSS_20B, QWEN3_5_27B_HALF
 
@@ -91,7 +95,8 @@ def test_plan_counts_as_the_budget_does(qwen3, capsys):
 def test_plan_prints_a_row_for_each_cache_and_marks_those_that_are_too_small(qwen3, capsys):
     code, out, _ = run(capsys, qwen3, "--context", "50000", "--sessions", "30")
     lines = out.splitlines()
-    assert code == 0 and len(lines) == 2 + 12 and lines[0].startswith("Qwen3ForCausalLM: served.")
+    # a head of two lines, and the command
+    assert code == 0 and len(lines) == 2 + 12 + 2 and lines[0].startswith("Qwen3ForCausalLM: served.")
     (sixteen,) = (line for line in lines if line.startswith("16 bit"))
     (dense,) = (line for line in lines if line.startswith("kvarn_k2v2_g128 "))
     assert sixteen.endswith("(fewer than 30)") and "fewer" not in dense
@@ -110,7 +115,7 @@ def test_plan_counts_the_sessions_that_host_memory_holds(qwen3, capsys):
     lines = out.splitlines()
     assert lines[1].endswith("in host memory") and lines[2].split()[-1] == "8"
     _, out, _ = run(capsys, qwen3)
-    assert "host" not in out
+    assert "host" not in out and "hicache" not in out
 
 
 @pytest.mark.skipif(not compat.saves_states_at_page_ends(), reason="knows this model only as one that sees")
@@ -195,6 +200,105 @@ def test_plan_takes_the_size_of_weights_that_are_there(model_dir, tmp_path, caps
         file.truncate(7 * GIB)
     _, out, _ = run(capsys, str(tmp_path), "--json")
     assert json.loads(out)["weights_gib"] == 7
+
+
+def launch_lines(capsys, *arguments: str) -> tuple[str, str]:
+    """Return the last two lines of a plan: what the command has room for, and the command."""
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    *_, what, line = out.splitlines()
+    return what, line.removeprefix("    ")
+
+
+def test_plan_ends_with_the_command_for_what_was_asked(qwen3, capsys):
+    server = f"python -m sglang.launch_server --model-path {qwen3} --kv-cache-dtype"
+    assert launch_lines(capsys, qwen3) == ("Launch, with room for 32 sessions of 32,768:", f"{server} kvarn")
+    flags = ("--tp", "2", "--mem-fraction-static", "0.85", "--max-running-requests", "64", "--hicache-size", "200")
+    given = "--tp-size 2 --mem-fraction-static 0.85 --max-running-requests 64 --enable-hierarchical-cache"
+    assert launch_lines(capsys, qwen3, *flags)[1] == f"{server} kvarn {given} --hicache-size 200"
+
+
+# 50, 58 and 70 sessions fit with the three presets
+@pytest.mark.parametrize(
+    ("sessions", "flags", "preset", "room"),
+    [
+        (50, (), "kvarn", "with room for"),
+        (55, (), "kvarn_k3v2_g128", "with room for"),
+        (65, (), "kvarn_k2v2_g128", "with room for"),
+        (80, (), "kvarn", "no preset has room for"),
+        # 94 sessions in host memory
+        (80, ("--hicache-size", "100"), "kvarn", "with room for"),
+    ],
+)
+def test_plan_recommends_the_default_unless_the_sessions_need_fewer_bytes(sessions, flags, preset, room, qwen3, capsys):
+    what, line = launch_lines(capsys, qwen3, "--sessions", str(sessions), *flags)
+    assert what == f"Launch, {room} {sessions} sessions of 32,768:"
+    assert shlex.split(line)[5:7] == ["--kv-cache-dtype", preset]
+
+
+def test_plan_writes_a_command_that_a_shell_reads(model_dir, tmp_path, capsys):
+    folder = tmp_path / "a model's folder"
+    shutil.copytree(model_dir(plain=False, **QWEN3_8B), folder)
+    assert shlex.split(launch_lines(capsys, str(folder))[1])[4] == str(folder)
+
+
+class OnGpu:
+    """Resolved arguments, of a server on a GPU."""
+
+    device = "cuda"
+
+    def __init__(self, args) -> None:
+        self._args = args
+
+    def __getattr__(self, name):
+        return getattr(self._args, name)
+
+
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 6}
+GEMMA3 |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512}
+GEMMA3 |= {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
+NO_WINDOWS = pytest.mark.skipif(not compat.calls_attention_causal("Gemma3ForCausalLM"), reason="refused here")
+NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang")
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "variable"),
+    [
+        (QWEN3_8B, ("--tp", "2", "--hicache-size", "9"), None),
+        (NEMOTRON_H, (), None),
+        pytest.param(NEMOTRON_H, ("--hicache-size", "9"), refusals.UNTESTED_HICACHE_ENV, marks=NO_HOST),
+        (GPT_OSS_20B, (), None if compat.is_since("0.5.23") else refusals.UNTESTED_WINDOWS_ENV),
+        (GPT_OSS_20B, ("--tp", "2"), refusals.UNTESTED_WINDOWS_ENV),
+        pytest.param(GEMMA3, (), refusals.UNTESTED_WINDOWS_ENV, marks=NO_WINDOWS),
+    ],
+    ids=["dense", "states", "states-host", "windows", "windows-ranks", "windows-in-records"],
+)
+def test_a_server_on_a_gpu_takes_the_command_of_a_plan(model, flags, variable, model_dir, capsys, monkeypatch):
+    folder = model_dir(plain=False, **model)
+    words = shlex.split(launch_lines(capsys, folder, "--weights-gib", "10", *flags)[1])
+    start = words.index("python")
+    assert words[:start] == ([] if variable is None else [f"{variable}=1"])
+    config, parser = compat.ModelConfig(folder), argparse.ArgumentParser()
+    compat.resolve("sglang.srt.server_args.ServerArgs").add_cli_args(parser)
+    args = OnGpu(parser.parse_args(words[start + 3 :]))
+    monkeypatch.setattr(compat, "resolved_arguments", lambda given: given)
+    if variable is not None:
+        with pytest.raises(Refused, match=f"set {variable}=1 to try it"):
+            check(args, config)
+        monkeypatch.setenv(variable, "1")
+    check(args, config)
+
+
+def check(args, config) -> None:
+    refusals.check_states(args, config)
+    refusals.check_windows(args, config)
+
+
+def test_plan_refuses_host_memory_that_a_server_refuses(qwen3, capsys, monkeypatch):
+    monkeypatch.setattr(compat, "fences_host_copies", lambda: False)
+    code, _, err = run(capsys, qwen3, "--hicache-size", "8")
+    assert code == 1 and err.endswith(": take SGLang 0.5.23 or drop --hicache-size\n")
+    assert run(capsys, qwen3)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import unpinned
 from engine_plugin import add_to_engines
 from sglang_kvarn import compat
 
@@ -50,23 +51,19 @@ def install() -> None:
 
 def _stand_in_for_a_device() -> None:
     """Answer what SGLang asks of CUDA around these layers, where torch was built for CUDA and finds no driver."""
-    device_module, tensor, zeros = torch.get_device_module, torch.tensor, torch.zeros
+    unpinned.install()
+    device_module, zeros = torch.get_device_module, torch.zeros
 
     @functools.wraps(device_module)
     def get_device_module(device=None):
         return torch.cpu if device is None else device_module(device)
-
-    @functools.wraps(tensor)
-    def unpinned(*args, pin_memory=False, **kwargs):
-        return tensor(*args, **kwargs)
 
     @functools.wraps(zeros)
     def on_cpu(*args, device=None, **kwargs):
         # 0.5.16 puts the states of drafts there, whatever the device of the server
         return zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
 
-    torch.get_device_module, torch.tensor, torch.zeros = get_device_module, unpinned, on_cpu
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    torch.get_device_module, torch.zeros = get_device_module, on_cpu
 
 
 def requests(query_start_loc: torch.Tensor) -> Iterator[tuple[int, int, int]]:

@@ -18,6 +18,7 @@ from kvarn_kernels.device.gpu import H100
 
 from sglang_kvarn import capacity, compat, refusals
 from sglang_kvarn.capacity import GIB, Bounds, ModelShape, SlidingShare, States
+from sglang_kvarn.commands import launch
 from sglang_kvarn.refused import Refused
 from sglang_kvarn.settings import PAGE_SIZE
 
@@ -63,6 +64,11 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     refusals.check_ranks(options.tp, model, on_cpu=False)
     refusals.check_ranks_of_states(options.tp, model)
     layers, config = len(compat.attention_layers(model, 0, model.num_hidden_layers)), compat.hybrid_config(model)
+    if options.hicache_size and not compat.fences_host_copies():
+        raise Refused(
+            f"host memory behind a kvarn cache needs SGLang 0.5.16 or 0.5.23, not {compat.version()}, which may copy a "
+            "page before its record is written: take SGLang 0.5.23 or drop --hicache-size"
+        )
     if options.hicache_size and (model.is_hybrid_swa or (config is not None and not compat.hosts_states())):
         kind = "sliding windows" if config is None else "states"
         raise Refused(
@@ -97,6 +103,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             *(rank.plain(name, size) for name, size in (("16 bit", 2), ("fp8", 1))),
             *(rank.kvarn(name) for name in preset_names() if "_g" in name),
         ],
+        "launch": launch.recommend(options, model, rank.kvarn),
     }
 
 
@@ -120,7 +127,8 @@ def report(facts: dict[str, Any]) -> str:
         numbers = f"{cache['bytes_per_token']:>14,}{requests:>20,}{cache['pool_tokens']:>14,}{cache['sessions']:>22,}"
         numbers += f"{cache['host_sessions']:>16,}" if has_host else ""
         lines.append(f"{cache['cache']:28}{numbers}{enough}")
-    return "\n".join(lines)
+    room = "with room for" if facts["launch"]["fits"] else "no preset has room for"
+    return "\n".join([*lines, f"Launch, {room} {facts['sessions']:,} {sessions}:", f"    {facts['launch']['command']}"])
 
 
 @dataclass(frozen=True)
