@@ -19,7 +19,6 @@ import pytest
 import states_on_cpu
 import tiny_engines
 import torch
-import triton_attention_on_cpu
 from sglang_kvarn import compat
 from texts import REGEX, by_the_regex, with_texts
 
@@ -100,7 +99,7 @@ def stand_ins(tmp_path_factory):
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
         # experts of gpt-oss compile their activation, which takes a minute
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
-        for module in (triton_attention_on_cpu, states_on_cpu, drafts_on_cpu):
+        for module in (states_on_cpu, drafts_on_cpu):
             module.prepare(patch, tmp_path_factory.mktemp("plugin"))
         yield
 

@@ -114,19 +114,25 @@ def test_drafts_verify_on_a_prefix_from_host_memory(start_engine, model, monkeyp
         assert sum(ask(engine, model, KVARN, tokens)["host"] for tokens in prompts) >= 256
 
 
-def test_a_draft_model_finds_its_keys_and_values_in_host_memory(start_engine, model, monkeypatch, tmp_path_factory):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_draft_model_finds_its_keys_and_values_in_host_memory(
+    start_engine, model, monkeypatch, tmp_path_factory, ranks
+):
+    # the plugin sets it for this number of ranks; the next engine of this process has another
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
     drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
-    # the model drafts for itself, from a cache in 16 bits
+    # the model drafts for itself, from a cache that is not quantised
     drafted = {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": model}
     prompts = [prompt(300, seed) for seed in range(4)]
 
     def ask_each(engine) -> tuple[list[int], int]:
         found = [answers(engine, [tokens], 16)[0] for tokens in prompts]
         for tokens, answer in zip(prompts, found, strict=True):
-            assert answer["tokens"] == expected(model, tokens, KVARN, cached=answer["cached"], new_tokens=16)
+            # the oracle is slow
+            assert answer["tokens"][:NEW] == expected(model, tokens, KVARN, cached=answer["cached"], new_tokens=NEW)
         return [answer["cached"] for answer in found], sum(answer["drafts_accepted"] for answer in found)
 
-    with start_engine(**small(KVARN, drafts=4), **drafted) as engine:
+    with start_engine(**small(KVARN, drafts=4), **drafted, tp_size=ranks) as engine:
         first, accepted = ask_each(engine)
         again, accepted_again = ask_each(engine)
     # of 4 prompts the pool of the device holds fewer than 3

@@ -8,7 +8,6 @@ import functools
 import drafts_on_cpu
 import hybrids
 import pytest
-import triton_attention_on_cpu
 from sglang_kvarn import compat
 from test_speculation import eagle_head
 
@@ -33,7 +32,6 @@ def stand_ins(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # SGLang counts every page of both pools in every step
         patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
-        triton_attention_on_cpu.prepare(patch, tmp_path_factory.mktemp("plugin"))
         drafts_on_cpu.prepare(patch, tmp_path_factory.mktemp("plugin"))
         drafts_on_cpu.keep_ngrams(patch)
         # Gemma 3 and experts of gpt-oss compile functions of a few lines, which takes a minute

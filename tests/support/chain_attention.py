@@ -29,6 +29,8 @@ class ChainAttention(compat.AttentionBackend):
     """Attend to everything up to a token's own position; layers of encoders also to the tokens behind it in a step."""
 
     needs_cpu_seq_lens = False
+    # what `triton_attention_on_cpu` looks at, if it is installed later
+    sliding_window_size = None
 
     def __init__(self, model_runner, *args, **kwargs) -> None:
         super().__init__()

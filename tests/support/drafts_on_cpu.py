@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_attention_on_cpu
 import xgrammar
 from engine_plugin import add_to_engines
 from sglang_kvarn import compat
@@ -47,6 +48,8 @@ def _platform() -> type:
 
 def install() -> None:
     """Put the torch forms in place, for good; before SGLang's workers are imported."""
+    # the draft model's attention
+    triton_attention_on_cpu.install()
     # 0.5.16 imports the first, later versions the second
     for name in ("sgl_kernel.speculative", "sglang.kernels.ops.speculative.reconstruct_tree"):
         module = types.ModuleType(name)
