@@ -125,7 +125,7 @@ def _has_draft_model(args: Any) -> bool:
 _HICACHE = "--enable-hierarchical-cache"
 _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
-_NOT_COMPARED = "on a GPU answers behind host memory were compared without drafts and without a storage only"
+_NOT_COMPARED = "on a GPU only one server without drafts and without a storage had its answers behind it compared"
 _NO_STATE_FILES = "states in files beside records are not tested"
 _NO_DRAFT_FILES = "keys and values of a draft model in files beside records are not tested"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
@@ -139,7 +139,11 @@ _HOST_MEMORY = (
     _host_memory(
         lambda args: (
             args.device != "cpu"
-            and (args.speculative_algorithm is not None or args.hicache_storage_backend is not None)
+            and (
+                args.speculative_algorithm is not None
+                or args.hicache_storage_backend is not None
+                or args.disaggregation_mode != "null"
+            )
             and os.environ.get(UNTESTED_HICACHE_ENV) != "1"
         ),
         _HICACHE,
@@ -296,7 +300,18 @@ _PD = (
     _transfer_flag("disaggregation_enable_kv_checksum", "SGLang computes checksums on a GPU, where none was tested"),
     _transfer_flag("optimistic_prefill_attempts", "a prompt that is computed twice is not tested here", off=0),
     _transfer_flag("enable_pd_role_switch", "a server that changes its role is not tested"),
-    _transfer_flag("enable_hierarchical_cache", "host memory beside transfers between servers is not tested"),
+    _transfer(
+        lambda args: args.enable_hierarchical_cache and args.hicache_storage_backend is not None,
+        "--hicache-storage-backend with --disaggregation-mode",
+        "files behind host memory are not tested beside transfers between servers",
+        "drop --hicache-storage-backend",
+    ),
+    _transfer(
+        lambda args: args.enable_hierarchical_cache and args.disaggregation_mode == "decode",
+        f"{_HICACHE} with --disaggregation-mode decode",
+        "a decode server has no prefix cache whose pages could leave the device",
+        f"drop {_HICACHE}; a server for prompts takes it",
+    ),
     _transfer_flag("pp_size", "a pipeline beside transfers between servers is not tested", off=1),
     _transfer(
         lambda args: _has_dp_flags(args) or compat.argument(args, "attn_dp_size", 1) > 1,
@@ -544,6 +559,8 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
     elif compat.hybrid_config(scheduler.model_config) is not None:
         why, way_out = _NO_STATE_FILES, "keep prefixes in memory"
+    elif compat.published_argument("disaggregation_mode") != "null":
+        why, way_out = "files are not tested beside transfers between servers", "keep prefixes in memory"
     elif _has_draft_model(scheduler.server_args):
         why, way_out = _NO_DRAFT_FILES, "keep prefixes in memory"
     elif compat.published_argument("device") != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":

@@ -287,3 +287,18 @@ def test_two_ranks_of_each_server_answer_as_one(model, tmp_path):
             sent, answer = pair.send(prompt(300, seed=25), NEW, bootstrap_port=port, in_turn=True)
             assert sentence in json.dumps(answer.result()) and "output_ids" not in sent.result()
         works(pair, model)
+
+
+def test_a_prefix_from_host_memory_of_the_prefill_server_is_sent(model, tmp_path):
+    # room for a ring and 8 pages, of which a prompt takes 3
+    hosted = {"max-total-tokens": (RING + 8) * PAGE, "enable-hierarchical-cache": True, "hicache-ratio": 3}
+    prompts = [prompt(300, seed=200 + n) for n in range(4)]
+    with server_pair.start(tmp_path, model, prefill=hosted, decode=POOL) as pair:
+        found = []
+        for _ in range(2):
+            for tokens in prompts:
+                answer = pair.ask(tokens, NEW)
+                check(pair, model, tokens, answer)
+                found.append(answer["meta_info"])
+        pair.expect_empty()
+    assert [(each["cached_tokens_details"] or {}).get("host", 0) for each in found].count(256) >= 3, found

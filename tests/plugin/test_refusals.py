@@ -84,7 +84,7 @@ TRANSFER = [
     ({"disaggregation_enable_kv_checksum": True}, "drop --disaggregation-enable-kv-checksum"),
     ({"optimistic_prefill_attempts": 1}, "drop --optimistic-prefill-attempts"),
     ({"enable_pd_role_switch": True}, "drop --enable-pd-role-switch"),
-    ({"enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache"),
+    ({"hicache_storage_backend": "file", "enable_hierarchical_cache": True}, "drop --hicache-storage-backend"),
     ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "drop --speculative-algorithm"),
     ({"pp_size": 2}, "drop --pp-size"),
 ]
@@ -311,23 +311,25 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
 
 
 @pytest.mark.parametrize(
-    ("device", "storage", "salted", "states", "algorithm", "end"),
+    ("mode", "device", "storage", "salted", "states", "algorithm", "end"),
     [
-        ("cpu", "file", True, None, None, None),
-        ("cuda", "file", True, None, None, "a storage only: start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
-        ("cpu", "mooncake", True, None, None, "because only files are tested: attach file"),
-        ("cpu", "dynamic", True, None, None, "because only files are tested: attach file"),
-        ("cpu", "file", False, None, None, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("cuda", "mooncake", False, None, None, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("cpu", "file", True, object(), "NGRAM", "beside records are not tested: keep prefixes in memory"),
-        ("cpu", "file", True, None, "NGRAM", None),
-        ("cpu", "file", True, None, "EAGLE", "in files beside records are not tested: keep prefixes in memory"),
+        ("null", "cpu", "file", True, None, None, None),
+        ("null", "cuda", "file", True, None, None, "start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
+        ("null", "cpu", "mooncake", True, None, None, "because only files are tested: attach file"),
+        ("null", "cpu", "dynamic", True, None, None, "because only files are tested: attach file"),
+        ("null", "cpu", "file", False, None, None, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("null", "cuda", "mooncake", False, None, None, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("null", "cpu", "file", True, object(), "NGRAM", "beside records are not tested: keep prefixes in memory"),
+        ("null", "cpu", "file", True, None, "NGRAM", None),
+        ("null", "cpu", "file", True, None, "EAGLE", "in files beside records are not tested: keep prefixes in memory"),
+        ("prefill", "cpu", "file", True, None, None, "beside transfers between servers: keep prefixes in memory"),
     ],
 )
 def test_a_running_server_attaches_what_it_could_start_with(
-    monkeypatch, device, storage, salted, states, algorithm, end
+    monkeypatch, mode, device, storage, salted, states, algorithm, end
 ):
-    monkeypatch.setattr(compat, "published_argument", lambda name: {"device": device}[name])
+    published = {"device": device, "disaggregation_mode": mode}
+    monkeypatch.setattr(compat, "published_argument", published.__getitem__)
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: salted)
     monkeypatch.setattr(compat, "hybrid_config", lambda model_config: model_config)
     args = SimpleNamespace(kv_cache_dtype="kvarn", speculative_algorithm=algorithm)
@@ -382,6 +384,18 @@ def test_check_arguments_refuses_dp_attention_between_servers(served, monkeypatc
     assert message.endswith(": drop --enable-dp-attention and --attn-dp-size")
 
 
+@needs_transfers
+def test_check_arguments_takes_host_memory_of_a_server_for_prompts(served, monkeypatch):
+    hosted = {"enable_hierarchical_cache": True}
+    refusals.check_arguments(Changed(served, disaggregation_mode="prefill", **hosted))
+    message = refused(Changed(served, disaggregation_mode="decode", **hosted))
+    assert message.endswith("drop --enable-hierarchical-cache; a server for prompts takes it")
+    on_gpu = Changed(served, device="cuda", disaggregation_mode="prefill", **hosted)
+    assert refused(on_gpu).endswith("set KVARN_UNTESTED_HICACHE=1 to try it")
+    monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
+    refusals.check_arguments(on_gpu)
+
+
 def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monkeypatch):
     monkeypatch.setattr(compat, "transfers_requests", lambda: False)
     message = refused(Changed(served, disaggregation_mode="prefill"))
@@ -390,10 +404,10 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 def test_every_refusal_of_the_table_has_a_case():
     # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, five for host
-    # memory (the version, its order with a draft model, a GPU, storage, storage with a draft model); two for the
-    # version and DP attention beside transfers; four for pipelines
+    # memory (the version, its order with a draft model, a GPU, storage, storage with a draft model); three for the
+    # version, host memory and DP attention beside transfers; four for pipelines
     cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
-    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 2 + 4
+    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4
     assert len(refusals.ARGUMENTS) == cases
 
 

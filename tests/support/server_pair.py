@@ -79,7 +79,9 @@ class Server:
         chosen = OPTIONS | {"model-path": model, "host": HOST, "port": port} | options
         flags = [f"--{flag}" for flag in FLAGS]
         command = [sys.executable, *_SERVER, *flags]
-        command += [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
+        for key, value in chosen.items():
+            # True: a flag without a value
+            command += [f"--{key}", *([] if value is True else [str(value)])]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
