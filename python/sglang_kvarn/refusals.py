@@ -125,7 +125,7 @@ def _has_draft_model(args: Any) -> bool:
 _HICACHE = "--enable-hierarchical-cache"
 _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
-_NOT_COMPARED = "on a GPU only one server without drafts and without a storage had its answers behind it compared"
+_NOT_COMPARED = "on a GPU answers were compared of one server without drafts and without a storage only"
 _NO_STATE_FILES = "states in files beside records are not tested"
 _NO_DRAFT_FILES = "keys and values of a draft model in files beside records are not tested"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"

@@ -80,9 +80,12 @@ def block_drafter(folder: Path) -> str:
 
 
 def draft_options(algorithm: str, model: str, folder: Path) -> dict[str, Any]:
-    """Return the options of an engine that drafts, with random weights where a draft model is not the model itself."""
-    if algorithm == "NGRAM":
-        return NGRAM
+    """Return the options of an engine that drafts, if it does; random weights where a draft model is none of ours."""
+    if algorithm in ("", "NGRAM"):
+        return NGRAM if algorithm else {}
+    if algorithm == "NEXTN":
+        # the head that comes with the model is not in its checkpoint
+        return {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
     chosen: dict[str, Any] = {"speculative_algorithm": algorithm, "speculative_draft_model_path": model}
     if algorithm != "STANDALONE":
         chosen["speculative_draft_load_format"] = "dummy"
@@ -99,7 +102,7 @@ def test_drafts_change_no_answer(tmp_path, monkeypatch, capfd, algorithm):
     tiny_engines.prepare(monkeypatch, tmp_path, drafts=bool(algorithm))
     model = tiny_engines.save(tmp_path / "model")
     prompts = [prompt(length, seed=length) for length in LENGTHS]
-    options = draft_options(algorithm, model, tmp_path / "draft") if algorithm else {}
+    options = draft_options(algorithm, model, tmp_path / "draft")
     texts = known_drafts.prepare(monkeypatch, tmp_path / "known") if algorithm in RANDOM else None
     tally = Tally(model, KVARN, tiny_engines.DTYPE)
     with tiny_engines.start(tally, drafts=DRAFTS if algorithm else 1, **options) as engine:
@@ -162,9 +165,7 @@ def test_a_model_with_states_answers_as_the_oracle(tmp_path, monkeypatch, capfd,
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
     model = tiny_engines.save(tmp_path / "model", family)
     prompts = [prompt(length, seed=length) for length in (60, 120, 129, 250, 300)]
-    # the head that comes with the model is not in its checkpoint
-    mtp = {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
-    options = hybrids.OPTIONS | {"": {}, "NGRAM": NGRAM, "NEXTN": mtp}[algorithm]
+    options = hybrids.OPTIONS | draft_options(algorithm, model, tmp_path / "draft")
     texts = known_drafts.prepare(monkeypatch, tmp_path / "known") if algorithm == "NEXTN" else None
     tally = Tally(model, CANONICAL, tiny_engines.DTYPE)
     with tiny_engines.start(tally, drafts=DRAFTS if algorithm else 1, **options) as engine:
@@ -211,7 +212,7 @@ def test_a_model_with_windows_answers_as_the_oracle(tmp_path, monkeypatch, capfd
     # longer than the windows, which end in the middle of a page where they are read from records
     prompts = [prompt(length, seed=length) for length in (60, 120, 250, 330, 520)]
     tally = Tally(model, CANONICAL, tiny_engines.DTYPE)
-    options = WINDOWS[family] | (NGRAM if algorithm else {})
+    options = WINDOWS[family] | draft_options(algorithm, model, tmp_path / "draft")
     options |= {"tp_size": 2, "disable_custom_all_reduce": True} if ranks == 2 else {}
     with tiny_engines.start(tally, drafts=DRAFTS if algorithm else 1, **options) as engine:
         first = ask(engine, tally, prompts, NEW)
@@ -230,10 +231,11 @@ def test_a_model_with_windows_answers_as_the_oracle(tmp_path, monkeypatch, capfd
 
 def host_cases() -> list:
     """Return (family, policy, algorithm) of what the installed SGLang serves with host memory."""
-    cases = [("llama", "write_through", ""), ("llama", "write_back", ""), ("llama", "write_through", "NGRAM")]
+    cases = [("llama", "write_through", ""), ("llama", "write_back", "")]
+    cases += [("llama", "write_through", algorithm) for algorithm in ("NGRAM", "STANDALONE")]
     if compat.hosts_states():
         cases += [(family, "write_through", "") for family in dict.fromkeys([DELTA, *MAMBA2, "qwen3_next"])]
-        cases += [(DELTA, "write_back", ""), (DELTA, "write_through", "NGRAM")]
+        cases += [(DELTA, "write_back", ""), *((DELTA, "write_through", name) for name in ("NGRAM", "NEXTN"))]
     return cases
 
 
@@ -264,9 +266,8 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(
             found.append({"host": 0} | (facts["cached_tokens_details"] or {}) | {"answer": output["output_ids"]})
 
     # one ring, and 8 pages, of which a prompt takes 3
-    drafts, chosen = (DRAFTS, NGRAM) if algorithm else (1, {})
-    small = {"pages": 8, "rows": 1}
-    with tiny_engines.start(tally, drafts=drafts, **small, **options, **chosen) as engine:
+    small = {"pages": 8, "rows": 1, "drafts": DRAFTS if algorithm else 1}
+    with tiny_engines.start(tally, **small, **options, **draft_options(algorithm, model, tmp_path / "draft")) as engine:
         for _ in range(3):
             rounds(engine)
         flush(engine)
