@@ -4,42 +4,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
+import draft_models
 import drafts_on_cpu
 import known_drafts
 import pytest
 from engine_plugin import add_to_engines
-from test_speculation import eagle_head
 
-from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import answers, expected, flush, prompt
 
-NEW, BLOCK = 20, 4
+NEW = 20
 KVARN, CANONICAL = "kvarn", "kvarn_canonical"
 # tokens of the prompts; the drafts of the first answer are right, those of the second are of random weights
 LENGTHS = (120, 250)
-
-
-def block_drafter(folder: Path) -> str:
-    """Write the configuration of a draft model for the tiny model and return its folder; its weights are dummies."""
-    config = {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "num_hidden_layers": 2,
-        "vocab_size": tiny_model.VOCABULARY,
-        "max_position_embeddings": 4096,
-        "block_size": BLOCK,
-        "num_target_layers": 2,
-        "dflash_config": {"target_layer_ids": [0], "mask_token_id": tiny_model.VOCABULARY - 1},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -63,15 +40,8 @@ def test_answers_are_the_oracles_whether_blocks_are_rejected_or_accepted(
     wanted = [expected(model, tokens, preset, new_tokens=NEW) for tokens in prompts]
     turn = prompts[0] + wanted[0] + prompt(30, seed=2)
     known_drafts.prepare(monkeypatch, tmp_path).know([prompts[0] + wanted[0]])
-    drafter = tmp_path / "drafter"
-    drafter.mkdir()
-    draft = {
-        "speculative_algorithm": "DFLASH",
-        "speculative_draft_model_path": block_drafter(drafter),
-        "speculative_draft_load_format": "dummy",
-        "speculative_draft_window_size": window,
-        "disable_overlap_schedule": not overlap,
-    }
+    draft = draft_models.arguments("DFLASH", tmp_path / "draft")
+    draft |= {"speculative_draft_window_size": window, "disable_overlap_schedule": not overlap}
     with start_engine(kv_cache_dtype=preset, **draft) as engine:
         assert engine.tokenizer_manager.server_args.disable_overlap_schedule != overlap
         got = answers(engine, prompts, NEW)
@@ -86,14 +56,10 @@ def test_answers_are_the_oracles_whether_blocks_are_rejected_or_accepted(
 
 
 def test_the_number_of_drafts_may_change_from_step_to_step(start_engine, model, tmp_path, capfd):
-    head, chosen = tmp_path / "head", tmp_path / "adaptive.json"
-    head.mkdir()
+    chosen = tmp_path / "adaptive.json"
     # three drafts of a request alone, one or none of two; a page of the first ends after the second is answered
     chosen.write_text(json.dumps({"1": {"candidate_steps": [3]}, "2": {"candidate_steps": [1]}}))
-    adaptive = {
-        "speculative_algorithm": "EAGLE",
-        "speculative_draft_model_path": eagle_head(head, "LlamaForCausalLMEagle"),
-        "speculative_draft_load_format": "dummy",
+    adaptive = draft_models.arguments("EAGLE", tmp_path / "draft") | {
         "speculative_adaptive": True,
         "speculative_adaptive_config": str(chosen),
         "log_level": "info",

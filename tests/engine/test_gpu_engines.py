@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import draft_models
 import hybrids
 import known_drafts
 import pytest
@@ -44,57 +45,11 @@ def named(parameter: str) -> str:
     return parameter or "plain"
 
 
-def described(folder: Path, **config: Any) -> str:
-    """Write the configuration of a draft model for the tiny one, and return its folder; its weights are dummies."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
-    shape |= {"head_dim": 128, "vocab_size": tiny_model.VOCABULARY, "max_position_embeddings": 4096}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(shape | config))
-    return str(folder)
-
-
-def head(folder: Path, architecture: str) -> str:
-    """Describe a head of one layer."""
-    return described(
-        folder,
-        architectures=[architecture],
-        model_type="llama",
-        num_hidden_layers=1,
-        draft_vocab_size=tiny_model.VOCABULARY,
-        eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1]},
-        num_aux_hidden_states=2,
-    )
-
-
-def block_drafter(folder: Path) -> str:
-    """Describe a model that drafts a block at once."""
-    return described(
-        folder,
-        architectures=["DFlashDraftModel"],
-        model_type="qwen3",
-        num_hidden_layers=2,
-        block_size=DRAFTS,
-        num_target_layers=2,
-        dflash_config={"target_layer_ids": [0], "mask_token_id": tiny_model.VOCABULARY - 1},
-    )
-
-
 def draft_options(algorithm: str, model: str, folder: Path) -> dict[str, Any]:
-    """Return the options of an engine that drafts, if it does; random weights where a draft model is none of ours."""
+    """Return the options of an engine that drafts, if it does."""
     if algorithm in ("", "NGRAM"):
         return NGRAM if algorithm else {}
-    if algorithm == "NEXTN":
-        # the head that comes with the model is not in its checkpoint
-        return {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
-    chosen: dict[str, Any] = {"speculative_algorithm": algorithm, "speculative_draft_model_path": model}
-    if algorithm != "STANDALONE":
-        chosen["speculative_draft_load_format"] = "dummy"
-    if algorithm == "DFLASH":
-        chosen["speculative_draft_model_path"] = block_drafter(folder)
-    elif algorithm != "STANDALONE":
-        architecture = {"EAGLE": "LlamaForCausalLMEagle", "EAGLE3": "LlamaForCausalLMEagle3"}[algorithm]
-        chosen["speculative_draft_model_path"] = head(folder, architecture)
-    return chosen
+    return draft_models.arguments(algorithm, folder, model=model, heads=8, head_dim=128)
 
 
 @pytest.mark.parametrize("algorithm", ["", "NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "DFLASH"], ids=named)

@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import draft_models
 import drafts_on_cpu
 import pytest
 from engine_plugin import add_to_engines
 from kvarn_kernels.config import KVarNConfig
 from sglang_kvarn import compat
-from test_draft_kinds import block_drafter
-from test_speculation import eagle_head
 
 from benchmarks.common import models
 from benchmarks.common.tiny_model import answers, expected, flush, prompt
@@ -122,7 +121,7 @@ def test_a_draft_model_finds_its_keys_and_values_in_host_memory(
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
     drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
     # the model drafts for itself, from a cache that is not quantised
-    drafted = {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": model}
+    drafted = draft_models.arguments("STANDALONE", tmp_path_factory.mktemp("draft"), model=model)
     prompts = [prompt(300, seed) for seed in range(4)]
 
     def ask_each(engine) -> tuple[list[int], int]:
@@ -146,14 +145,9 @@ def test_a_draft_model_finds_its_keys_and_values_in_host_memory(
 def test_heads_draft_on_a_prefix_from_host_memory(start_engine, model, monkeypatch, tmp_path_factory, algorithm):
     drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
     add_to_engines(monkeypatch, tmp_path_factory.mktemp("plugin"), "chain_attention:install")
-    head = tmp_path_factory.mktemp("head")
-    if algorithm == "DFLASH":
-        folder = block_drafter(head)
-    else:
-        folder = eagle_head(head, f"LlamaForCausalLM{algorithm.title()}")
-    drafted = {"speculative_algorithm": algorithm, "speculative_draft_model_path": folder}
+    drafted = draft_models.arguments(algorithm, tmp_path_factory.mktemp("draft") / "model")
     prompts = [prompt(300, seed) for seed in range(4)]
-    with start_engine(**small(KVARN, drafts=4), **drafted, speculative_draft_load_format="dummy") as engine:
+    with start_engine(**small(KVARN, drafts=4), **drafted) as engine:
         for tokens in prompts:
             ask(engine, model, KVARN, tokens)
         assert sum(ask(engine, model, KVARN, tokens)["host"] for tokens in prompts) >= 256

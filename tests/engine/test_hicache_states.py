@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import draft_models
 import drafts_on_cpu
 import hybrids
 import pytest
@@ -20,8 +21,6 @@ from benchmarks.common.tiny_model import answers, flush, prompt
 NEW = 4
 KVARN, CANONICAL = "kvarn", "kvarn_canonical"
 NGRAM = models.draft_arguments(models.TINY, models.NGRAM, 4)
-# the model itself, whose checkpoint has no head: its weights are dummies
-MTP = {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
 steady = functools.partial(hybrids.steady, new_tokens=NEW)
 pytestmark = pytest.mark.skipif(not compat.hosts_states(), reason="this SGLang has no prefix cache of hybrid models")
 
@@ -203,9 +202,9 @@ def test_drafts_verify_on_a_prefix_and_a_state_from_host_memory(start_engine, tm
 @pytest.mark.long
 def test_a_head_that_comes_with_the_model_finds_its_pages_in_host_memory(start_engine, tmp_path, monkeypatch):
     drafts_on_cpu.prepare(monkeypatch, tmp_path / "plugin")
-    folder = tiny_model.save(tmp_path / "model", DELTA)
+    folder, head = tiny_model.save(tmp_path / "model", DELTA), draft_models.arguments("NEXTN", tmp_path / "draft")
     prompts = prompts_for(folder, CANONICAL, 4)
-    with start_engine(**options(folder, CANONICAL, pages=8, drafts=4), **MTP) as engine:
+    with start_engine(**options(folder, CANONICAL, pages=8, drafts=4), **head) as engine:
         for tokens in prompts:
             ask(engine, folder, CANONICAL, tokens)
         found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 
+import draft_models
 import drafts_on_cpu
 import hybrids
 import known_drafts
@@ -12,16 +13,12 @@ import pytest
 import states_on_cpu
 from engine_plugin import add_to_engines
 from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2, OPTIONS, PRESET
-from test_draft_kinds import block_drafter
-from test_speculation import eagle_head
 
 from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import answers, flush
 
 NEW = 14
 NGRAM = models.draft_arguments(models.TINY, models.NGRAM, 8)
-# the model itself, whose checkpoint has no head: its weights are dummies
-MTP = {"speculative_algorithm": "NEXTN", "speculative_draft_load_format": "dummy"}
 OTHERS = ("EAGLE3", "STANDALONE")
 # layers of Falcon-H1 in 0.5.16 stop at drafts
 STATE_SPACES = [
@@ -105,7 +102,8 @@ def test_a_head_that_comes_with_the_model_keeps_a_cache_of_its_own(start_engine,
     folder = tiny_model.save(tmp_path, DELTA)
     tokens, expected = steady(folder, 250)
     turn, continued = steady(folder, 300, after=tokens + expected, cached=256 * HAS_PREFIX_CACHE)
-    with start_engine(model_path=folder, kv_cache_dtype=PRESET, **OPTIONS, **MTP) as engine:
+    head = draft_models.arguments("NEXTN", tmp_path / "draft")
+    with start_engine(model_path=folder, kv_cache_dtype=PRESET, **OPTIONS, **head) as engine:
         (first,) = answers(engine, [tokens], NEW)
         (hit,) = answers(engine, [turn], NEW)
     assert first["tokens"] == expected
@@ -115,20 +113,13 @@ def test_a_head_that_comes_with_the_model_keeps_a_cache_of_its_own(start_engine,
 @pytest.mark.parametrize("algorithm", ["DFLASH", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def test_a_draft_model_keeps_a_cache_of_its_own(start_engine, tmp_path, monkeypatch, algorithm):
     add_to_engines(monkeypatch, tmp_path / "plugin", "chain_attention:install")
-    folder, head = tiny_model.save(tmp_path / "model", DELTA), tmp_path / "head"
-    head.mkdir()
+    folder = tiny_model.save(tmp_path / "model", DELTA)
+    drafted = draft_models.arguments(algorithm, tmp_path / "draft", model=tiny_model.save(tmp_path / "small"))
     tokens, expected = steady(folder, 250)
     turn, continued = steady(folder, 300, after=tokens + expected, cached=256 * HAS_PREFIX_CACHE)
     if algorithm == "DFLASH":
-        drafter = block_drafter(head)
         # the drafts of the first answer are right, those of the second are of random weights
         known_drafts.prepare(monkeypatch, tmp_path / "known").know([tokens + expected])
-    elif algorithm == "EAGLE3":
-        drafter = eagle_head(head, "LlamaForCausalLMEagle3")
-    else:
-        drafter = tiny_model.save(head)
-    drafted = {"speculative_algorithm": algorithm, "speculative_draft_model_path": drafter}
-    drafted["speculative_draft_load_format"] = "dummy"
     with start_engine(model_path=folder, kv_cache_dtype=PRESET, **OPTIONS, **drafted) as engine:
         (first,) = answers(engine, [tokens], NEW)
         (hit,) = answers(engine, [turn], NEW)

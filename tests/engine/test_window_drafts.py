@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import functools
 
+import draft_models
 import drafts_on_cpu
 import hybrids
 import pytest
 from sglang_kvarn import compat
-from test_speculation import eagle_head
 
 from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import answers, flush
@@ -108,10 +108,8 @@ def test_more_requests_than_rows_are_all_answered_as_alone(drafting):
 )
 def test_a_head_drafts_from_a_cache_of_its_own(start_engine, tmp_path, capfd, family, algorithm):
     preset, options = FAMILIES[family]
-    folder, head = tiny_model.save(tmp_path / "model", family), tmp_path / "head"
-    head.mkdir()
-    drafted = {"speculative_algorithm": algorithm, "speculative_draft_load_format": "dummy", "log_level": "info"}
-    drafted["speculative_draft_model_path"] = eagle_head(head, f"LlamaForCausalLM{algorithm.title()}")
+    folder = tiny_model.save(tmp_path / "model", family)
+    drafted = draft_models.arguments(algorithm, tmp_path / "draft") | {"log_level": "info"}
     # longer than a window; its second page ends amid the answer
     tokens, expected = hybrids.steady(folder, 380, preset=preset, new_tokens=NEW)
     turn, continued = hybrids.steady(folder, 450, after=tokens + expected, cached=384, preset=preset, new_tokens=NEW)
@@ -120,5 +118,5 @@ def test_a_head_drafts_from_a_cache_of_its_own(start_engine, tmp_path, capfd, fa
         (hit,) = answers(engine, [turn], NEW)
     assert first["tokens"] == expected and first["cached"] == 0
     assert hit["tokens"] == continued and hit["cached"] == 384
-    # 4 KV heads of 64 channels in float32
-    assert "the draft model keeps 2,048 bytes of a token" in capfd.readouterr().err
+    # 2 KV heads of 64 channels in float32
+    assert "the draft model keeps 1,024 bytes of a token" in capfd.readouterr().err
