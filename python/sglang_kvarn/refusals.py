@@ -127,7 +127,6 @@ _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
 _NOT_COMPARED = "on a GPU answers were compared of one server without drafts and without a storage only"
 _NO_STATE_FILES = "states in files beside records are not tested"
-_NO_DRAFT_FILES = "keys and values of a draft model in files beside records are not tested"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
 _HOST_MEMORY = (
     _host_memory(
@@ -193,12 +192,6 @@ _HOST_MEMORY = (
         f"this version of SGLang copies what it keeps of one in the order {_PAGE_FIRST} only beside records",
         "drop --hicache-mem-layout, or use SGLang 0.5.23",
         typed=False,
-    ),
-    _host_memory(
-        lambda args: _has_draft_model(args) and args.hicache_storage_backend is not None,
-        "--hicache-storage-backend beside the draft model of --speculative-algorithm",
-        _NO_DRAFT_FILES,
-        "drop --hicache-storage-backend, or set --speculative-algorithm NGRAM",
     ),
 )
 
@@ -561,8 +554,6 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _NO_STATE_FILES, "keep prefixes in memory"
     elif compat.published_argument("disaggregation_mode") != "null":
         why, way_out = "files are not tested beside transfers between servers", "keep prefixes in memory"
-    elif _has_draft_model(scheduler.server_args):
-        why, way_out = _NO_DRAFT_FILES, "keep prefixes in memory"
     elif compat.published_argument("device") != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
         why, way_out = _NOT_COMPARED, f"start the server with {UNTESTED_HICACHE_ENV}=1 to try it"
     else:

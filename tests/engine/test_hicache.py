@@ -178,6 +178,36 @@ def test_pages_come_back_from_files_and_damaged_ones_are_misses(start_engine, mo
         assert sorted(found(engine)) == [0, 0, 0, 256]
 
 
+@pytest.mark.skipif(not compat.salts_storage_keys(), reason="storage is refused in this SGLang")
+def test_a_draft_model_finds_its_keys_and_values_in_files(start_engine, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "pages"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    drafts_on_cpu.prepare(monkeypatch, tmp_path / "plugin")
+    stored = {"hicache_storage_backend": "file", "hicache_storage_prefetch_policy": "wait_complete"}
+    stored |= draft_models.arguments("STANDALONE", tmp_path / "draft", model=model)
+    prompts = [prompt(300, seed) for seed in range(1, 5)]
+
+    def ask_each(engine) -> list[dict]:
+        found = [answers(engine, [tokens], 16)[0] for tokens in prompts]
+        for tokens, answer in zip(prompts, found, strict=True):
+            # the oracle is slow
+            assert answer["tokens"][:NEW] == expected(model, tokens, KVARN, cached=answer["cached"], new_tokens=NEW)
+        return found
+
+    with start_engine(**small(KVARN, drafts=4), **stored) as engine:
+        first = ask_each(engine)
+        files = [file for file in wait_for_files(tmp_path / "pages", 16) if ".draft_" in file.name]
+    assert len(files) == 8
+    # of the third prompt cut short, of the fourth other bytes
+    files[4].write_bytes(files[4].read_bytes()[:-1])
+    files[6].write_bytes(bytes(range(256)) * (files[6].stat().st_size // 256))
+    with start_engine(**small(KVARN, drafts=4), **stored) as engine:
+        again = ask_each(engine)
+    assert [answer["cached"] for answer in again[:2]] == [256, 256]
+    accepted, accepted_again = (sum(answer["drafts_accepted"] for answer in found[:2]) for found in (first, again))
+    assert accepted_again > accepted // 2 > 4
+
+
 def wait_for_files(folder: Path, count: int) -> list[Path]:
     """Return the files of pages, oldest first, once there are so many."""
     for _ in range(100):

@@ -165,20 +165,6 @@ MUTATIONS = (
         (TEST_DRAFTS,),
     ),
     Mutation(
-        "a draft model beside files",
-        REFUSALS,
-        "lambda args: _has_draft_model(args) and args.hicache_storage_backend is not None,",
-        "lambda args: False,",
-        (TEST_REFUSALS,),
-    ),
-    Mutation(
-        "a draft model beside files of a running server",
-        REFUSALS,
-        "elif _has_draft_model(scheduler.server_args):",
-        "elif False:",
-        (_ATTACH,),
-    ),
-    Mutation(
         "a ring that drops the prefix of its request from host memory",
         ADMISSION,
         "with adder._lock_node(req.last_node), compat.lock_host_prefix(adder, req):",

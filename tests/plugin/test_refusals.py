@@ -304,36 +304,33 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
     args = Changed(served, enable_hierarchical_cache=True, hicache_storage_backend="file")
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: True)
     refusals.check_arguments(args)
-    refusals.check_arguments(Changed(args, **NGRAM))
-    assert refused(Changed(args, **CHAIN)).endswith("-backend, or set --speculative-algorithm NGRAM")
+    for drafts in (NGRAM, CHAIN):
+        refusals.check_arguments(Changed(args, **drafts))
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: False)
     assert refused(args).endswith(": drop --hicache-storage-backend, or use SGLang 0.5.23")
 
 
 @pytest.mark.parametrize(
-    ("mode", "device", "storage", "salted", "states", "algorithm", "end"),
+    ("mode", "device", "storage", "salted", "states", "end"),
     [
-        ("null", "cpu", "file", True, None, None, None),
-        ("null", "cuda", "file", True, None, None, "start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
-        ("null", "cpu", "mooncake", True, None, None, "because only files are tested: attach file"),
-        ("null", "cpu", "dynamic", True, None, None, "because only files are tested: attach file"),
-        ("null", "cpu", "file", False, None, None, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("null", "cuda", "mooncake", False, None, None, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("null", "cpu", "file", True, object(), "NGRAM", "beside records are not tested: keep prefixes in memory"),
-        ("null", "cpu", "file", True, None, "NGRAM", None),
-        ("null", "cpu", "file", True, None, "EAGLE", "in files beside records are not tested: keep prefixes in memory"),
-        ("prefill", "cpu", "file", True, None, None, "beside transfers between servers: keep prefixes in memory"),
+        ("null", "cpu", "file", True, None, None),
+        ("null", "cuda", "file", True, None, "start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
+        ("null", "cpu", "mooncake", True, None, "because only files are tested: attach file"),
+        ("null", "cpu", "dynamic", True, None, "because only files are tested: attach file"),
+        ("null", "cpu", "file", False, None, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("null", "cuda", "mooncake", False, None, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("null", "cpu", "file", True, object(), "beside records are not tested: keep prefixes in memory"),
+        ("prefill", "cpu", "file", True, None, "beside transfers between servers: keep prefixes in memory"),
     ],
 )
 def test_a_running_server_attaches_what_it_could_start_with(
-    monkeypatch, mode, device, storage, salted, states, algorithm, end
+    monkeypatch, mode, device, storage, salted, states, end
 ):
     published = {"device": device, "disaggregation_mode": mode}
     monkeypatch.setattr(compat, "published_argument", published.__getitem__)
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: salted)
     monkeypatch.setattr(compat, "hybrid_config", lambda model_config: model_config)
-    args = SimpleNamespace(kv_cache_dtype="kvarn", speculative_algorithm=algorithm)
-    scheduler = SimpleNamespace(server_args=args, model_config=states)
+    scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"), model_config=states)
     request = SimpleNamespace(hicache_storage_backend=storage)
     attached = []
     answer = refusals.attach_or_refuse(lambda *given: attached.append(given), scheduler, request)
@@ -403,10 +400,10 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, five for host
-    # memory (the version, its order with a draft model, a GPU, storage, storage with a draft model); three for the
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, four for host
+    # memory (the version, its order with a draft model, a GPU, storage); three for the
     # version, host memory and DP attention beside transfers; four for pipelines
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 12 + (not compat.has_argument(HOST_MODE))
     cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4
     assert len(refusals.ARGUMENTS) == cases
 
