@@ -601,6 +601,11 @@ def hosts_states() -> bool:
     return is_since(HOSTS_STATES_SINCE)
 
 
+def hosts_windows() -> bool:
+    """Whether host memory may keep sliding windows beside our pages: as tested."""
+    return is_since("0.5.23")
+
+
 def host_states(tree_cache: Any) -> int:
     """Return the states of a hybrid model that host memory behind a prefix cache has room for."""
     return tree_cache.host_pool_group.get_pool(resolve("sglang.srt.mem_cache.hicache_storage.PoolName").MAMBA).size

@@ -60,6 +60,11 @@ class MixedPool(compat.SWAKVPool):
         """Return the bytes of the records and those of the sliding windows."""
         return self.full_kv_pool.get_kv_size_bytes(), sum(self.swa_kv_pool.get_kv_size_bytes())
 
+    def register_layer_transfer_counter(self, layer_transfer_counter: Any) -> None:
+        """Let both parts wait for what host memory brings: records are read past this pool."""
+        super().register_layer_transfer_counter(layer_transfer_counter)
+        self.full_kv_pool.register_layer_transfer_counter(layer_transfer_counter)
+
     def get_value_buffer(self, layer_id: int) -> torch.Tensor:
         """Return the values of a sliding window; of another layer no row, whose width SGLang's Triton backend asks."""
         _, is_sliding = self.layers_mapping[layer_id]

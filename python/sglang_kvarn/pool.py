@@ -146,8 +146,9 @@ class KVarNTokenToKVPool(compat.MHATokenToKVPool):
         What is queued from now on finds the pages of the layer that a load from host memory brings, if one runs.
         """
         if self.layer_transfer_counter is not None:
-            # beside states SGLang loads all layers of the model one after the other, else those of the pool
-            number = self.full_attention_layer_id_mapping[layer_id] if self.states is None else layer_id
+            # beside others SGLang loads all layers of the model one after the other, else those of the pool
+            alone = self.states is None and not self.sliding_tokens
+            number = self.full_attention_layer_id_mapping[layer_id] if alone else layer_id
             self.layer_transfer_counter.wait_until(number)
         return self._layer_caches[layer_id]
 

@@ -552,6 +552,8 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
     elif compat.hybrid_config(scheduler.model_config) is not None:
         why, way_out = _NO_STATE_FILES, "keep prefixes in memory"
+    elif _has_windows(scheduler.model_config):
+        why, way_out = "files are not tested beside sliding windows", "keep prefixes in memory"
     elif compat.published_argument("disaggregation_mode") != "null":
         why, way_out = "files are not tested beside transfers between servers", "keep prefixes in memory"
     elif compat.published_argument("device") != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
@@ -744,6 +746,10 @@ def _check_host_states(args: Any, model: str) -> None:
         )
 
 
+def _has_windows(model_config: Any) -> bool:
+    return bool(model_config.is_hybrid_swa or compat.windows_in_records(model_config))
+
+
 def check_windows(server_args: Any, model_config: Any) -> None:
     """Refuse arguments that are not tested beside sliding windows.
 
@@ -753,7 +759,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     Raises:
         Refused: one sentence: what is expected, what came, why, what to do.
     """
-    if not model_config.is_hybrid_swa and not compat.windows_in_records(model_config):
+    if not _has_windows(model_config):
         return
     args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
     backends = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend}
@@ -773,7 +779,8 @@ def check_windows(server_args: Any, model_config: Any) -> None:
             "set --attention-backend to triton, or drop --speculative-algorithm"
         )
     untested = (
-        (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "host memory"),
+        (args.enable_hierarchical_cache and not compat.hosts_windows(), _HICACHE, "host memory of this SGLang"),
+        (args.hicache_storage_backend is not None, "--hicache-storage-backend", "files"),
         (args.pp_size > 1, "--pp-size", "a pipeline"),
         (args.disaggregation_mode != "null", "--disaggregation-mode", "transfers between servers"),
         (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
@@ -801,7 +808,11 @@ def check_windows(server_args: Any, model_config: Any) -> None:
             f"a kvarn cache of {model} cannot be served on a GPU with SGLang {compat.version()} yet, because its "
             f"sliding windows have run on a CPU only: drop --kv-cache-dtype, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
         )
-    on_cpus = ((args.tp_size > 1, "--tp-size", "ranks"), (bool(algorithm), "--speculative-algorithm", "drafts"))
+    on_cpus = (
+        (args.tp_size > 1, "--tp-size", "ranks"),
+        (bool(algorithm), "--speculative-algorithm", "drafts"),
+        (args.enable_hierarchical_cache, _HICACHE, "pages in host memory"),
+    )
     for applies, flag, what in on_cpus:
         if applies:
             raise Refused(
@@ -817,8 +828,7 @@ def _have_windows_run_on_gpus(model: str) -> bool:
 def trials_on_gpus(model_config: Any, *, ranks: int, host_memory: bool) -> list[str]:
     """Return the variables without which a server on a GPU refuses a model, because it has run on a CPU only."""
     (model, *_), found = model_config.hf_config.architectures, []
-    has_windows = model_config.is_hybrid_swa or compat.windows_in_records(model_config)
-    if has_windows and (ranks > 1 or not _have_windows_run_on_gpus(model)):
+    if _has_windows(model_config) and (ranks > 1 or host_memory or not _have_windows_run_on_gpus(model)):
         found.append(UNTESTED_WINDOWS_ENV)
     if host_memory and compat.hybrid_config(model_config) is not None:
         found.append(UNTESTED_HICACHE_ENV)

@@ -64,8 +64,6 @@ class Cell:
 
 def refusal(cell: Cell) -> str | None:
     """Return the beginning of the sentence that refuses a cell, None for one that is served."""
-    if cell.host and cell.family in ("gpt_oss", "olmo3"):
-        return "--enable-hierarchical-cache cannot be combined with .*, because host memory beside sliding windows"
     if cell.host and not cell.prefix:
         return "The arguments enable-hierarchical-cache and disable-radix-cache are mutually exclusive"
     return None

@@ -78,7 +78,7 @@ class Lives(RuleBasedStateMachine):
         poison=st.booleans(),
         checkpoint=st.sampled_from((0, 0, 2 * PAGE)),
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
-        # not with drafts or host memory, which are refused beside them
+        # not with drafts or files, which are refused beside them
         sliding=st.sampled_from((0, 0, 0, 60, 150)),
         # of the layers with records: within a page, over one, and beyond what is exact
         window=st.sampled_from((0, 0, 60, 150, 300)),
@@ -108,7 +108,8 @@ class Lives(RuleBasedStateMachine):
         if self.has_files:
             sliding = 0
         if sliding:
-            drafts = host_pages = checkpoint = 0
+            drafts = checkpoint = states = 0
+            host_pages = host_pages if compat.hosts_states() else 0
         if self.has_files and not host_pages:
             host_pages = SOME_PAGES[-1]
         self.files = tempfile.TemporaryDirectory() if self.has_files else None

@@ -11,13 +11,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import host_states_on_cpu
+import host_pools_on_cpu
 import pytest
 import torch
 from history import PAGE
 from host_tier import HostOptions
 from prefix_cache import calls
-from sglang_kvarn import compat, fences, pool
+from sglang_kvarn import compat, fences, mixed_pool, pool
 from sglang_kvarn.rings import ATTRIBUTE
 from streams import COPIES_FIRST, FORWARD_FIRST, Device
 from world import ROWS, World, prefill, tokens, use_plain_allocation_kernels
@@ -38,9 +38,9 @@ def hosted(
     *,
     pages: int = 60,
     rings: int = ROWS,
-    states: int = 0,
+    **layers: int,
 ) -> World:
-    return World("kvarn", host=HostOptions(pages, policy, order, core), rings=rings, states=states)
+    return World("kvarn", host=HostOptions(pages, policy, order, core), rings=rings, **layers)
 
 
 def without_fence(monkeypatch, name: str) -> None:
@@ -310,8 +310,8 @@ def test_a_state_of_other_tokens_is_found(monkeypatch):
     def load(src, dst, src_indices, dst_indices, layer_id, **kwargs):
         dst[dst_indices.long()] = src[src_indices.long() - 1, layer_id, 0]
 
-    install = host_states_on_cpu.install
-    monkeypatch.setattr(host_states_on_cpu, "load_layer", load)
+    install = host_pools_on_cpu.install
+    monkeypatch.setattr(host_pools_on_cpu, "load_layer", load)
     try:
         with pytest.raises(AssertionError, match="state of layer"):
             read_a_prefix_and_its_state_from_the_host(0, "write_through", "python")
@@ -346,3 +346,53 @@ def test_a_request_whose_load_fails_without_a_state_is_found(core, monkeypatch):
     monkeypatch.setattr(compat, "copy_state", lambda *args: None)
     with pytest.raises(AssertionError, match="state of layer"):
         fail_to_load_behind_a_prefix_of_the_device("write_through", core)
+
+
+def read_a_prefix_and_its_windows_from_the_host(order: int | str, policy: str, core: str) -> None:
+    """A prompt is found in host memory alone, with the windows at its end, and so is a branch, later."""
+    world = hosted(order, policy, core, sliding=150)
+    again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(PAGE, 2))
+    world.extend(1000)
+    assert (again.exact_start, world.host_hits) == (3 * PAGE, 1)
+    branch = prefill(world, tokens(3 * PAGE, 1)[: 2 * PAGE] + tokens(40, 3))
+    for _ in range(3):
+        world.decode()
+    branch = world.come_back(branch, tokens(9, 5))
+    world.extend(1000)
+    assert branch.exact_start == 2 * PAGE
+    world.settle()
+    world.check_accounts()
+
+
+needs_windows = pytest.mark.skipif(not compat.hosts_windows(), reason="host memory is refused beside sliding windows")
+
+
+@needs_windows
+@pytest.mark.parametrize("core", calls.cores)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_window_from_the_host_is_read_as_one_that_never_left(policy, core):
+    for order in ORDERS:
+        read_a_prefix_and_its_windows_from_the_host(order, policy, core)
+
+
+@needs_windows
+def test_records_beside_windows_that_wait_for_no_load_are_found(monkeypatch):
+    name = "register_layer_transfer_counter"
+    monkeypatch.setattr(mixed_pool.MixedPool, name, getattr(compat.SWAKVPool, name))
+    with pytest.raises(AssertionError, match="error"):
+        for order in ORDERS:
+            read_a_prefix_and_its_windows_from_the_host(order, "write_through", "python")
+
+
+@needs_windows
+def test_a_window_of_other_tokens_is_found(monkeypatch):
+    def load(host, device_pool, host_indices, device_indices, layer_id, io_backend, **kwargs):
+        device_pool.k_buffer[layer_id][device_indices.long()] = host.k_data_refs[layer_id][host_indices.long() - 1]
+
+    monkeypatch.setattr(host_pools_on_cpu, "load_tokens", load)
+    try:
+        with pytest.raises(AssertionError, match="window of layer"):
+            read_a_prefix_and_its_windows_from_the_host(0, "write_through", "python")
+    finally:
+        monkeypatch.undo()
+        host_pools_on_cpu.install()

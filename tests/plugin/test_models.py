@@ -421,7 +421,8 @@ def test_launch_takes_models_whose_windows_are_read_from_records(launch, archite
     with pytest.raises(ValueError, match=f"needs the attention backend kvarn, not triton.*: drop {flag}"):
         launch(architecture, model_type, CHANGES.get(architecture, {}), attention_backend="triton")
     flag = "--enable-hierarchical-cache"
-    with pytest.raises(ValueError, match=rf"^{flag} cannot .*{architecture}.*: drop {flag}"):
+    refusal = pytest.raises(ValueError, match=rf"^{flag} cannot .*{architecture}.*: drop {flag}")
+    with contextlib.nullcontext() if compat.hosts_windows() else refusal:
         launch(architecture, model_type, CHANGES.get(architecture, {}), enable_hierarchical_cache=True)
 
 
@@ -434,7 +435,16 @@ def test_launch_refuses_models_with_one_kind_of_layer_in_a_pool_for_two(launch, 
 @pytest.mark.parametrize(
     ("arguments", "flag"),
     [
-        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        pytest.param(
+            {"enable_hierarchical_cache": True},
+            "--enable-hierarchical-cache",
+            marks=pytest.mark.skipif(compat.hosts_windows(), reason="served in this SGLang"),
+        ),
+        pytest.param(
+            {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"},
+            "--hicache-storage-backend",
+            marks=pytest.mark.skipif(not compat.hosts_windows(), reason="refused beside any layers"),
+        ),
         pytest.param(
             {"pp_size": 2},
             "--pp-size",
@@ -455,7 +465,8 @@ def test_launch_refuses_arguments_beside_sliding_windows(launch, arguments, flag
 def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     config = SimpleNamespace(is_hybrid_swa=True, hf_config=SimpleNamespace(architectures=["GptOssForCausalLM"]))
-    off = {"enable_hierarchical_cache": False, "speculative_algorithm": None, "device": "cpu"}
+    off = {"enable_hierarchical_cache": False, "hicache_storage_backend": None, "speculative_algorithm": None}
+    off |= {"device": "cpu"}
     off |= {"tp_size": 1, "pp_size": 1, "disaggregation_mode": "null"}
     off |= {"attention_backend": "fa3", "prefill_attention_backend": None, "decode_attention_backend": None}
     refusals.check_windows(SimpleNamespace(**off), config)
@@ -471,6 +482,7 @@ def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_tri
     monkeypatch.setattr(compat, "is_since", lambda version: True)
     refusals.check_windows(on_gpu, config)
     on_cpus = {"--tp-size": {"tp_size": 2}, "--speculative-algorithm": {"speculative_algorithm": "NGRAM"}}
+    on_cpus["--enable-hierarchical-cache"] = {"enable_hierarchical_cache": True}
     for flag, changes in on_cpus.items():
         refusals.check_windows(SimpleNamespace(**off | changes), config)
         with pytest.raises(ValueError, match=rf"^{flag} .*on a CPU only: drop {flag}, or set KVARN_UNTESTED_WINDOWS=1"):

@@ -154,6 +154,20 @@ def test_plan_shares_host_memory_between_tokens_and_states_as_the_gpu_does(model
     assert ours["host_sessions"] > caches["16 bit"]["host_sessions"]
 
 
+@pytest.mark.skipif(not compat.hosts_windows(), reason="refused in this SGLang")
+def test_plan_shares_host_memory_between_tokens_and_sliding_windows_as_the_gpu_does(model_dir, capsys):
+    folder = model_dir(plain=False, **GPT_OSS_20B)
+    flags = ("--weights-gib", "14", "--context", "32768", "--hicache-size", "64", "--json")
+    _, out, _ = run(capsys, folder, *flags)
+    for cache in json.loads(out)["caches"]:
+        windows, tokens = cache["host_sliding_tokens"], cache["host_tokens"]
+        # 12 layers with windows, 8 KV heads of 64
+        of_window = 12 * 8 * 64 * 2 * (1 if cache["cache"] == "fp8" else 2)
+        assert windows * of_window + tokens * cache["bytes_per_token"] == pytest.approx(64e9, rel=0.001)
+        assert tokens / cache["pool_tokens"] == pytest.approx(windows / cache["sliding_tokens"], rel=0.001)
+        assert 0 < cache["host_sessions"] <= tokens // 32768
+
+
 def test_plan_counts_the_states_of_a_rank(model_dir, capsys):
     folder = model_dir(plain=False, **NEMOTRON_H)
     found = {}
@@ -269,9 +283,10 @@ NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this 
         pytest.param(NEMOTRON_H, ("--hicache-size", "9"), refusals.UNTESTED_HICACHE_ENV, marks=NO_HOST),
         (GPT_OSS_20B, (), None if compat.is_since("0.5.23") else refusals.UNTESTED_WINDOWS_ENV),
         (GPT_OSS_20B, ("--tp", "2"), refusals.UNTESTED_WINDOWS_ENV),
+        pytest.param(GPT_OSS_20B, ("--hicache-size", "9"), refusals.UNTESTED_WINDOWS_ENV, marks=NO_HOST),
         pytest.param(GEMMA3, (), refusals.UNTESTED_WINDOWS_ENV, marks=NO_WINDOWS),
     ],
-    ids=["dense", "states", "states-host", "windows", "windows-ranks", "windows-in-records"],
+    ids=["dense", "states", "states-host", "windows", "windows-ranks", "windows-host", "windows-in-records"],
 )
 def test_a_server_on_a_gpu_takes_the_command_of_a_plan(model, flags, variable, model_dir, capsys, monkeypatch):
     folder = model_dir(plain=False, **model)
@@ -304,7 +319,10 @@ def test_plan_refuses_host_memory_that_a_server_refuses(qwen3, capsys, monkeypat
 @pytest.mark.parametrize(
     ("changes", "flags", "sentence"),
     [
-        (GPT_OSS_20B, ("--hicache-size", "8"), "GptOssForCausalLM has layers with sliding windows"),
+        pytest.param(
+            *(GPT_OSS_20B, ("--hicache-size", "8"), "GptOssForCausalLM has layers with sliding windows"),
+            marks=pytest.mark.skipif(compat.hosts_windows(), reason="served in this SGLang"),
+        ),
         ({"head_dim": 96}, (), "LlamaForCausalLM has head_dim 96, which a kvarn cache does not serve"),
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),

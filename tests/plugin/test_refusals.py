@@ -311,26 +311,29 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
 
 
 @pytest.mark.parametrize(
-    ("mode", "device", "storage", "salted", "states", "end"),
+    ("mode", "device", "storage", "salted", "states", "windows", "end"),
     [
-        ("null", "cpu", "file", True, None, None),
-        ("null", "cuda", "file", True, None, "start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
-        ("null", "cpu", "mooncake", True, None, "because only files are tested: attach file"),
-        ("null", "cpu", "dynamic", True, None, "because only files are tested: attach file"),
-        ("null", "cpu", "file", False, None, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("null", "cuda", "mooncake", False, None, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("null", "cpu", "file", True, object(), "beside records are not tested: keep prefixes in memory"),
-        ("prefill", "cpu", "file", True, None, "beside transfers between servers: keep prefixes in memory"),
+        ("null", "cpu", "file", True, None, False, None),
+        ("null", "cuda", "file", True, None, False, "start the server with KVARN_UNTESTED_HICACHE=1 to try it"),
+        ("null", "cpu", "mooncake", True, None, False, "because only files are tested: attach file"),
+        ("null", "cpu", "dynamic", True, None, False, "because only files are tested: attach file"),
+        ("null", "cpu", "file", False, None, False, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("null", "cuda", "mooncake", False, None, False, "so that tenants would share pages: use SGLang 0.5.23"),
+        ("null", "cpu", "file", True, object(), False, "beside records are not tested: keep prefixes in memory"),
+        ("prefill", "cpu", "file", True, None, False, "beside transfers between servers: keep prefixes in memory"),
+        ("null", "cpu", "file", True, None, True, "beside sliding windows: keep prefixes in memory"),
     ],
 )
 def test_a_running_server_attaches_what_it_could_start_with(
-    monkeypatch, mode, device, storage, salted, states, end
+    monkeypatch, mode, device, storage, salted, states, windows, end
 ):
     published = {"device": device, "disaggregation_mode": mode}
     monkeypatch.setattr(compat, "published_argument", published.__getitem__)
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: salted)
-    monkeypatch.setattr(compat, "hybrid_config", lambda model_config: model_config)
-    scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"), model_config=states)
+    monkeypatch.setattr(compat, "hybrid_config", lambda model_config: states)
+    monkeypatch.setattr(compat, "windows_in_records", lambda model_config: windows)
+    model_config = SimpleNamespace(is_hybrid_swa=False)
+    scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"), model_config=model_config)
     request = SimpleNamespace(hicache_storage_backend=storage)
     attached = []
     answer = refusals.attach_or_refuse(lambda *given: attached.append(given), scheduler, request)

@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import host_pools_on_cpu
 import pytest
 import torch
 import triton_attention_on_cpu
@@ -78,10 +79,7 @@ def install() -> None:
     if OVERLAP in os.environ:
         _arguments()._disable_overlap_schedule_for_cpu = nothing_to_do
     compat.resolve("sglang_kvarn.pool.KVarNTokenToKVPool").move_kv_cache = nothing_moves
-    # host memory of a draft model; page-locked memory is for copies of a GPU
-    host = compat.resolve("sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost")
-    host.__init__ = functools.partialmethod(host.__init__, pin_memory=False)
-    host.load_to_device_per_layer, host.backup_from_device_all_layer = load_layer, write_layers
+    host_pools_on_cpu.install()
 
 
 def with_a_draft(batch_get):
@@ -213,16 +211,3 @@ def accept_greedily(
         predicts[retrieve_index[b, last]] = chosen[b, last]
         accept_token_num[b] = accepted
     return predicts, accept_index, accept_token_num
-
-
-def load_layer(host, device_pool, host_indices, device_indices, layer_id: int, io_backend: str, **kwargs) -> None:
-    """Copy one layer of slots of the host to those of a 16-bit pool of the device."""
-    for stored, cache in ((host.k_data_refs, device_pool.k_buffer), (host.v_data_refs, device_pool.v_buffer)):
-        cache[layer_id][device_indices.long()] = stored[layer_id][host_indices.long()]
-
-
-def write_layers(host, device_pool, host_indices, device_indices, io_backend: str) -> None:
-    """Copy all layers of slots of a 16-bit pool of the device to those of the host."""
-    for stored, cache in ((host.k_data_refs, device_pool.k_buffer), (host.v_data_refs, device_pool.v_buffer)):
-        for layer in range(host.layer_num):
-            stored[layer][host_indices.long()] = cache[layer][device_indices.long()]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import host_states_on_cpu
+import host_pools_on_cpu
 import torch
 from history import PAGE, extend_hash
 from prefix_cache import calls
@@ -48,7 +48,7 @@ class KeptStates:
     """
 
     def __init__(self, number: int, rows: int, context: int) -> None:
-        host_states_on_cpu.install()
+        host_pools_on_cpu.install()
         utils = "sglang.srt.configs.mamba_utils"
         sizes = ("intermediate_size", "conv_dim", "ssm_state_size", "num_heads", "head_dim", "state_size")
         shape = compat.resolve(f"{utils}.Mamba2StateShape")(

@@ -75,7 +75,7 @@ class RadixCalls:
     def _host_arguments(self, allocator, host) -> dict[str, object]:
         return {
             # the host pool has a page more than the ratio gives
-            "hicache_ratio": (host.pages - 0.5) * PAGE / allocator.size,
+            "hicache_ratio": (host.pages - 0.5) * PAGE / allocator.get_kvcache().size,
             "hicache_size": 0,
             "hicache_mem_layout": "page_first",
             "hicache_io_backend": "kernel",
@@ -129,6 +129,10 @@ class RadixCalls:
     def host_hit(self, req) -> int:
         """Return the tokens of a matched prefix that are in host memory only."""
         return req.host_hit_length
+
+    def needs_load(self, req) -> bool:
+        """Return whether some of a matched prefix, or what belongs to it, is in host memory only."""
+        return bool(self.host_hit(req))
 
     def load_back(self, adder, req) -> int:
         """Plan to load what a request found in host memory, as PrefillAdder.add_one_req does; return the tokens."""
@@ -259,13 +263,15 @@ class UnifiedCalls(RadixCalls):
     cores = ("python", "rust")
 
     def make_tree(self, rows, allocator, host=None, sliding=0):
-        if sliding:
+        if sliding and host is None:
             return self._make_sliding_tree(rows, allocator, sliding, "sglang.srt.mem_cache.unified_cache.components")
         kind = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType")
         cache = compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
         if host is None:
             return cache(self._parameters(rows, allocator, tree_components=(kind.FULL,)))
         more: dict[str, object] = {"tree_components": (kind.FULL,)}
+        if sliding:
+            more = {"tree_components": (kind.FULL, kind.SWA), "sliding_window_size": sliding}
         if hasattr(rows, "mamba_pool"):
             more = {"tree_components": (kind.FULL, kind.MAMBA), "enable_mamba_extra_buffer": True}
             # SGLang asks the configuration of a model
@@ -288,6 +294,28 @@ class UnifiedCalls(RadixCalls):
     def host_states(self, tree):
         """Return SGLang's host pool of states."""
         return tree.host_pool_group.get_pool(compat.resolve("sglang.srt.mem_cache.hicache_storage.PoolName").MAMBA)
+
+    def host_windows(self, tree):
+        """Return SGLang's host pool of sliding windows."""
+        return tree.host_pool_group.get_pool(compat.resolve("sglang.srt.mem_cache.hicache_storage.PoolName").SWA)
+
+    def nodes_with_windows(self, tree) -> Iterator[tuple[list[int], int, torch.Tensor | None, torch.Tensor | None]]:
+        """Yield of every node the tokens from the root to its end, and how many are before it.
+
+        Besides, where it has windows: its slots on the device, of the records, and those of its windows on the host.
+        """
+        kind = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType")
+        stack = [(child, []) for child in self._root(tree).children.values()]
+        while stack:
+            node, before = stack.pop()
+            path = before + list(node.key.token_ids)
+            stack += [(child, path) for child in node.children.values()]
+            windows = node.component_data[kind.SWA]
+            full = node.component_data[kind.FULL].value if windows.value is not None else None
+            yield path, len(before), full, windows.host_value
+
+    def needs_load(self, req) -> bool:
+        return req.needs_host_load_back()
 
     def nodes_with_states(self, tree) -> Iterator[tuple[list[int], dict[str, torch.Tensor | None]]]:
         """Yield of every node the tokens from the root to its end, and the slot of its state in both memories."""

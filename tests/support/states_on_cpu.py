@@ -2,7 +2,7 @@
 """Layers with states on a machine without a GPU: torch in the place of the Triton kernels that SGLang has for them.
 
 SGLang's kernels take 16-bit models on a GPU only. What both kinds of layers need is here, a kind has a module of its
-own: `gdn_on_cpu`, `mamba2_on_cpu`; so have copies of states to host memory, `host_states_on_cpu`. Nothing touches full
+own: `gdn_on_cpu`, `mamba2_on_cpu`; so have copies of states to host memory, `host_pools_on_cpu`. Nothing touches full
 attention.
 """
 
@@ -44,9 +44,9 @@ def install() -> None:
     gdn_on_cpu.install()
     mamba2_on_cpu.install()
     if compat.hosts_states():
-        import host_states_on_cpu
+        import host_pools_on_cpu
 
-        host_states_on_cpu.install()
+        host_pools_on_cpu.install()
 
 
 def _stand_in_for_a_device() -> None:

@@ -22,6 +22,7 @@ from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History, Pages
 from host_tier import HostOptions, HostTier, of_layer
 from kept_states import LAYERS as STATE_LAYERS
 from kept_states import KeptStates, Move
+from kept_windows import KeptWindows, Slide
 from kvarn_kernels.attention import TORCH, TRITON, Attention, Kernels, Limits
 from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
@@ -132,6 +133,8 @@ class Step:
     # what it does to states, and those from which requests begin
     moves: list[Move] = field(default_factory=list)
     begun: list = field(default_factory=list)
+    # and to sliding windows
+    slides: list[Slide] = field(default_factory=list)
 
     @property
     def is_extend(self) -> bool:
@@ -146,11 +149,11 @@ class World:
         pool_pages: as many as `rings` rings take, and 16; by default so few that not every row finds a ring.
         checkpoint: tokens between the states of a hybrid model, where a match of the prefix cache may end; 0: anywhere.
         drafts: the most tokens of a request in a verify step; 0: requests decode.
-        sliding: tokens before a query in the sliding windows of other layers, which SGLang keeps; 0: none. A tag stands
-            for what such a layer stores.
+        sliding: tokens before a query in the sliding windows of other layers, which SGLang keeps; 0: none.
         window: tokens in the sliding window of the layers with records, 0 for all.
         host: host memory behind the prefix cache, with two layers instead of one and a device that runs late.
         kept: states of two layers more, None for none; with host memory only, which takes them too.
+        windows: of `sliding`, of two layers more with host memory, which takes them too, and of one without.
         waiting, running: requests without and with a row; chunked: the one between two chunks.
         steps, forwards, kernel_forwards: actions and forward passes so far; of these repeated in the kernels.
         host_hits: requests that found some of their prompt in host memory only, and loaded it.
@@ -194,7 +197,9 @@ class World:
             device="cpu",
             draft_tokens=each,
             states=States(states, 1, 3, 1) if states else None,
+            sliding_tokens=SLIDING_PAGES * PAGE if sliding else 0,
         )
+        self.windows = KeptWindows(self.pool, SLIDING_PAGES, [0, 2] if host else [1], sliding) if sliding else None
         self.kept = KeptStates(states, ROWS, CONTEXT) if states else None
         if self.kept:
             self.rows = self.kept.rows
@@ -205,12 +210,12 @@ class World:
         self.allocator = self._make_allocator()
         # of the records; beside sliding windows one of two
         self.paged = self.allocator.full_attn_allocator if sliding else self.allocator
-        self.tags = torch.zeros((SLIDING_PAGES + 1) * PAGE, dtype=torch.int64)
         make_tree = partial(calls.make_tree, self.rows, self.allocator, sliding=sliding)
         self.tier = HostTier(host, self.pool, make_tree, self.pages) if host else None
         self.tree = self.tier.tree if self.tier else make_tree()
-        if self.kept:
-            self.kept.attach(self.tree, self.tier.device)
+        for kept in (self.kept, self.windows) if host else ():
+            if kept:
+                kept.attach(self.tree, self.tier.device)
         self.rings = self.pool.rings
         setattr(self.rows, ATTRIBUTE, self.rings)
         self.most_rows = (ROWS + PADDING) * each
@@ -230,8 +235,7 @@ class World:
         if not self.sliding:
             size = self.pool_pages * PAGE
             return compat.PagedTokenToKVPoolAllocator(size, PAGE, torch.uint8, "cpu", self.pool, need_sort=False)
-        make_pool, shape = compat.resolve("sglang_kvarn.mixed_pool.MixedPool"), (KV_HEADS, HEAD_DIM, HEAD_DIM)
-        pool = make_pool(self.pool, SLIDING_PAGES * PAGE, [1], shape)
+        pool = self.windows.pool
         sizes = (pool.size, pool.size_swa, PAGE, torch.uint8, "cpu", pool)
         return compat.SWATokenToKVPoolAllocator(*sizes, need_sort=False)
 
@@ -281,16 +285,16 @@ class World:
         assert not table[rings].any(), "a ring has a sliding window"
         assert not table[self.paged.free_pages].any(), "a free page has a sliding window"
 
-    def _slide(self, step: Step) -> None:
-        """Let a layer with a sliding window store and read: SGLang's slots of it hold what the history says."""
+    def _slides(self, step: Step) -> list[Slide]:
+        """Return what a step stores in sliding windows: SGLang has a slot for everything new."""
+        slides = []
         for request, (start, end), slots in zip(step.requests, step.spans, step.slots, strict=True):
-            own = torch.tensor([h >> 1 for h in request.history.hashes[:end]])
+            tags = torch.tensor([h >> 1 for h in request.history.hashes[:end]])
             places = self.allocator.full_to_swa_index_mapping[slots.long()]
             if start == 0 or request.row is not None:
                 assert places[start:].all(), f"request {request.req.rid}: a new token has no sliding window"
-                self.tags[places[start:]] = own[start:]
-                seen = max(start - self.sliding, 0)
-                assert torch.equal(self.tags[places[seen:]], own[seen:]), f"request {request.req.rid}: sliding window"
+                slides.append(Slide(places, tags, start, request.req.rid))
+        return slides
 
     def check_accounts(self) -> None:
         """Every page is free, or in the tree, or one request's own, or in its ring; no page is two of these.
@@ -313,6 +317,8 @@ class World:
             self.tier.check()
         if self.kept:
             self.kept.check(self.holders() + self.waiting)
+        if self.windows and self.tier:
+            self.windows.check()
 
     def holders(self) -> list[Request]:
         """Requests that have a row."""
@@ -562,7 +568,7 @@ class World:
         self.release(request, insert=True)
         if self.tier:
             # so that pages which the step writes are not only those of the next ring
-            self.allocator.free_pages = self.tier.device.shuffled(self.allocator.free_pages)
+            self.paged.free_pages = self.tier.device.shuffled(self.paged.free_pages)
         following = self.allocate_extend(chunk) if reuse and self.waiting else None
         self.run(wasted)
         if following:
@@ -636,7 +642,7 @@ class World:
                 # SGLang counts every request as if it began a page
                 if self.free_tokens() < reserved + hit + new + PAGE:
                     return
-                if hit:
+                if self.tier and not continued and calls.needs_load(req):
                     self.host_hits += bool(calls.load_back(adder, req))
                     if calls.rejects_after_load and budget < PAGE:
                         return
@@ -728,9 +734,11 @@ class World:
             padded = step.padding * max(step.drafts, 1)
             q, k, v = (torch.cat([x, x.new_full((padded, *x.shape[1:]), 1e4)]) for x in (q, k, v))
         step.new = QKV(q, k, v)
-        if self.sliding:
-            self._slide(step)
+        if self.windows:
+            step.slides = self._slides(step)
         if not self.tier:
+            for layer in self.windows.layers if self.windows else ():
+                self.windows.run(step.slides, layer, self.windows.memory(layer))
             for n, cache in enumerate(self.caches):
                 self._forward(step, n, cache)
             return
@@ -741,6 +749,9 @@ class World:
         begin = partial(self.kept.begin, step.begun) if self.kept else lambda: None
         for layer in STATE_LAYERS if self.kept else ():
             layers[layer] = partial(self.rows.mamba2_layer_cache, layer), partial(self.kept.run, step.moves, layer)
+        for layer in self.windows.layers if self.windows else ():
+            run = partial(self.windows.run, step.slides, layer)
+            layers[layer] = partial(self.windows.memory, layer), run
         ordered = [layers[layer] for layer in sorted(layers)]
         self.tier.launch_forward(ordered, step.consumer, graph=not step.is_extend, begin=begin)
 

@@ -69,14 +69,18 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             f"host memory behind a kvarn cache needs SGLang 0.5.16 or 0.5.23, not {compat.version()}, which may copy a "
             "page before its record is written: take SGLang 0.5.23 or drop --hicache-size"
         )
-    if options.hicache_size and (model.is_hybrid_swa or (config is not None and not compat.hosts_states())):
-        kind = "sliding windows" if config is None else "states"
-        raise Refused(
-            f"{model.hf_config.architectures[0]} has layers with {kind}, for which a server with a kvarn cache takes "
-            "no host memory: drop --hicache-size"
-        )
+    windows = compat.windows_in_records(model)
+    for kind, has_them, takes_them in (
+        ("sliding windows", model.is_hybrid_swa or windows, compat.hosts_windows()),
+        ("states", config is not None, compat.hosts_states()),
+    ):
+        if options.hicache_size and has_them and not takes_them:
+            raise Refused(
+                f"{model.hf_config.architectures[0]} has layers with {kind}, for which a server with a kvarn cache "
+                f"takes no host memory in SGLang {compat.version()}: take SGLang 0.5.23 or drop --hicache-size"
+            )
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    heads, windows = compat.query_heads(model), compat.windows_in_records(model)
+    heads = compat.query_heads(model)
     weights = _weights(options, model) // options.tp
     available, fraction = _kv_memory(options, weights)
     if available <= 0:
@@ -165,9 +169,10 @@ class _Rank:
         """Return the row of a stock cache, keys and values of `itemsize` bytes."""
         token, context = self.shape.full_token_bytes(itemsize), self.options.context
         states, left = self._split(compat.STOCK_STATE_RATIO)
-        tokens, sliding = self._tokens(token, itemsize / self.shape.attention.dtype.itemsize, left)
+        share = itemsize / self.shape.attention.dtype.itemsize
+        tokens, sliding = self._tokens(token, share, left)
         requests = min(tokens // context, self.options.max_running_requests or tokens)
-        return self._row(name, token, tokens, requests, tokens // context, states, sliding)
+        return self._row(name, token, tokens, requests, tokens // context, states, sliding, share)
 
     def kvarn(self, name: str) -> dict[str, Any]:
         """Return the row of a preset."""
@@ -203,7 +208,7 @@ class _Rank:
         found = SlidingShare(
             token=token,
             plain_token=plain,
-            sliding_token=int(self.windows.token * share),
+            sliding_token=self._sliding_token(share),
             ratio=compat.STOCK_SLIDING_RATIO,
             is_chosen=False,
             least=self._sliding_tokens_of_a_request() + 2 * _defaults(self.options)[1] + PAGE_SIZE,
@@ -223,6 +228,7 @@ class _Rank:
         sessions: int,
         states: States | None,
         sliding: int | None,
+        share: float = 1,
     ) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         if states is not None:
@@ -234,7 +240,8 @@ class _Rank:
             requests, sessions = min(requests, sliding // each), min(sessions, sliding // each)
             kept = {"sliding_tokens": sliding}
         if self.options.hicache_size:
-            kept |= self._host(token, tokens, states)
+            of_sliding = 0 if sliding is None else sliding * self._sliding_token(share)
+            kept |= self._host(token, tokens, states, of_sliding, self._sliding_token(share))
         return kept | {
             "cache": name,
             "bytes_per_token": token,
@@ -243,18 +250,32 @@ class _Rank:
             "sessions": sessions,
         }
 
-    def _host(self, token: int, tokens: int, states: States | None) -> dict[str, Any]:
-        """Return what host memory holds; SGLang shares it between tokens and states as the GPU does."""
+    def _sliding_token(self, share: float) -> int:
+        return 0 if self.windows is None else int(self.windows.token * share)
+
+    def _host(
+        self, token: int, tokens: int, states: States | None, of_sliding: int, sliding_token: int
+    ) -> dict[str, Any]:
+        """Return what host memory holds; SGLang shares it between tokens and what is beside them as the GPU does.
+
+        Args:
+            of_sliding: bytes of sliding windows on the GPU; sliding_token: of a token of them.
+        """
         # SGLang counts in powers of ten
         size = self.options.hicache_size * 10**9
         of_states = 0 if states is None else (states.number + 1) * states.nbytes
-        for_states = size * of_states // (of_states + tokens * token)
-        host_tokens = (size - for_states) // token // PAGE_SIZE * PAGE_SIZE
+        beside = of_states + of_sliding
+        for_others = size * beside // (beside + tokens * token)
+        host_tokens = (size - for_others) // token // PAGE_SIZE * PAGE_SIZE
         host_sessions = host_tokens // capacity.whole_pages(self.options.context)
         kept = {"host_tokens": host_tokens, "host_sessions": host_sessions}
         if states is not None:
-            number = for_states // states.nbytes
+            number = for_others // states.nbytes
             kept |= {"host_states": number, "host_sessions": min(host_sessions, number // states.per_session)}
+        elif of_sliding:
+            number = for_others // sliding_token // PAGE_SIZE * PAGE_SIZE
+            sessions = min(host_sessions, number // self._sliding_tokens_of_a_request())
+            kept |= {"host_sliding_tokens": number, "host_sessions": sessions}
         return kept
 
 

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sliding windows in a world: SGLang's pool of them, on the device and in host memory, and what it must hold.
+
+What a token has in a layer with a sliding window is a tag here, made of the tokens up to it, so that whoever reads a
+window of other tokens, or of another request, sees that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import host_pools_on_cpu
+import torch
+from history import PAGE, extend_hash
+from prefix_cache import calls
+from sglang_kvarn import compat
+
+
+@dataclass(frozen=True)
+class Slide:
+    """What a step does to the sliding windows of one request.
+
+    Attributes:
+        places: slots in SGLang's pool of them, of all tokens, 0 for what it no longer keeps; tags: of all tokens.
+        start: the first new token; request: for messages.
+    """
+
+    places: torch.Tensor
+    tags: torch.Tensor
+    start: int
+    request: str
+
+
+class KeptWindows:
+    """Hold the sliding windows of one world.
+
+    Attributes:
+        pool: SGLang's pool of records and sliding windows; layers: that have these; size: tokens before a query.
+    """
+
+    def __init__(self, records: Any, pages: int, layers: list[int], size: int) -> None:
+        host_pools_on_cpu.install()
+        self._records, self.layers, self.size, self.pages = records, layers, size, pages
+        shape = records.head_num, records.head_dim, records.head_dim
+        self.pool = compat.resolve("sglang_kvarn.mixed_pool.MixedPool")(records, pages * PAGE, layers, shape)
+
+    def attach(self, tree: Any, device: Any) -> None:
+        """Let copies of sliding windows be operations of the simulated device."""
+        self._tree, self._device = tree, device
+        self.host = calls.host_windows(tree)
+        for name, kind in (("backup_from_device_all_layer", "host windows"), ("load_to_device_per_layer", "windows")):
+            setattr(self.host, name, partial(self._launch, getattr(self.host, name), kind))
+
+    def _launch(self, copy: Callable, kind: str, *args: Any, **kwargs: Any) -> None:
+        self._device.launch(partial(copy, *args, **kwargs), kind, frozenset([0]))
+
+    def memory(self, layer: int) -> torch.Tensor:
+        """Return what a layer stores, int64 [slots], behind what SGLang has a step wait for."""
+        return _tags(self.pool.get_key_buffer(layer))
+
+    def run(self, slides: list[Slide], layer: int, memory: torch.Tensor) -> None:
+        """Run a layer with a sliding window of a step: store what is new, and check what its windows hold."""
+        for slide in slides:
+            own, seen = slide.tags ^ layer, max(slide.start - self.size, 0)
+            memory[slide.places[slide.start :]] = own[slide.start :]
+            assert torch.equal(memory[slide.places[seen:]], own[seen:]), (
+                f"request {slide.request}: sliding window of layer {layer}"
+            )
+
+    def check(self) -> None:
+        """Windows of the prefix tree are those of its tokens, on the device and in host memory."""
+        planned = any(calls.queued_copies(calls.controller(self._tree)))
+        if planned or not self._device.is_idle() or not calls.shows_nodes(self._tree):
+            return
+        free = torch.cat([self.host.free_slots, *self.host.release_slots]).tolist()
+        held: list[int] = []
+        table = self._tree.token_to_kv_pool_allocator.full_to_swa_index_mapping
+        device = [_tags(buffer) for buffer in self.pool.swa_kv_pool.k_buffer]
+        host = [_tags(buffer) for buffer in self.host.k_data_refs]
+        for path, start, full, slots in calls.nodes_with_windows(self._tree):
+            state, tags = 0, []
+            for token in path:
+                state = extend_hash(state, token)
+                tags.append(state >> 1)
+            own = torch.tensor(tags[start:])
+            found = {"device": (device, None if full is None else table[full]), "host": (host, slots)}
+            for name, (buffers, places) in found.items():
+                for layer, buffer in zip(self.layers, buffers, strict=True) if places is not None else ():
+                    assert torch.equal(buffer[places.long()], own ^ layer), f"{name} memory: window of layer {layer}"
+            held += [] if slots is None else slots.tolist()
+        assert sorted(free + held) == list(range(self.host.size)), "every slot of the host is free, or in the tree"
+
+
+def _tags(buffer: torch.Tensor) -> torch.Tensor:
+    """Return the first 64 bits of every slot of a buffer [slots, heads, channels] in 32 bits."""
+    return buffer.view(torch.int64)[:, 0, 0]
