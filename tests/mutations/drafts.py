@@ -190,8 +190,8 @@ MUTATIONS = (
     Mutation(
         "draft model's tokens charged as 16-bit ones whatever its cache",
         BUDGET,
-        ".full_token_bytes(itemsize)",
-        ".full_token_bytes(model_config.dtype.itemsize)",
+        "ranks, layers).full_token_bytes(itemsize)",
+        "ranks, layers).full_token_bytes(model_config.dtype.itemsize)",
         (TEST_DRAFTS,),
     ),
     Mutation(

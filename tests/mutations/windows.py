@@ -309,7 +309,7 @@ MUTATIONS = (
         REFUSALS,
         'if algorithm and "flashinfer" in backends:',
         'if not algorithm and "flashinfer" in backends:',
-        (f"{TEST_MODELS}::test_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
+        (f"{TEST_MODELS}::test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
     ),
     Mutation(
         "ranks that cannot share the heads of sliding windows",
