@@ -47,7 +47,7 @@ FIGURES = {
     **dict.fromkeys(("requests", "plain", "disconnected", "aborted"), "requests"),
     "tokens": "tokens",
     "prefix hits": "requests",
-    "hits in host memory": "requests",
+    **dict.fromkeys(("hits in host memory", "hits in files"), "requests"),
     "retractions": "",
     **dict.fromkeys(("differing", "differing at a near tie"), "answers"),
     "differing prompts": "prompts",
@@ -81,7 +81,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     default = "--attention-backend triton" if on_gpu else ""
     parser.add_argument("--stock-args", default=default, help="More flags of the stock servers; without it none.")
     cli.add_timeout(parser, 600 if on_gpu else 3600, "each cache")
-    cli.add_hicache(parser)
     text = "Start one server at a time; a CPU always does."
     parser.add_argument("--one-by-one", action="store_true", default=not on_gpu, help=text)
     cli.add_output(parser, "Without it rows.csv in --folder.")
@@ -96,7 +95,8 @@ def command(args: argparse.Namespace, cache: str) -> list[str]:
         found += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     found += ["--new-tokens", *map(str, args.new_tokens), f"--server-args={' '.join(own)}"]
     # what is asked alone needs no host memory, which a stock cache does not have without a prefix cache
-    found += launch.flags({} if args.hicache is None else {"hicache": args.hicache})
+    behind = {"hicache": args.hicache, "hicache_files": args.hicache_files}
+    found += launch.flags({name: value for name, value in behind.items() if value is not None})
     # what differs is compared here
     return [*found, "--allow", str(args.requests), *([] if args.one_by_one else ["--at-once"])]
 
@@ -143,19 +143,20 @@ def share(result: dict) -> float:
     return (result["differing"] + result["differing at a near tie"]) / result["requests"]
 
 
-def verdict(kvarn: dict, stock: dict, with_host_memory: bool = False) -> tuple[bool, str]:
+def verdict(kvarn: dict, stock: dict, tiers: Sequence[str] = ()) -> tuple[bool, str]:
     """Return whether KVarN passes, and the sentence that says by what.
 
     Args:
-        with_host_memory: without a hit in it nothing was tested.
+        tiers: behind the GPU's memory, as `FIGURES` names hits in them; without a hit nothing was tested.
     """
     mine, other = share(kvarn), share(stock)
     both = (mine + other) / 2
     # of the difference of two shares that are the same
     error = sqrt(both * (1 - both) * (1 / kvarn["requests"] + 1 / stock["requests"]))
     clean = not (kvarn["leaked secrets"] or kvarn["failed"])
-    if with_host_memory and not kvarn["hits in host memory"]:
-        return False, "no request hit host memory: lower --max-total-tokens or send more --requests"
+    for tier in tiers:
+        if not kvarn[tier]:
+            return False, f"expected some {tier}, got none: lower --max-total-tokens or send more --requests"
     passed = clean and mine - other <= 2 * error
     said = f"{mine:.2%} of the answers differ from those alone, {other:.2%} with the 16-bit cache (+- {2 * error:.2%})"
     return passed, f"{said}; {kvarn['leaked secrets']} secrets leaked, {kvarn['failed']} requests lost"
@@ -183,9 +184,13 @@ def main() -> int:
     settings = {name: getattr(args, name) for name in flags.LOAD if name not in ("requests", "load_seconds")}
     if args.hicache is not None:
         settings["hicache"] = args.hicache
+    if args.hicache_files is not None:
+        settings["hicache_files"] = True
     for cache, beside in zip(caches, reversed(caches), strict=True):
         rows.append(cache, settings | {"beside": beside}, figures_of(results[cache]))
-    passed, said = verdict(*(results[cache] for cache in caches), args.hicache is not None)
+    tiers = ["hits in host memory"] if args.hicache is not None or args.hicache_files is not None else []
+    tiers += ["hits in files"] if args.hicache_files is not None else []
+    passed, said = verdict(*(results[cache] for cache in caches), tiers)
     print(f"{'passed' if passed else 'FAILED'} in {time.monotonic() - started:.0f} s: {said}")
     return int(not passed)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from benchmarks.common import cli
 
@@ -38,6 +39,9 @@ def add_load(
     text = "Seconds of the load, after which no request is sent any more."
     to.add_argument("--load-seconds", type=float, default=float("inf"), metavar="S", help=text)
     cli.add_max_running_requests(to, max_running_requests)
+    cli.add_hicache(to)
+    text = "Folder of files behind the host memory of every loaded server; that is twice the pool without --hicache."
+    to.add_argument("--hicache-files", type=Path, metavar="DIR", help=f"{text} Without it none.")
     text = "Tokens of the pool, so few that it evicts and retracts."
     to.add_argument("--max-total-tokens", type=int, default=max_total_tokens, metavar="N", help=text)
     cli.add_seed(to, "the order of requests")

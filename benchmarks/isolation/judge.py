@@ -37,6 +37,7 @@ def judge(oracle: Oracle, answers: list[Answer]) -> dict:
         "tokens": sum(len(a.output_ids) for a in answers),
         "prefix hits": sum(m.get("cached_tokens", 0) > 0 for m in meta),
         "hits in host memory": sum((m.get("cached_tokens_details") or {}).get("host", 0) > 0 for m in meta),
+        "hits in files": sum((m.get("cached_tokens_details") or {}).get("storage", 0) > 0 for m in meta),
         "cached tokens": sum(m.get("cached_tokens", 0) for m in meta),
         "retractions": sum(m.get("num_retractions", 0) for m in meta),
         "seconds p50": round(median(plain), 2) if plain else None,

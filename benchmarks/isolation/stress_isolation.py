@@ -73,7 +73,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--alone-url", help=text)
     text = "Start both servers together, which needs cores and a small memory fraction."
     parser.add_argument("--at-once", action="store_true", help=text)
-    cli.add_hicache(parser)
     cli.add_timeout(parser, 3600, "the whole run, which fails after them")
     text = "Write the result to this file, too, as one JSON object; without it the result is printed only."
     parser.add_argument("--result", type=Path, metavar="FILE", help=text)
@@ -179,10 +178,17 @@ def load_own(args: argparse.Namespace, prompts: list[Prompt], window: bool) -> t
         # as many requests as fit right now: memory runs out while they decode, and some are retracted
         "schedule_conservativeness": 0,
     } | caches.host_memory(args.hicache)
-    retract = [f"SGLANG_TEST_RETRACT_INTERVAL={args.retract_every}", "SGLANG_TEST_RETRACT=1"]
+    environment = [f"SGLANG_TEST_RETRACT_INTERVAL={args.retract_every}", "SGLANG_TEST_RETRACT=1"]
+    if not args.retract_every:
+        environment = []
+    if args.hicache_files is not None:
+        small |= {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"}
+        # the default policy computes again what takes long to read, so that little would be read
+        small["hicache_storage_prefetch_policy"] = "wait_complete"
+        environment.append(f"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR={args.hicache_files / args.cache}")
 
     def start() -> contextlib.AbstractContextManager[Server]:
-        return launch.starting([*both, *launch.flags(small)], *(retract if args.retract_every else []))
+        return launch.starting([*both, *launch.flags(small)], *environment)
 
     code, found = fingerprint(), list[faults.Fault]()
     with contextlib.ExitStack() as stack:
