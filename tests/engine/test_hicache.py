@@ -10,7 +10,6 @@ from typing import Any
 import draft_models
 import drafts_on_cpu
 import pytest
-from engine_plugin import add_to_engines
 from kvarn_kernels.config import KVarNConfig
 from sglang_kvarn import compat
 
@@ -151,7 +150,6 @@ def test_a_draft_model_finds_its_keys_and_values_in_host_memory(
 @pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "DFLASH"])
 def test_heads_draft_on_a_prefix_from_host_memory(start_engine, model, monkeypatch, tmp_path_factory, algorithm):
     drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
-    add_to_engines(monkeypatch, tmp_path_factory.mktemp("plugin"), "chain_attention:install")
     drafted = draft_models.arguments(algorithm, tmp_path_factory.mktemp("draft") / "model")
     prompts = [prompt(300, seed) for seed in range(4)]
     with start_engine(**small(KVARN, drafts=4), **drafted) as engine:
