@@ -53,10 +53,9 @@ def stand_ins() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, MonkeyPatch.context() as patch:
         patch.syspath_prepend(SUPPORT)
         import drafts_on_cpu
-        from engine_plugin import add_to_engines
 
         drafts_on_cpu.prepare(patch, Path(folder))
-        add_to_engines(patch, Path(folder), "chain_attention:install")
+        drafts_on_cpu.draft_chains(patch)
         yield
 
 

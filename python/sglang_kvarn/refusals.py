@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -102,6 +102,12 @@ _OTHER_DRAFTS = {
 }
 
 
+def _one_of(names: Sequence[str]) -> str:
+    """Return two or more names as a sentence lists them."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
 def _other_drafts(name: str | None, why: str) -> Refusal:
     """Return the refusal of an algorithm by name; None: of all that are not chains."""
 
@@ -109,8 +115,8 @@ def _other_drafts(name: str | None, why: str) -> Refusal:
         found = algorithm_of(args)
         return found not in ("", *CHAINS) if name is None else found == name
 
-    way_out = f"set it to {', '.join(CHAINS[:-1])} or {CHAINS[-1]}"
-    return Refusal(applies, _text("--speculative-algorithm {args.speculative_algorithm}", why, way_out))
+    what = "--speculative-algorithm {args.speculative_algorithm}"
+    return Refusal(applies, _text(what, why, f"set it to {_one_of(CHAINS)}"))
 
 
 def _host_memory(applies: Callable[[Any], bool], what: str, why: str, way_out: str, typed: bool = True) -> Refusal:
@@ -769,8 +775,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     if (algorithm := algorithm_of(args)) not in ("", *_DRAFTS_BESIDE_WINDOWS):
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
-            "that kind are not tested beside sliding windows yet: set it to "
-            f"{' or '.join((', '.join(_DRAFTS_BESIDE_WINDOWS[:-1]), _DRAFTS_BESIDE_WINDOWS[-1]))}"
+            f"that kind are not tested beside sliding windows yet: set it to {_one_of(_DRAFTS_BESIDE_WINDOWS)}"
         )
     if algorithm and "flashinfer" in backends:
         raise Refused(

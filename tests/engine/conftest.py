@@ -56,3 +56,11 @@ def start_engine(model):
                 engine.shutdown()
 
     return start
+
+
+@pytest.fixture
+def stored(monkeypatch, tmp_path) -> dict[str, str]:
+    """Return the options of an engine with files behind host memory, in the folder `pages`."""
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "pages"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    return {"hicache_storage_backend": "file", "hicache_storage_prefetch_policy": "wait_complete"}

@@ -9,7 +9,6 @@ import draft_models
 import drafts_on_cpu
 import known_drafts
 import pytest
-from engine_plugin import add_to_engines
 
 from benchmarks.common.tiny_model import answers, expected, flush, prompt
 
@@ -24,7 +23,6 @@ def stand_ins(monkeypatch, tmp_path):
     # SGLang counts every page of every step
     monkeypatch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
     drafts_on_cpu.prepare(monkeypatch, tmp_path)
-    add_to_engines(monkeypatch, tmp_path, "chain_attention:install")
 
 
 # window: tokens that the draft model reads, in rows of its own

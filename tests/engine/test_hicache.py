@@ -10,7 +10,6 @@ from typing import Any
 import draft_models
 import drafts_on_cpu
 import pytest
-from engine_plugin import add_to_engines
 from kvarn_kernels.config import KVarNConfig
 from sglang_kvarn import compat
 
@@ -35,6 +34,7 @@ def small(preset: str, ratio: float = 2.0, drafts: int = 1) -> dict[str, Any]:
 
 
 KVARN, CANONICAL = "kvarn", "kvarn_canonical"
+has_storage = pytest.mark.skipif(not compat.salts_storage_keys(), reason="storage is refused in this SGLang")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,6 +54,21 @@ def ask(engine, model: str, preset: str, tokens: list[int]) -> dict[str, int]:
         model, tokens, preset, cached=found["cached_tokens"], new_tokens=NEW
     ), found["cached_tokens_details"]
     return {"device": 0, "host": 0} | (found["cached_tokens_details"] or {}) | {"all": found["cached_tokens"]}
+
+
+def answer_with_drafts(engine, model: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Return answers that are long enough for drafts to be accepted; their first tokens are the oracle's."""
+    found = [answers(engine, [tokens], 16)[0] for tokens in prompts]
+    for tokens, answer in zip(prompts, found, strict=True):
+        # the oracle is slow
+        assert answer["tokens"][:NEW] == expected(model, tokens, KVARN, cached=answer["cached"], new_tokens=NEW)
+    return found
+
+
+def check_accepted(first: list[dict[str, Any]], again: list[dict[str, Any]]) -> None:
+    """Check that drafts are accepted at the second time, too: next to none are where the draft model finds zeros."""
+    accepted, accepted_again = (sum(answer["drafts_accepted"] for answer in found) for found in (first, again))
+    assert accepted_again > accepted // 2 > 4
 
 
 def attach(engine, storage: str) -> str | None:
@@ -123,28 +138,18 @@ def test_a_draft_model_finds_its_keys_and_values_in_host_memory(
     # the model drafts for itself, from a cache that is not quantised
     drafted = draft_models.arguments("STANDALONE", tmp_path_factory.mktemp("draft"), model=model)
     prompts = [prompt(300, seed) for seed in range(4)]
-
-    def ask_each(engine) -> tuple[list[int], int]:
-        found = [answers(engine, [tokens], 16)[0] for tokens in prompts]
-        for tokens, answer in zip(prompts, found, strict=True):
-            # the oracle is slow
-            assert answer["tokens"][:NEW] == expected(model, tokens, KVARN, cached=answer["cached"], new_tokens=NEW)
-        return [answer["cached"] for answer in found], sum(answer["drafts_accepted"] for answer in found)
-
     with start_engine(**small(KVARN, drafts=4), **drafted, tp_size=ranks) as engine:
-        first, accepted = ask_each(engine)
-        again, accepted_again = ask_each(engine)
+        first, again = (answer_with_drafts(engine, model, prompts) for _ in range(2))
     # of 4 prompts the pool of the device holds fewer than 3
-    assert first == [0] * 4 and again.count(256) >= 3
-    # next to none where the draft model finds zeros
-    assert accepted_again > accepted // 2 > 4
+    cached, cached_again = ([answer["cached"] for answer in found] for found in (first, again))
+    assert cached == [0] * 4 and cached_again.count(256) >= 3
+    check_accepted(first, again)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "DFLASH"])
 def test_heads_draft_on_a_prefix_from_host_memory(start_engine, model, monkeypatch, tmp_path_factory, algorithm):
     drafts_on_cpu.prepare(monkeypatch, tmp_path_factory.mktemp("plugin"))
-    add_to_engines(monkeypatch, tmp_path_factory.mktemp("plugin"), "chain_attention:install")
     drafted = draft_models.arguments(algorithm, tmp_path_factory.mktemp("draft") / "model")
     prompts = [prompt(300, seed) for seed in range(4)]
     with start_engine(**small(KVARN, drafts=4), **drafted) as engine:
@@ -153,11 +158,8 @@ def test_heads_draft_on_a_prefix_from_host_memory(start_engine, model, monkeypat
         assert sum(ask(engine, model, KVARN, tokens)["host"] for tokens in prompts) >= 256
 
 
-@pytest.mark.skipif(not compat.salts_storage_keys(), reason="storage is refused in this SGLang")
-def test_pages_come_back_from_files_and_damaged_ones_are_misses(start_engine, model, tmp_path, monkeypatch):
-    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "pages"))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    stored = {"hicache_storage_backend": "file", "hicache_storage_prefetch_policy": "wait_complete"}
+@has_storage
+def test_pages_come_back_from_files_and_damaged_ones_are_misses(start_engine, model, stored, tmp_path):
     prompts = [prompt(300, seed) for seed in range(4)]
 
     def found(engine) -> list[int]:
@@ -178,34 +180,22 @@ def test_pages_come_back_from_files_and_damaged_ones_are_misses(start_engine, mo
         assert sorted(found(engine)) == [0, 0, 0, 256]
 
 
-@pytest.mark.skipif(not compat.salts_storage_keys(), reason="storage is refused in this SGLang")
-def test_a_draft_model_finds_its_keys_and_values_in_files(start_engine, model, tmp_path, monkeypatch):
-    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "pages"))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+@has_storage
+def test_a_draft_model_finds_its_keys_and_values_in_files(start_engine, model, stored, tmp_path, monkeypatch):
     drafts_on_cpu.prepare(monkeypatch, tmp_path / "plugin")
-    stored = {"hicache_storage_backend": "file", "hicache_storage_prefetch_policy": "wait_complete"}
-    stored |= draft_models.arguments("STANDALONE", tmp_path / "draft", model=model)
+    options = small(KVARN, drafts=4) | stored | draft_models.arguments("STANDALONE", tmp_path / "draft", model=model)
     prompts = [prompt(300, seed) for seed in range(1, 5)]
-
-    def ask_each(engine) -> list[dict]:
-        found = [answers(engine, [tokens], 16)[0] for tokens in prompts]
-        for tokens, answer in zip(prompts, found, strict=True):
-            # the oracle is slow
-            assert answer["tokens"][:NEW] == expected(model, tokens, KVARN, cached=answer["cached"], new_tokens=NEW)
-        return found
-
-    with start_engine(**small(KVARN, drafts=4), **stored) as engine:
-        first = ask_each(engine)
+    with start_engine(**options) as engine:
+        first = answer_with_drafts(engine, model, prompts)
         files = [file for file in wait_for_files(tmp_path / "pages", 16) if ".draft_" in file.name]
     assert len(files) == 8
     # of the third prompt cut short, of the fourth other bytes
     files[4].write_bytes(files[4].read_bytes()[:-1])
     files[6].write_bytes(bytes(range(256)) * (files[6].stat().st_size // 256))
-    with start_engine(**small(KVARN, drafts=4), **stored) as engine:
-        again = ask_each(engine)
+    with start_engine(**options) as engine:
+        again = answer_with_drafts(engine, model, prompts)
     assert [answer["cached"] for answer in again[:2]] == [256, 256]
-    accepted, accepted_again = (sum(answer["drafts_accepted"] for answer in found[:2]) for found in (first, again))
-    assert accepted_again > accepted // 2 > 4
+    check_accepted(first[:2], again[:2])
 
 
 def wait_for_files(folder: Path, count: int) -> list[Path]:

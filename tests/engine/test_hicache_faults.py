@@ -15,14 +15,12 @@ from pathlib import Path
 import host_faults
 import pytest
 from host_faults import EXISTS, FULL_DISK, GET, LATE_LOAD, LATE_READ, NO_ROOM, SET, Faults
-from sglang_kvarn import compat
-from test_hicache import KVARN, ask, small, wait_for_files
+from test_hicache import KVARN, ask, has_storage, small, wait_for_files
 
 from benchmarks.common.tiny_model import flush, prompt
 
 # of each prompt, in the prefix cache
 CACHED = 256
-has_storage = pytest.mark.skipif(not compat.salts_storage_keys(), reason="storage is refused in this SGLang")
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +32,6 @@ def strict_checks(monkeypatch):
 @pytest.fixture
 def faults(monkeypatch, tmp_path) -> Faults:
     return host_faults.prepare(monkeypatch, tmp_path / "plugin")
-
-
-@pytest.fixture
-def stored(monkeypatch, tmp_path) -> dict[str, str]:
-    """Return the options of an engine with files behind host memory, in the folder `pages`."""
-    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path / "pages"))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    return {"hicache_storage_backend": "file", "hicache_storage_prefetch_policy": "wait_complete"}
 
 
 def expect_host_tokens(engine, count: int) -> None:

@@ -73,6 +73,15 @@ def prompts_for(folder: str, preset: str, count: int) -> list[list[int]]:
     return [steady(folder, 270 + 11 * n, preset=preset)[0] for n in range(count)]
 
 
+def find_in_host_memory(engine, folder: str) -> None:
+    """Ask for more than the device holds, twice: what left the device is found in host memory."""
+    prompts = prompts_for(folder, CANONICAL, 4)
+    for tokens in prompts:
+        ask(engine, folder, CANONICAL, tokens)
+    found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]
+    assert sum(each["host"] == 256 for each in found) >= 3, found
+
+
 def facts_of(engine) -> dict[str, Any]:
     return engine.get_server_info()["internal_states"][0]["kvarn"]
 
@@ -187,37 +196,21 @@ def test_retraction_changes_no_token_beside_host_memory(start_engine, tmp_path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", [DELTA, "nemotron_h"])
-def test_drafts_verify_on_a_prefix_and_a_state_from_host_memory(start_engine, tmp_path, monkeypatch, family):
+@pytest.mark.parametrize(("family", "algorithm"), [(DELTA, "NGRAM"), ("nemotron_h", "NGRAM"), (DELTA, "NEXTN")])
+def test_drafts_verify_on_a_prefix_and_a_state_from_host_memory(
+    start_engine, tmp_path, monkeypatch, family, algorithm
+):
     drafts_on_cpu.prepare(monkeypatch, tmp_path / "plugin")
     folder = tiny_model.save(tmp_path / "model", family)
-    prompts = prompts_for(folder, CANONICAL, 4)
-    with start_engine(**options(folder, CANONICAL, pages=8, drafts=4), **NGRAM) as engine:
-        for tokens in prompts:
-            ask(engine, folder, CANONICAL, tokens)
-        found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]
-    assert sum(each["host"] == 256 for each in found) >= 3, found
-
-
-@pytest.mark.long
-def test_a_head_that_comes_with_the_model_finds_its_pages_in_host_memory(start_engine, tmp_path, monkeypatch):
-    drafts_on_cpu.prepare(monkeypatch, tmp_path / "plugin")
-    folder, head = tiny_model.save(tmp_path / "model", DELTA), draft_models.arguments("NEXTN", tmp_path / "draft")
-    prompts = prompts_for(folder, CANONICAL, 4)
-    with start_engine(**options(folder, CANONICAL, pages=8, drafts=4), **head) as engine:
-        for tokens in prompts:
-            ask(engine, folder, CANONICAL, tokens)
-        found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]
-    assert sum(each["host"] == 256 for each in found) >= 3, found
+    # the head of NEXTN comes with the model, and has pages of its own
+    drafted = NGRAM if algorithm == "NGRAM" else draft_models.arguments(algorithm, tmp_path / "draft")
+    with start_engine(**options(folder, CANONICAL, pages=8, drafts=4), **drafted) as engine:
+        find_in_host_memory(engine, folder)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", [DELTA, "nemotron_h"])
 def test_two_ranks_find_pages_and_states_in_host_memory(start_engine, tmp_path, family):
     folder = tiny_model.save(tmp_path, family, **TWO_RANKS.get(family, {}))
-    prompts = prompts_for(folder, CANONICAL, 4)
     with start_engine(tp_size=2, **options(folder, CANONICAL, pages=8)) as engine:
-        for tokens in prompts:
-            ask(engine, folder, CANONICAL, tokens)
-        found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]
-    assert sum(each["host"] == 256 for each in found) >= 3, found
+        find_in_host_memory(engine, folder)

@@ -11,7 +11,6 @@ import hybrids
 import known_drafts
 import pytest
 import states_on_cpu
-from engine_plugin import add_to_engines
 from hybrids import DELTA, HAS_PREFIX_CACHE, MAMBA2, OPTIONS, PRESET
 
 from benchmarks.common import models, tiny_model
@@ -112,7 +111,6 @@ def test_a_head_that_comes_with_the_model_keeps_a_cache_of_its_own(start_engine,
 
 @pytest.mark.parametrize("algorithm", ["DFLASH", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def test_a_draft_model_keeps_a_cache_of_its_own(start_engine, tmp_path, monkeypatch, algorithm):
-    add_to_engines(monkeypatch, tmp_path / "plugin", "chain_attention:install")
     folder = tiny_model.save(tmp_path / "model", DELTA)
     drafted = draft_models.arguments(algorithm, tmp_path / "draft", model=tiny_model.save(tmp_path / "small"))
     tokens, expected = steady(folder, 250)

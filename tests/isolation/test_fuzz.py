@@ -78,7 +78,7 @@ class Lives(RuleBasedStateMachine):
         poison=st.booleans(),
         checkpoint=st.sampled_from((0, 0, 2 * PAGE)),
         drafts=st.sampled_from((0, 0, 2, 5, 16)),
-        # not with drafts or files, which are refused beside them
+        # not with drafts, nor with files, which are refused beside them
         sliding=st.sampled_from((0, 0, 0, 60, 150)),
         # of the layers with records: within a page, over one, and beyond what is exact
         window=st.sampled_from((0, 0, 60, 150, 300)),
@@ -109,7 +109,7 @@ class Lives(RuleBasedStateMachine):
             sliding = 0
         if sliding:
             drafts = checkpoint = states = 0
-            host_pages = host_pages if compat.hosts_states() else 0
+            host_pages = host_pages if compat.hosts_windows() else 0
         if self.has_files and not host_pages:
             host_pages = SOME_PAGES[-1]
         self.files = tempfile.TemporaryDirectory() if self.has_files else None

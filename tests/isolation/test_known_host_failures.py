@@ -8,7 +8,8 @@ same orders, is no empty promise.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import host_pools_on_cpu
@@ -22,8 +23,15 @@ from sglang_kvarn.rings import ATTRIBUTE
 from streams import COPIES_FIRST, FORWARD_FIRST, Device
 from world import ROWS, World, prefill, tokens, use_plain_allocation_kernels
 
+needs_states = pytest.mark.skipif(not compat.hosts_states(), reason="this SGLang has no prefix cache of hybrid models")
+needs_windows = pytest.mark.skipif(not compat.hosts_windows(), reason="host memory is refused beside sliding windows")
+
 ORDERS = [COPIES_FIRST, FORWARD_FIRST, 0, 1, 2]
 POLICIES = ["write_through", "write_back"]
+# states of the device; three for each row
+STATES = 20
+# tokens before a query in a sliding window, which crosses the end of a page: more than a page has
+SLIDING = 150
 
 
 @pytest.fixture(autouse=True)
@@ -261,19 +269,27 @@ def test_a_prefix_that_the_ring_of_its_request_drops_from_host_memory_is_found(c
         make_a_ring_out_of_what_goes_to_the_host("write_back", core)
 
 
-needs_states = pytest.mark.skipif(not compat.hosts_states(), reason="this SGLang has no prefix cache of hybrid models")
-# of the device; three for each row
-STATES = 20
+@contextmanager
+def copies_on_cpu(name: str, copy: Callable[..., None]) -> Iterator[None]:
+    """Let SGLang's own pools in host memory be copied by a function other than that of `host_pools_on_cpu`."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(host_pools_on_cpu, name, copy)
+            yield
+    finally:
+        host_pools_on_cpu.install()
 
 
-def read_a_prefix_and_its_state_from_the_host(order: int | str, policy: str, core: str) -> None:
-    """A prompt is found in host memory alone, and what follows goes on from its state; so does a branch, later."""
-    world = hosted(order, policy, core, states=STATES)
+def read_a_prefix_from_the_host_beside(
+    order: int | str, policy: str = "write_through", core: str = "python", **layers: int
+) -> None:
+    """A prompt is found in host memory alone, and so is what other layers keep at its end; so is a branch, later."""
+    world = hosted(order, policy, core, **layers)
     again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(PAGE, 2))
     world.extend(1000)
     assert (again.exact_start, world.host_hits) == (3 * PAGE, 1)
     for seed in (3, 4):
-        # the first one leaves a state where both part
+        # where there are states, the first one leaves one where both part
         branch = prefill(world, tokens(3 * PAGE, 1)[: 2 * PAGE] + tokens(40, seed))
     assert branch.exact_start == 2 * PAGE
     for _ in range(3):
@@ -290,7 +306,7 @@ def read_a_prefix_and_its_state_from_the_host(order: int | str, policy: str, cor
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_state_from_the_host_is_read_as_one_that_never_left(policy, core):
     for order in ORDERS:
-        read_a_prefix_and_its_state_from_the_host(order, policy, core)
+        read_a_prefix_from_the_host_beside(order, policy, core, states=STATES)
 
 
 @needs_states
@@ -302,22 +318,16 @@ def test_a_layer_beside_states_that_waits_for_its_number_among_those_with_record
     monkeypatch.setattr(pool.KVarNTokenToKVPool, "layer_cache", layer_cache)
     with pytest.raises(AssertionError, match="error"):
         for order in ORDERS:
-            read_a_prefix_and_its_state_from_the_host(order, "write_through", "python")
+            read_a_prefix_from_the_host_beside(order, states=STATES)
 
 
 @needs_states
-def test_a_state_of_other_tokens_is_found(monkeypatch):
+def test_a_state_of_other_tokens_is_found():
     def load(src, dst, src_indices, dst_indices, layer_id, **kwargs):
         dst[dst_indices.long()] = src[src_indices.long() - 1, layer_id, 0]
 
-    install = host_pools_on_cpu.install
-    monkeypatch.setattr(host_pools_on_cpu, "load_layer", load)
-    try:
-        with pytest.raises(AssertionError, match="state of layer"):
-            read_a_prefix_and_its_state_from_the_host(0, "write_through", "python")
-    finally:
-        monkeypatch.undo()
-        install()
+    with copies_on_cpu("load_layer", load), pytest.raises(AssertionError, match="state of layer"):
+        read_a_prefix_from_the_host_beside(0, states=STATES)
 
 
 def fail_to_load_behind_a_prefix_of_the_device(policy: str, core: str) -> None:
@@ -348,31 +358,12 @@ def test_a_request_whose_load_fails_without_a_state_is_found(core, monkeypatch):
         fail_to_load_behind_a_prefix_of_the_device("write_through", core)
 
 
-def read_a_prefix_and_its_windows_from_the_host(order: int | str, policy: str, core: str) -> None:
-    """A prompt is found in host memory alone, with the windows at its end, and so is a branch, later."""
-    world = hosted(order, policy, core, sliding=150)
-    again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(PAGE, 2))
-    world.extend(1000)
-    assert (again.exact_start, world.host_hits) == (3 * PAGE, 1)
-    branch = prefill(world, tokens(3 * PAGE, 1)[: 2 * PAGE] + tokens(40, 3))
-    for _ in range(3):
-        world.decode()
-    branch = world.come_back(branch, tokens(9, 5))
-    world.extend(1000)
-    assert branch.exact_start == 2 * PAGE
-    world.settle()
-    world.check_accounts()
-
-
-needs_windows = pytest.mark.skipif(not compat.hosts_windows(), reason="host memory is refused beside sliding windows")
-
-
 @needs_windows
 @pytest.mark.parametrize("core", calls.cores)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_window_from_the_host_is_read_as_one_that_never_left(policy, core):
     for order in ORDERS:
-        read_a_prefix_and_its_windows_from_the_host(order, policy, core)
+        read_a_prefix_from_the_host_beside(order, policy, core, sliding=SLIDING)
 
 
 @needs_windows
@@ -381,18 +372,13 @@ def test_records_beside_windows_that_wait_for_no_load_are_found(monkeypatch):
     monkeypatch.setattr(mixed_pool.MixedPool, name, getattr(compat.SWAKVPool, name))
     with pytest.raises(AssertionError, match="error"):
         for order in ORDERS:
-            read_a_prefix_and_its_windows_from_the_host(order, "write_through", "python")
+            read_a_prefix_from_the_host_beside(order, sliding=SLIDING)
 
 
 @needs_windows
-def test_a_window_of_other_tokens_is_found(monkeypatch):
+def test_a_window_of_other_tokens_is_found():
     def load(host, device_pool, host_indices, device_indices, layer_id, io_backend, **kwargs):
         device_pool.k_buffer[layer_id][device_indices.long()] = host.k_data_refs[layer_id][host_indices.long() - 1]
 
-    monkeypatch.setattr(host_pools_on_cpu, "load_tokens", load)
-    try:
-        with pytest.raises(AssertionError, match="window of layer"):
-            read_a_prefix_and_its_windows_from_the_host(0, "write_through", "python")
-    finally:
-        monkeypatch.undo()
-        host_pools_on_cpu.install()
+    with copies_on_cpu("load_tokens", load), pytest.raises(AssertionError, match="window of layer"):
+        read_a_prefix_from_the_host_beside(0, sliding=SLIDING)

@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import host_pools_on_cpu
+import numpy as np
 import pytest
 import torch
 import triton_attention_on_cpu
@@ -24,6 +25,8 @@ from sglang_kvarn import compat
 OVERLAP = "KVARN_TEST_OVERLAP"
 # where this is set, a flush of the prefix cache leaves the n-grams that drafts are made of
 KEEP = "KVARN_TEST_KEEP_NGRAMS"
+# where this is set, drafts of n-grams follow one another with every cache; the plugin sees to that with its own
+CHAINS = "KVARN_TEST_CHAINS"
 WRONG = 7
 
 
@@ -49,7 +52,7 @@ def _platform() -> type:
 
 def install() -> None:
     """Put the torch forms in place, for good; before SGLang's workers are imported."""
-    # the draft model's attention
+    # of draft models, and of caches that are not ours
     triton_attention_on_cpu.install()
     # 0.5.16 imports the first, later versions the second
     for name in ("sgl_kernel.speculative", "sglang.kernels.ops.speculative.reconstruct_tree"):
@@ -66,6 +69,8 @@ def install() -> None:
     eagle.sgl_build_tree_kernel_efficient = eagle.build_tree_kernel_efficient_func = link_chain
     corpus = compat.resolve("sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus")
     corpus.batch_get = with_a_draft(corpus.batch_get)
+    if CHAINS in os.environ:
+        corpus.batch_get = in_a_chain(corpus.batch_get)
     if KEEP in os.environ:
         corpus.reset = nothing_to_do
     # 0.5.16 has none for a CPU
@@ -96,6 +101,19 @@ def with_a_draft(batch_get):
         return drafts.reshape(tokens.shape), mask
 
     return at_least_one
+
+
+def in_a_chain(batch_get):
+    """Return the function of SGLang's corpus with drafts that follow one another."""
+
+    @functools.wraps(batch_get)
+    def chained(corpus, req_ids, *args):
+        tokens, mask = batch_get(corpus, req_ids, *args)
+        drafts = tokens.size // len(req_ids)
+        chain = np.tril(np.ones((drafts, drafts), mask.dtype))
+        return tokens, np.tile(chain, (len(req_ids), 1, 1)).reshape(mask.shape)
+
+    return chained
 
 
 def in_its_own_dtype(forward):
@@ -135,6 +153,11 @@ def _arguments():
 def keep_ngrams(patch: pytest.MonkeyPatch) -> None:
     """Let a prompt be answered with drafts of its answer, and without the prefix cache, in engines started now."""
     patch.setenv(KEEP, "1")
+
+
+def draft_chains(patch: pytest.MonkeyPatch) -> None:
+    """Let a cache that ours are compared with verify the drafts that they do, in engines started now."""
+    patch.setenv(CHAINS, "1")
 
 
 def nothing_to_do(self) -> None:

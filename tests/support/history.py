@@ -9,6 +9,8 @@ comes from, changes the output. Nothing here knows a page id, a request row or a
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 from kvarn_kernels import reference
@@ -34,6 +36,11 @@ def extend_hash(state: int, token: int) -> int:
     """Return the hash of a prefix and one more token."""
     state = (state ^ (token + 0x9E3779B97F4A7C15)) * 0xD6E8FEB86659FD93 & _MASK
     return state ^ (state >> 32)
+
+
+def extend_hashes(state: int, tokens: Iterable[int]) -> list[int]:
+    """Return the hashes of a prefix and the first of these tokens, and the second, up to all of them."""
+    return list(accumulate(tokens, extend_hash, initial=state))[1:]
 
 
 def rows_of(hashes: list[int], name: str) -> torch.Tensor:
@@ -85,10 +92,7 @@ class History:
 
     def append(self, tokens: list[int]) -> None:
         """Add tokens at the end."""
-        fresh, state = [], self.hashes[-1] if self.hashes else 0
-        for token in tokens:
-            state = extend_hash(state, token)
-            fresh.append(state)
+        fresh = extend_hashes(self.hashes[-1] if self.hashes else 0, tokens)
         self.tokens += tokens
         self.hashes += fresh
         rows = {name: rows_of(fresh, name) for name in "qkv"}

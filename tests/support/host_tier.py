@@ -17,7 +17,7 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from history import History, Pages, extend_hash
+from history import History, Pages, extend_hashes
 from prefix_cache import PAGE, calls
 from sglang_kvarn import compat
 from storage_tier import Folder, StorageTier
@@ -198,13 +198,11 @@ class HostTier:
 
     def _records(self, path: list[int], start: int) -> list[torch.Tensor]:
         assert start % PAGE == len(path) % PAGE == 0, "nodes are whole pages"
-        records, state = [], 0
-        for n, token in enumerate(path):
-            state = extend_hash(state, token)
-            if n >= start and (n + 1) % PAGE == 0:
-                record = self._pages.find(state)
-                if record is None:
-                    record = History(path[: n + 1], self._pages).records((n + 1) // PAGE)[-1]
-                layers = range(self._pool.layer_num)
-                records.append(torch.stack([of_layer(layer + self.factors, record, 0).flatten() for layer in layers]))
+        records, hashes = [], extend_hashes(0, path)
+        for end in range(start + PAGE, len(path) + 1, PAGE):
+            record = self._pages.find(hashes[end - 1])
+            if record is None:
+                record = History(path[:end], self._pages).records(end // PAGE)[-1]
+            layers = range(self._pool.layer_num)
+            records.append(torch.stack([of_layer(layer + self.factors, record, 0).flatten() for layer in layers]))
         return records

@@ -8,14 +8,12 @@ page, as SGLang's scheduler plans it; the copies go into the prefix tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import host_pools_on_cpu
 import torch
-from history import PAGE, extend_hash
+from history import PAGE, extend_hashes
 from prefix_cache import calls
 from sglang_kvarn import compat
 
@@ -73,14 +71,10 @@ class KeptStates:
         """Let copies of states be operations of the simulated device."""
         self._tree, self._device = tree, device
         self.host = calls.host_states(tree)
-        for name, kind in (("backup_from_device_all_layer", "host states"), ("load_to_device_per_layer", "states")):
-            setattr(self.host, name, partial(self._launch, getattr(self.host, name), kind))
-        pool = self.rows.mamba_pool
+        device.delay(self.host, "backup_from_device_all_layer", "host states")
+        device.delay(self.host, "load_to_device_per_layer", "states")
         for name in ("copy_from", "clear_slots"):
-            setattr(pool, name, partial(self._launch, getattr(pool, name), "states"))
-
-    def _launch(self, copy: Callable, kind: str, *args: Any, **kwargs: Any) -> None:
-        self._device.launch(partial(copy, *args, **kwargs), kind, frozenset([0]))
+            device.delay(self.rows.mamba_pool, name, "states")
 
     def release_unadmitted(self, req: Any) -> None:
         """Give back the state that a match took for a request that is then not added, as SGLang's scheduler does."""
@@ -148,8 +142,7 @@ class KeptStates:
         held += sum(2 for request in requests if request.req.kv.mamba_ping_pong_track_buffer is not None)
         cached = self._tree.mamba_evictable_size() + self._tree.mamba_protected_size()
         assert free + held + cached == self.number, (free, held, cached)
-        planned = any(calls.queued_copies(calls.controller(self._tree)))
-        if planned or not self._device.is_idle() or not calls.shows_nodes(self._tree):
+        if not calls.shows_nodes(self._tree) or not calls.is_settled(self._tree, self._device):
             return
         pool = self.rows.mamba_pool.mamba_cache
         memories = {
@@ -157,9 +150,7 @@ class KeptStates:
             "host": [part[:, :, 0].transpose(0, 1) for part in (self.host.temporal_buffer, *self.host.conv_buffer)],
         }
         for path, slots in calls.nodes_with_states(self._tree):
-            state = 0
-            for token in path:
-                state = extend_hash(state, token)
+            state = extend_hashes(0, path)[-1]
             for memory, slot in slots.items():
                 for part in memories[memory] if slot is not None else ():
                     found = [int(part[n, int(slot)]) for n in range(len(LAYERS))]

@@ -7,14 +7,12 @@ window of other tokens, or of another request, sees that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import host_pools_on_cpu
 import torch
-from history import PAGE, extend_hash
+from history import PAGE, extend_hashes
 from prefix_cache import calls
 from sglang_kvarn import compat
 
@@ -34,6 +32,11 @@ class Slide:
     request: str
 
 
+def tags_of(hashes: list[int]) -> torch.Tensor:
+    """Return the tags of tokens from the hashes of the prefixes that end with them: int64 [T], 63 bits each."""
+    return torch.tensor([h >> 1 for h in hashes])
+
+
 class KeptWindows:
     """Hold the sliding windows of one world.
 
@@ -43,7 +46,7 @@ class KeptWindows:
 
     def __init__(self, records: Any, pages: int, layers: list[int], size: int) -> None:
         host_pools_on_cpu.install()
-        self._records, self.layers, self.size, self.pages = records, layers, size, pages
+        self.layers, self.size = layers, size
         shape = records.head_num, records.head_dim, records.head_dim
         self.pool = compat.resolve("sglang_kvarn.mixed_pool.MixedPool")(records, pages * PAGE, layers, shape)
 
@@ -51,11 +54,8 @@ class KeptWindows:
         """Let copies of sliding windows be operations of the simulated device."""
         self._tree, self._device = tree, device
         self.host = calls.host_windows(tree)
-        for name, kind in (("backup_from_device_all_layer", "host windows"), ("load_to_device_per_layer", "windows")):
-            setattr(self.host, name, partial(self._launch, getattr(self.host, name), kind))
-
-    def _launch(self, copy: Callable, kind: str, *args: Any, **kwargs: Any) -> None:
-        self._device.launch(partial(copy, *args, **kwargs), kind, frozenset([0]))
+        device.delay(self.host, "backup_from_device_all_layer", "host windows")
+        device.delay(self.host, "load_to_device_per_layer", "windows")
 
     def memory(self, layer: int) -> torch.Tensor:
         """Return what a layer stores, int64 [slots], behind what SGLang has a step wait for."""
@@ -72,8 +72,7 @@ class KeptWindows:
 
     def check(self) -> None:
         """Windows of the prefix tree are those of its tokens, on the device and in host memory."""
-        planned = any(calls.queued_copies(calls.controller(self._tree)))
-        if planned or not self._device.is_idle() or not calls.shows_nodes(self._tree):
+        if not calls.shows_nodes(self._tree) or not calls.is_settled(self._tree, self._device):
             return
         free = torch.cat([self.host.free_slots, *self.host.release_slots]).tolist()
         held: list[int] = []
@@ -81,11 +80,7 @@ class KeptWindows:
         device = [_tags(buffer) for buffer in self.pool.swa_kv_pool.k_buffer]
         host = [_tags(buffer) for buffer in self.host.k_data_refs]
         for path, start, full, slots in calls.nodes_with_windows(self._tree):
-            state, tags = 0, []
-            for token in path:
-                state = extend_hash(state, token)
-                tags.append(state >> 1)
-            own = torch.tensor(tags[start:])
+            own = tags_of(extend_hashes(0, path)[start:])
             found = {"device": (device, None if full is None else table[full]), "host": (host, slots)}
             for name, (buffers, places) in found.items():
                 for layer, buffer in zip(self.layers, buffers, strict=True) if places is not None else ():

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from sglang_kvarn import compat
@@ -107,18 +108,27 @@ class RadixCalls:
         for operation in controller.write_queue:
             yield "host", operation.host_indices
 
+    def is_settled(self, tree, device) -> bool:
+        """Return whether no copy is planned, and nothing is queued on the device that makes them."""
+        return device.is_idle() and not any(self.queued_copies(self.controller(tree)))
+
     def shows_nodes(self, tree) -> bool:
         """Return whether `nodes` can be called."""
         return True
 
     def nodes(self, tree) -> Iterator[tuple[list[int], int, torch.Tensor | None, torch.Tensor | None]]:
         """Yield of every node the tokens from the root to its end, how many are before it, and its slots in both."""
+        for node, path, start in self._walk(tree):
+            yield path, start, *self._values(node)
+
+    def _walk(self, tree) -> Iterator[tuple[Any, list[int], int]]:
+        """Yield every node, the tokens from the root to its end, and how many are before it."""
         stack = [(child, []) for child in self._root(tree).children.values()]
         while stack:
             node, before = stack.pop()
             path = before + list(node.key.token_ids)
             stack += [(child, path) for child in node.children.values()]
-            yield path, len(before), *self._values(node)
+            yield node, path, len(before)
 
     def _root(self, tree):
         return tree.root_node
@@ -262,11 +272,15 @@ class UnifiedCalls(RadixCalls):
     rejects_after_load = False
     cores = ("python", "rust")
 
+    @property
+    def _kinds(self):
+        """Return SGLang's names of what a node has of its tokens."""
+        return compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType")
+
     def make_tree(self, rows, allocator, host=None, sliding=0):
         if sliding and host is None:
             return self._make_sliding_tree(rows, allocator, sliding, "sglang.srt.mem_cache.unified_cache.components")
-        kind = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType")
-        cache = compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
+        kind, cache = self._kinds, compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
         if host is None:
             return cache(self._parameters(rows, allocator, tree_components=(kind.FULL,)))
         more: dict[str, object] = {"tree_components": (kind.FULL,)}
@@ -291,41 +305,36 @@ class UnifiedCalls(RadixCalls):
     def host_pool(self, tree):
         return tree.cache_controller.mem_pool_host.anchor_entry.host_pool
 
+    @property
+    def _pools(self):
+        """Return SGLang's names of host pools."""
+        return compat.resolve("sglang.srt.mem_cache.hicache_storage.PoolName")
+
     def host_states(self, tree):
         """Return SGLang's host pool of states."""
-        return tree.host_pool_group.get_pool(compat.resolve("sglang.srt.mem_cache.hicache_storage.PoolName").MAMBA)
+        return tree.host_pool_group.get_pool(self._pools.MAMBA)
 
     def host_windows(self, tree):
         """Return SGLang's host pool of sliding windows."""
-        return tree.host_pool_group.get_pool(compat.resolve("sglang.srt.mem_cache.hicache_storage.PoolName").SWA)
+        return tree.host_pool_group.get_pool(self._pools.SWA)
 
     def nodes_with_windows(self, tree) -> Iterator[tuple[list[int], int, torch.Tensor | None, torch.Tensor | None]]:
         """Yield of every node the tokens from the root to its end, and how many are before it.
 
         Besides, where it has windows: its slots on the device, of the records, and those of its windows on the host.
         """
-        kind = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType")
-        stack = [(child, []) for child in self._root(tree).children.values()]
-        while stack:
-            node, before = stack.pop()
-            path = before + list(node.key.token_ids)
-            stack += [(child, path) for child in node.children.values()]
-            windows = node.component_data[kind.SWA]
-            full = node.component_data[kind.FULL].value if windows.value is not None else None
-            yield path, len(before), full, windows.host_value
+        for node, path, start in self._walk(tree):
+            windows = node.component_data[self._kinds.SWA]
+            full = node.component_data[self._kinds.FULL].value if windows.value is not None else None
+            yield path, start, full, windows.host_value
 
     def needs_load(self, req) -> bool:
         return req.needs_host_load_back()
 
     def nodes_with_states(self, tree) -> Iterator[tuple[list[int], dict[str, torch.Tensor | None]]]:
         """Yield of every node the tokens from the root to its end, and the slot of its state in both memories."""
-        mamba = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").MAMBA
-        stack = [(child, []) for child in self._root(tree).children.values()]
-        while stack:
-            node, before = stack.pop()
-            path = before + list(node.key.token_ids)
-            stack += [(child, path) for child in node.children.values()]
-            data = node.component_data[mamba]
+        for node, path, _ in self._walk(tree):
+            data = node.component_data[self._kinds.MAMBA]
             yield path, {"device": data.value, "host": data.host_value}
 
     def set_fences(self, controller, stream) -> None:
@@ -342,8 +351,7 @@ class UnifiedCalls(RadixCalls):
         return tree.tree_core.root_node
 
     def _values(self, node) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        full = compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType").FULL
-        data = node.component_data[full]
+        data = node.component_data[self._kinds.FULL]
         return data.value, data.host_value
 
     def load_back(self, adder, req) -> int:

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import host_pools_on_cpu
 import pytest
 import torch
 import unpinned
@@ -43,10 +44,7 @@ def install() -> None:
     scatter.fused_mamba_state_scatter_with_mask = scatter.fused_conv_window_scatter_with_mask = commit
     gdn_on_cpu.install()
     mamba2_on_cpu.install()
-    if compat.hosts_states():
-        import host_pools_on_cpu
-
-        host_pools_on_cpu.install()
+    host_pools_on_cpu.install()
 
 
 def _stand_in_for_a_device() -> None:

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -177,6 +179,11 @@ class Device:
         for _ in range(self._random.choice(_HEADWAY)):
             if not self._advance(self._order):
                 break
+
+    def delay(self, owner: Any, name: str, kind: str) -> None:
+        """Let every call of a method be an operation of the stream that is current then."""
+        method = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: self.launch(partial(method, *args, **kwargs), kind))
 
     def shuffled(self, pages: torch.Tensor) -> torch.Tensor:
         """Return pages in an order that the seed decides."""

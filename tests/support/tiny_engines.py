@@ -83,7 +83,6 @@ def prepare(
     import drafts_on_cpu
     import states_on_cpu
     import triton_attention_on_cpu
-    from engine_plugin import add_to_engines
 
     if windows:
         triton_attention_on_cpu.prepare(patch, folder / "windows")
@@ -93,8 +92,6 @@ def prepare(
         states_on_cpu.prepare(patch, folder / "states")
     if drafts:
         drafts_on_cpu.prepare(patch, folder / "drafts")
-    if drafts and not states and not windows:
-        add_to_engines(patch, folder / "attention", "chain_attention:install")
 
 
 def ring_pages(folder: str, preset: str, itemsize: int, drafts: int) -> int:

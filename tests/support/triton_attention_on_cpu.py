@@ -112,17 +112,18 @@ def extend(
     """Attend new tokens to the slots that are listed before them, and to one another.
 
     Args:
+        is_causal: not in a draft model that drafts a block at once (DFLASH), whose tokens see those behind them too.
         custom_mask: of a verify step, whether a draft [T] sees a token of its request and a draft [N + T], one request
             after the other; mask_indptr: where that of each begins.
     """
-    assert is_causal and not kwargs.get("logit_cap"), "causal attention without a cap"
+    assert not kwargs.get("logit_cap"), "no cap is served"
     bounds = list(itertools.pairwise(qo_indptr.tolist()))
     for b, slots in enumerate(_slots(kv_indptr, kv_indices, len(bounds))):
         start, end = bounds[b]
         own = slice(start, end)
         keys, values = (torch.cat([x[slots].to(y), y[own]]) for x, y in ((k_buffer, k), (v_buffer, v)))
         distance = torch.arange(len(slots), len(keys))[:, None] - torch.arange(len(keys))
-        hidden = distance < 0
+        hidden = (distance < 0) & is_causal
         if sliding_window_size > -1:
             # SGLang counts the tokens before a query
             hidden |= distance > sliding_window_size

@@ -22,7 +22,7 @@ from history import HEAD_DIM, KV_HEADS, PAGE, QO_HEADS, SM_SCALE, History, Pages
 from host_tier import HostOptions, HostTier, of_layer
 from kept_states import LAYERS as STATE_LAYERS
 from kept_states import KeptStates, Move
-from kept_windows import KeptWindows, Slide
+from kept_windows import KeptWindows, Slide, tags_of
 from kvarn_kernels.attention import TORCH, TRITON, Attention, Kernels, Limits
 from kvarn_kernels.batch import QKV, DecodeBatch, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
@@ -289,7 +289,7 @@ class World:
         """Return what a step stores in sliding windows: SGLang has a slot for everything new."""
         slides = []
         for request, (start, end), slots in zip(step.requests, step.spans, step.slots, strict=True):
-            tags = torch.tensor([h >> 1 for h in request.history.hashes[:end]])
+            tags = tags_of(request.history.hashes[:end])
             places = self.allocator.full_to_swa_index_mapping[slots.long()]
             if start == 0 or request.row is not None:
                 assert places[start:].all(), f"request {request.req.rid}: a new token has no sliding window"

@@ -240,8 +240,7 @@ class _Rank:
             requests, sessions = min(requests, sliding // each), min(sessions, sliding // each)
             kept = {"sliding_tokens": sliding}
         if self.options.hicache_size:
-            of_sliding = 0 if sliding is None else sliding * self._sliding_token(share)
-            kept |= self._host(token, tokens, states, of_sliding, self._sliding_token(share))
+            kept |= self._host(token, tokens, states, sliding, self._sliding_token(share))
         return kept | {
             "cache": name,
             "bytes_per_token": token,
@@ -254,29 +253,27 @@ class _Rank:
         return 0 if self.windows is None else int(self.windows.token * share)
 
     def _host(
-        self, token: int, tokens: int, states: States | None, of_sliding: int, sliding_token: int
+        self, token: int, tokens: int, states: States | None, sliding: int | None, sliding_token: int
     ) -> dict[str, Any]:
         """Return what host memory holds; SGLang shares it between tokens and what is beside them as the GPU does.
 
         Args:
-            of_sliding: bytes of sliding windows on the GPU; sliding_token: of a token of them.
+            sliding: tokens of sliding windows on the GPU, None without any; sliding_token: bytes of one.
         """
         # SGLang counts in powers of ten
         size = self.options.hicache_size * 10**9
         of_states = 0 if states is None else (states.number + 1) * states.nbytes
-        beside = of_states + of_sliding
+        beside = of_states + (sliding or 0) * sliding_token
         for_others = size * beside // (beside + tokens * token)
         host_tokens = (size - for_others) // token // PAGE_SIZE * PAGE_SIZE
-        host_sessions = host_tokens // capacity.whole_pages(self.options.context)
-        kept = {"host_tokens": host_tokens, "host_sessions": host_sessions}
+        kept, sessions = {"host_tokens": host_tokens}, [host_tokens // capacity.whole_pages(self.options.context)]
         if states is not None:
-            number = for_others // states.nbytes
-            kept |= {"host_states": number, "host_sessions": min(host_sessions, number // states.per_session)}
-        elif of_sliding:
-            number = for_others // sliding_token // PAGE_SIZE * PAGE_SIZE
-            sessions = min(host_sessions, number // self._sliding_tokens_of_a_request())
-            kept |= {"host_sliding_tokens": number, "host_sessions": sessions}
-        return kept
+            kept["host_states"] = for_others // states.nbytes
+            sessions.append(kept["host_states"] // states.per_session)
+        elif sliding is not None:
+            kept["host_sliding_tokens"] = for_others // sliding_token // PAGE_SIZE * PAGE_SIZE
+            sessions.append(kept["host_sliding_tokens"] // self._sliding_tokens_of_a_request())
+        return kept | {"host_sessions": min(sessions)}
 
 
 def _defaults(options: argparse.Namespace) -> tuple[float, int, int]:
