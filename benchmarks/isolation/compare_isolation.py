@@ -186,6 +186,8 @@ def main() -> int:
         settings["hicache"] = args.hicache
     if args.hicache_files is not None:
         settings["hicache_files"] = True
+    if args.server_args not in ("", GPU_FLAGS):
+        settings["server_args"] = args.server_args
     for cache, beside in zip(caches, reversed(caches), strict=True):
         rows.append(cache, settings | {"beside": beside}, figures_of(results[cache]))
     tiers = ["hits in host memory"] if args.hicache is not None or args.hicache_files is not None else []

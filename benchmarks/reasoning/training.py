@@ -93,14 +93,15 @@ def model(variant: str, size: Size) -> Any:
     return made
 
 
-# (token ids, labels), int64 [R, T] each
-Part = tuple[torch.Tensor, torch.Tensor]
+# token ids and labels, int64 [R, T] each, and which of `TASKS` a row is of, int64 [R]
+Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def steps_of(size: Size, lengths: tuple[int, ...], seed: object) -> list[list[Part]]:
-    """Return some steps of the training: of each task a part, chains of one length, padded.
+def steps_of(size: Size, lengths: tuple[int, ...], seed: object) -> list[Step]:
+    """Return some steps of the training: chains of each task, all of one length, padded.
 
-    Chains of about the same number of tokens share a part, so that little of it is padding.
+    Prompts of about the same number of tokens share a step, so that little of it is padding. The tasks share it, too: a
+    pass of so small a model is bound by its launches, not by its work.
 
     Args:
         lengths: of solutions, one of which is drawn.
@@ -108,31 +109,31 @@ def steps_of(size: Size, lengths: tuple[int, ...], seed: object) -> list[list[Pa
     """
     draw = random.Random(f"steps {seed}")
     length = draw.choice(lengths)
-    parts = []
-    for task, share in zip(tasks.TASKS, _SHARES, strict=True):
+    steps: list[list[tuple[int, tasks.Chain]]] = [[] for _ in range(_STEPS_TOGETHER)]
+    for number, (task, share) in enumerate(zip(tasks.TASKS, _SHARES, strict=True)):
         room, chains = _STEPS_TOGETHER * size.batch * share // sum(_SHARES), []
         # as many in each step, so that no size of problem is rarer than another
         while room > 0 or len(chains) % _STEPS_TOGETHER:
             chains += tasks.chains(task, length, 1, draw.random(), least=_LEAST, most=size.most)
             room -= len(chains[-1].prompt) + length
         chains.sort(key=lambda chain: len(chain.prompt))
-        number = len(chains) // _STEPS_TOGETHER
-        own = [_padded(chains[n * number : (n + 1) * number]) for n in range(_STEPS_TOGETHER)]
-        draw.shuffle(own)
-        parts.append(own)
-    return [list(step) for step in zip(*parts, strict=True)]
+        each = len(chains) // _STEPS_TOGETHER
+        for n, step in enumerate(steps):
+            step += [(number, chain) for chain in chains[n * each : (n + 1) * each]]
+    draw.shuffle(steps)
+    return [_padded(step) for step in steps]
 
 
-def _padded(chains: list[tasks.Chain]) -> Part:
-    longest = max(len(chain.prompt) + len(chain.answer) for chain in chains)
+def _padded(chains: list[tuple[int, tasks.Chain]]) -> Step:
+    longest = max(len(chain.prompt) + len(chain.answer) for _, chain in chains)
     ids = torch.full((len(chains), longest), tasks.PAD)
     labels = torch.full((len(chains), longest), _NOT_JUDGED)
-    for row, chain in enumerate(chains):
+    for row, (_, chain) in enumerate(chains):
         answer = chain.answer
         first, end = len(chain.prompt), len(chain.prompt) + len(answer)
         ids[row, :end] = torch.tensor(chain.prompt + answer)
         labels[row, first:end] = torch.tensor(answer)
-    return ids, labels
+    return ids, labels, torch.tensor([task for task, _ in chains])
 
 
 class _Steps(torch.utils.data.IterableDataset):
@@ -145,7 +146,7 @@ class _Steps(torch.utils.data.IterableDataset):
     def __init__(self, size: Size, steps: int, seed: int, done: torch.Tensor | None) -> None:
         self.size, self.steps, self.seed, self.done = size, steps, seed, done
 
-    def __iter__(self) -> Iterator[list[Part]]:
+    def __iter__(self) -> Iterator[Step]:
         worker = torch.utils.data.get_worker_info()
         step, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         while True:
@@ -157,16 +158,17 @@ class _Steps(torch.utils.data.IterableDataset):
                 step += stride
 
 
-def _losses(network: Any, part: Part) -> torch.Tensor:
-    """Return the loss of each judged token of a part, in nats, float32."""
+def _losses(network: Any, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each judged token of a step, in nats, float32, and which task it is of, int64."""
     device = next(network.parameters()).device
-    ids, labels = (x.to(device) for x in part)
+    ids, labels, task = (x.to(device) for x in step)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         hidden = network.model(ids, use_cache=False).last_hidden_state[:, :-1]
         judged = labels[:, 1:] != _NOT_JUDGED
         # the head of judged tokens only
         logits = network.lm_head(hidden[judged])
-    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][judged], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][judged], reduction="none")
+    return losses, task[:, None].expand_as(judged)[judged]
 
 
 Report = Callable[[int, dict[str, float]], None]
@@ -202,7 +204,7 @@ def train(
     data = torch.utils.data.DataLoader(_Steps(size, steps, seed, shared), batch_size=None, num_workers=workers)
     network.train()
     started = time.monotonic()
-    for step, parts in enumerate(data):
+    for step, batch in enumerate(data):
         done = step / steps
         if shared is not None and minutes is not None:
             shared[0] = done = (time.monotonic() - started) / 60 / minutes
@@ -211,16 +213,12 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = size.rate * min(20 * done + 1 / steps, 0.5 * (1 + math.cos(math.pi * done)))
         optimiser.zero_grad(set_to_none=True)
-        judged = sum((labels != _NOT_JUDGED).sum().item() for _, labels in parts)
-        means = {}
-        for task, part in zip(tasks.TASKS, parts, strict=True):
-            losses = _losses(network, part)
-            (losses.sum() / judged).backward()
-            means[task] = losses.detach().mean()
+        losses, of = _losses(network, batch)
+        losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         if step % 50 == 0:
-            report(step, {task: mean.item() for task, mean in means.items()})
+            report(step, {task: losses.detach()[of == n].mean().item() for n, task in enumerate(tasks.TASKS)})
     network.eval()
     return step
 

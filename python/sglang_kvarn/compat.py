@@ -337,11 +337,6 @@ def verifies_drafts(config: Any) -> bool:
     return is_since(_VERIFIES_SINCE.get(type(config).__name__, "0"))
 
 
-def compared_drafts_beside_states_on_gpus() -> bool:
-    """Whether answers with drafts of models with states were right on a GPU with this version of SGLang."""
-    return not is_since("0.5.18")
-
-
 def saves_states_at_page_ends() -> bool:
     """Whether SGLang saves the right states for its prefix cache where pages have 128 tokens.
 

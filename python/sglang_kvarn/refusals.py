@@ -41,8 +41,12 @@ WITH_WINDOWS = ("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM")
 # (Olmo 3 has the architecture of Olmo 2), with the version of SGLang from which on
 WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
 # of both, those that have answered right on a GPU, from a version of SGLang on
-_WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM")
+_WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM", "Gemma3ForCausalLM")
 _WINDOWS_ON_GPUS_SINCE = "0.5.23"
+# drafts beside states that have answered right on a GPU; SGLang resolves NEXTN to EAGLE
+_DRAFTS_BESIDE_STATES_ON_GPUS = (NGRAM, "NEXTN", "EAGLE")
+# the version of SGLang from which on tenants with NGRAM and host memory were compared on a GPU
+_NGRAM_ON_GPUS_SINCE = "0.5.23"
 # drafts that are tested beside sliding windows: those of the two last come from heads with full attention
 _DRAFTS_BESIDE_WINDOWS = (NGRAM, "EAGLE", "EAGLE3")
 # models whose configuration has a `sliding_window_pattern`, if only an empty one: SGLang insists on its own backends
@@ -131,9 +135,21 @@ def _has_draft_model(args: Any) -> bool:
 _HICACHE = "--enable-hierarchical-cache"
 _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
-_NOT_COMPARED = "on a GPU answers were compared of one server without drafts and without a storage only"
 _NO_STATE_FILES = "states in files beside records are not tested"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
+
+
+def _trial_of_host_memory(applies: Callable[[Any], bool], beside: str) -> Refusal:
+    """Return a refusal of host memory on a GPU that a variable lifts."""
+
+    def untested(args: Any) -> bool:
+        return args.device != "cpu" and applies(args) and os.environ.get(UNTESTED_HICACHE_ENV) != "1"
+
+    why = f"on a GPU answers of tenants beside {beside} were not compared"
+    way_out = f"drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
+    return _host_memory(untested, _HICACHE, why, way_out, typed=False)
+
+
 _HOST_MEMORY = (
     _host_memory(
         lambda args: not compat.fences_host_copies(),
@@ -141,21 +157,12 @@ _HOST_MEMORY = (
         "this version of SGLang may copy a page to host memory before its record is written",
         f"drop {_HICACHE}, or use SGLang 0.5.23",
     ),
-    _host_memory(
-        lambda args: (
-            args.device != "cpu"
-            and (
-                args.speculative_algorithm is not None
-                or args.hicache_storage_backend is not None
-                or args.disaggregation_mode != "null"
-            )
-            and os.environ.get(UNTESTED_HICACHE_ENV) != "1"
-        ),
-        _HICACHE,
-        _NOT_COMPARED,
-        f"drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it",
-        typed=False,
+    _trial_of_host_memory(_has_draft_model, "a draft model"),
+    _trial_of_host_memory(
+        lambda args: algorithm_of(args) == NGRAM and not compat.is_since(_NGRAM_ON_GPUS_SINCE),
+        f"drafts before SGLang {_NGRAM_ON_GPUS_SINCE}",
     ),
+    _trial_of_host_memory(lambda args: args.disaggregation_mode != "null", "PD disaggregation"),
     _host_memory(
         lambda args: args.hicache_storage_backend is not None and not compat.salts_storage_keys(),
         "--hicache-storage-backend",
@@ -562,8 +569,6 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = "files are not tested beside sliding windows", "keep prefixes in memory"
     elif compat.published_argument("disaggregation_mode") != "null":
         why, way_out = "files are not tested beside transfers between servers", "keep prefixes in memory"
-    elif compat.published_argument("device") != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
-        why, way_out = _NOT_COMPARED, f"start the server with {UNTESTED_HICACHE_ENV}=1 to try it"
     else:
         return original(scheduler, recv_req)
     what = f"The storage backend {recv_req.hicache_storage_backend}"
@@ -671,12 +676,12 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--speculative-adaptive cannot be combined with a kvarn cache of {model}, because a changing number of "
             "drafts is not tested beside states yet: drop --speculative-adaptive"
         )
-    untested = args.device != "cpu" and not compat.compared_drafts_beside_states_on_gpus()
-    if algorithm and untested and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
+    untested = args.device != "cpu" and algorithm not in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS)
+    if untested and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
         raise Refused(
-            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because on a GPU "
-            "answers with drafts beside states were compared with SGLang 0.5.16 only: drop --speculative-algorithm, or "
-            f"set {UNTESTED_DRAFTS_ENV}=1 to try it"
+            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model} on a GPU yet, "
+            f"because beside states drafts of that kind have run on a CPU only: set it to {NGRAM} or NEXTN, or set "
+            f"{UNTESTED_DRAFTS_ENV}=1 to try it"
         )
     if algorithm and not compat.verifies_drafts(states):
         raise Refused(
@@ -737,8 +742,8 @@ def _check_host_states(args: Any, model: str) -> None:
         )
     if args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
         raise Refused(
-            f"{what} on a GPU yet, because states beside records in host memory have come back on a CPU only: drop "
-            f"{_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
+            f"{what} on a GPU yet, because answers of tenants beside states in host memory were not compared there: "
+            f"drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
         )
     if args.hicache_storage_backend is not None:
         raise Refused(
@@ -815,7 +820,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
         )
     on_cpus = (
         (args.tp_size > 1, "--tp-size", "ranks"),
-        (bool(algorithm), "--speculative-algorithm", "drafts"),
+        (algorithm not in ("", NGRAM), "--speculative-algorithm", "drafts of a head"),
         (args.enable_hierarchical_cache, _HICACHE, "pages in host memory"),
     )
     for applies, flag, what in on_cpus:

@@ -249,7 +249,7 @@ MUTATIONS = (
     Mutation(
         "drafts beside states on a GPU where nobody compared them",
         REFUSALS,
-        "not compat.compared_drafts_beside_states_on_gpus()",
+        'algorithm not in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS)',
         "False",
         (f"{TEST_MODELS}::test_drafts_beside_states_are_a_trial_on_a_gpu",),
     ),

@@ -331,11 +331,14 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
     off |= {"disable_radix_cache": True, "pp_size": 1, "disaggregation_mode": "null"}
     args = SimpleNamespace(speculative_algorithm="NGRAM", device="cpu", **off)
     refusals.check_states(args, model_config)
+    for algorithm in ("NGRAM", "NEXTN", "EAGLE", "DFLASH"):
+        refusals.check_states(SimpleNamespace(**vars(args) | {"speculative_algorithm": algorithm}), model_config)
     args.device = "cuda"
-    monkeypatch.setattr(compat, "version", lambda: "0.5.16")
-    refusals.check_states(args, model_config)
-    monkeypatch.setattr(compat, "version", lambda: "0.5.23")
-    with pytest.raises(ValueError, match=r"with SGLang 0\.5\.16 only: drop --speculative-algorithm, or set KVARN_"):
+    for algorithm in ("NGRAM", "NEXTN", "EAGLE"):
+        args.speculative_algorithm = algorithm
+        refusals.check_states(args, model_config)
+    args.speculative_algorithm = "DFLASH"
+    with pytest.raises(ValueError, match=r"have run on a CPU only: set it to NGRAM or NEXTN, or set KVARN_UNTESTED_D"):
         refusals.check_states(args, model_config)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
     refusals.check_states(args, model_config)
@@ -481,7 +484,8 @@ def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_tri
     on_gpu = SimpleNamespace(**off | {"device": "cuda"})
     monkeypatch.setattr(compat, "is_since", lambda version: True)
     refusals.check_windows(on_gpu, config)
-    on_cpus = {"--tp-size": {"tp_size": 2}, "--speculative-algorithm": {"speculative_algorithm": "NGRAM"}}
+    refusals.check_windows(SimpleNamespace(**vars(on_gpu) | {"speculative_algorithm": "NGRAM"}), config)
+    on_cpus = {"--tp-size": {"tp_size": 2}, "--speculative-algorithm": {"speculative_algorithm": "EAGLE3"}}
     on_cpus["--enable-hierarchical-cache"] = {"enable_hierarchical_cache": True}
     for flag, changes in on_cpus.items():
         refusals.check_windows(SimpleNamespace(**off | changes), config)

@@ -272,6 +272,7 @@ GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "
 GEMMA3 |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512}
 GEMMA3 |= {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
 NO_WINDOWS = pytest.mark.skipif(not compat.calls_attention_causal("Gemma3ForCausalLM"), reason="refused here")
+WINDOWS_TRIAL = None if compat.is_since("0.5.23") else refusals.UNTESTED_WINDOWS_ENV
 NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang")
 
 
@@ -281,10 +282,10 @@ NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this 
         (QWEN3_8B, ("--tp", "2", "--hicache-size", "9"), None),
         (NEMOTRON_H, (), None),
         pytest.param(NEMOTRON_H, ("--hicache-size", "9"), refusals.UNTESTED_HICACHE_ENV, marks=NO_HOST),
-        (GPT_OSS_20B, (), None if compat.is_since("0.5.23") else refusals.UNTESTED_WINDOWS_ENV),
+        (GPT_OSS_20B, (), WINDOWS_TRIAL),
         (GPT_OSS_20B, ("--tp", "2"), refusals.UNTESTED_WINDOWS_ENV),
         pytest.param(GPT_OSS_20B, ("--hicache-size", "9"), refusals.UNTESTED_WINDOWS_ENV, marks=NO_HOST),
-        pytest.param(GEMMA3, (), refusals.UNTESTED_WINDOWS_ENV, marks=NO_WINDOWS),
+        pytest.param(GEMMA3, (), WINDOWS_TRIAL, marks=NO_WINDOWS),
     ],
     ids=["dense", "states", "states-host", "windows", "windows-ranks", "windows-host", "windows-in-records"],
 )
