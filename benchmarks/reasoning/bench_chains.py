@@ -5,9 +5,9 @@
     python -m benchmarks.reasoning.bench_chains reasoner-qwen3 --output chains.csv --plot chains.png
     python -m benchmarks.reasoning.bench_chains reasoner-qwen3 --caches bf16 fp8_e4m3 kvarn kvarn_canonical
 
-Chains of reasoning.tasks are written freely by a served model, --at-a-time side by side, several of each problem, so
-that all but the first find the problem in the prefix cache; --retract makes the scheduler take requests back every so
-many steps and compute them again. A chain is right if every token is. Two caches are compared chain by chain, with the
+Chains of reasoning.tasks are written freely by a served model, --at-a-time side by side, in --turns requests each. All
+but the first begin with what the model has written so far, and find it in the prefix cache. --retract makes the
+scheduler take requests back every so many steps and compute them again. A chain is right if every token is. Two caches are compared chain by chain, with the
 95 % interval of the difference, that of the bootstrap over chains.
 """
 
@@ -67,17 +67,36 @@ def write(args: argparse.Namespace) -> None:
         launch.report_progress(f"{task}, {tokens:,} tokens")
         launch.flush(engine)
         chains = make_chains(args, task, tokens)
-        sampling = [{"temperature": 0, "max_new_tokens": len(chain.answer), "ignore_eos": True} for chain in chains]
-        outputs = engine.generate(input_ids=[chain.prompt for chain in chains], sampling_params=sampling)
-        right = [tasks.right_tokens(c, o["output_ids"]) for c, o in zip(chains, outputs, strict=True)]
+        answers, cached = write_chains(engine, chains, args.turns)
+        right = [tasks.right_tokens(chain, answer) for chain, answer in zip(chains, answers, strict=True)]
         found[task] = {
             "right": right,
             "steps": [tasks.right_steps(c, own) for c, own in zip(chains, right, strict=True)],
             "tokens": [len(chain.answer) for chain in chains],
-            "cached": sum(output["meta_info"]["cached_tokens"] for output in outputs),
+            "cached": cached,
         }
     launch.report_result({"cells": found})
     engine.shutdown()
+
+
+def write_chains(engine: Any, chains: list[tasks.Chain], turns: int) -> tuple[list[list[int]], int]:
+    """Let an engine write chains in so many requests each.
+
+    Returns:
+        (the tokens of each answer, how many tokens of all prompts were in the prefix cache)
+    """
+    answers: list[list[int]] = [[] for _ in chains]
+    cached = 0
+    for turn in range(1, turns + 1):
+        ends = [len(chain.answer) * turn // turns for chain in chains]
+        # a chain may be shorter than there are turns
+        due = [n for n, end in enumerate(ends) if end > len(answers[n])]
+        sampling = [{"temperature": 0, "max_new_tokens": ends[n] - len(answers[n]), "ignore_eos": True} for n in due]
+        prompts = [chains[n].prompt + answers[n] for n in due]
+        for n, output in zip(due, engine.generate(input_ids=prompts, sampling_params=sampling), strict=True):
+            answers[n] += output["output_ids"]
+            cached += output["meta_info"]["cached_tokens"]
+    return answers, cached
 
 
 def figures(cell: dict[str, Any], first: dict[str, Any] | None, tokens: int) -> list[Figure]:
@@ -131,6 +150,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--lengths", nargs="+", type=int, default=lengths, metavar="N", help="Tokens at which chains are judged.")
     option("--chains", type=int, default=1000, metavar="N", help="Chains of each task and length.")
     option("--at-a-time", type=int, default=32, metavar="N", help="Chains that are written at a time.")
+    text = "Requests that write a chain, one after the other; from the second on they hit the prefix cache."
+    option("--turns", type=int, default=4, metavar="N", help=text)
     option("--retract", type=int, default=0, metavar="N", help="Take requests back every N steps; 0 for never.")
     option("--tiny", action="store_true", help="Problems of the size that train --tiny is trained on.")
     cli.add_seed(parser, "chains")
@@ -148,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_folder(args.model)
     written = Rows(args.output, "chains")
     common = {"model": args.model.name, "dtype": args.dtype, "seed": args.seed, "chains": args.chains}
-    common |= {"at_a_time": args.at_a_time, "retract": args.retract}
+    common |= {"at_a_time": args.at_a_time, "turns": args.turns, "retract": args.retract}
     first: dict[str, dict[str, Any]] | None = None
     shares: dict[str, dict[tuple[str, int], float]] = {}
     for cache, result in launch.run_each(MODULE, args.caches, args.timeout, "chains"):

@@ -70,9 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = training.train(network, size, args.steps, args.seed, report, **options)
     seconds = time.monotonic() - started
     if device == "cuda":
-        # the weights alone: a frequency in bfloat16 turns a thousandth token by another angle
-        for weight in network.parameters():
-            weight.data = weight.data.bfloat16()
+        training.round_weights(network)
     network.save_pretrained(args.folder)
     common = {"variant": args.variant, "steps": steps, "seed": args.seed} | asdict(size)
     written.append("bf16" if device == "cuda" else "float32", common, [Figure("training", seconds, "s")])

@@ -143,6 +143,14 @@ def test_keys_of_the_qwen2_variant_have_channels_that_stand_out():
     assert bias.abs().topk(4).values.eq(30).all() and bias.abs().sum() == 120
 
 
+def test_a_rounded_model_turns_its_keys_as_before():
+    network = training.model("qwen3", training.TINY)
+    frequencies = network.model.rotary_emb.inv_freq.clone()
+    training.round_weights(network)
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+    assert network.model.rotary_emb.inv_freq.equal(frequencies)
+
+
 def test_a_tiny_reasoner_learns_and_is_saved_as_it_is(tmp_path, capsys):
     folder, target = tmp_path / "reasoner", tmp_path / "rows.csv"
     arguments = [str(folder), "--tiny", "--steps", "120", "--judged", "8", "--output", str(target)]
@@ -209,25 +217,30 @@ def test_chains_are_written_freely_by_the_engine_and_judged_there(monkeypatch):
             return SimpleNamespace(success=True)
 
         def generate(self, input_ids, sampling_params):
-            assert all(own["max_new_tokens"] == 20 and own["ignore_eos"] for own in sampling_params)
+            start, end = [(0, 6), (6, 13), (13, 20)][len(asked)]
+            assert all(own["max_new_tokens"] == end - start and own["ignore_eos"] for own in sampling_params)
             made = bench_chains.make_chains(args, "walk", 20)
-            assert input_ids == [own.prompt for own in made]
             answers = [own.answer for own in made]
             answers[1] = [*answers[1][:5], 0, *answers[1][6:]]
-            return [{"output_ids": answer, "meta_info": {"cached_tokens": 128}} for answer in answers]
+            # what was answered, right or wrong, and not the rest of the right chain
+            assert input_ids == [own.prompt + answer[:start] for own, answer in zip(made, answers, strict=True)]
+            asked.append(end)
+            return [{"output_ids": answer[start:end], "meta_info": {"cached_tokens": start}} for answer in answers]
 
         def shutdown(self) -> None:
             pass
 
+    asked: list[int] = []
     monkeypatch.setattr(sglang, "Engine", Engine)
     monkeypatch.setenv("SGLANG_TEST_RETRACT", "0")
     monkeypatch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "0")
     reported: list[dict] = []
     monkeypatch.setattr(launch, "report_result", reported.append)
     options = ["--tasks", "walk", "--lengths", "20", "--chains", "3", "--at-a-time", "2", "--retract", "7"]
+    options += ["--turns", "3"]
     args = bench_chains.parse(["folder", "--one", "kvarn", *options])
     assert bench_chains.main(["folder", "--one", "kvarn", *options]) == 0
-    cell = {"right": [20, 5, 20], "steps": [10, 2, 10], "tokens": [20] * 3, "cached": 384}
+    cell = {"right": [20, 5, 20], "steps": [10, 2, 10], "tokens": [20] * 3, "cached": 3 * 19}
     assert reported == [{"cells": {"walk": cell}}]
     assert os.environ["SGLANG_TEST_RETRACT"] == "1" and os.environ["SGLANG_TEST_RETRACT_INTERVAL"] == "7"
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PER_TOKEN = {"time_per_token", "tpot_p50", "accepted_per_step"}
 FIRST = {"time_to_first_token", "time_to_first_token_reloaded", "ttft_p50"}
 # units of the table, in units of rows
-UNITS = {"ms": {"ms": 1}, "s": {"ms": 1e-3}, "drafts": {"drafts": 1}}
+UNITS = {"ms": {"ms": 1, "s": 1e3}, "s": {"ms": 1e-3, "s": 1}, "drafts": {"drafts": 1}}
 
 
 def test_rows_are_appended_under_their_own_columns_only(tmp_path):
