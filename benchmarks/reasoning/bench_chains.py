@@ -7,8 +7,8 @@
 
 Chains of reasoning.tasks are written freely by a served model, --at-a-time side by side, in --turns requests each. All
 but the first begin with what the model has written so far, and find it in the prefix cache. --retract makes the
-scheduler take requests back every so many steps and compute them again. A chain is right if every token is. Two caches are compared chain by chain, with the
-95 % interval of the difference, that of the bootstrap over chains.
+scheduler take requests back every so many steps and compute them again. A chain is right if every token is. Two caches
+are compared chain by chain, with the 95 % interval of the difference, that of the bootstrap over chains.
 """
 
 from __future__ import annotations
