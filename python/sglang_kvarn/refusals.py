@@ -43,6 +43,10 @@ WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
 # of both, those that have answered right on a GPU, from a version of SGLang on
 _WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM", "Gemma3ForCausalLM")
 _WINDOWS_ON_GPUS_SINCE = "0.5.23"
+# drafts that are tested beside states of Mamba-2, and models that hand DFLASH their hidden states, from a version of
+# SGLang on; no such model hands them to a head of EAGLE3
+_DRAFTS_BESIDE_MAMBA2 = (NGRAM, "STANDALONE")
+_DFLASH_BESIDE_MAMBA2 = {"NemotronHForCausalLM": "0.5.23"}
 # drafts beside states that have answered right on a GPU; SGLang resolves NEXTN to EAGLE
 _DRAFTS_BESIDE_STATES_ON_GPUS = (NGRAM, "NEXTN", "EAGLE")
 # the version of SGLang from which on tenants with NGRAM and host memory were compared on a GPU
@@ -665,11 +669,11 @@ def check_states(server_args: Any, model_config: Any) -> None:
     if (states := compat.hybrid_config(model_config)) is None:
         return
     args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
-    tested = CHAINS if compat.has_gated_delta_nets(states) else (NGRAM,)
+    tested = _drafts_beside(states, model)
     if (algorithm := algorithm_of(args)) not in ("", *tested):
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
-            f"that kind are not tested beside states of its kind yet: set it to {NGRAM}"
+            f"that kind are not tested beside states of its kind yet: set it to {_one_of(tested)}"
         )
     if algorithm and args.speculative_adaptive:
         raise Refused(
@@ -729,6 +733,14 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"a kvarn cache needs a --mamba-track-interval that is a multiple of the page size {settings.PAGE_SIZE}, "
             f"not {args.mamba_track_interval}: drop --mamba-track-interval"
         )
+
+
+def _drafts_beside(states: Any, model: str) -> tuple[str, ...]:
+    """Return the algorithms that are tested beside states of a kind."""
+    if compat.has_gated_delta_nets(states):
+        return CHAINS
+    takes_dflash = model in _DFLASH_BESIDE_MAMBA2 and compat.is_since(_DFLASH_BESIDE_MAMBA2[model])
+    return (*_DRAFTS_BESIDE_MAMBA2, DFLASH) if takes_dflash else _DRAFTS_BESIDE_MAMBA2
 
 
 def _check_host_states(args: Any, model: str) -> None:
