@@ -684,7 +684,7 @@ def check_states(server_args: Any, model_config: Any) -> None:
     if untested and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model} on a GPU yet, "
-            f"because beside states drafts of that kind have run on a CPU only: set it to {NGRAM} or NEXTN, or set "
+            f"because beside states drafts of that kind have run on a CPU only: set it to {NGRAM}, or set "
             f"{UNTESTED_DRAFTS_ENV}=1 to try it"
         )
     if algorithm and not compat.verifies_drafts(states):

@@ -247,6 +247,13 @@ MUTATIONS = (
         (f"{TEST_MODELS}::test_launch_takes_drafts_that_are_tested_beside_states",),
     ),
     Mutation(
+        "a head beside states whose model hands it nothing",
+        REFUSALS,
+        "if compat.has_gated_delta_nets(states):\n        return CHAINS",
+        "if True:\n        return CHAINS",
+        (f"{TEST_MODELS}::test_launch_takes_drafts_that_are_tested_beside_states",),
+    ),
+    Mutation(
         "drafts beside states on a GPU where nobody compared them",
         REFUSALS,
         'algorithm not in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS)',

@@ -263,6 +263,13 @@ MUTATIONS = (
         (TEST_HOST_POOL,),
     ),
     Mutation(
+        "host memory on a GPU beside what was compared on none",
+        REFUSALS,
+        'args.device != "cpu" and applies(args) and os.environ.get(UNTESTED_HICACHE_ENV) != "1"',
+        "False",
+        (f"{TEST_REFUSALS}::test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared",),
+    ),
+    Mutation(
         "any storage attached to a running server",
         REFUSALS,
         "elif recv_req.hicache_storage_backend not in _STORAGES:",

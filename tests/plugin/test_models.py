@@ -343,7 +343,7 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
         args.speculative_algorithm = algorithm
         refusals.check_states(args, model_config)
     args.speculative_algorithm = "DFLASH"
-    with pytest.raises(ValueError, match=r"have run on a CPU only: set it to NGRAM or NEXTN, or set KVARN_UNTESTED_D"):
+    with pytest.raises(ValueError, match=r"have run on a CPU only: set it to NGRAM, or set KVARN_UNTESTED_DRAFTS=1"):
         refusals.check_states(args, model_config)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
     refusals.check_states(args, model_config)
