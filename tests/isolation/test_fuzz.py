@@ -71,15 +71,15 @@ class Lives(RuleBasedStateMachine):
 
     preset = "kvarn"
     kernels_every = 0
-    has_files = False
+    has_files = has_both = False
     total: ClassVar[dict[str, int]]
 
     @initialize(
         poison=st.booleans(),
         checkpoint=st.sampled_from((0, 0, 2 * PAGE)),
-        drafts=st.sampled_from((0, 0, 2, 5, 16)),
-        # not with drafts, nor with files, which are refused beside them
-        sliding=st.sampled_from((0, 0, 0, 60, 150)),
+        drafts=st.sampled_from((0, 0, 0, 2, 5, 16, 16)),
+        # not with files, which are refused beside them; 127 is what SGLang has for a window of a page, as of gpt-oss
+        sliding=st.sampled_from((0, 0, 0, 0, 60, 127, 150)),
         # of the layers with records: within a page, over one, and beyond what is exact
         window=st.sampled_from((0, 0, 60, 150, 300)),
         host_pages=st.sampled_from(HOST_PAGES),
@@ -105,10 +105,12 @@ class Lives(RuleBasedStateMachine):
         prefetch: str,
         states: int,
     ) -> None:
+        if self.has_both:
+            sliding, drafts = sliding or PAGE - 1, drafts or 16
         if self.has_files:
             sliding = 0
         if sliding:
-            drafts = checkpoint = states = 0
+            checkpoint = states = 0
             host_pages = host_pages if compat.hosts_windows() else 0
         if self.has_files and not host_pages:
             host_pages = SOME_PAGES[-1]
@@ -130,6 +132,7 @@ class Lives(RuleBasedStateMachine):
         self.total["worlds with checkpoints"] += bool(checkpoint)
         self.total["worlds with drafts"] += bool(drafts)
         self.total["worlds with sliding windows"] += bool(sliding)
+        self.total["worlds with drafts beside sliding windows"] += bool(sliding and drafts)
         self.total["worlds with windows in records"] += bool(window)
         self.total["worlds with states"] += bool(states)
         self.total["worlds"] += 1
@@ -193,7 +196,8 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.world.running and self.world.drafts)
     @rule(
         steps=st.sampled_from((1, 2, 10, 40)),
-        drafts=st.integers(1, 16),
+        # first what is drawn most: all that the world has
+        drafts=st.sampled_from((16, 5, 4, 2, 1)),
         accepted=st.lists(st.integers(1, 16), min_size=1, max_size=7),
         padding=st.integers(0, 2),
     )
@@ -205,6 +209,22 @@ class Lives(RuleBasedStateMachine):
             if any(len(r.history.tokens) + drafts >= LONGEST for r in self.world.running):
                 break
             self.world.verify(drafts, counts[step % len(counts) :] + counts[: step % len(counts)], padding)
+
+    @precondition(lambda self: self.world.running and self.world.drafts)
+    @rule(
+        pages=st.integers(1, 3),
+        accepted=st.lists(st.integers(1, 16), min_size=1, max_size=4),
+        padding=st.integers(0, 2),
+    )
+    def verify_over_pages(self, pages: int, accepted: list[int], padding: int) -> None:
+        """Accept all drafts, but where those of some request reach into its next page: there, so many of them."""
+        drafts, counts = self.world.drafts, [min(count, self.world.drafts) for count in accepted]
+        # few drafts would take most of all steps
+        for _ in range(min(pages * PAGE // drafts, 40)):
+            if any(len(r.history.tokens) + drafts >= LONGEST for r in self.world.running):
+                break
+            is_over = any(r.cached % PAGE + drafts > PAGE for r in self.world.running)
+            self.world.verify(drafts, counts if is_over else [drafts], padding)
 
     @precondition(lambda self: self.world.running and not self.world.drafts)
     @rule(to=st.sampled_from((-1, 0, 1)), padding=st.integers(0, 2))
@@ -218,9 +238,10 @@ class Lives(RuleBasedStateMachine):
                 break
 
     @precondition(lambda self: self.world.running)
-    @rule(index=st.integers(0, ROWS - 1))
-    def finish(self, index: int) -> None:
-        self.world.finish(self.pick(index))
+    @rule(index=st.integers(0, ROWS - 1), behind=st.sampled_from((0, 0, 1, 4, 15)))
+    def finish(self, index: int, behind: int) -> None:
+        # of drafts that were accepted some may be behind the end of the answer
+        self.world.finish(self.pick(index), behind)
 
     @precondition(lambda self: self.world.running)
     @rule(index=st.integers(0, ROWS - 1), reuse=st.booleans(), chunk=CHUNKS)
@@ -387,17 +408,18 @@ OPTIONS = settings(
 )
 
 
-def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, has_files: bool = False) -> dict[str, int]:
+def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, **always: bool) -> dict[str, int]:
     """Run lives until so many steps are done; return the counts.
 
     Args:
-        has_files: whether every world has host memory, and files behind it.
+        always: `has_files`: every world has host memory, and files behind it; `has_both`: drafts and sliding windows.
     """
     kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory", "worlds with files")
     kinds += ("worlds with sliding windows", "worlds with windows in records", "worlds with states")
+    kinds += ("worlds with drafts beside sliding windows",)
     events = ("host hits", "storage hits", "failed loads", "flushes")
     total = dict.fromkeys(("steps", "forwards", "kernel forwards", *events, *kinds), 0)
-    chosen = {"preset": preset, "total": total, "kernels_every": kernels_every, "has_files": has_files}
+    chosen = {"preset": preset, "total": total, "kernels_every": kernels_every, **always}
     machine = type("Lives", (Lives,), chosen)
     while total["steps"] < steps:
         print(f"KVARN_FUZZ_SEED={seed} {preset}", flush=True)
@@ -457,6 +479,18 @@ def test_every_read_is_of_the_requests_own_history_with_files_behind_host_memory
     assert total["steps"] >= steps
     if steps >= 1000:
         assert total["storage hits"], "no request found its prompt in files"
+
+
+@pytest.mark.timeout(1800)
+def test_every_read_is_of_the_requests_own_history_with_drafts_beside_sliding_windows(monkeypatch, record_property):
+    use_plain_allocation_kernels(monkeypatch)
+    seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
+    steps = int(os.environ.get("KVARN_FUZZ_STEPS", 1000))
+    total = fuzz("kvarn", steps, seed, has_both=True)
+    print(f"drafts beside sliding windows: {total}")
+    for name, count in total.items():
+        record_property(name, count)
+    assert total["steps"] >= steps and total["worlds with drafts beside sliding windows"] == total["worlds"]
 
 
 def test_plain_allocation_kernels_are_sglangs():

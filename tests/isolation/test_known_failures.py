@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from history import PAGE
-from sglang_kvarn import compat
-from world import CONTEXT, ROWS, World, prefill, tokens, use_plain_allocation_kernels
+from prefix_cache import calls
+from sglang_kvarn import capacity, compat
+from world import CONTEXT, ROWS, SLIDING_PAGES, World, prefill, tokens, use_plain_allocation_kernels
 
 PRESETS = ["kvarn", "kvarn_canonical"]
 
@@ -395,3 +396,61 @@ def test_a_ring_is_evicted_for_without_the_loss_of_sliding_windows(sliding):
     # the pages of the older prompt made room; the newer one has its windows
     assert prefill(sliding, tokens(2 * PAGE + 5, 2) + [7]).exact_start == 2 * PAGE
     sliding.check_accounts()
+
+
+# tokens before a query: as SGLang has it for a window of a page, and for one that crosses the end of a page
+@pytest.fixture(params=[PAGE - 1, 150])
+def drafting_beside_windows(request, monkeypatch) -> World:
+    """A world whose requests verify 16 drafts in a step, and of which other layers have sliding windows."""
+    use_plain_allocation_kernels(monkeypatch)
+    return World("kvarn", drafts=16, sliding=request.param)
+
+
+def verify_until_a_window_leaves_its_pages(world: World, accepted: int) -> None:
+    """Some pages are filled by drafts, of which some are rejected; then comes the next turn."""
+    turn = prefill(world, tokens(2 * PAGE - 30, 1))
+    most = capacity.sliding_tokens_of_request(world.sliding, compat.sliding_eviction_interval(), world.drafts)
+    while turn.cached < 5 * PAGE + 3:
+        # at times all are accepted, to get there soon
+        for count in (accepted, accepted, accepted, world.drafts):
+            world.verify(world.drafts, [count])
+        free = world.allocator.swa_available_size()
+        # a page of the prompt is the tree's
+        assert SLIDING_PAGES * PAGE - free - PAGE <= most, "more windows than a request is charged for"
+    said = list(turn.history.tokens)
+    world.finish(turn)
+    world.check_accounts()
+    following = prefill(world, said + tokens(20, 2))
+    found = {(len(said) - 1) // PAGE * PAGE}
+    if world.sliding > PAGE and not compat.is_since("0.5.23"):
+        # the window of who comes next was freed in part, but for that of the prompt
+        found.add(PAGE)
+    assert following.exact_start in found
+    world.verify(world.drafts, [accepted])
+    world.check_accounts()
+
+
+@pytest.mark.parametrize("accepted", [1, 3, 15])
+def test_a_sliding_window_sees_no_rejected_draft_and_loses_no_token(drafting_beside_windows, accepted):
+    verify_until_a_window_leaves_its_pages(drafting_beside_windows, accepted)
+
+
+@pytest.mark.parametrize("drafting_beside_windows", [PAGE - 1], indirect=True)
+def test_windows_that_are_freed_as_if_all_drafts_were_accepted_are_found(drafting_beside_windows, monkeypatch):
+    evict = calls.evict_sliding
+    monkeypatch.setattr(calls, "evict_sliding", lambda tree, req, end: evict(tree, req, end + 15))
+    with pytest.raises(AssertionError, match="sliding window of layer"):
+        verify_until_a_window_leaves_its_pages(drafting_beside_windows, 1)
+
+
+def test_windows_of_rejected_drafts_in_the_prefix_cache_are_found(drafting_beside_windows):
+    world = drafting_beside_windows
+    turn = prefill(world, tokens(PAGE - 4, 1))
+    world.verify(16, [1])
+    said, rejected = list(turn.history.tokens), tokens(15, 2)
+    # taken for accepted when the request is over
+    turn.req.output_ids.extend(rejected)
+    calls.note_accepted(turn.req, turn.cached + len(rejected))
+    world.finish(turn)
+    with pytest.raises(AssertionError, match="sliding window of layer"):
+        prefill(world, said + rejected + tokens(20, 3))

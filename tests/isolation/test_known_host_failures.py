@@ -293,7 +293,7 @@ def read_a_prefix_from_the_host_beside(
         branch = prefill(world, tokens(3 * PAGE, 1)[: 2 * PAGE] + tokens(40, seed))
     assert branch.exact_start == 2 * PAGE
     for _ in range(3):
-        world.decode()
+        world.verify(8, [3]) if world.drafts else world.decode()
     branch = world.come_back(branch, tokens(9, 5))
     world.extend(1000)
     assert branch.exact_start == 2 * PAGE
@@ -359,11 +359,12 @@ def test_a_request_whose_load_fails_without_a_state_is_found(core, monkeypatch):
 
 
 @needs_windows
+@pytest.mark.parametrize("drafts", [0, 8])
 @pytest.mark.parametrize("core", calls.cores)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_window_from_the_host_is_read_as_one_that_never_left(policy, core):
+def test_a_window_from_the_host_is_read_as_one_that_never_left(policy, core, drafts):
     for order in ORDERS:
-        read_a_prefix_from_the_host_beside(order, policy, core, sliding=SLIDING)
+        read_a_prefix_from_the_host_beside(order, policy, core, sliding=SLIDING, drafts=drafts)
 
 
 @needs_windows
@@ -382,3 +383,44 @@ def test_a_window_of_other_tokens_is_found():
 
     with copies_on_cpu("load_tokens", load), pytest.raises(AssertionError, match="window of layer"):
         read_a_prefix_from_the_host_beside(0, sliding=SLIDING)
+
+
+def load_into_a_window_that_drafts_of_a_wasted_step_are_stored_in(order: int | str) -> None:
+    """The slots of drafts are free when their request has ended, and a window from the host is loaded into them."""
+    world = hosted(order, sliding=SLIDING, drafts=8)
+    again = world.come_back(prefill(world, tokens(3 * PAGE + 5, 1)), tokens(20, 2))
+    world.waiting.remove(again)
+    stay, leave = prefill(world, tokens(40, 3)), prefill(world, tokens(50, 4))
+    wasted = world.prepare_verify(8, [1, 1])
+    world.launch(wasted)
+    ring, written = world.rings.pages[leave.row].tolist(), int(wasted.slides[1].places[-1]) // PAGE
+    world.running.remove(leave)
+    world.release(leave, insert=True)
+    # the page of drafts is the next for a window; those of the ring, which the step writes too, are for no record
+    for allocator, first, last in ((world.allocator.swa_attn_allocator, [written], []), (world.paged, [], ring)):
+        others = [page for page in allocator.free_pages.tolist() if page not in first + last]
+        assert len(first + others + last) == len(allocator.free_pages)
+        allocator.free_pages = torch.tensor(first + others + last)
+    world.waiting.append(again)
+    following = world.allocate_extend(1000)
+    places = world.allocator.full_to_swa_index_mapping[world.rows.req_to_token[again.row, : 3 * PAGE].long()]
+    assert written in (places // PAGE).tolist(), "a window was loaded into the page"
+    world.run(wasted)
+    world.run(world.describe_extend(*following))
+    assert again.exact_start == 3 * PAGE and {again, stay} <= set(world.running)
+    world.settle()
+    world.check_accounts()
+
+
+@needs_windows
+def test_a_window_is_loaded_after_drafts_of_a_wasted_step():
+    for order in ORDERS:
+        load_into_a_window_that_drafts_of_a_wasted_step_are_stored_in(order)
+
+
+@needs_windows
+def test_a_window_that_is_loaded_before_drafts_of_a_wasted_step_is_found(monkeypatch):
+    without_fence(monkeypatch, "load")
+    with pytest.raises(AssertionError, match="sliding window of layer"):
+        for order in ORDERS:
+            load_into_a_window_that_drafts_of_a_wasted_step_are_stored_in(order)

@@ -27,6 +27,7 @@ from .paths import (
     TEST_BUDGET,
     TEST_DECODE_SM90,
     TEST_DRAFTS,
+    TEST_KNOWN,
     TEST_METADATA,
     TEST_MODELS,
     TEST_SETTINGS,
@@ -85,7 +86,7 @@ MUTATIONS = (
         POOL,
         "capacity.ring_pages(self.shape, self.config, self.draft_tokens)",
         "capacity.ring_pages(self.shape, self.config)",
-        (FUZZ,),
+        (f"{TEST_KNOWN}::test_a_sliding_window_sees_no_rejected_draft_and_loses_no_token",),
     ),
     Mutation(
         "pool taken that holds no ring with drafts",

@@ -298,6 +298,13 @@ MUTATIONS = (
         (f"{TEST_BUDGET}::test_sliding_share_reads_shapes_and_arguments_of_a_server",),
     ),
     Mutation(
+        "rings beside sliding windows without room for rejected drafts",
+        POOL,
+        "capacity.ring_pages(self.shape, self.config, self.draft_tokens)",
+        "capacity.ring_pages(self.shape, self.config, 1 if self.sliding_tokens else self.draft_tokens)",
+        (f"{TEST_KNOWN}::test_a_sliding_window_sees_no_rejected_draft_and_loses_no_token",),
+    ),
+    Mutation(
         "accepted drafts moved in a pool of sliding windows that cannot",
         MIXED_POOL,
         "self.full_kv_pool.move_kv_cache(tgt_loc, src_loc)",

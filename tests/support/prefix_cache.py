@@ -31,6 +31,14 @@ class RadixCalls:
         arguments = compat.resolve("sglang.srt.runtime_context.get_server_args")()
         arguments.speculative_algorithm = "NGRAM" if drafts else None
 
+    # where SGLang has what a node of its tree keeps of tokens
+    _components = "sglang.srt.mem_cache.unified_cache_components"
+
+    @property
+    def _kinds(self):
+        """Return SGLang's names of what a node has of its tokens."""
+        return compat.resolve(f"{self._components}.ComponentType")
+
     # SGLang may begin a load for a request and then not add the request to the batch
     rejects_after_load = True
     # trees with host memory that SGLang has
@@ -44,16 +52,15 @@ class RadixCalls:
             sliding: tokens before a query in the sliding windows that it keeps too, 0 for none.
         """
         if sliding:
-            return self._make_sliding_tree(rows, allocator, sliding, "sglang.srt.mem_cache.unified_cache_components")
+            return self._make_sliding_tree(rows, allocator, sliding)
         if host is None:
             return compat.resolve("sglang.srt.mem_cache.radix_cache.RadixCache")(self._parameters(rows, allocator))
         parameters = self._parameters(rows, allocator, tp_cache_group=self._one_rank())
         arguments = SimpleNamespace(**self._host_arguments(allocator, host), served_model_name="world")
         return compat.resolve("sglang.srt.mem_cache.hiradix_cache.HiRadixCache")(parameters, arguments)
 
-    def _make_sliding_tree(self, rows, allocator, sliding: int, components: str):
-        kind = compat.resolve(f"{components}.ComponentType")
-        more = {"tree_components": (kind.FULL, kind.SWA), "sliding_window_size": sliding}
+    def _make_sliding_tree(self, rows, allocator, sliding: int):
+        more = {"tree_components": (self._kinds.FULL, self._kinds.SWA), "sliding_window_size": sliding}
         cache = compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
         return cache(self._parameters(rows, allocator, **more))
 
@@ -120,6 +127,16 @@ class RadixCalls:
         """Yield of every node the tokens from the root to its end, how many are before it, and its slots in both."""
         for node, path, start in self._walk(tree):
             yield path, start, *self._values(node)
+
+    def nodes_with_windows(self, tree) -> Iterator[tuple[list[int], int, torch.Tensor | None, torch.Tensor | None]]:
+        """Yield of every node the tokens from the root to its end, and how many are before it.
+
+        Besides, where it has windows: its slots on the device, of the records, and those of its windows on the host.
+        """
+        for node, path, start in self._walk(tree):
+            windows = node.component_data[self._kinds.SWA]
+            full = node.component_data[self._kinds.FULL].value if windows.value is not None else None
+            yield path, start, full, windows.host_value
 
     def _walk(self, tree) -> Iterator[tuple[Any, list[int], int]]:
         """Yield every node, the tokens from the root to its end, and how many are before it."""
@@ -269,17 +286,13 @@ class UnifiedCalls(RadixCalls):
             args.resolve_once()
         compat.resolve("sglang.srt.server_args.set_global_server_args_for_scheduler")(args)
 
+    _components = "sglang.srt.mem_cache.unified_cache.components"
     rejects_after_load = False
     cores = ("python", "rust")
 
-    @property
-    def _kinds(self):
-        """Return SGLang's names of what a node has of its tokens."""
-        return compat.resolve("sglang.srt.mem_cache.unified_cache.components.ComponentType")
-
     def make_tree(self, rows, allocator, host=None, sliding=0):
         if sliding and host is None:
-            return self._make_sliding_tree(rows, allocator, sliding, "sglang.srt.mem_cache.unified_cache.components")
+            return self._make_sliding_tree(rows, allocator, sliding)
         kind, cache = self._kinds, compat.resolve("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache")
         if host is None:
             return cache(self._parameters(rows, allocator, tree_components=(kind.FULL,)))
@@ -317,16 +330,6 @@ class UnifiedCalls(RadixCalls):
     def host_windows(self, tree):
         """Return SGLang's host pool of sliding windows."""
         return tree.host_pool_group.get_pool(self._pools.SWA)
-
-    def nodes_with_windows(self, tree) -> Iterator[tuple[list[int], int, torch.Tensor | None, torch.Tensor | None]]:
-        """Yield of every node the tokens from the root to its end, and how many are before it.
-
-        Besides, where it has windows: its slots on the device, of the records, and those of its windows on the host.
-        """
-        for node, path, start in self._walk(tree):
-            windows = node.component_data[self._kinds.SWA]
-            full = node.component_data[self._kinds.FULL].value if windows.value is not None else None
-            yield path, start, full, windows.host_value
 
     def needs_load(self, req) -> bool:
         return req.needs_host_load_back()

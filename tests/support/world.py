@@ -90,12 +90,14 @@ class Request:
     Attributes:
         req: SGLang's own request object; salt: what it generates.
         exact_start: tokens that came from the prefix cache when it last got a row; kept by this test alone.
+        accepted: new tokens of its newest step; what is behind the first of them may be behind the end of its answer.
     """
 
     req: object
     history: History
     salt: int
     exact_start: int = 0
+    accepted: int = 1
 
     @property
     def row(self) -> int:
@@ -286,15 +288,20 @@ class World:
         assert not table[self.paged.free_pages].any(), "a free page has a sliding window"
 
     def _slides(self, step: Step) -> list[Slide]:
-        """Return what a step stores in sliding windows: SGLang has a slot for everything new."""
+        """Return what a step stores in sliding windows: SGLang has a slot for everything new, rejected drafts too."""
         slides = []
-        for request, (start, end), slots in zip(step.requests, step.spans, step.slots, strict=True):
+        for request, (start, end) in zip(step.requests, step.spans, strict=True):
             tags = tags_of(request.history.hashes[:end])
+            slots = self.rows.req_to_token[request.row, : start + step.drafts if step.drafts else end]
             places = self.allocator.full_to_swa_index_mapping[slots.long()]
-            if start == 0 or request.row is not None:
-                assert places[start:].all(), f"request {request.req.rid}: a new token has no sliding window"
-                slides.append(Slide(places, tags, start, request.req.rid))
+            assert places[start:].all(), f"request {request.req.rid}: a new token has no sliding window"
+            slides.append(Slide(places, tags, start, request.req.rid))
         return slides
+
+    def _evict_windows(self, requests: list[Request]) -> None:
+        """Free what left the sliding windows of requests by the tokens that they have, as SGLang does before a step."""
+        for request in requests if self.sliding else ():
+            calls.evict_sliding(self.tree, request.req, request.cached)
 
     def check_accounts(self) -> None:
         """Every page is free, or in the tree, or one request's own, or in its ring; no page is two of these.
@@ -317,8 +324,8 @@ class World:
             self.tier.check()
         if self.kept:
             self.kept.check(self.holders() + self.waiting)
-        if self.windows and self.tier:
-            self.windows.check()
+        if self.windows:
+            self.windows.check(self.tree)
 
     def holders(self) -> list[Request]:
         """Requests that have a row."""
@@ -371,10 +378,16 @@ class World:
         if self.tier:
             calls.flush_copies(self.tree)
 
-    def finish(self, request: Request) -> None:
-        """End a running request; its pages stay cached."""
+    def finish(self, request: Request, behind: int = 0) -> None:
+        """End a running request; its pages stay cached.
+
+        Args:
+            behind: tokens behind the end of its answer, of those that its newest step accepted; at most all but one.
+        """
         self.steps += 1
         self.running.remove(request)
+        if behind := min(behind, request.accepted - 1):
+            request.req.finished_len = len(request.req.output_ids) - behind
         self.release(request, insert=True)
         self._poison_free_memory()
 
@@ -431,6 +444,7 @@ class World:
         self.running.remove(request)
         self.release(request, insert=False)
         request.req.reset_for_retract()
+        request.accepted = 1
         self.waiting.insert(0, request)
         self._seek(request)
         self._poison_free_memory()
@@ -452,6 +466,7 @@ class World:
     def _allocate_decode(self, requests: list[Request]) -> torch.Tensor:
         rows = torch.tensor([r.row for r in requests])
         lens = torch.tensor([r.cached for r in requests])
+        self._evict_windows(requests)
         self._evict_for(len(requests) * PAGE)
         last = self.rows.req_to_token[rows, lens - 1]
         slots = self.allocator.alloc_decode(lens + 1, lens + 1, last)
@@ -500,6 +515,7 @@ class World:
         return False
 
     def _allocate_drafts(self, requests: list[Request]) -> None:
+        self._evict_windows(requests)
         starts = [calls.allocated(r.req) for r in requests]
         ends = [-(-n // PAGE) * PAGE + self._more_for_drafts(r) for r, n in zip(requests, starts, strict=True)]
         total = sum(ends) - sum(starts)
@@ -537,6 +553,7 @@ class World:
             for _ in range(start + count - len(request.history.tokens)):
                 self._sample(request)
             spans.append((start, start + count))
+            request.accepted = count
         return self._note(Step(requests, spans, batch, padding=padding, drafts=drafts))
 
     def verify(self, drafts: int, accepted: list[int], padding: int = 0) -> None:
@@ -719,6 +736,8 @@ class World:
         if self.kept:
             decoding = [r in self.running for r in step.requests]
             step.moves, step.begun = self.kept.plan(step.requests, step.spans, decoding)
+        if self.windows:
+            step.slides = self._slides(step)
         return step
 
     def launch(self, step: Step) -> None:
@@ -734,8 +753,6 @@ class World:
             padded = step.padding * max(step.drafts, 1)
             q, k, v = (torch.cat([x, x.new_full((padded, *x.shape[1:]), 1e4)]) for x in (q, k, v))
         step.new = QKV(q, k, v)
-        if self.windows:
-            step.slides = self._slides(step)
         if not self.tier:
             for layer in self.windows.layers if self.windows else ():
                 self.windows.run(step.slides, layer, self.windows.memory(layer))
@@ -826,8 +843,6 @@ class World:
             decoded = request in self.running
             if decoded and self.kept:
                 self.kept.process(request.req, start, end)
-            if decoded and self.sliding:
-                calls.evict_sliding(self.tree, request.req, end - 1)
             if step.drafts:
                 calls.note_accepted(request.req, end)
             if end == len(request.history.tokens):
