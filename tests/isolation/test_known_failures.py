@@ -163,6 +163,20 @@ def test_a_freed_row_with_a_wasted_step_is_clean_for_its_next_owner(preset, leng
     assert again.exact_start == (length + 1) // PAGE * PAGE
 
 
+def test_a_wasted_step_reads_from_the_exact_start_of_its_own_request(monkeypatch):
+    """The row's next owner found nothing in the prefix cache, and would read in the ring what its last owner found."""
+    use_plain_allocation_kernels(monkeypatch)
+    world = World("kvarn", rings=ROWS)
+    world.finish(prefill(world, tokens(2 * PAGE + 5, 1)))
+    leave = prefill(world, tokens(2 * PAGE, 1) + tokens(20, 2))
+    for seed in (3, 4, 5):
+        prefill(world, tokens(20, seed))
+    row, following = leave.row, world.admit(tokens(PAGE + 7, 6))
+    assert leave.exact_start == 2 * PAGE
+    world.decode_with_wasted_step(leave, reuse=True, chunk=200)
+    assert (following.row, following.exact_start) == (row, 0)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("length", [PAGE + 60, 2 * PAGE - 1])
 def test_a_freed_ring_page_becomes_a_record_of_another_request_while_a_wasted_step_runs(preset, length, monkeypatch):

@@ -28,7 +28,7 @@ MUTATIONS = (
         "        late = object.__new__(type('Late', (DecodeBatch,), {'exact_starts': late}))\n"
         "        late.__dict__.update(batch.__dict__)\n"
         "        return late",
-        (FUZZ,),
+        (f"{TEST_KNOWN}::test_a_wasted_step_reads_from_the_exact_start_of_its_own_request",),
     ),
     Mutation(
         "page to encode into kept from an earlier step",
