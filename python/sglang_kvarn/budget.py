@@ -54,8 +54,8 @@ def sliding_share(configurator: Any) -> SlidingShare:
     assert found.requests is not None, "charge_fixed_bytes comes first"
     args = compat.resolved_arguments(server_args)
     chunks = found.chunk_len if args.disable_overlap_schedule else 2 * found.chunk_len
-    interval = compat.sliding_eviction_interval()
     window, drafts = configurator.sliding_window_size, found.draft_tokens
+    interval = compat.sliding_eviction_interval(drafts)
     each, drafted = capacity.sliding_tokens_of_request(window, interval, drafts), draft_token_bytes(configurator)
     return SlidingShare(
         token=shape.token_bytes(config) + drafted,

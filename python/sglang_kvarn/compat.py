@@ -420,9 +420,16 @@ def is_sliding_ratio_open(server_args: Any) -> bool:
     return scheduler_argument(server_args, "swa_full_tokens_ratio") == STOCK_SLIDING_RATIO
 
 
-def sliding_eviction_interval() -> int:
-    """Return the tokens of a request after which SGLang frees what left its sliding windows."""
-    return max(1, resolve(_NAMES["envs"]).SGLANG_SWA_EVICTION_INTERVAL.get())
+def sliding_eviction_interval(draft_tokens: int = 1) -> int:
+    """Return the tokens of a request after which SGLang frees what left its sliding windows.
+
+    Before 0.5.23 SGLang counts steps, each of which may accept all drafts.
+
+    Args:
+        draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
+    """
+    interval = max(1, resolve(_NAMES["envs"]).SGLANG_SWA_EVICTION_INTERVAL.get())
+    return interval if is_since("0.5.23") else interval * draft_tokens
 
 
 def query_heads_of_layers(model_config: Any) -> list[int]:

@@ -423,7 +423,8 @@ def drafting_beside_windows(request, monkeypatch) -> World:
 def verify_until_a_window_leaves_its_pages(world: World, accepted: int) -> None:
     """Some pages are filled by drafts, of which some are rejected; then comes the next turn."""
     turn = prefill(world, tokens(2 * PAGE - 30, 1))
-    most = capacity.sliding_tokens_of_request(world.sliding, compat.sliding_eviction_interval(), world.drafts)
+    interval = compat.sliding_eviction_interval(world.drafts)
+    most = capacity.sliding_tokens_of_request(world.sliding, interval, world.drafts)
     while turn.cached < 5 * PAGE + 3:
         # at times all are accepted, to get there soon
         for count in (accepted, accepted, accepted, world.drafts):

@@ -298,6 +298,13 @@ MUTATIONS = (
         (f"{TEST_BUDGET}::test_sliding_share_reads_shapes_and_arguments_of_a_server",),
     ),
     Mutation(
+        "windows that SGLang frees late counted as if drafts were none",
+        COMPAT,
+        'interval if is_since("0.5.23") else interval * draft_tokens',
+        "interval",
+        (f"{TEST_BUDGET}::test_sliding_share_reads_shapes_and_arguments_of_a_server",),
+    ),
+    Mutation(
         "rings beside sliding windows without room for rejected drafts",
         POOL,
         "capacity.ring_pages(self.shape, self.config, self.draft_tokens)",

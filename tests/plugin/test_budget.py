@@ -438,7 +438,7 @@ def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     monkeypatch.setattr(compat, "attention_backends", lambda args: 1)
     monkeypatch.setattr(compat, "is_sliding_ratio_open", lambda args: True)
-    monkeypatch.setattr(compat, "sliding_eviction_interval", lambda: 128)
+    monkeypatch.setattr(compat, "is_since", lambda version: True)
     monkeypatch.setattr(budget, "draft_token_bytes", lambda kvc: 0)
     share = budget.sliding_share(kvc)
     assert (share.token, share.plain_token) == (2 * 2 * 59, 2 * 2 * 2 * 64 * 2)
@@ -453,6 +453,10 @@ def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
     monkeypatch.setattr(compat, "draft_tokens", lambda args: 8)
     drafting = budget.sliding_share(kvc)
     assert (drafting.least, drafting.most) == (share.least + 16, share.most + 4 * 16)
+    # SGLang before 0.5.23 frees after 128 steps, each of which may be of 8 tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(compat, "is_since", lambda version: version != "0.5.23")
+        assert budget.sliding_share(kvc).least == drafting.least + 7 * 128
     # what a draft model keeps of a token is charged beside it, with any cache
     monkeypatch.setattr(budget, "draft_token_bytes", lambda kvc: 1000)
     with_model = budget.sliding_share(kvc)
