@@ -20,6 +20,12 @@ def plugins() -> None:
     plugin.register_rest()
 
 
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch) -> None:
+    """Hide the arguments that a test before has published in this process, as a server does; those of this one, too."""
+    monkeypatch.setattr(compat.resolve("sglang.srt.runtime_context.get_context")(), "_server_args", None)
+
+
 @pytest.fixture(scope="session")
 def server_args():
     """Return a function that makes ServerArgs and resolves them, as a launch does before it spawns a process."""
