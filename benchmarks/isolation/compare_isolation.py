@@ -190,8 +190,9 @@ def main() -> int:
         settings["server_args"] = args.server_args
     for cache, beside in zip(caches, reversed(caches), strict=True):
         rows.append(cache, settings | {"beside": beside}, figures_of(results[cache]))
-    tiers = ["hits in host memory"] if args.hicache is not None or args.hicache_files is not None else []
-    tiers += ["hits in files"] if args.hicache_files is not None else []
+    tiers = ["hits in files"] if args.hicache_files is not None else []
+    # files are behind host memory
+    tiers += ["hits in host memory"] if tiers or args.hicache is not None else []
     passed, said = verdict(*(results[cache] for cache in caches), tiers)
     print(f"{'passed' if passed else 'FAILED'} in {time.monotonic() - started:.0f} s: {said}")
     return int(not passed)

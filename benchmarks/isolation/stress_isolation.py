@@ -178,9 +178,8 @@ def load_own(args: argparse.Namespace, prompts: list[Prompt], window: bool) -> t
         # as many requests as fit right now: memory runs out while they decode, and some are retracted
         "schedule_conservativeness": 0,
     } | caches.host_memory(args.hicache)
-    environment = [f"SGLANG_TEST_RETRACT_INTERVAL={args.retract_every}", "SGLANG_TEST_RETRACT=1"]
-    if not args.retract_every:
-        environment = []
+    retract = [f"SGLANG_TEST_RETRACT_INTERVAL={args.retract_every}", "SGLANG_TEST_RETRACT=1"]
+    environment = retract if args.retract_every else []
     if args.hicache_files is not None:
         small |= {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"}
         # the default policy computes again what takes long to read, so that little would be read

@@ -44,7 +44,7 @@ WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
 _WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM", "Gemma3ForCausalLM")
 _WINDOWS_ON_GPUS_SINCE = "0.5.23"
 # drafts that are tested beside states of Mamba-2, and models that hand DFLASH their hidden states, from a version of
-# SGLang on; no such model hands them to a head of EAGLE3
+# SGLang on; with a head of EAGLE3 none of them starts in 0.5.23
 _DRAFTS_BESIDE_MAMBA2 = (NGRAM, "STANDALONE")
 _DFLASH_BESIDE_MAMBA2 = {"NemotronHForCausalLM": "0.5.23"}
 # drafts beside states that have answered right on a GPU; SGLang resolves NEXTN to EAGLE

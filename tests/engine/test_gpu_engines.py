@@ -235,7 +235,7 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(
     # a hit reads the same bytes every time
     same = sum(a["answer"] == b["answer"] for a, b in zip(found[size:], found[2 * size :], strict=False))
     # roundings of a verify step hang on how many drafts were accepted before: 4 of 6 on an H200
-    assert same >= size - (2 if algorithm else 1)
+    assert same >= size - (2 if algorithm == "NGRAM" else 1)
     log = capfd.readouterr().err
     assert re.search("(?i)host", log)
     tiny_engines.check_graphs(log)
