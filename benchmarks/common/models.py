@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 TINY, SMOLLM2, DUMMY, HYBRID = "tiny", "smollm2", "qwen3-8b-dummy", "qwen3.5-27b-half-dummy"
+TINY_HYBRID = "tiny-hybrid"
+# of random weights, without a tokenizer
+TINY_ONES = (TINY, TINY_HYBRID)
 GEMMA3, GPT_OSS = "gemma3-270m", "gpt-oss-20b-dummy"
 # tokens of the longest request of a model without weights
 DUMMY_CONTEXT = 140_000
@@ -47,6 +50,11 @@ GPT_OSS_20B = {
     "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4, "swiglu_limit": 7.0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# of `TINY_HYBRID`, gated delta nets and attention in turn: sizes that SGLang's kernels are made for
+_HYBRID_HEADS = {
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
 # who drafts for `draft_arguments`: text that was seen before, a head of random weights, a smaller model
 DRAFTERS = NGRAM, EAGLE3, STANDALONE = "NGRAM", "EAGLE3", "STANDALONE"
 # of the 30 layers of `SMOLLM2` those that its draft lacks; three of four tokens are still those of the whole model
@@ -67,15 +75,18 @@ def _described(name: str, config: dict[str, Any]) -> Path:
     return made
 
 
-def _tiny() -> Path:
-    """Return the folder of the tiny model; it appears whole, so that several processes may ask at once."""
+def _tiny(name: str) -> Path:
+    """Return the folder of a tiny model; it appears whole, so that several processes may ask at once."""
     from benchmarks.common import tiny_model
 
-    made = _made(f"{TINY}-{hashlib.sha256(Path(tiny_model.__file__).read_bytes()).hexdigest()[:12]}")
+    made = _made(f"{name}-{hashlib.sha256(Path(tiny_model.__file__).read_bytes()).hexdigest()[:12]}")
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=made.parent) as work:
             own = Path(work) / made.name
-            tiny_model.save(own)
+            if name == TINY:
+                tiny_model.save(own)
+            else:
+                tiny_model.save(own, "qwen3_5_text", **_HYBRID_HEADS)
             # the slower of two drops its copy
             with contextlib.suppress(OSError):
                 own.rename(made)
@@ -113,10 +124,10 @@ def folder(model: str) -> Path:
     """Return the folder of a model; those with a name are written or downloaded on the way.
 
     Args:
-        model: `TINY` (random weights, two layers), `SMOLLM2`, `GEMMA3`, one of `DUMMIES`, or a folder.
+        model: one of `TINY_ONES`, `SMOLLM2`, `GEMMA3`, one of `DUMMIES`, or a folder.
     """
-    if model == TINY:
-        return _tiny()
+    if model in TINY_ONES:
+        return _tiny(model)
     if model in DUMMIES:
         return _described(model, DUMMIES[model])
     if model == SMOLLM2:

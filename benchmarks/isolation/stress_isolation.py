@@ -83,7 +83,7 @@ def server_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags that both servers have."""
     own = models.arguments(args.model) | caches.arguments(args.cache)
     own |= {"dtype": args.dtype, "random_seed": 0, "skip_server_warmup": True, "log_level": "warning"}
-    if args.model == models.TINY:
+    if args.model in models.TINY_ONES:
         own["skip_tokenizer_init"] = True
     return launch.flags(own) + args.server_args.split()
 
@@ -129,7 +129,7 @@ def hits_differ(cache: str) -> bool:
 
 def make_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Return the prompts as token ids, so that the oracle can cut them at pages."""
-    if args.model == models.TINY:
+    if args.model in models.TINY_ONES:
         return token_prompts(args.tenants, args.prompts_per_tenant)
     from transformers import AutoTokenizer
 

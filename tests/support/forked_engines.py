@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing import context, forkserver, reduction
 from typing import Any
@@ -46,9 +47,15 @@ def _server() -> forkserver.ForkServer:
 
 
 def stop_others() -> None:
-    """Stop the servers of other environments than that of now, once no process of theirs is left: each has a GiB."""
+    """Stop the servers of other environments than that of now: each has a GiB.
+
+    One ends by itself only after every process that it forked, and one that a failed engine left would be waited for.
+    """
     for key in [key for key in _servers if key != _environment()]:
-        _servers.pop(key)._stop()
+        server = _servers.pop(key)
+        if server._forkserver_pid is not None:
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
 
 
 class _Output:
@@ -71,7 +78,11 @@ def _run(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> None:
-    """Run what SGLang wants to run as the process that asked for it would: its environment, its output and errors."""
+    """Run what SGLang wants to run as the process that asked for it would: its environment, its output and errors.
+
+    It leads a group of its own, by which what it starts is found when it has ended by itself.
+    """
+    os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(environment)
     for number, output in enumerate(outputs, 1):
@@ -100,16 +111,20 @@ class _Process(context.ForkServerProcess):
 
 
 def _kill(processes: list[_Process]) -> None:
-    """Kill processes and those that they have started."""
+    """Kill processes and those that they have started, also those whose parent has ended."""
     for process in processes:
-        if process.pid is None or process.exitcode is not None:
-            # it was not started, or its number may be that of another one by now
+        if process.pid is None:
+            # it was not started
             continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            own = psutil.Process(process.pid)
-            for child in [*own.children(recursive=True), own]:
-                child.kill()
-        process.join()
+        if process.exitcode is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own = psutil.Process(process.pid)
+                for child in [*own.children(recursive=True), own]:
+                    child.kill()
+            process.join()
+        # the number of a group is not given to a new process while one of the group lives
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
