@@ -174,10 +174,12 @@ def load_own(args: argparse.Namespace, prompts: list[Prompt], window: bool) -> t
         "max_running_requests": args.max_running_requests,
         "max_total_tokens": args.max_total_tokens,
         "chunked_prefill_size": 256,
-        "enable_mixed_chunk": True,
         # as many requests as fit right now: memory runs out while they decode, and some are retracted
         "schedule_conservativeness": 0,
     } | caches.host_memory(args.hicache)
+    if args.model != models.TINY_HYBRID:
+        # refused beside states
+        small["enable_mixed_chunk"] = True
     retract = [f"SGLANG_TEST_RETRACT_INTERVAL={args.retract_every}", "SGLANG_TEST_RETRACT=1"]
     environment = retract if args.retract_every else []
     if args.hicache_files is not None:

@@ -4,7 +4,8 @@
 By the Triton kernel and by CUDA C++, which runs as C++ where there is no GPU.
 """
 
-from functools import cache
+from functools import cache as kept
+from functools import partial
 
 import cuda_as_cpp
 import pytest
@@ -15,6 +16,7 @@ from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import dequantise_cuda
 from kvarn_kernels.dense.dequantise import PageList, dequantise
+from kvarn_kernels.write import chunk_cuda, encode_cuda
 
 KVARN = KVarNConfig.from_preset("kvarn")
 # one rounding to the model's dtype (2^-12.6 and 2^-9.6 of a value on average), and fp16 operands (2^-12)
@@ -42,7 +44,7 @@ def compiled(tmp_path_factory):
     """Return what stands in for the compiled kernels on a CPU."""
     folder = tmp_path_factory.mktemp("dequantise")
 
-    @cache
+    @kept
     def of(*form):
         # the last one is the device
         defines = dequantise_cuda.constants(*form[:-1])
@@ -141,6 +143,37 @@ def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records(write):
     records = filled(write, cache, request, KVARN, 2 * PAGE + 44, [1], num_exact=0)
     for window, record in zip(windows, records, strict=True):
         assert torch.equal(window[0], record[0]) and window.isfinite().all()
+
+
+def test_dequantise_beside_the_encoder_waits_for_the_pages_that_it_fills(compiled, monkeypatch):
+    dtype, head_dim, prefix = torch.bfloat16, 128, PAGE + 44
+    request = make_request(3 * PAGE + 9, (2, 2), head_dim, dtype)
+    cache, whole = (make_cache(KVARN, 2, head_dim, dtype, pages=8, rows=3) for _ in range(2))
+    prefill(torch_form.attend_extend, request, [prefix], cache, KVARN)
+    prefill(torch_form.attend_extend, request, [prefix, len(request.k) - prefix], whole, KVARN)
+    ids = request.pages[1:3]
+    # an exact page, a page that the step fills, and an older one
+    listed = {"prefix": prefix, "numbers": [2, 1, 0], "num_exact": 1}
+    cache.records[ids] = whole.records[ids]
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(dequantise_cuda, "_compiled", compiled)
+        monkeypatch.setattr(dequantise_cuda, "current_stream", lambda device: 0)
+    expected = filled(dequantise_cuda.dequantise, cache, request, KVARN, **listed)
+    early, after = partial(dequantise_cuda.dequantise, early_start=True), cache.records.clone()
+    new = QKV(*(x[prefix:] for x in (request.q, request.k, request.v)))
+    for _ in range(20 if DEVICE.type == "cuda" else 1):
+        cache.records[ids] = 0xFF
+        if DEVICE.type == "cuda":
+            step = batch_of(request, cache, prefix, len(request.k))
+            encode_cuda.encode_from_chunk(chunk_cuda.rotate_chunk(new), cache, step, KVARN)
+            got = filled(early, cache, request, KVARN, **listed)
+        else:
+            kernel = compiled(KVARN, head_dim, 2, True, cache.rings.shape[1], 0)
+            with cuda_as_cpp.start_beside(kernel, cache.records, after):
+                got = filled(early, cache, request, KVARN, **listed)
+        assert all(map(torch.equal, got, expected))
+        # what is queued next finds all that the encoder wrote
+        assert torch.equal(cache.records[ids], after[ids])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -16,6 +16,24 @@ from kvarn_kernels.read import columns_sm90, decode_sm90
 from kvarn_kernels.write import encode_cuda
 
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
+LAUNCH_BY = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: a number, and a value of 64 bytes at 8."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
 
 
 class Driver:
@@ -31,6 +49,16 @@ class Driver:
             return status
 
         self.cuLaunchKernel = LAUNCH(launch)
+
+        def launch_by(config, function, arguments, extra):
+            found = Config.from_address(config)
+            launch(function, *(getattr(found, name) for name, _ in Config._fields_[:8]), arguments, extra)
+            attribute = found.attributes[0]
+            self.early.append((found.num_attributes, attribute.id, attribute.value))
+            return status
+
+        self.early: list[tuple[int, int, int]] = []
+        self.cuLaunchKernelEx = LAUNCH_BY(launch_by)
 
 
 def launcher(driver: Driver, names: str = "xnab") -> CudaLauncher:
@@ -51,9 +79,20 @@ def test_cuda_launcher_packs_pointers_ints_and_floats():
     assert second[0] == y.data_ptr() and second[1] == 8 and second[3] == 3
 
 
-def test_cuda_launcher_reports_a_refused_launch():
+def test_cuda_launcher_starts_a_kernel_beside_the_one_before():
+    driver, x = Driver(4), torch.zeros(3)
+    launcher(driver)((3, 2, 1), 0xABCD, early_start=True, x=x, n=7, a=-1.5, b=-2)
+    ((function, shape, stream, values),) = driver.calls
+    assert function == 77 and shape == (3, 2, 1, 128, 1, 1, 4096) and stream == 0xABCD
+    assert values[:2] == [x.data_ptr(), 7] and values[3] == 2**32 - 2
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert driver.early == [(1, 6, 1)]
+
+
+@pytest.mark.parametrize("early_start", [False, True])
+def test_cuda_launcher_reports_a_refused_launch(early_start):
     with pytest.raises(RuntimeError, match=r"got 700 for the grid \(9, 1, 1\)"):
-        launcher(Driver(1, status=700), "n")((9, 1, 1), 0, n=5)
+        launcher(Driver(1, status=700), "n")((9, 1, 1), 0, early_start=early_start, n=5)
 
 
 @pytest.mark.parametrize(

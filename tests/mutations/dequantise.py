@@ -7,6 +7,7 @@ from .mutation import Mutation
 from .paths import DEQUANTISE, DEQUANTISE_CU, TEST_DEQUANTISE, TEST_EXTEND_DENSE
 
 _BATCH = (f"{TEST_DEQUANTISE}::test_dequantise_finds_the_requests_of_a_batch_and_tokens_that_do_not_follow_each_other",)
+_BESIDE = (f"{TEST_DEQUANTISE}::test_dequantise_beside_the_encoder_waits_for_the_pages_that_it_fills",)
 _RECORDS = (f"{TEST_DEQUANTISE}::test_dequantise_matches_the_decoded_records",)
 
 MUTATIONS = (
@@ -149,5 +150,19 @@ MUTATIONS = (
         "pack_half(fminf(fmaxf(low, -65504.f), 65504.f), fminf(fmaxf(high, -65504.f), 65504.f))",
         "pack_half(low, high)",
         (f"{TEST_DEQUANTISE}::test_dequantise_stays_finite_for_the_largest_keys_and_values",),
+    ),
+    Mutation(
+        "pages read beside the encoder that fills them (CUDA)",
+        DEQUANTISE_CU,
+        "if (number >= prefix_lens[request] / G) wait_for_previous();",
+        "",
+        _BESIDE,
+    ),
+    Mutation(
+        "a kernel that ends before the encoder beside it (CUDA)",
+        DEQUANTISE_CU,
+        "if (blockIdx.x == gridDim.x - 1) wait_for_previous();",
+        "",
+        _BESIDE,
     ),
 )

@@ -7,7 +7,8 @@ import ctypes
 import re
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def parameter_types(source: str, kernel: str) -> str:
 def build(
     folder: Path, path: Path, kernel: str, defines: dict[str, Any], threads: int, before: str = ""
 ) -> Callable[..., None]:
-    """Return what launches a kernel as a `CudaLauncher` does, a coroutine for each thread.
+    """Return what launches a kernel as a `CudaLauncher` does, a coroutine for each thread; see `start_beside`, too.
 
     Args:
         before: C++ that runs before every launch, where `seed` is that of the launch: an argument besides those of the
@@ -66,9 +67,32 @@ def build(
         # the kernel gets the bits of a float
         return struct.unpack("<i", struct.pack("<f", x))[0] if isinstance(x, float) else x
 
-    def launch(grid: tuple[int, int, int], stream: int, seed: int = 0, **named: torch.Tensor | int | float) -> None:
+    def launch(
+        grid: tuple[int, int, int],
+        stream: int,
+        seed: int = 0,
+        early_start: bool = False,
+        **named: torch.Tensor | int | float,
+    ) -> None:
         assert set(named) == set(names)
         failure = library.run(*(argument(named[name]) for name in names), *grid, seed)
         assert not failure, failure.decode()
 
+    launch.library = library
     return launch
+
+
+@contextmanager
+def start_beside(launch: Callable[..., None], memory: torch.Tensor, after: torch.Tensor) -> Iterator[None]:
+    """Let a kernel of `build` start while another one writes to memory, which no block sees before it waits for it.
+
+    Args:
+        memory: what it is before, uint8; after: what it is when the other kernel has ended.
+    """
+    before, after = memory.clone(), after.contiguous()
+    address = (ctypes.c_void_p(x.data_ptr()) for x in (memory, before, after))
+    launch.library.start_beside(*address, ctypes.c_long(memory.nbytes))
+    try:
+        yield
+    finally:
+        launch.library.start_beside(None, None, None, ctypes.c_long(0))

@@ -12,8 +12,10 @@
 // that number the lanes, so that a lane ends with 2^Q_BIT channels in a row and a store of the warp fills whole sectors.
 // Operands are what `load_keys` and `load_values` of unpack.py give, fp16; sums are float32. Lane 4 g + q.
 // Exact rows, of the ring and of the first token, are few: a warp rotates one at a time, D / 32 channels a lane.
+// It may start while the encoder runs, and waits for it where it reads a page that this step fills.
 // The constants in capitals that are not set here come from dequantise_cuda.py.
 
+#include "device/early_start.cuh"
 #include "device/fragments.cuh"
 #include "record/hadamard.cuh"
 #include "record/unpack.cuh"
@@ -189,6 +191,10 @@ kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, con
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int request = requests[slot], number = pages[slot];
   auto page_at = [&](int id) { return records + ((long long)id * HK + head) * RECORD; };
+  // the kernel ends after the one before, whose results the next one on the stream may need
+  auto end = [&] {
+    if (blockIdx.x == gridDim.x - 1) wait_for_previous();
+  };
   u32* page = (u32*)((is_value ? workspace_v : workspace_k) + ((long long)slot * HK + head) * (2 * G * D));
   // a page that the request took from the prefix cache was never in its ring
   if (slot < num_exact && number * G >= exact_starts[request]) {
@@ -207,8 +213,10 @@ kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, con
           row[n] = position < seq_len ? ((const u32*)(rows + 2 * position * stride))[n] : 0u;
       }
     }
+    end();
     return;
   }
+  if (number >= prefix_lens[request] / G) wait_for_previous();
   const u8* record = page_at(page_table[(long long)request * stride_page_table + number]);
   const Exponents e((u32)num_exact >> 31);
   Sums sums;
@@ -233,4 +241,5 @@ kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, con
     finish<K_Q_BIT>(sums, factor, to, q);
   }
   if (warp == 0) rotate_back(record + SCALES_OFFSET + 2 * (is_value ? V_FIRST : K_FIRST), page, lane);
+  end();
 }

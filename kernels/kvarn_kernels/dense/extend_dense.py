@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class DenseWorkspace:
         keys, values: [M, Hk, G, D] model dtype, the past pages of one segment.
         num_qo_heads: query heads of the model.
         library: who attends.
-        compiled: CUDA C++ writes the pages, not Triton.
+        compiled: CUDA C++ writes the pages, not Triton; starts_early: beside the encoder.
     """
 
     keys: torch.Tensor
@@ -51,6 +52,7 @@ class DenseWorkspace:
     num_qo_heads: int
     library: Library
     compiled: bool
+    starts_early: bool
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def make_workspace(
     library: str | Library,
     *,
     compiled: bool = False,
+    starts_early: bool = False,
     sliding_windows: Iterable[int] = (),
 ) -> DenseWorkspace:
     """Return a workspace.
@@ -143,7 +146,7 @@ def make_workspace(
         shape: of the model, in float16 or bfloat16.
         max_pages: the most pages that a step can read, all requests together.
         library: one of LIBRARIES, or what stands in for it in tests.
-        compiled: as in `DenseWorkspace`; sliding_windows: as for `workspace_bytes`.
+        compiled, starts_early: as in `DenseWorkspace`; sliding_windows: as for `workspace_bytes`.
 
     Raises:
         RuntimeError, OSError: FlashInfer's kernels cannot be built.
@@ -157,6 +160,7 @@ def make_workspace(
         num_qo_heads=shape.num_qo_heads,
         library=own,
         compiled=compiled,
+        starts_early=starts_early,
     )
     _build_kernels(workspace)
     return workspace
@@ -217,8 +221,8 @@ def extend_dense(
 ) -> None:
     """Attend the new tokens of each request by the position rule.
 
-    Reads the records of full pages (those that the chunk fills are encoded already) and the ring as it was before
-    this chunk. Departs from `read.extend` in rounding only: q, k and v of the chunk are not rotated, past keys and
+    Reads the records of full pages and the ring as it was before this chunk. What ran last on the stream is the encoder
+    of the pages that the chunk fills, if it fills any. Departs from `read.extend` in rounding only: q, k and v of the chunk are not rotated, past keys and
     values are rounded to the model's dtype in the model's frame, and so are the results that are merged.
 
     Args:
@@ -231,11 +235,15 @@ def extend_dense(
     pages = (workspace.keys, workspace.values)
     q, out = new.q[: batch.num_tokens], out[: batch.num_tokens]
     write = dequantise_by_cuda if workspace.compiled else dequantise
+    # beside the encoder, which comes before the first segment only
+    first_write = write
+    if workspace.starts_early and batch.max_full_pages:
+        first_write = partial(dequantise_by_cuda, early_start=True)
     lse = None
     if any(segment.seen is not None for segment in plan.segments) or sinks is not None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    for segment in plan.segments:
-        write(pages, new, segment.pages, cache, batch, config)
+    for n, segment in enumerate(plan.segments):
+        (write if n else first_write)(pages, new, segment.pages, cache, batch, config)
         rows = slice(segment.begin, segment.end)
         query, part, part_lse = q[rows], out[rows], None if lse is None else lse[rows]
         if segment.seen is not None:

@@ -71,28 +71,59 @@ class TritonLauncher:
             self._compiled[key] = compiled
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, with an int as its value."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_EARLY_START = _Attribute(id=6, value=1)
+
+
 class CudaLauncher:
     """Call a kernel of a CUDA C++ module; its arguments are packed in place, so one thread at a time may launch it.
 
     Args:
         loaded: what torch.cuda._compile_kernel returned.
-        driver: the library that has cuLaunchKernel.
+        driver: the library that has cuLaunchKernel and cuLaunchKernelEx.
         names: of the kernel's parameters, in their order.
         threads: of a block; shared_bytes: dynamic shared memory of a block.
     """
 
     def __init__(self, loaded: Any, driver: Any, names: tuple[str, ...], threads: int, shared_bytes: int = 0) -> None:
         self._function, self._module = loaded.func, loaded.module
-        self._launch, self._threads, self._shared_bytes = driver.cuLaunchKernel, threads, shared_bytes
+        self._driver, self._launch = driver, driver.cuLaunchKernel
+        self._threads, self._shared_bytes = threads, shared_bytes
         self._in_order = _Arguments(names)
         self._values = (ctypes.c_uint64 * len(names))()
         first = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_uint64 * len(names))(*range(first, first + 8 * len(names), 8))
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, **named: torch.Tensor | int | float) -> None:
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        stream: int,
+        *,
+        early_start: bool = False,
+        **named: torch.Tensor | int | float,
+    ) -> None:
         """Launch on a stream (its address).
 
         Args:
+            early_start: the kernel need not wait for the one before it on the stream to end, as device/early_start.cuh
+                says; only from capability 9.0 on.
             named: the kernel's parameters; a tensor is passed as a pointer, an int as 32 bits, a float as a float.
 
         Raises:
@@ -105,19 +136,15 @@ class CudaLauncher:
                 self._values[n] = struct.unpack("<I", struct.pack("<f", x))[0]
             else:
                 self._values[n] = x & 0xFFFFFFFF
-        status = self._launch(
-            self._function,
-            *grid,
-            self._threads,
-            1,
-            1,
-            self._shared_bytes,
-            ctypes.c_void_p(stream),
-            self._pointers,
-            None,
-        )
+        block, shared = (self._threads, 1, 1), self._shared_bytes
+        if early_start:
+            config = _Config(*grid, *block, shared, stream, ctypes.pointer(_EARLY_START), 1)
+            status = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, self._pointers, None)
+        else:
+            pointers = self._pointers
+            status = self._launch(self._function, *grid, *block, shared, ctypes.c_void_p(stream), pointers, None)
         if status:
-            raise RuntimeError(f"expected cuLaunchKernel to return 0, got {status} for the grid {grid}")
+            raise RuntimeError(f"expected the launch of a kernel to return 0, got {status} for the grid {grid}")
 
 
 def current_stream(device: torch.device) -> int:

@@ -9,6 +9,8 @@
 //
 // The constants in capitals that are not set here come from encode_cuda.py.
 
+#include "device/early_start.cuh"
+
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
@@ -496,6 +498,7 @@ kvarn_encode_chunk(u8* records, const int* __restrict__ ring_pages, const u16* _
                    const u16* __restrict__ chunk_v, const int* __restrict__ prefix_lens,
                    const int* __restrict__ seq_lens, const int* __restrict__ qo_indptr,
                    const int* __restrict__ page_table, int stride_page_table) {
+  let_next_start();
   const int b = blockIdx.z, prefix_len = prefix_lens[b], page = prefix_len / G + blockIdx.y;
   if ((page + 1) * G > seq_lens[b]) return;
   const long long chunk = (long long)qo_indptr[b] * (HK * D);
