@@ -106,7 +106,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Attend one new token per request: q [B, Hq * D], k and v [B, Hk, D]; return [B, Hq * D]."""
-        return self._attend((q, k, v), layer, save_kv_cache, kwargs)
+        return self._attend((q, k, v), layer, forward_batch, save_kv_cache, kwargs)
 
     def forward_extend(
         self,
@@ -119,10 +119,15 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Attend the new tokens of each request: q [T, Hq * D], k, v [T, Hk, D]; return [T, Hq * D]."""
-        return self._attend((q, k, v), layer, save_kv_cache, kwargs)
+        return self._attend((q, k, v), layer, forward_batch, save_kv_cache, kwargs)
 
     def _attend(
-        self, qkv: tuple[torch.Tensor, ...], layer: Any, save_kv_cache: bool, extra: dict[str, Any]
+        self,
+        qkv: tuple[torch.Tensor, ...],
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        extra: dict[str, Any],
     ) -> torch.Tensor:
         q, k, v = qkv
         step = self._step
@@ -134,11 +139,25 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         k = k.reshape(-1, layer.tp_k_head_num, head_dim)
         v = v.reshape(-1, layer.tp_v_head_num, head_dim)
         q, k = balanced_layers.multiplied(layer, q, k)
-        # a prefill graph pads the tokens; zeros, so that nothing undefined flows on through their rows
-        out = torch.zeros_like(q) if q.shape[0] > step.batch.num_tokens else torch.empty_like(q)
+        out = _output(q, step.batch.num_tokens, compat.attention_output(forward_batch))
         cache = self.pool.layer_cache(layer.layer_id)
         # SGLang counts the tokens before the query's own, and has -1 for all
         window = layer.sliding_window_size + 1
         self.attention.attend(QKV(q, k, v), out, cache, step, layer.scaling, sinks, window)
         balanced_layers.add_output_bias(layer, out)
         return out.view(-1, layer.tp_q_head_num * head_dim)
+
+
+def _output(q: torch.Tensor, num_tokens: int, wanted: torch.Tensor | None) -> torch.Tensor:
+    """Return where the output goes: [T, Hq, D] contiguous, as the queries are; rows behind the tokens are zeros.
+
+    Args:
+        q: of the layer; num_tokens: of the step, at most T, since a prefill graph pads the tokens.
+        wanted: from `compat.attention_output`.
+    """
+    if q.shape[0] > num_tokens:
+        # so that nothing undefined flows on through these rows
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    if wanted is not None and wanted.numel() == q.numel() and wanted.dtype == q.dtype and wanted.is_contiguous():
+        return wanted.view(q.shape)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -267,6 +267,14 @@ def draft_attention_backend(server_args: Any) -> str:
     return "flashinfer" if importlib.util.find_spec("flashinfer") is not None else "triton"
 
 
+def attention_output(forward_batch: Any) -> torch.Tensor | None:
+    """Return where SGLang wants the output of an attention layer, [T, Hq * D], or None where it takes any tensor.
+
+    Behind a prefill graph the next part of the graph reads it there, and SGLang would copy another tensor to it.
+    """
+    return getattr(forward_batch, "_attn_output", None)
+
+
 def unread_verify_mask(requests: int, draft_tokens: int, device: str) -> Any:
     """Return the mask of drafts of an attention backend that reads none; None without drafts, or before 0.5.20.
 

@@ -222,8 +222,9 @@ def extend_dense(
     """Attend the new tokens of each request by the position rule.
 
     Reads the records of full pages and the ring as it was before this chunk. What ran last on the stream is the encoder
-    of the pages that the chunk fills, if it fills any. Departs from `read.extend` in rounding only: q, k and v of the chunk are not rotated, past keys and
-    values are rounded to the model's dtype in the model's frame, and so are the results that are merged.
+    of the pages that the chunk fills, if it fills any. Departs from `read.extend` in rounding only: q, k and v of the
+    chunk are not rotated, past keys and values are rounded to the model's dtype in the model's frame, and so are the
+    results that are merged.
 
     Args:
         new: q [at least T, Hq, D]; k, v: [at least T, Hk, D]; model dtype, not rotated.
