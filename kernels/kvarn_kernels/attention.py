@@ -188,17 +188,10 @@ class Attention:
         if not self.kernels.dense or self.device.type == "meta":
             return None
         pages, compiled = self._limits.extend_pages, self.kernels.dequantise == "cuda"
-        starts_early = compiled and self.kernels.encode == "cuda" and self._gpu.capability >= (9, 0)
         for library in dict.fromkeys((self.kernels.dense, paged_calls.FLASHINFER)):
             try:
                 made = extend_dense.make_workspace(
-                    self.shape,
-                    pages,
-                    self.device,
-                    library,
-                    compiled=compiled,
-                    starts_early=starts_early,
-                    sliding_windows=self.sliding_windows,
+                    self.shape, pages, self.device, library, compiled=compiled, sliding_windows=self.sliding_windows
                 )
             except (ImportError, RuntimeError, OSError) as error:
                 # FlashInfer builds its kernels with nvcc where they are not installed ready-made

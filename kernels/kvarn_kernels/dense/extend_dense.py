@@ -22,7 +22,8 @@ from kvarn_kernels.dense.dequantise import PageList, dequantise
 from kvarn_kernels.dense.dequantise_cuda import dequantise as dequantise_by_cuda
 from kvarn_kernels.dense.merge_parts import merge_parts, weigh_against_sinks
 from kvarn_kernels.dense.paged_calls import Library, Run, to_device
-from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.device.gpu import Gpu, gpu_of
+from kvarn_kernels.device.launch import EARLY_START_SINCE
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
@@ -44,7 +45,7 @@ class DenseWorkspace:
         keys, values: [M, Hk, G, D] model dtype, the past pages of one segment.
         num_qo_heads: query heads of the model.
         library: who attends.
-        compiled: CUDA C++ writes the pages, not Triton; starts_early: beside the encoder.
+        compiled: CUDA C++ writes the pages, not Triton; starts_early: beside the encoder, which is CUDA C++ then, too.
     """
 
     keys: torch.Tensor
@@ -137,7 +138,6 @@ def make_workspace(
     library: str | Library,
     *,
     compiled: bool = False,
-    starts_early: bool = False,
     sliding_windows: Iterable[int] = (),
 ) -> DenseWorkspace:
     """Return a workspace.
@@ -146,7 +146,7 @@ def make_workspace(
         shape: of the model, in float16 or bfloat16.
         max_pages: the most pages that a step can read, all requests together.
         library: one of LIBRARIES, or what stands in for it in tests.
-        compiled, starts_early: as in `DenseWorkspace`; sliding_windows: as for `workspace_bytes`.
+        compiled: as in `DenseWorkspace`; sliding_windows: as for `workspace_bytes`.
 
     Raises:
         RuntimeError, OSError: FlashInfer's kernels cannot be built.
@@ -160,7 +160,7 @@ def make_workspace(
         num_qo_heads=shape.num_qo_heads,
         library=own,
         compiled=compiled,
-        starts_early=starts_early,
+        starts_early=compiled and gpu_of(device).capability >= EARLY_START_SINCE,
     )
     _build_kernels(workspace)
     return workspace

@@ -88,8 +88,8 @@ class _Config(ctypes.Structure):
     )
 
 
-# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_EARLY_START = _Attribute(id=6, value=1)
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and the compute capability from which kernels obey it
+_EARLY_START, EARLY_START_SINCE = _Attribute(id=6, value=1), (9, 0)
 
 
 class CudaLauncher:
@@ -123,7 +123,7 @@ class CudaLauncher:
 
         Args:
             early_start: the kernel need not wait for the one before it on the stream to end, as device/early_start.cuh
-                says; only from capability 9.0 on.
+                says; only from `EARLY_START_SINCE` on.
             named: the kernel's parameters; a tensor is passed as a pointer, an int as 32 bits, a float as a float.
 
         Raises:
