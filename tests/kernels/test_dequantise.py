@@ -48,7 +48,8 @@ def compiled(tmp_path_factory):
     def of(*form):
         # the last one is the device
         defines = dequantise_cuda.constants(*form[:-1])
-        return cuda_as_cpp.build(folder, dequantise_cuda.SOURCE, "kvarn_dequantise", defines, dequantise_cuda.THREADS)
+        threads = dequantise_cuda.threads(form[1])
+        return cuda_as_cpp.build(folder, dequantise_cuda.SOURCE, "kvarn_dequantise", defines, threads)
 
     return of
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Write pages out in 16 bits in the model's frame, for sm_80 and newer; the contract of dequantise.py.
 //
-// One block per page, KV head and side (keys, values), a warp for each 16 tokens. Of a record, Sylvester's matrix of D
+// WARPS * 16 tokens of a page, KV head and side (keys, values) are a block's, 16 tokens a warp's. Of a record, Sylvester's matrix of D
 // channels is a product of one 2 x 2 matrix for each bit of the channel's number: four bits are a matrix instruction of
 // depth 16,
 //
@@ -20,7 +20,7 @@
 #include "record/hadamard.cuh"
 #include "record/unpack.cuh"
 
-constexpr int WARPS = G / 16;
+constexpr int PARTS = G / 16 / WARPS;  // blocks of a page, head and side
 constexpr int STEPS = D / 16;
 __device__ constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
 // lanes share the words of a row of key words; of value words each takes 4 in a row
@@ -186,9 +186,9 @@ kvarn_dequantise(u8* __restrict__ workspace_k, u8* __restrict__ workspace_v, con
                  const int* __restrict__ prefix_lens, const int* __restrict__ seq_lens,
                  const int* __restrict__ qo_indptr, const int* __restrict__ exact_starts, int stride_k_token,
                  int stride_k_head, int stride_v_token, int stride_v_head, int stride_page_table, int num_exact) {
-  const int slot = blockIdx.x, head = blockIdx.y;
+  const int slot = blockIdx.x / PARTS, part = blockIdx.x % PARTS, head = blockIdx.y;
   const bool is_value = blockIdx.z;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int warp = part * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int request = requests[slot], number = pages[slot];
   auto page_at = [&](int id) { return records + ((long long)id * HK + head) * RECORD; };
   // the kernel ends after the one before, whose results the next one on the stream may need

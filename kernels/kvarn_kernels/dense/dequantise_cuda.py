@@ -20,10 +20,12 @@ from kvarn_kernels.record import tile
 from kvarn_kernels.record.cuda_constants import format_constants
 
 SOURCE = Path(__file__).with_name("dequantise.cu")
-THREADS = tile.TILE_SIZE // 16 * 32
-# blocks that the registers of a multiprocessor must allow, by head_dim. H200, 255 pages of 8 heads of 128, 163 MB:
-# 55 us (2.95 TB/s), 61 with 2 and 70 with 4; of 2 heads of 256 37 us, 44 with 1 and 70 with 3. Triton took 169 and 182
-MIN_BLOCKS = {64: 4, 128: 3, 256: 2}
+# warps of a block, 16 tokens each, and blocks that the registers of a multiprocessor must allow, by head_dim: the most
+# without spills. H200, 255 pages of 8 heads of 128, 163 MB: 51 us; 57 with 8 warps and 3 blocks, which spill. Of 4
+# heads of 256 55 us, 69 with 8 and 2; of 8 heads of 64 29 us, 32 with 8 and 4. torch zeroes as much as the pages take,
+# 134 MB, in 43 us
+WARPS = {64: 4, 128: 2, 256: 2}
+MIN_BLOCKS = {64: 8, 128: 10, 256: 5}
 
 
 def constants(
@@ -31,8 +33,14 @@ def constants(
 ) -> dict[str, Any]:
     """Return the constants of dequantise.cu for a format and rings."""
     return format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages) | {
+        "WARPS": WARPS[head_dim],
         "MIN_BLOCKS": MIN_BLOCKS[head_dim],
     }
+
+
+def threads(head_dim: int) -> int:
+    """Return the threads of a block."""
+    return 32 * WARPS[head_dim]
 
 
 @lru_cache(maxsize=32)
@@ -40,7 +48,7 @@ def _compiled(
     config: KVarNConfig, head_dim: int, num_kv_heads: int, is_bf16: bool, ring_pages: int, device: int
 ) -> CudaLauncher:
     defines = constants(config, head_dim, num_kv_heads, is_bf16, ring_pages)
-    return nvrtc.compile_kernel(SOURCE, "kvarn_dequantise", defines, device, THREADS)
+    return nvrtc.compile_kernel(SOURCE, "kvarn_dequantise", defines, device, threads(head_dim))
 
 
 def dequantise(
@@ -61,8 +69,9 @@ def dequantise(
     """
     is_bf16, device, ring_pages = cache.dtype == torch.bfloat16, cache.records.device, batch.ring_pages.shape[1]
     kernel = _compiled(config, cache.head_dim, cache.num_kv_heads, is_bf16, ring_pages, device.index or 0)
+    parts = tile.TILE_SIZE // (16 * WARPS[cache.head_dim])
     kernel(
-        (len(pages.pages), cache.num_kv_heads, 2),
+        (len(pages.pages) * parts, cache.num_kv_heads, 2),
         current_stream(device),
         early_start=early_start,
         workspace_k=out[0],
