@@ -64,11 +64,14 @@ class Step:
     Attributes:
         batch: what the step is; plan: how it runs, where that depends on the step and is not kept in a workspace.
         sliding_plans: the same for layers with a sliding window, by its tokens.
+        rotated: the new tokens of an extend step in the layer that runs, with q and without, once a layer has run; on a
+            GPU an allocation takes the host as long as a launch.
     """
 
     batch: DecodeBatch | ExtendBatch
     plan: ExtendSteps | None = None
     sliding_plans: dict[int, ExtendSteps] = field(default_factory=dict)
+    rotated: dict[bool, QKV] = field(default_factory=dict)
 
 
 def choose_kernels(
@@ -381,7 +384,9 @@ class Attention:
         if plan is None:
             return
         # long steps are attended in the model's frame
-        rotated = self._rotate.rotate_chunk(new, with_q=isinstance(plan, extend.ExtendPlan))
+        with_q = isinstance(plan, extend.ExtendPlan)
+        rotated = self._rotate.rotate_chunk(new, with_q=with_q, out=step.rotated.get(with_q))
+        step.rotated[with_q] = rotated
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
         self._encode.encode_from_chunk(rotated, cache, batch, config)
         if isinstance(plan, extend_dense.DensePlan):

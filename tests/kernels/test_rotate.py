@@ -62,6 +62,17 @@ def test_rotate_chunk_leaves_out_a_query_that_is_not_wanted(rotate_chunk):
     assert all(torch.equal(x, y) for x, y in zip(rotated, rotate_chunk(QKV(q, k, v))[1:], strict=True))
 
 
+def test_rotate_chunk_writes_what_an_earlier_call_returned(rotate_chunk):
+    def chunk() -> QKV:
+        return QKV(*(torch.randn(9, heads, 64, dtype=torch.bfloat16, device=DEVICE) for heads in (4, 2, 2)))
+
+    first, second = chunk(), chunk()
+    out = rotate_chunk(first)
+    expected = rotate_chunk(second)
+    assert rotate_chunk(second, out=out) is out
+    assert all(map(torch.equal, out, expected))
+
+
 def test_rotate_to_rings_reads_strided_views_and_writes_places_of_rings():
     config = KVarNConfig.from_preset("kvarn")
     cache = make_cache(config, 2, 64, torch.float16, pages=3, rows=4)

@@ -16,6 +16,7 @@ from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.launch import CudaLauncher, current_stream
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.record.cuda_constants import format_constants, rotation_constants
+from kvarn_kernels.write.rotate import chunk_like
 
 ROTATE, STORE = (Path(__file__).with_name(name) for name in ("rotate.cu", "store.cu"))
 # of a block, each with a row at a time
@@ -49,15 +50,11 @@ def _store(
     return nvrtc.compile_kernel(STORE, "kvarn_store_chunk", defines, device, 32 * WARPS)
 
 
-def rotate_chunk(new: QKV, *, with_q: bool = True) -> QKV:
+def rotate_chunk(new: QKV, *, with_q: bool = True, out: QKV | None = None) -> QKV:
     """Run the contract of `rotate.rotate_chunk`; rows begin at multiples of 4 bytes."""
     q, k, v = new
     (tokens, num_kv_heads, head_dim), num_qo_heads, device = k.shape, q.shape[1], k.device
-    rotated = QKV(
-        torch.empty(q.shape if with_q else 0, dtype=torch.float32, device=device),
-        torch.empty(k.shape, dtype=k.dtype, device=device),
-        torch.empty(k.shape, dtype=k.dtype, device=device),
-    )
+    rotated = chunk_like(new, with_q) if out is None else out
     if tokens == 0:
         return rotated
     rows = tokens * (max(num_qo_heads, num_kv_heads) if with_q else num_kv_heads)

@@ -134,10 +134,19 @@ def _launch(new: QKV, out: QKV, with_q: bool, ring: dict[str, Any]) -> None:
     )
 
 
-def rotate_chunk(new: QKV, *, with_q: bool = True) -> QKV:
-    """Return q H in float32 and k H, v H in the model's dtype, all contiguous; an empty q where it is not wanted."""
+def chunk_like(new: QKV, with_q: bool) -> QKV:
+    """Return where `rotate_chunk` writes: q in float32, empty if it is not wanted, k and v in the model's dtype."""
     q = torch.empty(new.q.shape if with_q else 0, dtype=torch.float32, device=new.q.device)
-    rotated = QKV(q, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (new.k, new.v)))
+    return QKV(q, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (new.k, new.v)))
+
+
+def rotate_chunk(new: QKV, *, with_q: bool = True, out: QKV | None = None) -> QKV:
+    """Return q H in float32 and k H, v H in the model's dtype, all contiguous; an empty q where it is not wanted.
+
+    Args:
+        out: written and returned, from `chunk_like` for as many tokens; a new one without it.
+    """
+    rotated = chunk_like(new, with_q) if out is None else out
     _launch(new, rotated, with_q, {})
     return rotated
 
