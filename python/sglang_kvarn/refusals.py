@@ -42,15 +42,17 @@ WITH_WINDOWS = ("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM")
 WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
 # of both, those that have answered right on a GPU, from a version of SGLang on
 _WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM", "Gemma3ForCausalLM")
+# heads that have drafted for them there
+_HEADS_ON_GPUS = {"GptOssForCausalLM": ("EAGLE3",)}
 _WINDOWS_ON_GPUS_SINCE = "0.5.23"
 # drafts that are tested beside states of Mamba-2, and models that hand DFLASH their hidden states, from a version of
 # SGLang on; with a head of EAGLE3 none of them starts in 0.5.23
 _DRAFTS_BESIDE_MAMBA2 = (NGRAM, "STANDALONE")
 _DFLASH_BESIDE_MAMBA2 = {"NemotronHForCausalLM": "0.5.23"}
-# drafts beside states that have answered right on a GPU; SGLang resolves NEXTN to EAGLE
+# drafts beside states that have answered right on a GPU with any version; SGLang resolves NEXTN to EAGLE
 _DRAFTS_BESIDE_STATES_ON_GPUS = (NGRAM, "NEXTN", "EAGLE")
-# the version of SGLang from which on tenants with NGRAM and host memory were compared on a GPU
-_NGRAM_ON_GPUS_SINCE = "0.5.23"
+# the version of SGLang from which on all have, and answers of tenants with drafts and host memory were compared there
+_DRAFTS_ON_GPUS_SINCE = "0.5.23"
 # drafts that are tested beside sliding windows: those of the two last come from heads with full attention
 _DRAFTS_BESIDE_WINDOWS = (NGRAM, "EAGLE", "EAGLE3")
 # models whose configuration has a `sliding_window_pattern`, if only an empty one: SGLang insists on its own backends
@@ -161,10 +163,9 @@ _HOST_MEMORY = (
         "this version of SGLang may copy a page to host memory before its record is written",
         f"drop {_HICACHE}, or use SGLang 0.5.23",
     ),
-    _trial_of_host_memory(_has_draft_model, "a draft model"),
     _trial_of_host_memory(
-        lambda args: algorithm_of(args) == NGRAM and not compat.is_since(_NGRAM_ON_GPUS_SINCE),
-        f"drafts before SGLang {_NGRAM_ON_GPUS_SINCE}",
+        lambda args: algorithm_of(args) != "" and not compat.is_since(_DRAFTS_ON_GPUS_SINCE),
+        f"drafts before SGLang {_DRAFTS_ON_GPUS_SINCE}",
     ),
     _trial_of_host_memory(lambda args: args.disaggregation_mode != "null", "PD disaggregation"),
     _host_memory(
@@ -681,11 +682,12 @@ def check_states(server_args: Any, model_config: Any) -> None:
             "drafts is not tested beside states yet: drop --speculative-adaptive"
         )
     untested = args.device != "cpu" and algorithm not in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS)
+    untested = untested and not compat.is_since(_DRAFTS_ON_GPUS_SINCE)
     if untested and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
         raise Refused(
-            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model} on a GPU yet, "
-            f"because beside states drafts of that kind have run on a CPU only: set it to {NGRAM}, or set "
-            f"{UNTESTED_DRAFTS_ENV}=1 to try it"
+            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model} on a GPU in SGLang "
+            f"{compat.version()}, because beside states drafts of that kind have run on a CPU only: use SGLang "
+            f"{_DRAFTS_ON_GPUS_SINCE}, set it to {NGRAM}, or set {UNTESTED_DRAFTS_ENV}=1 to try it"
         )
     if algorithm and not compat.verifies_drafts(states):
         raise Refused(
@@ -751,11 +753,6 @@ def _check_host_states(args: Any, model: str) -> None:
             f"{what} in SGLang {compat.version()}, which saves states of other tokens if pages have "
             f"{settings.PAGE_SIZE}, so that there is no prefix cache to take into host memory: use SGLang "
             f"{compat.HOSTS_STATES_SINCE}, or drop {_HICACHE}"
-        )
-    if args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
-        raise Refused(
-            f"{what} on a GPU yet, because answers of tenants beside states in host memory were not compared there: "
-            f"drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
         )
     if args.hicache_storage_backend is not None:
         raise Refused(
@@ -832,8 +829,11 @@ def check_windows(server_args: Any, model_config: Any) -> None:
         )
     on_cpus = (
         (args.tp_size > 1, "--tp-size", "ranks"),
-        (algorithm not in ("", NGRAM), "--speculative-algorithm", "drafts of a head"),
-        (args.enable_hierarchical_cache, _HICACHE, "pages in host memory"),
+        (
+            algorithm not in ("", NGRAM, *_HEADS_ON_GPUS.get(model, ())),
+            "--speculative-algorithm",
+            "drafts of such a head",
+        ),
     )
     for applies, flag, what in on_cpus:
         if applies:
@@ -847,14 +847,11 @@ def _have_windows_run_on_gpus(model: str) -> bool:
     return compat.is_since(_WINDOWS_ON_GPUS_SINCE) and model in _WINDOWS_ON_GPUS
 
 
-def trials_on_gpus(model_config: Any, *, ranks: int, host_memory: bool) -> list[str]:
+def trials_on_gpus(model_config: Any, *, ranks: int) -> list[str]:
     """Return the variables without which a server on a GPU refuses a model, because it has run on a CPU only."""
-    (model, *_), found = model_config.hf_config.architectures, []
-    if _has_windows(model_config) and (ranks > 1 or host_memory or not _have_windows_run_on_gpus(model)):
-        found.append(UNTESTED_WINDOWS_ENV)
-    if host_memory and compat.hybrid_config(model_config) is not None:
-        found.append(UNTESTED_HICACHE_ENV)
-    return found
+    (model, *_) = model_config.hf_config.architectures
+    is_trial = _has_windows(model_config) and (ranks > 1 or not _have_windows_run_on_gpus(model))
+    return [UNTESTED_WINDOWS_ENV] if is_trial else []
 
 
 def check_ranks(ranks: int, model_config: Any, *, on_cpu: bool) -> None:

@@ -343,14 +343,17 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
         args.speculative_algorithm = algorithm
         refusals.check_states(args, model_config)
     args.speculative_algorithm = "DFLASH"
-    with pytest.raises(ValueError, match=r"have run on a CPU only: set it to NGRAM, or set KVARN_UNTESTED_DRAFTS=1"):
+    monkeypatch.setattr(refusals, "_DRAFTS_ON_GPUS_SINCE", "0")
+    refusals.check_states(args, model_config)
+    monkeypatch.setattr(refusals, "_DRAFTS_ON_GPUS_SINCE", "99")
+    with pytest.raises(ValueError, match=r"on a CPU only: use SGL.*, set it to NGRAM, or set KVARN_UNTESTED_DRAFTS=1"):
         refusals.check_states(args, model_config)
     monkeypatch.setenv(refusals.UNTESTED_DRAFTS_ENV, "1")
     refusals.check_states(args, model_config)
 
 
 @pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang")
-def test_host_memory_for_states_is_a_trial_on_a_gpu(monkeypatch):
+def test_states_go_to_host_memory_on_a_cpu_and_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     monkeypatch.setattr(compat, "hybrid_config", lambda model_config: object())
     monkeypatch.setattr(compat, "has_gated_delta_nets", lambda states: True)
@@ -369,12 +372,8 @@ def test_host_memory_for_states_is_a_trial_on_a_gpu(monkeypatch):
         mamba_radix_cache_strategy="extra_buffer",
         mamba_track_interval=256,
     )
-    refusals.check_states(args, model_config)
-    args.device = "cuda"
-    with pytest.raises(ValueError, match=r"on a GPU yet, .*: drop --enable-h.*, or set KVARN_UNTESTED_HICACHE=1"):
+    for args.device in ("cpu", "cuda"):
         refusals.check_states(args, model_config)
-    monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
-    refusals.check_states(args, model_config)
 
 
 def test_launch_refuses_drafts_where_the_layers_of_sglang_stop_at_them(launch, checkpoints, monkeypatch):
@@ -489,9 +488,9 @@ def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_tri
     on_gpu = SimpleNamespace(**off | {"device": "cuda"})
     monkeypatch.setattr(compat, "is_since", lambda version: True)
     refusals.check_windows(on_gpu, config)
-    refusals.check_windows(SimpleNamespace(**vars(on_gpu) | {"speculative_algorithm": "NGRAM"}), config)
-    on_cpus = {"--tp-size": {"tp_size": 2}, "--speculative-algorithm": {"speculative_algorithm": "EAGLE3"}}
-    on_cpus["--enable-hierarchical-cache"] = {"enable_hierarchical_cache": True}
+    for changes in ({"enable_hierarchical_cache": True}, *({"speculative_algorithm": x} for x in ("NGRAM", "EAGLE3"))):
+        refusals.check_windows(SimpleNamespace(**vars(on_gpu) | changes), config)
+    on_cpus = {"--tp-size": {"tp_size": 2}, "--speculative-algorithm": {"speculative_algorithm": "EAGLE"}}
     for flag, changes in on_cpus.items():
         refusals.check_windows(SimpleNamespace(**off | changes), config)
         with pytest.raises(ValueError, match=rf"^{flag} .*on a CPU only: drop {flag}, or set KVARN_UNTESTED_WINDOWS=1"):

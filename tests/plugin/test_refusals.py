@@ -280,11 +280,11 @@ def test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared(
     served, monkeypatch, drafts, storage, is_new
 ):
     monkeypatch.setattr(compat, "salts_storage_keys", lambda: True)
-    monkeypatch.setattr(refusals, "_NGRAM_ON_GPUS_SINCE", "0" if is_new else "99")
+    monkeypatch.setattr(refusals, "_DRAFTS_ON_GPUS_SINCE", "0" if is_new else "99")
     args = Changed(
         served, device="cuda", enable_hierarchical_cache=True, hicache_storage_backend=storage, **drafts
     )
-    if not drafts or (drafts == NGRAM and is_new):
+    if not drafts or is_new:
         refusals.check_arguments(args)
     else:
         assert refused(args).endswith("set KVARN_UNTESTED_HICACHE=1 to try it")
@@ -408,10 +408,10 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, six for host
-    # memory (the version, its order with a draft model, storage; draft model, NGRAM and PD on a GPU); three for the
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, five for host
+    # memory (the version, its order with a draft model, storage; drafts and PD on a GPU); three for the
     # version, host memory and DP attention beside transfers; four for pipelines
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 14 + (not compat.has_argument(HOST_MODE))
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
     cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4
     assert len(refusals.ARGUMENTS) == cases
 
