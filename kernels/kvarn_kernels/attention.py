@@ -216,7 +216,9 @@ class Attention:
             request_pages = self._limits.request_pages + self._limits.chunk_pages + 2
             pages, library, chunk = self._limits.extend_pages, self.kernels.dense, self._limits.chunk_pages
             windows = self.sliding_windows
-            total += extend_dense.workspace_bytes(self.shape, pages, request_pages, library, windows, chunk)
+            total += extend_dense.workspace_bytes(
+                self.shape, pages, request_pages, library, self._gpu, windows, chunk
+            )
         return total
 
     def describe(self) -> str:

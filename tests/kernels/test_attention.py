@@ -104,13 +104,13 @@ def test_models_with_sliding_windows_have_a_plan_for_each_and_one_decode_kernel(
     assert all(plan.partial_out is workspace.partial_out for plan in plans)
     assert len({id(plan.split_indptr) for plan in (workspace, *plans)}) == 3
     # two plans, and the room of a planned call of FlashInfer for each
-    with_windows = extend_dense.workspace_bytes(SHAPE, 10**6, 5, "flashinfer", (512, 1024), 1)
-    without = extend_dense.workspace_bytes(SHAPE, 10**6, 5, "flashinfer")
+    with_windows = extend_dense.workspace_bytes(SHAPE, 10**6, 5, "flashinfer", H100, (512, 1024), 1)
+    without = extend_dense.workspace_bytes(SHAPE, 10**6, 5, "flashinfer", H100)
     assert with_windows - without == 2 * paged_calls.FlashInfer.call_bytes
     few = Attention(SHAPE, KVARN, META, limits, replace(kernels, dense=""), sliding_windows=(512, 1024))
     assert few.num_bytes == workspace.num_bytes + sum(plan.plan_bytes for plan in plans)
     assert made[1].num_bytes == few.num_bytes + extend_dense.workspace_bytes(
-        SHAPE, limits.extend_pages, 5, "flashinfer", (512, 1024), 1
+        SHAPE, limits.extend_pages, 5, "flashinfer", H100, (512, 1024), 1
     )
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA form of many columns: compiled by NVRTC without a GPU into registers; on a GPU against the oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders import PAGE
@@ -8,7 +10,7 @@ from cubin import compiled, registers_and_stack
 from kvarn_kernels.attention import Kernels
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
-from kvarn_kernels.device.gpu import H100, Gpu
+from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.read import columns_sm90, decode_sm90
 from test_decode import make_requests
 from test_verify import verify_together
@@ -97,4 +99,4 @@ def test_columns_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     [((9, 0), 4, 4, True), ((9, 0), 4, 2, False), ((9, 0), 8, 1, False), ((9, 0), 9, 1, True), ((10, 0), 4, 4, False)],
 )
 def test_columns_sm90_serves_more_than_8_columns_on_hopper(capability, group, drafts, serves):
-    assert columns_sm90.serves(128, group, drafts, Gpu(capability, 132, 227 << 10, 228 << 10)) is serves
+    assert columns_sm90.serves(128, group, drafts, replace(H100, capability=capability)) is serves

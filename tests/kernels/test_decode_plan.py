@@ -164,6 +164,6 @@ def test_the_split_buffer_holds_every_batch_size(preset, max_pages):
 
 
 def test_gpus_without_the_cuda_kernel_run_more_programs_at_once():
-    a100 = Gpu((8, 0), 108, 163 << 10, 164 << 10)
+    a100 = Gpu((8, 0), 108, 163 << 10, 164 << 10, 79 << 30)
     hopper = decode_plan.wanted_splits(1, 8, decode_sm90.resident_programs(128, 8, H100))
     assert decode_plan.wanted_splits(1, 8, decode.resident_programs(a100)) == 108 * 8 // 8 > hopper

@@ -89,4 +89,4 @@ def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim, tiles):
     ids=str,
 )
 def test_decode_sm90_serves_gpus_with_the_shared_memory_that_it_plans_with(capability, shared, serves):
-    assert decode_sm90.runs_on(Gpu(capability, 132, (shared - 1) << 10, shared << 10)) is serves
+    assert decode_sm90.runs_on(Gpu(capability, 132, (shared - 1) << 10, shared << 10, 79 << 30)) is serves

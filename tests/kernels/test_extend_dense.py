@@ -34,7 +34,7 @@ from kvarn_kernels.dense.extend_dense import (
     plan_dense,
     workspace_bytes,
 )
-from kvarn_kernels.device.gpu import Gpu, gpu_of
+from kvarn_kernels.device.gpu import H100, Gpu, gpu_of
 from kvarn_kernels.shape import AttentionShape
 
 KVARN = KVarNConfig.from_preset("kvarn")
@@ -254,17 +254,19 @@ def test_extend_dense_step_stores_the_same_bytes_as_the_torch_form(head_dim):
 
 def test_workspace_is_bounded_and_charged():
     shape = AttentionShape(32, 8, 128, torch.bfloat16)
-    assert [num_pages(shape, most) for most in (10**6, 10, 1)] == [396, 10, 2]
+    assert [num_pages(shape, most, H100) for most in (10**6, 10, 1)] == [808, 10, 2]
+    small, large = (dataclasses.replace(H100, memory=gib << 30) for gib in (24, 140))
+    assert [num_pages(shape, 10**6, gpu) for gpu in (small, large)] == [396, 896]
     # what a page of queries reads in a window of 1,024 tokens: its own page and the 8 before it
-    assert [num_pages(shape, most, (512, 1024)) for most in (10**6, 10, 1)] == [396, 10, 9]
+    assert [num_pages(shape, most, H100, (512, 1024)) for most in (10**6, 10, 1)] == [808, 10, 9]
     # a chunk of 8K on 256K tokens of context
-    assert workspace_bytes(shape, 10**6, 2048 + 64 + 4, FLASHINFER) <= 256 << 20
-    small = AttentionShape(4, 2, 64, torch.float16)
-    workspace = make_workspace(small, 10, DEVICE, paged_calls.FlashInfer(DEVICE, flashinfer_standin))
+    assert workspace_bytes(shape, 10**6, 2048 + 64 + 4, FLASHINFER, small) <= 256 << 20
+    few = AttentionShape(4, 2, 64, torch.float16)
+    workspace = make_workspace(few, 10, DEVICE, paged_calls.FlashInfer(DEVICE, flashinfer_standin))
     assert workspace.keys.shape == (10, 2, PAGE, 64)
     pages = workspace.keys.nbytes + workspace.values.nbytes
-    assert workspace_bytes(small, 10, 9, FLASHINFER) - pages == 2 * ((8 << 20) + (128 << 10))
-    assert workspace_bytes(small, 10, 9, FA3) - pages == 2 * (32 << 20)
+    assert workspace_bytes(few, 10, 9, FLASHINFER, H100) - pages == 2 * ((8 << 20) + (128 << 10))
+    assert workspace_bytes(few, 10, 9, FA3, H100) - pages == 2 * (32 << 20)
 
 
 @pytest.mark.gpu
@@ -324,5 +326,5 @@ def test_workspace_takes_what_is_charged():
     scratch = torch.empty(16, dtype=torch.uint8, device=DEVICE)
     wrapper = BatchPrefillWithPagedKVCacheWrapper(scratch, "HND")
     taken = torch.cuda.memory_allocated() - before
-    charged = workspace_bytes(AttentionShape(1, 1, 64, torch.float16), 1, 1, FLASHINFER)
+    charged = workspace_bytes(AttentionShape(1, 1, 64, torch.float16), 1, 1, FLASHINFER, H100)
     assert wrapper is not None and taken - 1024 <= charged // 2

@@ -205,7 +205,7 @@ def test_charge_fixed_bytes_charges_the_workspace_of_prefill(monkeypatch):
     left = budget.charge_fixed_bytes(GIB, kvc, 0)
     # 5 rows of 33 pages, exact and as records; a request reads those of its chunk and two more twice
     pages = 5 * 66 * 2 * 128 * 2 * 64 * 2
-    charged = extend_dense.workspace_bytes(budget.model_shape(kvc).attention, 5 * 66, 33 + 4, "flashinfer")
+    charged = extend_dense.workspace_bytes(budget.model_shape(kvc).attention, 5 * 66, 33 + 4, "flashinfer", H100)
     assert GIB - left == charged == pages + 2 * extend_dense.LIBRARIES["flashinfer"].call_bytes
 
 

@@ -133,7 +133,7 @@ def main(
     capability: str, shared: str, preset: str, head_dim: str, dtype: str, num_qo_heads: str, num_kv_heads: str
 ) -> None:
     """Compile every distinct kernel of one form for a GPU of that capability and shared memory of a block."""
-    gpu = Gpu(divmod(int(capability), 10), 132, int(shared), int(shared) + 1024)
+    gpu = Gpu(divmod(int(capability), 10), 132, int(shared), int(shared) + 1024, 79 << 30)
     target = GPUTarget("cuda", int(capability), 32)
     heads = (int(num_qo_heads), int(num_kv_heads))
     launches = caught_launches(preset, int(head_dim), getattr(torch, dtype), heads, gpu)

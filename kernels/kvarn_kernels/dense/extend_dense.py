@@ -28,9 +28,10 @@ from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
-# bytes of the workspace, keys and values. At 8 KV heads of 128 it holds 396 pages; a chunk of 8K tokens on 256K then
-# takes 6 segments, and the workspace with FlashInfer's buffers for them 255 MiB
-PAGES_BYTES = 198 << 20
+# bytes of the workspace, keys and values: the least, the most, and which part of the GPU's memory lies between. At 8 KV
+# heads of 128 a page takes 512 KiB, so that an H100 with 80 GB has 808 and an H200 896 pages: 98K tokens are one
+# segment. With 396 pages they were two, whose further launches took the host of an H200 230 us a layer
+LEAST_PAGES_BYTES, MOST_PAGES_BYTES, MEMORY_PART = 198 << 20, 448 << 20, 200
 LIBRARIES: dict[str, type[paged_calls.FlashInfer] | type[paged_calls.FlashAttention3]] = {
     paged_calls.FLASHINFER: paged_calls.FlashInfer,
     paged_calls.FA3: paged_calls.FlashAttention3,
@@ -88,10 +89,11 @@ def page_bytes(shape: AttentionShape) -> int:
     return TILE_SIZE * shape.full_token_bytes
 
 
-def num_pages(shape: AttentionShape, max_pages: int, sliding_windows: Iterable[int] = ()) -> int:
+def num_pages(shape: AttentionShape, max_pages: int, gpu: Gpu, sliding_windows: Iterable[int] = ()) -> int:
     """Return the pages of the workspace: at most `max_pages`, and at least what a segment must have room for."""
     fewest = max([2, *map(segments.fewest_pages, sliding_windows)])
-    return max(fewest, min(max_pages, PAGES_BYTES // page_bytes(shape)))
+    most_bytes = min(max(gpu.memory // MEMORY_PART, LEAST_PAGES_BYTES), MOST_PAGES_BYTES)
+    return max(fewest, min(max_pages, most_bytes // page_bytes(shape)))
 
 
 def workspace_bytes(
@@ -99,6 +101,7 @@ def workspace_bytes(
     max_pages: int,
     request_pages: int,
     library: str,
+    gpu: Gpu,
     sliding_windows: Iterable[int] = (),
     chunk_pages: int = 0,
 ) -> int:
@@ -110,7 +113,7 @@ def workspace_bytes(
         chunk_pages: that the new tokens of a step touch.
     """
     windows = tuple(sliding_windows)
-    pages = num_pages(shape, max_pages, windows)
+    pages = num_pages(shape, max_pages, gpu, windows)
     # where the exact pages are cut, a window is in two segments, and each of the two parts of the list has a rest
     calls = 1 + -(-min(max_pages, request_pages) // (pages - 1))
     for tokens in windows:
@@ -153,7 +156,8 @@ def make_workspace(
         ImportError: the library is not there, or not for this device.
     """
     own = LIBRARIES[library](device) if isinstance(library, str) else library
-    size = (num_pages(shape, max_pages, sliding_windows), shape.num_kv_heads, TILE_SIZE, shape.head_dim)
+    pages = num_pages(shape, max_pages, gpu_of(device), sliding_windows)
+    size = (pages, shape.num_kv_heads, TILE_SIZE, shape.head_dim)
     workspace = DenseWorkspace(
         keys=torch.empty(size, dtype=shape.dtype, device=device),
         values=torch.empty(size, dtype=shape.dtype, device=device),

@@ -8,7 +8,7 @@ and what SGLang leaves free, by the rule of its ``--mem-fraction-static``.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,8 @@ class _Rank:
         states, left = self._split(capacity.state_ratio(self.state, capacity.STATES_PER_SESSION, token))
         allowed = None if states is None else states.requests
         bounds = Bounds(self.options.max_running_requests, graph_batch, context, chunk, allowed)
-        charge = capacity.charge(self.shape, config, left, bounds, torch.device("cuda"), H100)
+        gpu = replace(H100, memory=int(self.options.gpu_gib * GIB))
+        charge = capacity.charge(self.shape, config, left, bounds, torch.device("cuda"), gpu)
         tokens, sliding = self._tokens(token, 1, left - charge.workspace)
         tokens = tokens // PAGE_SIZE * PAGE_SIZE
         ring = capacity.ring_pages(self.shape.attention, config) * PAGE_SIZE
