@@ -254,13 +254,12 @@ def test_extend_dense_step_stores_the_same_bytes_as_the_torch_form(head_dim):
 
 def test_workspace_is_bounded_and_charged():
     shape = AttentionShape(32, 8, 128, torch.bfloat16)
-    assert [num_pages(shape, most, H100) for most in (10**6, 10, 1)] == [808, 10, 2]
-    small, large = (dataclasses.replace(H100, memory=gib << 30) for gib in (24, 140))
-    assert [num_pages(shape, 10**6, gpu) for gpu in (small, large)] == [396, 896]
+    assert [num_pages(shape, most, H100) for most in (10**6, 10, 1)] == [396, 10, 2]
+    assert num_pages(shape, 10**6, dataclasses.replace(H100, memory=140 << 30)) == 896
     # what a page of queries reads in a window of 1,024 tokens: its own page and the 8 before it
-    assert [num_pages(shape, most, H100, (512, 1024)) for most in (10**6, 10, 1)] == [808, 10, 9]
+    assert [num_pages(shape, most, H100, (512, 1024)) for most in (10**6, 10, 1)] == [396, 10, 9]
     # a chunk of 8K on 256K tokens of context
-    assert workspace_bytes(shape, 10**6, 2048 + 64 + 4, FLASHINFER, small) <= 256 << 20
+    assert workspace_bytes(shape, 10**6, 2048 + 64 + 4, FLASHINFER, H100) <= 256 << 20
     few = AttentionShape(4, 2, 64, torch.float16)
     workspace = make_workspace(few, 10, DEVICE, paged_calls.FlashInfer(DEVICE, flashinfer_standin))
     assert workspace.keys.shape == (10, 2, PAGE, 64)

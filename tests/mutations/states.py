@@ -31,7 +31,6 @@ _BLACKWELL = f"{TEST_REFUSALS}::test_gated_delta_nets_are_refused_where_sglang_w
 _STRATEGY = f"{TEST_HOST_POOL}::test_host_memory_for_states_takes_our_pool_where_there_are_some"
 _HOSTED = f"{TEST_KNOWN_HOST}::test_a_state_from_the_host_is_read_as_one_that_never_left"
 _FAILED = f"{TEST_KNOWN_HOST}::test_a_request_whose_load_fails_goes_on_from_the_state_of_the_device"
-_ON_GPU = f"{TEST_MODELS}::test_host_memory_for_states_is_a_trial_on_a_gpu"
 _ARGUMENTS = f"{TEST_MODELS}::test_launch_refuses_arguments_of_a_hybrid"
 
 MUTATIONS = (
@@ -159,13 +158,6 @@ def checkpoints_states""",
         "return is_since(HOSTS_STATES_SINCE)",
         "return True",
         (TEST_COMPAT,),
-    ),
-    Mutation(
-        "states in host memory of a GPU taken as tested",
-        REFUSALS,
-        """    if args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":""",
-        "    if False:",
-        (_ON_GPU,),
     ),
     Mutation(
         "states taken into files",

@@ -28,10 +28,10 @@ from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
-# bytes of the workspace, keys and values: the least, the most, and which part of the GPU's memory lies between. At 8 KV
-# heads of 128 a page takes 512 KiB, so that an H100 with 80 GB has 808 and an H200 896 pages: 98K tokens are one
-# segment. With 396 pages they were two, whose further launches took the host of an H200 230 us a layer
-LEAST_PAGES_BYTES, MOST_PAGES_BYTES, MEMORY_PART = 198 << 20, 448 << 20, 200
+# bytes of the workspace, keys and values. At 8 KV heads of 128 it holds 396 pages; a chunk of 8K tokens on 256K then
+# takes 6 segments, and the workspace with FlashInfer's buffers for them 255 MiB. A GPU with much memory, as the H200,
+# has 896 pages, 0.3 % of it: 98K tokens are one segment and not two, which took its host 230 us a layer more
+PAGES_BYTES, LARGE_PAGES_BYTES, MUCH_MEMORY = 198 << 20, 448 << 20, 120 << 30
 LIBRARIES: dict[str, type[paged_calls.FlashInfer] | type[paged_calls.FlashAttention3]] = {
     paged_calls.FLASHINFER: paged_calls.FlashInfer,
     paged_calls.FA3: paged_calls.FlashAttention3,
@@ -92,7 +92,7 @@ def page_bytes(shape: AttentionShape) -> int:
 def num_pages(shape: AttentionShape, max_pages: int, gpu: Gpu, sliding_windows: Iterable[int] = ()) -> int:
     """Return the pages of the workspace: at most `max_pages`, and at least what a segment must have room for."""
     fewest = max([2, *map(segments.fewest_pages, sliding_windows)])
-    most_bytes = min(max(gpu.memory // MEMORY_PART, LEAST_PAGES_BYTES), MOST_PAGES_BYTES)
+    most_bytes = LARGE_PAGES_BYTES if gpu.memory >= MUCH_MEMORY else PAGES_BYTES
     return max(fewest, min(max_pages, most_bytes // page_bytes(shape)))
 
 
