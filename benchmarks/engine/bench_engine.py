@@ -7,9 +7,10 @@
 
 Every cache gets an engine of its own in a process of its own, one after the other, with the same memory fraction. A
 shape BATCHxCONTEXT feeds BATCH random prompts of CONTEXT tokens to the first token (nothing cached), to the first token
-again (all full pages cached), and to 65 tokens; the time per token is the difference of the last two over 64. Shapes of
-up to 100,000 tokens run once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED
-ones that the prefix cache holds, --repeats times, each time other new tokens: one request at a time, to its first
+again (all full pages cached), and to 65 and 129 tokens in turn; the time per token is the difference of the last two
+over 64, whatever was cached of the prompts (states of hybrid models may be evicted). Shapes of up to 100,000 tokens run
+once before they are measured. --prefills NEW+CACHED sends NEW random tokens on top of CACHED ones that the prefix cache
+holds, --repeats times, each time other new tokens: one request at a time, to its first
 token. --reloads NEW+CACHED does so on prefixes that only host memory holds (--hicache GB), because the device has room
 for two of them. Dummy weights give true speeds and sizes, not texts. --answers adds three chats and one long prompt
 with a second turn on top of it, greedy, and counts the tokens until the first one that differs from the first cache.
@@ -89,6 +90,11 @@ def memory_used() -> float | None:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def _verify_steps(answers: list[dict[str, Any]]) -> int:
+    """Return the verify steps of a batch, which goes on until its slowest request is done; 0 without drafts."""
+    return max(answer["meta_info"].get("spec_verify_ct", 0) for answer in answers)
+
+
 def measure_shape(engine: Any, batch: int, context: int, seed: int, tokens: int) -> Measured:
     """Return the figures of one shape; tokens: ids are below this."""
     draw = random.Random(seed)
@@ -103,8 +109,9 @@ def measure_shape(engine: Any, batch: int, context: int, seed: int, tokens: int)
     miss, _ = seconds(1)
     hits = [seconds(1) for _ in range(TRIES)]
     hit, answers = statistics.median(taken for taken, _ in hits), hits[-1][1]
-    wholes = [seconds(1 + DECODED) for _ in range(TRIES)]
-    per_token = (statistics.median(taken for taken, _ in wholes) - hit) / DECODED
+    pairs = [(seconds(1 + DECODED), seconds(1 + 2 * DECODED)) for _ in range(TRIES)]
+    shorter, longer = (statistics.median(pair[n][0] for pair in pairs) for n in (0, 1))
+    per_token = (longer - shorter) / DECODED
     figures = [
         Figure("time_to_first_tokens", miss, "s"),
         Figure("time_to_first_tokens_cached", hit, "s"),
@@ -112,11 +119,13 @@ def measure_shape(engine: Any, batch: int, context: int, seed: int, tokens: int)
         Figure("time_per_token", per_token * 1e3, "ms"),
         Figure("throughput", batch / per_token, "tokens/s"),
     ]
-    # a batch steps until its slowest request is done
-    steps = [max(answer["meta_info"].get("spec_verify_ct", 0) for answer in found) for _, found in wholes]
-    if all(steps):
-        verified = [(taken - hit) / n * 1e3 for (taken, _), n in zip(wholes, steps, strict=True)]
-        figures += [Figure.of("time_per_verify_step", verified, "ms"), Figure("verify_steps", statistics.median(steps))]
+    steps = [[_verify_steps(answers) for _, answers in pair] for pair in pairs]
+    if all(map(all, steps)):
+        verified = [
+            (long[0] - short[0]) / (own[1] - own[0]) * 1e3 for (short, long), own in zip(pairs, steps, strict=True)
+        ]
+        count = statistics.median(own[1] - own[0] for own in steps)
+        figures += [Figure.of("time_per_verify_step", verified, "ms"), Figure("verify_steps", count)]
     return [({"batch": batch, "context": context}, figures)]
 
 
