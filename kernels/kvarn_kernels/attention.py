@@ -30,6 +30,9 @@ from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 logger = logging.getLogger(__name__)
 
 CPU_FORM_ENV, COLUMNS_ENV = "KVARN_CPU_FORM", "KVARN_UNTESTED_COLUMNS"
+# tokens of an extend step up to which layers share the memory of what they rotate. Short steps wait for the host, which
+# allocates for as long as it launches; what long ones keep would be missing elsewhere
+REUSED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,7 @@ class Step:
     Attributes:
         batch: what the step is; plan: how it runs, where that depends on the step and is not kept in a workspace.
         sliding_plans: the same for layers with a sliding window, by its tokens.
-        rotated: the new tokens of an extend step in the layer that runs, with q and without, once a layer has run; on a
-            GPU an allocation takes the host as long as a launch.
+        rotated: the new tokens of a short extend step in the layer that runs, with q and without, once a layer has run.
     """
 
     batch: DecodeBatch | ExtendBatch
@@ -388,7 +390,8 @@ class Attention:
         # long steps are attended in the model's frame
         with_q = isinstance(plan, extend.ExtendPlan)
         rotated = self._rotate.rotate_chunk(new, with_q=with_q, out=step.rotated.get(with_q))
-        step.rotated[with_q] = rotated
+        if len(new.k) <= REUSED_TOKENS:
+            step.rotated[with_q] = rotated
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
         self._encode.encode_from_chunk(rotated, cache, batch, config)
         if isinstance(plan, extend_dense.DensePlan):

@@ -13,6 +13,7 @@ from builders import (
     attention_for,
     between_stores,
     cache_for,
+    int32,
     make_request,
     oracle,
     prefill,
@@ -20,9 +21,10 @@ from builders import (
     run_extend,
     shape_of,
 )
+from kvarn_kernels import attention as attention_module
 from kvarn_kernels import torch_form
 from kvarn_kernels.attention import TORCH, TRITON
-from kvarn_kernels.batch import QKV
+from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device.gpu import H100, Gpu, gpu_of
 from kvarn_kernels.read import extend as extend_module
@@ -219,3 +221,32 @@ def test_extend_stores_the_same_bytes_as_the_torch_form(head_dim):
     (out, expected), (cache, expected_cache) = outs, caches
     assert relative_rms(out, expected) < BOUND[torch.float16]
     assert torch.equal(cache.records, expected_cache.records)
+
+
+@pytest.mark.parametrize("reused", [0, 10**6])
+def test_layers_of_a_step_share_the_memory_of_what_they_rotate(monkeypatch, reused):
+    monkeypatch.setattr(attention_module, "REUSED_TOKENS", reused)
+    layers = [make_request(PAGE + 40, (2, 1), 64, torch.float16, seed=seed) for seed in (1, 2, 3)]
+    caches = [cache_for(request, KVARN) for request in layers]
+    attention = attention_for(caches[0], 2, KVARN)
+    (first, *_), length = layers, PAGE + 40
+    batch = ExtendBatch(
+        ring_pages=caches[0].ring_pages(first.row),
+        prefix_lens=int32(0),
+        seq_lens=int32(length),
+        qo_indptr=int32(0, length),
+        page_table=int32(*first.pages)[None],
+        exact_starts=int32(0),
+        prefix_lens_host=[0],
+        seq_lens_host=[length],
+    )
+    step, places = attention.plan(batch), set()
+    for request, cache in zip(layers, caches, strict=True):
+        expected_cache = cache_for(request, KVARN)
+        expected = prefill(torch_form.attend_extend, request, [length], expected_cache, KVARN)
+        out = torch.empty_like(request.q)
+        attention.attend(QKV(request.q, request.k, request.v), out, cache, step, 64**-0.5)
+        assert relative_rms(out, expected) < BOUND[torch.float16]
+        assert torch.equal(cache.records[request.pages[0]], expected_cache.records[request.pages[0]])
+        places |= {x.data_ptr() for chunk in step.rotated.values() for x in chunk}
+    assert len(places) == (3 if reused else 0)
