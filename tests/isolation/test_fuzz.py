@@ -71,7 +71,7 @@ class Lives(RuleBasedStateMachine):
 
     preset = "kvarn"
     kernels_every = 0
-    has_files = has_both = False
+    has_files = has_both = has_states = False
     total: ClassVar[dict[str, int]]
 
     @initialize(
@@ -87,8 +87,8 @@ class Lives(RuleBasedStateMachine):
         core=st.sampled_from(calls.cores),
         order=st.sampled_from((COPIES_FIRST, FORWARD_FIRST)) | st.integers(0, 1 << 16),
         prefetch=st.sampled_from(("wait_complete", "wait_complete", "best_effort")),
-        # beside host memory, and not beside files, drafts or checkpoints that are none of the prefix tree; three for
-        # each row, and few or many for the tree
+        # beside host memory, and not beside files or checkpoints that are none of the prefix tree; three for each row,
+        # and few or many for the tree
         states=st.sampled_from((0, 16, 30) if compat.hosts_states() else (0,)),
     )
     def start(
@@ -119,7 +119,12 @@ class Lives(RuleBasedStateMachine):
         self.host = {"pages": host_pages, "policy": policy, "seed": order, "core": core}
         self.host |= {"folder": folder, "prefetch": prefetch}
         self.options = {"poison": poison, "checkpoint": checkpoint, "drafts": drafts, "sliding": sliding}
-        if not host_pages or self.has_files or drafts or checkpoint:
+        if self.has_states:
+            drafts, host_pages, states = drafts or 16, host_pages or SOME_PAGES[-1], states or 30
+            sliding = checkpoint = 0
+            self.host["pages"] = host_pages
+            self.options |= {"drafts": drafts, "sliding": 0, "checkpoint": 0}
+        if not host_pages or self.has_files or checkpoint:
             states = 0
         self.options |= {"window": window, "states": states}
         self.begin(self.preset, factors=0)
@@ -135,6 +140,7 @@ class Lives(RuleBasedStateMachine):
         self.total["worlds with drafts beside sliding windows"] += bool(sliding and drafts)
         self.total["worlds with windows in records"] += bool(window)
         self.total["worlds with states"] += bool(states)
+        self.total["worlds with drafts beside states"] += bool(states and drafts)
         self.total["worlds"] += 1
 
     def begin(self, preset: str, factors: int) -> None:
@@ -412,11 +418,12 @@ def fuzz(preset: str, steps: int, seed: int, kernels_every: int = 0, **always: b
     """Run lives until so many steps are done; return the counts.
 
     Args:
-        always: `has_files`: every world has host memory, and files behind it; `has_both`: drafts and sliding windows.
+        always: `has_files`: every world has host memory, and files behind it; `has_both`: drafts and sliding windows;
+            `has_states`: drafts and states.
     """
     kinds = ("worlds", "worlds with checkpoints", "worlds with drafts", "worlds with host memory", "worlds with files")
     kinds += ("worlds with sliding windows", "worlds with windows in records", "worlds with states")
-    kinds += ("worlds with drafts beside sliding windows",)
+    kinds += ("worlds with drafts beside sliding windows", "worlds with drafts beside states")
     events = ("host hits", "storage hits", "failed loads", "flushes")
     total = dict.fromkeys(("steps", "forwards", "kernel forwards", *events, *kinds), 0)
     chosen = {"preset": preset, "total": total, "kernels_every": kernels_every, **always}
@@ -491,6 +498,19 @@ def test_every_read_is_of_the_requests_own_history_with_drafts_beside_sliding_wi
     for name, count in total.items():
         record_property(name, count)
     assert total["steps"] >= steps and total["worlds with drafts beside sliding windows"] == total["worlds"]
+
+
+@pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang")
+@pytest.mark.timeout(1800)
+def test_every_read_is_of_the_requests_own_history_with_drafts_beside_states(monkeypatch, record_property):
+    use_plain_allocation_kernels(monkeypatch)
+    seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
+    steps = int(os.environ.get("KVARN_FUZZ_STEPS", 1000))
+    total = fuzz("kvarn", steps, seed, has_states=True)
+    print(f"drafts beside states: {total}")
+    for name, count in total.items():
+        record_property(name, count)
+    assert total["steps"] >= steps and total["worlds with drafts beside states"] == total["worlds"]
 
 
 def test_plain_allocation_kernels_are_sglangs():

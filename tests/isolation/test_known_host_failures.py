@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import host_pools_on_cpu
@@ -17,6 +18,7 @@ import pytest
 import torch
 from history import PAGE
 from host_tier import HostOptions
+from kept_states import KeptStates
 from prefix_cache import calls
 from sglang_kvarn import compat, fences, mixed_pool, pool
 from sglang_kvarn.rings import ATTRIBUTE
@@ -302,11 +304,48 @@ def read_a_prefix_from_the_host_beside(
 
 
 @needs_states
+@pytest.mark.parametrize("drafts", [0, 8])
 @pytest.mark.parametrize("core", calls.cores)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_state_from_the_host_is_read_as_one_that_never_left(policy, core):
+def test_a_state_from_the_host_is_read_as_one_that_never_left(policy, core, drafts):
     for order in ORDERS:
-        read_a_prefix_from_the_host_beside(order, policy, core, states=STATES)
+        read_a_prefix_from_the_host_beside(order, policy, core, states=STATES, drafts=drafts)
+
+
+def verify_over_a_page(accepted: int, behind: int) -> None:
+    """Of 8 drafts over the end of a page some are accepted, and some of these are behind the end of the answer."""
+    world = hosted(0, states=STATES, drafts=8)
+    request = prefill(world, tokens(2 * PAGE - 4, 1))
+    world.verify(8, [accepted])
+    world.finish(request, behind)
+    world.settle()
+    world.check_accounts()
+    kept = request.history.tokens[: 2 * PAGE - 4 + accepted - behind]
+    following = world.admit([*kept, *tokens(9, 2)], request.salt)
+    world.extend(1000)
+    # the state at the end of the second page, if the answer reaches it
+    assert following.exact_start == (2 * PAGE if accepted - behind >= 4 else PAGE)
+    world.settle()
+    world.check_accounts()
+
+
+@needs_states
+@pytest.mark.parametrize(("accepted", "behind"), [(1, 0), (3, 0), (4, 0), (8, 0), (8, 2), (8, 4), (8, 6), (8, 7)])
+def test_a_state_that_a_verify_step_keeps_is_that_of_the_answer(accepted, behind):
+    verify_over_a_page(accepted, behind)
+
+
+@needs_states
+def test_a_state_behind_rejected_drafts_is_found(monkeypatch):
+    plan = KeptStates.plan
+
+    def keep_all(self, requests, spans, decoding):
+        moves, begun = plan(self, requests, spans, decoding)
+        return [replace(move, at=move.after) for move in moves], begun
+
+    monkeypatch.setattr(KeptStates, "plan", keep_all)
+    with pytest.raises(AssertionError, match="state"):
+        verify_over_a_page(8, 0)
 
 
 @needs_states

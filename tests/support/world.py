@@ -182,7 +182,7 @@ class World:
         Args:
             states: that the device has room for, 0 for a model without.
         """
-        assert not states or (host and not drafts and not checkpoint), "what states are tested beside"
+        assert not states or (host and not checkpoint), "what states are tested beside"
         self.config = KVarNConfig.from_preset(preset)
         self.pages = pages_of(self.config)
         each = max(drafts, 1)
