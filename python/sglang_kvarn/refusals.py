@@ -49,7 +49,8 @@ _WINDOWS_ON_GPUS_SINCE = "0.5.23"
 # SGLang on; with a head of EAGLE3 none of them starts in 0.5.23
 _DRAFTS_BESIDE_MAMBA2 = (NGRAM, "STANDALONE")
 _DFLASH_BESIDE_MAMBA2 = {"NemotronHForCausalLM": "0.5.23"}
-# drafts beside states that have answered right on a GPU with any version; SGLang resolves NEXTN to EAGLE
+# drafts beside states that have answered right on a GPU with any version, and with host memory; SGLang resolves NEXTN
+# to EAGLE
 _DRAFTS_BESIDE_STATES_ON_GPUS = (NGRAM, "NEXTN", "EAGLE")
 # the version of SGLang from which on all have, and answers of tenants with drafts and host memory were compared there
 _DRAFTS_ON_GPUS_SINCE = "0.5.23"
@@ -753,6 +754,13 @@ def _check_host_states(args: Any, model: str) -> None:
             f"{what} in SGLang {compat.version()}, which saves states of other tokens if pages have "
             f"{settings.PAGE_SIZE}, so that there is no prefix cache to take into host memory: use SGLang "
             f"{compat.HOSTS_STATES_SINCE}, or drop {_HICACHE}"
+        )
+    untested = args.device != "cpu" and algorithm_of(args) not in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS)
+    if untested and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
+        raise Refused(
+            f"{what} and --speculative-algorithm {algorithm_of(args)} on a GPU yet, because beside states in host "
+            f"memory drafts of that kind have not run there: set it to {NGRAM}, drop {_HICACHE}, or set "
+            f"{UNTESTED_HICACHE_ENV}=1 to try it"
         )
     if args.hicache_storage_backend is not None:
         raise Refused(

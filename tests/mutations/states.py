@@ -160,6 +160,13 @@ def checkpoints_states""",
         (TEST_COMPAT,),
     ),
     Mutation(
+        "drafts beside states in host memory of a GPU taken as tested",
+        REFUSALS,
+        "    if untested and os.environ.get(UNTESTED_HICACHE_ENV) != \"1\":",
+        "    if False:",
+        (f"{TEST_MODELS}::test_states_go_to_host_memory_on_a_cpu_and_on_a_gpu",),
+    ),
+    Mutation(
         "states taken into files",
         REFUSALS,
         "    if args.hicache_storage_backend is not None:",

@@ -374,6 +374,15 @@ def test_states_go_to_host_memory_on_a_cpu_and_on_a_gpu(monkeypatch):
     )
     for args.device in ("cpu", "cuda"):
         refusals.check_states(args, model_config)
+    args.speculative_adaptive = False
+    monkeypatch.setattr(compat, "verifies_drafts", lambda states: True)
+    for args.speculative_algorithm in ("NGRAM", "NEXTN", "EAGLE"):
+        refusals.check_states(args, model_config)
+    args.speculative_algorithm = "DFLASH"
+    with pytest.raises(ValueError, match=r"DFLASH on a GPU yet, .*: set it to NGRAM, .*_UNTESTED_HICACHE=1"):
+        refusals.check_states(args, model_config)
+    monkeypatch.setenv(refusals.UNTESTED_HICACHE_ENV, "1")
+    refusals.check_states(args, model_config)
 
 
 def test_launch_refuses_drafts_where_the_layers_of_sglang_stop_at_them(launch, checkpoints, monkeypatch):

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Write pages out in 16 bits in the model's frame, for sm_80 and newer; the contract of dequantise.py.
 //
-// WARPS * 16 tokens of a page, KV head and side (keys, values) are a block's, 16 tokens a warp's. Of a record, Sylvester's matrix of D
-// channels is a product of one 2 x 2 matrix for each bit of the channel's number: four bits are a matrix instruction of
+// WARPS * 16 tokens of a page, KV head and side (keys, values) are a block's, 16 tokens a warp's. Of a record,
+// Sylvester's matrix of D channels is a product of one 2 x 2 matrix for each bit of the channel's number: four bits are a matrix instruction of
 // depth 16,
 //
 //     y [tokens, 16 channels] = x [tokens, 16 channels] x signs [16, 16 channels]
