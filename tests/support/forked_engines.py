@@ -127,17 +127,25 @@ def _kill(processes: list[_Process]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def _fail(*args: Any, **options: Any) -> None:
+    """Fail the test that waits; of what a loop's callback raises, this alone leaves the loop."""
+    raise SystemExit("a process of the engine died, see its log")
+
+
 @contextlib.contextmanager
 def forked() -> Iterator[None]:
     """Let engines that are started inside have processes that are forked, and be ended with them."""
     # its modules are imported first, since some derive classes from what is replaced
     engine = compat.resolve("sglang.srt.entrypoints.engine")
+    tokenizer_manager = compat.resolve("sglang.srt.managers.tokenizer_manager")
     made: list[_Process] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Process, "made", made, raising=False)
         patch.setattr("multiprocessing.Process", _Process)
         # it would kill the servers too
         patch.setattr(engine, "kill_process_tree", lambda *args, **options: _kill(made))
+        # it would kill pytest, from the loop that a test waits for, where a process ends while requests run
+        patch.setattr(tokenizer_manager, "kill_process_tree", _fail)
         try:
             yield
         finally:
