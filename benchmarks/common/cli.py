@@ -44,7 +44,8 @@ def add_output(to: argparse.ArgumentParser, otherwise: str = "Without it nothing
 def add_model(to: argparse.ArgumentParser, default: str) -> None:
     """Add --model, one of `models` or a folder."""
     dummies = " and ".join(models.DUMMIES)
-    names = f"{models.TINY} (random weights, two layers), {models.SMOLLM2}, {models.GEMMA3}, {dummies} (random weights)"
+    tiny = f"{models.TINY} and {models.TINY_HYBRID} (random weights, two layers; the second one on a GPU)"
+    names = f"{tiny}, {models.SMOLLM2}, {models.GEMMA3}, {dummies} (random weights)"
     to.add_argument("--model", default=default, metavar="M", help=f"Model: {names}, or a folder.")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 TINY, SMOLLM2, DUMMY, HYBRID = "tiny", "smollm2", "qwen3-8b-dummy", "qwen3.5-27b-half-dummy"
 TINY_HYBRID = "tiny-hybrid"
-# of random weights, without a tokenizer
+# two layers of random weights, without a tokenizer; the second one has gated delta nets, and needs a GPU
 TINY_ONES = (TINY, TINY_HYBRID)
 GEMMA3, GPT_OSS = "gemma3-270m", "gpt-oss-20b-dummy"
 # tokens of the longest request of a model without weights
@@ -50,11 +50,6 @@ GPT_OSS_20B = {
     "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4, "swiglu_limit": 7.0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-# of `TINY_HYBRID`, gated delta nets and attention in turn: sizes that SGLang's kernels are made for
-_HYBRID_HEADS = {
-    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-}  # fmt: skip
 # who drafts for `draft_arguments`: text that was seen before, a head of random weights, a smaller model
 DRAFTERS = NGRAM, EAGLE3, STANDALONE = "NGRAM", "EAGLE3", "STANDALONE"
 # of the 30 layers of `SMOLLM2` those that its draft lacks; three of four tokens are still those of the whole model
@@ -86,8 +81,9 @@ def _tiny(name: str) -> Path:
             if name == TINY:
                 tiny_model.save(own)
             else:
-                # attention so peaked that a prefix counts, and not so peaked that roundings do
-                tiny_model.save(own, "qwen3_5_text", peak=0.085, **_HYBRID_HEADS)
+                sizes = tiny_model.PUBLISHED_HEADS | tiny_model.PUBLISHED_DELTA
+                # of 256 channels
+                tiny_model.save(own, "qwen3_5_text", peak=tiny_model.STEADY_PEAK / 16, **sizes)
             # the slower of two drops its copy
             with contextlib.suppress(OSError):
                 own.rename(made)

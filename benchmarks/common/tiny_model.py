@@ -133,6 +133,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mellum": _MELLUM,
     "olmo3": _OLMO3,
 }
+# sizes of published models, for which SGLang's kernels of a GPU are made: of attention, of gated delta nets
+PUBLISHED_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+PUBLISHED_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+PUBLISHED_DELTA |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+# `peak` of `save` times the root of hidden_size, for 16 bits: a prefix counts, and roundings do not
+STEADY_PEAK = 1.36
 _ATTENTION = "kvarn_oracle"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.common import models
 
-OWN = (*models.DUMMIES, models.TINY)
+OWN = (*models.DUMMIES, *models.TINY_ONES)
 
 
 def with_tokenizer(model: str) -> Path:

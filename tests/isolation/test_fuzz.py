@@ -107,6 +107,9 @@ class Lives(RuleBasedStateMachine):
     ) -> None:
         if self.has_both:
             sliding, drafts = sliding or PAGE - 1, drafts or 16
+        if self.has_states:
+            drafts, host_pages, states = drafts or 16, host_pages or SOME_PAGES[-1], states or 30
+            sliding = checkpoint = 0
         if self.has_files:
             sliding = 0
         if sliding:
@@ -119,11 +122,6 @@ class Lives(RuleBasedStateMachine):
         self.host = {"pages": host_pages, "policy": policy, "seed": order, "core": core}
         self.host |= {"folder": folder, "prefetch": prefetch}
         self.options = {"poison": poison, "checkpoint": checkpoint, "drafts": drafts, "sliding": sliding}
-        if self.has_states:
-            drafts, host_pages, states = drafts or 16, host_pages or SOME_PAGES[-1], states or 30
-            sliding = checkpoint = 0
-            self.host["pages"] = host_pages
-            self.options |= {"drafts": drafts, "sliding": 0, "checkpoint": 0}
         if not host_pages or self.has_files or checkpoint:
             states = 0
         self.options |= {"window": window, "states": states}
@@ -489,28 +487,25 @@ def test_every_read_is_of_the_requests_own_history_with_files_behind_host_memory
 
 
 @pytest.mark.timeout(1800)
-def test_every_read_is_of_the_requests_own_history_with_drafts_beside_sliding_windows(monkeypatch, record_property):
+@pytest.mark.parametrize(
+    ("always", "beside"),
+    [
+        ("has_both", "sliding windows"),
+        pytest.param(
+            *("has_states", "states"),
+            marks=pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang"),
+        ),
+    ],
+)
+def test_every_read_is_of_the_requests_own_history_with_drafts_beside(always, beside, monkeypatch, record_property):
     use_plain_allocation_kernels(monkeypatch)
     seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
     steps = int(os.environ.get("KVARN_FUZZ_STEPS", 1000))
-    total = fuzz("kvarn", steps, seed, has_both=True)
-    print(f"drafts beside sliding windows: {total}")
+    total = fuzz("kvarn", steps, seed, **{always: True})
+    print(f"drafts beside {beside}: {total}")
     for name, count in total.items():
         record_property(name, count)
-    assert total["steps"] >= steps and total["worlds with drafts beside sliding windows"] == total["worlds"]
-
-
-@pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang")
-@pytest.mark.timeout(1800)
-def test_every_read_is_of_the_requests_own_history_with_drafts_beside_states(monkeypatch, record_property):
-    use_plain_allocation_kernels(monkeypatch)
-    seed = int(os.environ.get("KVARN_FUZZ_SEED", random.randrange(1 << 30)))
-    steps = int(os.environ.get("KVARN_FUZZ_STEPS", 1000))
-    total = fuzz("kvarn", steps, seed, has_states=True)
-    print(f"drafts beside states: {total}")
-    for name, count in total.items():
-        record_property(name, count)
-    assert total["steps"] >= steps and total["worlds with drafts beside states"] == total["worlds"]
+    assert total["steps"] >= steps and total[f"worlds with drafts beside {beside}"] == total["worlds"]
 
 
 def test_plain_allocation_kernels_are_sglangs():

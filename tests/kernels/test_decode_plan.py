@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvarn_kernels.batch import DecodeBatch
 from kvarn_kernels.config import KVarNConfig
-from kvarn_kernels.device.gpu import H100, Gpu
+from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.read import decode, decode_plan, decode_sm90
 from kvarn_kernels.shape import AttentionShape
 
@@ -164,6 +165,7 @@ def test_the_split_buffer_holds_every_batch_size(preset, max_pages):
 
 
 def test_gpus_without_the_cuda_kernel_run_more_programs_at_once():
-    a100 = Gpu((8, 0), 108, 163 << 10, 164 << 10, 79 << 30)
+    sizes = {"shared_memory": 163 << 10, "shared_of_multiprocessor": 164 << 10}
+    a100 = replace(H100, capability=(8, 0), multiprocessors=108, **sizes)
     hopper = decode_plan.wanted_splits(1, 8, decode_sm90.resident_programs(128, 8, H100))
     assert decode_plan.wanted_splits(1, 8, decode.resident_programs(a100)) == 108 * 8 // 8 > hopper

@@ -4,11 +4,13 @@
 Its results are tested where it runs: `test_decode.py` and `test_graph.py` on a GPU of capability 9.0 or later.
 """
 
+from dataclasses import replace
+
 import pytest
 from cubin import compiled, registers_and_stack
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
-from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.read import decode_sm90
 from kvarn_kernels.record import tile
 
@@ -89,4 +91,5 @@ def test_decode_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim, tiles):
     ids=str,
 )
 def test_decode_sm90_serves_gpus_with_the_shared_memory_that_it_plans_with(capability, shared, serves):
-    assert decode_sm90.runs_on(Gpu(capability, 132, (shared - 1) << 10, shared << 10, 79 << 30)) is serves
+    sizes = {"shared_memory": (shared - 1) << 10, "shared_of_multiprocessor": shared << 10}
+    assert decode_sm90.runs_on(replace(H100, capability=capability, **sizes)) is serves

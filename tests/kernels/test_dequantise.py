@@ -4,8 +4,7 @@
 By the Triton kernel and by CUDA C++, which runs as C++ where there is no GPU.
 """
 
-from functools import cache as kept
-from functools import partial
+from functools import cache, partial
 
 import cuda_as_cpp
 import pytest
@@ -44,7 +43,7 @@ def compiled(tmp_path_factory):
     """Return what stands in for the compiled kernels on a CPU."""
     folder = tmp_path_factory.mktemp("dequantise")
 
-    @kept
+    @cache
     def of(*form):
         # the last one is the device
         defines = dequantise_cuda.constants(*form[:-1])
@@ -54,15 +53,19 @@ def compiled(tmp_path_factory):
     return of
 
 
-@pytest.fixture(params=["triton", "cuda"])
-def write(request, compiled, monkeypatch):
-    """Return who writes pages out."""
-    if request.param == "triton":
-        return dequantise
+@pytest.fixture
+def by_cuda(compiled, monkeypatch):
+    """Return who writes pages out by CUDA C++."""
     if DEVICE.type != "cuda":
         monkeypatch.setattr(dequantise_cuda, "_compiled", compiled)
         monkeypatch.setattr(dequantise_cuda, "current_stream", lambda device: 0)
     return dequantise_cuda.dequantise
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def write(request, by_cuda):
+    """Return who writes pages out."""
+    return dequantise if request.param == "triton" else by_cuda
 
 
 def filled(write, cache, request, config, prefix: int, numbers: list[int], num_exact: int):
@@ -146,7 +149,7 @@ def test_dequantise_takes_pages_of_a_prefix_hit_from_their_records(write):
         assert torch.equal(window[0], record[0]) and window.isfinite().all()
 
 
-def test_dequantise_beside_the_encoder_waits_for_the_pages_that_it_fills(compiled, monkeypatch):
+def test_dequantise_beside_the_encoder_waits_for_the_pages_that_it_fills(compiled, by_cuda):
     dtype, head_dim, prefix = torch.bfloat16, 128, PAGE + 44
     request = make_request(3 * PAGE + 9, (2, 2), head_dim, dtype)
     cache, whole = (make_cache(KVARN, 2, head_dim, dtype, pages=8, rows=3) for _ in range(2))
@@ -156,11 +159,8 @@ def test_dequantise_beside_the_encoder_waits_for_the_pages_that_it_fills(compile
     # an exact page, a page that the step fills, and an older one
     listed = {"prefix": prefix, "numbers": [2, 1, 0], "num_exact": 1}
     cache.records[ids] = whole.records[ids]
-    if DEVICE.type != "cuda":
-        monkeypatch.setattr(dequantise_cuda, "_compiled", compiled)
-        monkeypatch.setattr(dequantise_cuda, "current_stream", lambda device: 0)
-    expected = filled(dequantise_cuda.dequantise, cache, request, KVARN, **listed)
-    early, after = partial(dequantise_cuda.dequantise, early_start=True), cache.records.clone()
+    expected = filled(by_cuda, cache, request, KVARN, **listed)
+    early, after = partial(by_cuda, early_start=True), cache.records.clone()
     new = QKV(*(x[prefix:] for x in (request.q, request.k, request.v)))
     for _ in range(20 if DEVICE.type == "cuda" else 1):
         cache.records[ids] = 0xFF

@@ -19,23 +19,6 @@ LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *
 LAUNCH_BY = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
 
 
-class Attribute(ctypes.Structure):
-    """CUlaunchAttribute of cuda.h: a number, and a value of 64 bytes at 8."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
-
-
-class Config(ctypes.Structure):
-    """CUlaunchConfig of cuda.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_uint) for name in ("x", "y", "z", "block_x", "block_y", "block_z", "shared")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(Attribute)),
-        ("num_attributes", ctypes.c_uint),
-    )
-
-
 class Driver:
     """A driver library whose cuLaunchKernel notes what it gets."""
 
@@ -51,10 +34,12 @@ class Driver:
         self.cuLaunchKernel = LAUNCH(launch)
 
         def launch_by(config, function, arguments, extra):
-            found = Config.from_address(config)
-            launch(function, *(getattr(found, name) for name, _ in Config._fields_[:8]), arguments, extra)
-            attribute = found.attributes[0]
-            self.early.append((found.num_attributes, attribute.id, attribute.value))
+            # the offsets of CUlaunchConfig and CUlaunchAttribute in cuda.h
+            found = ctypes.string_at(config, 56)
+            stream, attributes = struct.unpack_from("2Q", found, 32)
+            launch(function, *struct.unpack_from("7I", found), stream, arguments, extra)
+            (count,) = struct.unpack_from("I", found, 48)
+            self.early.append((count, *struct.unpack("i4xi", ctypes.string_at(attributes, 12))))
             return status
 
         self.early: list[tuple[int, int, int]] = []

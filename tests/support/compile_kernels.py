@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from builders import attention_for, in_layer, make_cache, make_request, run_deco
 from kvarn_kernels.attention import TRITON
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense
-from kvarn_kernels.device.gpu import Gpu
+from kvarn_kernels.device.gpu import H100, Gpu
 from kvarn_kernels.extend_choice import COLUMNS, DENSE, RECORDS
 from kvarn_kernels.read import extend, extend_sm90
 from kvarn_kernels.read.merge import FEW_ROWS
@@ -133,7 +134,8 @@ def main(
     capability: str, shared: str, preset: str, head_dim: str, dtype: str, num_qo_heads: str, num_kv_heads: str
 ) -> None:
     """Compile every distinct kernel of one form for a GPU of that capability and shared memory of a block."""
-    gpu = Gpu(divmod(int(capability), 10), 132, int(shared), int(shared) + 1024, 79 << 30)
+    sizes = {"shared_memory": int(shared), "shared_of_multiprocessor": int(shared) + 1024}
+    gpu = replace(H100, capability=divmod(int(capability), 10), **sizes)
     target = GPUTarget("cuda", int(capability), 32)
     heads = (int(num_qo_heads), int(num_kv_heads))
     launches = caught_launches(preset, int(head_dim), getattr(torch, dtype), heads, gpu)

@@ -30,9 +30,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 ROWS = 4
 # of one engine, with its start; KVARN_ENGINE_SECONDS is for a first start, which builds kernels
 LIMIT_SECONDS = int(os.environ.get("KVARN_ENGINE_SECONDS", 150 if ON_GPU else 900))
-_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
-_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-_DELTA |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+_HEADS, _DELTA = tiny_model.PUBLISHED_HEADS, tiny_model.PUBLISHED_DELTA
 # sizes of published models, in which kernels of SGLang are run and tested
 _SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_next": _DELTA,
@@ -56,8 +54,7 @@ def save(folder: Path, family: str = "llama", dtype: torch.dtype = DTYPE, **chan
     """
     folder.mkdir()
     shape = _HEADS | _SHAPES.get(family, {}) | changes
-    # attention so peaked that a prefix counts, and not so peaked that roundings do
-    peak = 1.36 / shape.get("hidden_size", 256) ** 0.5
+    peak = tiny_model.STEADY_PEAK / shape.get("hidden_size", 256) ** 0.5
     saved = tiny_model.save(folder, family, rounded_to=dtype, peak=peak, **shape)
     if family == "gpt_oss":
         # SGLang gives its projections the dtype of the configuration, whatever the engine's is

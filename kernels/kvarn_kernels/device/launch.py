@@ -89,7 +89,7 @@ class _Config(ctypes.Structure):
 
 
 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and the compute capability from which kernels obey it
-_EARLY_START, EARLY_START_SINCE = _Attribute(id=6, value=1), (9, 0)
+_EARLY_START, EARLY_START_SINCE = ctypes.pointer(_Attribute(id=6, value=1)), (9, 0)
 
 
 class CudaLauncher:
@@ -138,7 +138,7 @@ class CudaLauncher:
                 self._values[n] = x & 0xFFFFFFFF
         block, shared = (self._threads, 1, 1), self._shared_bytes
         if early_start:
-            config = _Config(*grid, *block, shared, stream, ctypes.pointer(_EARLY_START), 1)
+            config = _Config(*grid, *block, shared, stream, _EARLY_START, 1)
             status = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, self._pointers, None)
         else:
             pointers = self._pointers
