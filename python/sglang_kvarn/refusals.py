@@ -49,10 +49,11 @@ _WINDOWS_ON_GPUS_SINCE = "0.5.23"
 # SGLang on; with a head of EAGLE3 none of them starts in 0.5.23
 _DRAFTS_BESIDE_MAMBA2 = (NGRAM, "STANDALONE")
 _DFLASH_BESIDE_MAMBA2 = {"NemotronHForCausalLM": "0.5.23"}
-# drafts beside states that have answered right on a GPU with any version, and with host memory; SGLang resolves NEXTN
-# to EAGLE
+# drafts beside states that have answered right on a GPU with any version; SGLang resolves NEXTN to EAGLE
 _DRAFTS_BESIDE_STATES_ON_GPUS = (NGRAM, "NEXTN", "EAGLE")
-# the version of SGLang from which on all have, and answers of tenants with drafts and host memory were compared there
+# drafts with which answers of tenants were compared on a GPU beside host memory
+_DRAFTS_COMPARED_ON_GPUS = (NGRAM, "STANDALONE")
+# the version of SGLang from which on they were, and all drafts have answered right beside states
 _DRAFTS_ON_GPUS_SINCE = "0.5.23"
 # drafts that are tested beside sliding windows: those of the two last come from heads with full attention
 _DRAFTS_BESIDE_WINDOWS = (NGRAM, "EAGLE", "EAGLE3")
@@ -165,7 +166,13 @@ _HOST_MEMORY = (
         f"drop {_HICACHE}, or use SGLang 0.5.23",
     ),
     _trial_of_host_memory(
-        lambda args: algorithm_of(args) != "" and not compat.is_since(_DRAFTS_ON_GPUS_SINCE),
+        lambda args: algorithm_of(args) not in ("", *_DRAFTS_COMPARED_ON_GPUS),
+        f"drafts other than {' and '.join(_DRAFTS_COMPARED_ON_GPUS)}",
+    ),
+    _trial_of_host_memory(
+        lambda args: (
+            algorithm_of(args) in _DRAFTS_COMPARED_ON_GPUS and not compat.is_since(_DRAFTS_ON_GPUS_SINCE)
+        ),
         f"drafts before SGLang {_DRAFTS_ON_GPUS_SINCE}",
     ),
     _trial_of_host_memory(lambda args: args.disaggregation_mode != "null", "PD disaggregation"),
@@ -755,12 +762,10 @@ def _check_host_states(args: Any, model: str) -> None:
             f"{settings.PAGE_SIZE}, so that there is no prefix cache to take into host memory: use SGLang "
             f"{compat.HOSTS_STATES_SINCE}, or drop {_HICACHE}"
         )
-    untested = args.device != "cpu" and algorithm_of(args) not in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS)
-    if untested and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
+    if args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
         raise Refused(
-            f"{what} and --speculative-algorithm {algorithm_of(args)} on a GPU yet, because beside states in host "
-            f"memory drafts of that kind have not run there: set it to {NGRAM}, drop {_HICACHE}, or set "
-            f"{UNTESTED_HICACHE_ENV}=1 to try it"
+            f"{what} on a GPU yet, because there more answers of tenants differed beside states in host memory than "
+            f"with a 16-bit cache, all but one at near ties: drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
         )
     if args.hicache_storage_backend is not None:
         raise Refused(
@@ -855,11 +860,14 @@ def _have_windows_run_on_gpus(model: str) -> bool:
     return compat.is_since(_WINDOWS_ON_GPUS_SINCE) and model in _WINDOWS_ON_GPUS
 
 
-def trials_on_gpus(model_config: Any, *, ranks: int) -> list[str]:
-    """Return the variables without which a server on a GPU refuses a model, because it has run on a CPU only."""
-    (model, *_) = model_config.hf_config.architectures
-    is_trial = _has_windows(model_config) and (ranks > 1 or not _have_windows_run_on_gpus(model))
-    return [UNTESTED_WINDOWS_ENV] if is_trial else []
+def trials_on_gpus(model_config: Any, *, ranks: int, host_memory: bool) -> list[str]:
+    """Return the variables without which a server on a GPU refuses a model."""
+    (model, *_), found = model_config.hf_config.architectures, []
+    if _has_windows(model_config) and (ranks > 1 or not _have_windows_run_on_gpus(model)):
+        found.append(UNTESTED_WINDOWS_ENV)
+    if host_memory and compat.hybrid_config(model_config) is not None:
+        found.append(UNTESTED_HICACHE_ENV)
+    return found
 
 
 def check_ranks(ranks: int, model_config: Any, *, on_cpu: bool) -> None:

@@ -281,7 +281,7 @@ NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this 
     [
         (QWEN3_8B, ("--tp", "2", "--hicache-size", "9"), None),
         (NEMOTRON_H, (), None),
-        pytest.param(NEMOTRON_H, ("--hicache-size", "9"), None, marks=NO_HOST),
+        pytest.param(NEMOTRON_H, ("--hicache-size", "9"), refusals.UNTESTED_HICACHE_ENV, marks=NO_HOST),
         (GPT_OSS_20B, (), WINDOWS_TRIAL),
         (GPT_OSS_20B, ("--tp", "2"), refusals.UNTESTED_WINDOWS_ENV),
         pytest.param(GPT_OSS_20B, ("--hicache-size", "9"), WINDOWS_TRIAL, marks=NO_HOST),

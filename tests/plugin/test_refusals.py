@@ -273,7 +273,7 @@ def test_check_arguments_refuses_a_draft_model_in_host_memory_of_another_order(s
     assert message.endswith("drop --hicache-mem-layout, or use SGLang 0.5.23")
 
 
-@pytest.mark.parametrize("drafts", [{}, NGRAM, CHAIN])
+@pytest.mark.parametrize("drafts", [{}, NGRAM, CHAIN, CHAIN | {"speculative_algorithm": "STANDALONE"}])
 @pytest.mark.parametrize("storage", [None, "file"])
 @pytest.mark.parametrize("is_new", [True, False])
 def test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared(
@@ -284,7 +284,7 @@ def test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared(
     args = Changed(
         served, device="cuda", enable_hierarchical_cache=True, hicache_storage_backend=storage, **drafts
     )
-    if not drafts or is_new:
+    if not drafts or (is_new and drafts["speculative_algorithm"] in ("NGRAM", "STANDALONE")):
         refusals.check_arguments(args)
     else:
         assert refused(args).endswith("set KVARN_UNTESTED_HICACHE=1 to try it")
@@ -408,10 +408,10 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, five for host
-    # memory (the version, its order with a draft model, storage; drafts and PD on a GPU); three for the
+    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, six for host
+    # memory (the version, its order with a draft model, storage; drafts of either kind and PD on a GPU); three for the
     # version, host memory and DP attention beside transfers; four for pipelines
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 14 + (not compat.has_argument(HOST_MODE))
     cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4
     assert len(refusals.ARGUMENTS) == cases
 

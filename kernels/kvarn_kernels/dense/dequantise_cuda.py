@@ -22,8 +22,7 @@ from kvarn_kernels.record.cuda_constants import format_constants
 SOURCE = Path(__file__).with_name("dequantise.cu")
 # warps of a block, 16 tokens each, and blocks that the registers of a multiprocessor must allow, by head_dim: the most
 # without spills. H200, 255 pages of 8 heads of 128, 163 MB: 51 us; 57 with 8 warps and 3 blocks, which spill. Of 4
-# heads of 256 55 us, 69 with 8 and 2; of 8 heads of 64 29 us, 32 with 8 and 4. torch zeroes as much as the pages take,
-# 134 MB, in 43 us
+# heads of 256 55 us, 69 with 8 and 2; of 8 heads of 64 29 us, 32 with 8 and 4. torch zeroes 141 MB in 45 us
 WARPS = {64: 4, 128: 2, 256: 2}
 MIN_BLOCKS = {64: 8, 128: 10, 256: 5}
 

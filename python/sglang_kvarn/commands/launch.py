@@ -20,7 +20,7 @@ PRESETS = ("kvarn", "kvarn_k3v2_g128", "kvarn_k2v2_g128")
 def _command(options: argparse.Namespace, model_config: Any, preset: str) -> str:
     """Return a line for a shell."""
     host_memory = bool(options.hicache_size)
-    variables = refusals.trials_on_gpus(model_config, ranks=options.tp)
+    variables = refusals.trials_on_gpus(model_config, ranks=options.tp, host_memory=host_memory)
     words = [*(f"{name}=1" for name in variables), "python", "-m", "sglang.launch_server"]
     words += ["--model-path", options.folder, "--kv-cache-dtype", preset]
     if options.tp > 1:
