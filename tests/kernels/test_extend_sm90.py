@@ -37,7 +37,7 @@ from test_decode import TOLERANCE, make_requests
 KVARN = KVarNConfig.from_preset("kvarn")
 # fp16 operands: queries, keys, values and weights, 2^-12 on average each. That of queries and keys counts as often as
 # the largest score says: float64 with operands so rounded is off by up to 1.3e-3 where it is 31, by 6e-4 where it is 11
-BOUND, BOUND_OF_SCORES = 1.5e-3, 2.0**-15
+BOUND, BOUND_OF_SCORES = 1.5e-3, 2.0**-14
 # Of the log sum of exp, in shares of the largest score: the rounding of a query and a key changes their product by at
 # most 2^-10 of itself (seen: 0.028 where the largest score is 49.5). The rounding of weights adds LSE_OF_WEIGHTS.
 LSE_BOUND, LSE_OF_WEIGHTS = 2.0**-10, 2e-3
@@ -54,11 +54,9 @@ FORMS = [
     ("kvarn_k3v2_g128", torch.bfloat16, 128, 1),
     ("kvarn_k2v2_g128", torch.float16, 128, 6),
     ("kvarn_k2v2_g128", torch.bfloat16, 64, 1),
-    ("kvarn", torch.bfloat16, 256, 2),
-    ("kvarn_k4v3_g128", torch.float16, 256, 8),
 ]
 # run as C++ (5 s of g++ each, besides the form of the other tests), and built by ptxas (9 s), at every commit
-ON_CPU, BUILT = [FORMS[n] for n in (3, 9)], FORMS[:1]
+ON_CPU, BUILT = [FORMS[n] for n in (3, 6)], FORMS[:1]
 
 
 def form_name(form: tuple) -> str:
@@ -192,7 +190,7 @@ def check(*args, bound: float = BOUND, **kwargs) -> None:
     assert error < bound + BOUND_OF_SCORES * largest, (error, largest)
 
 
-# page borders, hits, one column and more than a block of 128; group 3 and head_dim 64
+# page borders, hits, one row and more than a block of 128; group 3 and head_dim 64
 SPANS = [
     (3 * PAGE + 5, 50, 0),
     (0, 7, 0),
@@ -206,9 +204,9 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the same
 
 
 def check_form(form: tuple, pages: int, splits: int) -> None:
-    """Check a step of two KV heads whose columns are more than a block."""
+    """Check a step of two KV heads whose rows are more than a block."""
     preset, dtype, head_dim, group = form
-    new = extend_sm90.COLUMNS[head_dim] // group + 3
+    new = extend_sm90.ROWS // group + 3
     check(KVarNConfig.from_preset(preset), dtype, head_dim, (2 * group, 2), [(pages * PAGE + 5, new, 0)], splits)
 
 
@@ -337,17 +335,16 @@ def test_extend_sm90_compiles_into_registers(form, tmp_path):
     code = compiled(nvrtc.source(extend_sm90.SOURCE, defines), extend_sm90.KERNEL, extend_sm90.ARCHITECTURE)
     registers, stack = registers_and_stack(code, tmp_path)
     assert registers * extend_sm90.THREADS <= 65536 and stack <= STACK, (registers, stack)
-    # scores of half a record in three places, sums of half a record in two
-    blocks, steps = head_dim // 64, head_dim // 16
-    assert product_groups(code, tmp_path) == (3 * steps + 2 * 4 * blocks, 5)
+    # scores and sums of a tile, each in two places
+    assert product_groups(code, tmp_path) == (4 * (head_dim // 16), 4)
 
 
 @pytest.mark.parametrize("preset", sorted({preset for preset, *_ in FORMS}))
-@pytest.mark.parametrize("head_dim", list(extend_sm90.COLUMNS))
+@pytest.mark.parametrize("head_dim", extend_sm90.HEAD_DIMS)
 def test_extend_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     defines = extend_sm90.constants(KVarNConfig.from_preset(preset), head_dim, 8, 8, True)
-    tables = extend_sm90.COLUMN_BYTES * defines["BLOCK_COLUMNS"] + 256
-    assert defines["SHARED_BYTES"] + tables + extend_sm90.RESERVED_BYTES <= H100.shared_of_multiprocessor
+    taken = defines["SHARED_BYTES"] + extend_sm90.TABLE_BYTES + extend_sm90.RESERVED_BYTES
+    assert taken <= H100.shared_of_multiprocessor
 
 
 def test_splits_fill_the_gpu_in_whole_waves():

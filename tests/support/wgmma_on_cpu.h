@@ -8,7 +8,10 @@ struct Product {
   float a[2][16];  // rows g and g + 8
   bool is_bf16, add;
   u64 b;
-  std::vector<u8> seen;  // what B was when the product was ordered
+  std::vector<u8> seen;    // what B was when the product was ordered
+  bool shares_a = false;   // A, of fp16 numbers, is in shared memory
+  u64 shared_a = 0;
+  std::vector<u8> seen_a;
 };
 // of a thread
 struct Products {
@@ -19,7 +22,7 @@ struct Products {
   bool registers_fenced = false;
 };
 inline Products products[32 * 32];
-inline u8 writer[sizeof(dynamic_shared)];  // 1 + the thread whose store to a byte is not fenced
+inline unsigned short writer[sizeof(dynamic_shared)];  // 1 + the thread whose store to a byte is not fenced
 
 inline void note_store(u32 address, int bytes) {
   for (int n = 0; n < bytes; n++) writer[address + n] = 1 + threadIdx.x;
@@ -55,10 +58,10 @@ inline u32 element_of(u64 b, int k, int n) {
   return field(0) + k / 8 * field(16) + n / 8 * field(32) + n % 8 * 16 + k % 8 * 2;
 }
 
-inline std::vector<u8> bytes_of(u64 b) {
+inline std::vector<u8> bytes_of(u64 b, int columns = BLOCK_COLUMNS) {
   std::vector<u8> bytes;
   for (int k = 0; k < 16; k++)
-    for (int n = 0; n < BLOCK_COLUMNS; n++) {
+    for (int n = 0; n < columns; n++) {
       const u32 at = element_of(b, k, n);
       if (writer[at] || writer[at + 1]) fail("orders a product of what was not fenced");
       bytes.insert(bytes.end(), {dynamic_shared[at], dynamic_shared[at + 1]});
@@ -76,7 +79,14 @@ void wait_products() {
         std::copy(own.before[x.sums].begin(), own.before[x.sums].end(), x.sums);
         own.before.erase(x.sums);
       }
-      if (threadIdx.x % 32 == 0 && bytes_of(x.b) != x.seen) fail("finds that what a product reads has changed");
+      if (threadIdx.x % 32 == 0 && (bytes_of(x.b) != x.seen || x.shares_a && bytes_of(x.shared_a, 64) != x.seen_a))
+        fail("finds that what a product reads has changed");
+      if (x.shares_a)
+        for (int row = 0; row < 2; row++)
+          for (int k = 0; k < 16; k++) {
+            const u32 at = element_of(x.shared_a, k, threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * row);
+            x.a[row][k] = from_half(load_shared<unsigned short>(at));
+          }
       for (int n = 0; n < BLOCK_COLUMNS / 2; n++) {
         float sum = x.add ? x.sums[n] : 0.0f;
         for (int k = 0; k < 16; k++) {
@@ -91,13 +101,24 @@ void wait_products() {
 }
 
 inline void arrived(Sums&) {}
+inline void compute_first(float, u32) {}
 inline u32 forgotten(u32 address) { return address; }
+
+inline void order(Sums& d, Product&& x) {
+  Products& own = products[threadIdx.x];
+  if (!own.registers_fenced) fail("orders a product whose registers were not fenced");
+  if (threadIdx.x % 32 == 0) {
+    x.seen = bytes_of(x.b);
+    if (x.shares_a) x.seen_a = bytes_of(x.shared_a, 64);
+  }
+  if (!own.before.count(d)) own.before[d] = std::vector<float>(d, d + BLOCK_COLUMNS / 2);
+  std::fill(d, d + BLOCK_COLUMNS / 2, NAN);
+  own.open.push_back(std::move(x));
+}
 
 template <bool IS_BF16>
 void product(Sums& d, const u32 (&a)[4], u64 b, bool add) {
   const auto& all = gather(a);
-  Products& own = products[threadIdx.x];
-  if (!own.registers_fenced) fail("orders a product whose registers were not fenced");
   Product x{d, {}, IS_BF16, add, b, {}};
   const int lane = threadIdx.x % 32;
   for (int row = 0; row < 2; row++)
@@ -105,11 +126,16 @@ void product(Sums& d, const u32 (&a)[4], u64 b, bool add) {
       const u32 half = all[lane / 4 * 4 + k % 8 / 2][row + 2 * (k / 8)] >> 16 * (k % 2) & 0xFFFF;
       x.a[row][k] = IS_BF16 ? __int_as_float(half << 16) : from_half(half);
     }
-  if (lane == 0) x.seen = bytes_of(b);
-  if (!own.before.count(d)) own.before[d] = std::vector<float>(d, d + BLOCK_COLUMNS / 2);
-  std::fill(d, d + BLOCK_COLUMNS / 2, NAN);
-  own.open.push_back(std::move(x));
+  order(d, std::move(x));
 }
+template <bool ADD>
+void product_half(Sums& d, u64 a, u64 b) {
+  order(d, Product{d, {}, false, ADD, b, {}, true, a, {}});
+}
+template <int COUNT>
+void keep_registers() {}
+template <int COUNT>
+void take_registers() {}
 template <bool ADD>
 void product_half(Sums& d, const u32 (&a)[4], u64 b) { product<false>(d, a, b, ADD); }
 inline void product_half(Sums& d, const u32 (&a)[4], u64 b, bool add) { product<false>(d, a, b, add); }

@@ -72,6 +72,9 @@ __device__ __forceinline__ void sts64(u32 a, uint2 v) {
 __device__ __forceinline__ void sts32(u32 a, u32 v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory");
 }
+__device__ __forceinline__ void sts16(u32 a, u32 v) {
+  asm volatile("{ .reg .b16 l, h; mov.b32 {l, h}, %1; st.shared.b16 [%0], l; }" ::"r"(a), "r"(v) : "memory");
+}
 __device__ __forceinline__ u32 lds32(u32 a) {
   u32 v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));

@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of a warpgroup (PTX ISA, wgmma): A [64, 16] from registers, as four fragments of m16n8k16, one for each
-// warp; B [16, BLOCK_COLUMNS] from shared memory; sums [64, BLOCK_COLUMNS] in registers. B is stored in matrices of 8
-// columns x 8 elements of the depth, 128 bytes each, a column after the other: those of all columns for the first 8,
-// then for the next 8. WGMMA_ macros come from wgmma.py; as C++ for a test see tests/support/wgmma_on_cpu.h.
+// warp, or from shared memory; B [16, BLOCK_COLUMNS] from shared memory; sums [64, BLOCK_COLUMNS] in registers. There, B
+// is stored in matrices of 8 columns x 8 elements of the depth, 128 bytes each, a column after the other: those of all
+// columns for the first 8, then for the next 8; likewise A with its rows. WGMMA_ macros come from wgmma.py; as C++ for a
+// test see tests/support/wgmma_on_cpu.h.
 
 // what a lane of warp w has of [64, BLOCK_COLUMNS]: 4 n + 2 h + i is row 16 w + g + 8 h, column 8 n + 2 q + i
 typedef float Sums[BLOCK_COLUMNS / 2];
 constexpr int OPERAND_BYTES = 16 * BLOCK_COLUMNS;  // of B for 8 elements of the depth
 
-// B of a number of steps of depth 16
+// An operand in shared memory, of a number of steps of depth 16; BYTES: for 8 elements of the depth
+template <int BYTES = OPERAND_BYTES>
 struct Operand {
   u32 low;  // of the descriptor
   // next: bytes from the first 8 elements of the depth to the second 8
-  __device__ __forceinline__ explicit Operand(u32 address, int next = OPERAND_BYTES)
-      : low(address >> 4 | next >> 4 << 16) {}
+  __device__ __forceinline__ explicit Operand(u32 address, int next = BYTES) : low(address >> 4 | next >> 4 << 16) {}
   // the descriptor of a step
   __device__ __forceinline__ u64 operator[](int step) const {
-    return (u64)(low + step * (2 * OPERAND_BYTES >> 4)) | (u64)(128 >> 4) << 32;
+    return (u64)(low + step * (2 * BYTES >> 4)) | (u64)(128 >> 4) << 32;
   }
 };
 
@@ -43,6 +44,13 @@ __device__ __forceinline__ void arrived(Sums& d) {
   for (int n = 0; n < BLOCK_COLUMNS / 2; n++) asm volatile("" : "+f"(d[n])::"memory");
 }
 
+// keeps ptxas from moving a wait in front of what this was computed from, a number that is never negative: a wait stays
+// behind a store to shared memory, which does not happen
+__device__ __forceinline__ void compute_first(float x, u32 address) {
+  asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p st.shared.f32 [%1], %0; }" ::"f"(x), "r"(address)
+               : "memory");
+}
+
 // the same address, of which the compiler knows nothing: it would keep a descriptor for each step in registers for ever
 __device__ __forceinline__ u32 forgotten(u32 address) {
   asm volatile("" : "+r"(address));
@@ -64,6 +72,26 @@ __device__ __forceinline__ void product_half(Sums& d, const u32 (&a)[4], u64 b) 
 // product behind the one before where zeros are written to them (C7515)
 __device__ __forceinline__ void product_half(Sums& d, const u32 (&a)[4], u64 b, bool add) {
   WGMMA("f16", "r"((int)add));
+}
+
+// d = a b, with ADD d += a b, of fp16 numbers, both in shared memory
+template <bool ADD>
+__device__ __forceinline__ void product_half(Sums& d, u64 a, u64 b) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " WGMMA_SHARED_ADD ", 0;\n"
+               "wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32.f16.f16 " WGMMA_SUMS ", " WGMMA_SHARED_A ", "
+               WGMMA_SHARED_B ", p, 1, 1, 0, 0; }"
+               : WGMMA_OUTPUTS
+               : "l"(a), "l"(b), "n"((int)ADD));
+}
+
+// let go of registers, or take some, until a thread has so many; all warps of a warpgroup
+template <int COUNT>
+__device__ __forceinline__ void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // the same of the model's dtype

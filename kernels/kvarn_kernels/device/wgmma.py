@@ -8,7 +8,10 @@ CAPABILITY, ARCHITECTURE = (9, 0), "90a"
 
 
 def product_operands(columns: int) -> dict[str, str]:
-    """Return the operands of the instruction for so many columns: its sums, then 4 registers, a descriptor, a flag."""
+    """Return the operands of the instruction for so many columns: its sums, then 4 registers, a descriptor, a flag.
+
+    Those of SHARED have a descriptor in the place of the registers.
+    """
     sums = columns // 2
     return {
         "WGMMA_SHAPE": f'"m64n{columns}k16"',
@@ -16,5 +19,8 @@ def product_operands(columns: int) -> dict[str, str]:
         "WGMMA_A": '"{' + ",".join(f"%{sums + n}" for n in range(4)) + '}"',
         "WGMMA_B": f'"%{sums + 4}"',
         "WGMMA_ADD": f'"%{sums + 5}"',
+        "WGMMA_SHARED_A": f'"%{sums}"',
+        "WGMMA_SHARED_B": f'"%{sums + 1}"',
+        "WGMMA_SHARED_ADD": f'"%{sums + 2}"',
         "WGMMA_OUTPUTS": ", ".join(f'"+f"(d[{n}])' for n in range(sums)),
     }

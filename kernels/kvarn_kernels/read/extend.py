@@ -314,7 +314,11 @@ def extend(
         partial_lse = torch.empty(size, dtype=torch.float32, device=out.device)
     if plan.by_columns:
         assert partial_out is not None and partial_lse is not None, "what Triton attends is a split"
-        extend_sm90.attend_records(rotated.q, partial_out, partial_lse, cache, batch, config, sm_scale)
+        # what ran last on the stream is the encoder, if the chunk fills a page
+        beside = bool(batch.max_full_pages)
+        extend_sm90.attend_records(
+            rotated.q, partial_out, partial_lse, cache, batch, config, sm_scale, early_start=beside
+        )
     _extend_launcher(
         (plan.num_tiles * (1 if plan.by_columns else splits), cache.num_kv_heads, batch.ring_pages.shape[0]),
         q_ptr=rotated.q,

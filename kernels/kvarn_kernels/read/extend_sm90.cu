@@ -1,76 +1,74 @@
 // SPDX-License-Identifier: Apache-2.0
 // Extend attention over the older pages of a few new tokens for sm_90a: the part that all of them read as records.
 //
-// Codes are the operand from registers, and a column is a query head for a new token:
+// A block attends one split of the pages of a request for one KV head and BLOCK_ROWS rows, a row a query head for a new
+// token. Every row sees every token, so nothing is masked. Of 3 warpgroups one writes tiles of D tokens as operands of
+// products into shared memory, fp16 numbers, and two attend them, 64 rows each:
 //
-//     scores^T [64 tokens, columns]   = keys [64 tokens, D] x queries^T [D, columns]
-//     out^T    [64 channels, columns] = values^T [64 channels, 64 tokens] x weights^T [64 tokens, columns]
+//     writing      keys of tile n + 1, values of tile n + 1                                   two buffers of either
+//     attending    scores of tile n + 1 = queries x keys^T; meanwhile sums of tile n += weights x values, whose
+//                  weights came from scores in registers and stay there
 //
-// A block attends one split of the pages of a request for one KV head and BLOCK_COLUMNS columns. Every query of the block
-// sees every token, so nothing is masked. The work of a record is done in two halves of 64 tokens, by two warpgroups that
-// share nothing but buffers of weights:
+// so that a record is unpacked once for BLOCK_ROWS rows while the products of other tiles run. Scales and zeros are
+// applied to what is written, in fp16:
 //
-//     scoring warpgroup    keys of half h + 2 -> products in one of two sets of sums, meanwhile weights of half h + 1
-//     summing warpgroup    values of half h + 1 -> registers, meanwhile products with the weights of half h
-//
-// so that the products of both and what both compute beside them overlap without a barrier between the two. A warpgroup
-// unpacks what it multiplies, once: with the number of columns of a block the cost of unpacking is small, and scales and
-// zeros are applied to the operand itself (columns_sm90.cu, for fewer columns, folds them into the other one):
-//
-//     key[t, d]   = code * k_channel_scale[d] + k_channel_zero[d]                        times k_token_scale[t]: a score
+//     key[t, d]   = (code * k_channel_scale[d] + k_channel_zero[d]) * k_token_scale[t] / 2^r
 //     value[t, d] = (code * v_token_scale[t] + v_token_zero[t]) * v_channel_scale[d] / 2^e
 //
-// in fp16. Keys without the scales of their tokens are at most 2 (`quantiser.quantise_side`; 2^9 for magnitudes beyond
-// 2^14); those scales are factors of the scores, where the maximum is subtracted. 2^e is of the block: it is raised, and
-// the sums divided, when a record's scales exceed it 2^6 times. The exact first token of a page takes the place of its
-// codes, as fp16 numbers: bfloat16 has fewer bits, and its exponent is taken out (keys: that of the scale of token 1).
+// 2^r is of the record, a factor of its scores; without it, keys are at most 2 times the scale of a token
+// (`quantiser.quantise_side`; 2^9 for magnitudes beyond 2^14). 2^e is of the block: it is raised, and the sums divided,
+// when a record's scales exceed it 2^6 times. The exact first token of a page takes the place of its codes, as fp16
+// numbers, of which bfloat16 has fewer bits. Queries are divided by a power of two, too, that of the block.
 //
-// Maxima belong to the block's columns. Weights are computed with the maximum that is kept; when a weight exceeds
-// 2^LIMIT_BITS, the maxima are raised, the weights computed again, and the summing warpgroup, told by the buffer of
-// weights, scales its sums before it goes on.
+// The maximum of a row is kept until a score exceeds it by SLACK: sums are then multiplied in few tiles.
 //
+// It may start while the encoder runs, since it reads nothing that this step writes.
 // Lane 4 g + q. The constants in capitals that are not set here come from extend_sm90.py.
 
+#include "device/early_start.cuh"
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
-#include "read/code_words.cuh"
 #include "record/unpack.cuh"
 
-constexpr int WARPS = 8;                  // 4 score, 4 sum
-constexpr int TILES = BLOCK_COLUMNS / 8;  // of 8 columns
-constexpr int STEPS = D / 16;             // depth-16 steps over the channels
-constexpr int PAIRS = D / 8;              // pairs of channels of a lane
-constexpr int BLOCKS = D / 64;            // blocks of 64 channels
-constexpr int HALF_STEPS = 4;             // depth-16 steps over 64 tokens
-// sets of a lane's values, of which one is multiplied while the next is unpacked; at head_dim 256 registers hold one
-constexpr int VALUE_SETS = BLOCKS > 2 ? 1 : 2;
-// shared memory: buffers of records, queries, buffers of weights, sums of weights of each scoring thread
+constexpr int TOKENS = BLOCK_COLUMNS;     // of a tile; as many as channels, so that both products have one shape
+static_assert(TOKENS == D && G % TOKENS == 0, "");
+constexpr int TILES_OF_RECORD = G / TOKENS;
+constexpr int OCTETS = D / 8;             // of channels, and of the tokens of a tile
+constexpr int STEPS = D / 16;             // of depth 16
+constexpr int SIDE = 2 * TOKENS * D;      // bytes of the keys of a tile, and of its values
+constexpr int BUFFERS = 2;
+// shared memory: buffers of records, queries, keys, values
 constexpr int QUERIES = STAGES * BUFFER;
-constexpr int WEIGHTS = QUERIES + 2 * STEPS * OPERAND_BYTES;
-constexpr int WEIGHT_BYTES = 2 * HALF_STEPS * OPERAND_BYTES;
-constexpr int TOTALS = WEIGHTS + WEIGHT_BUFFERS * WEIGHT_BYTES;
-static_assert(TOTALS + 128 * TILES * 8 == SHARED_BYTES && TILES % 2 == 0 && BLOCK_COLUMNS <= 128, "");
+constexpr int KEYS = QUERIES + 2 * BLOCK_ROWS * D;
+constexpr int VALUES = KEYS + BUFFERS * SIDE;
+static_assert(VALUES + BUFFERS * SIDE == SHARED_BYTES && BLOCK_ROWS == 128, "");
 constexpr float SHIFT = 4.0f;             // weights are 2^SHIFT times as large, so that small ones stay normal fp16 numbers
-constexpr float LIMIT = 4096.0f;          // the largest sum of two weights with which the maxima are kept
-// sums of weights are taken over so many halves in fp16, then in float32: fewer registers, and fewer instructions
-constexpr int TOTAL_HALVES = 8;
-static_assert(TOTAL_HALVES * LIMIT < 65504.f, "");
+constexpr float SLACK = 8.0f;             // weights are at most 2^(SHIFT + SLACK)
 constexpr float NONE = -1e30f;            // the maximum before there is a score
 constexpr int QUERY_BITS = 12;            // the largest query of a block is below 2^QUERY_BITS
-constexpr int SCORING = 1, SUMMING = 2;   // barriers of the two warpgroups
+constexpr int WRITING = 1;                // barrier of the warpgroup
 #define MINUS_INF __int_as_float(0xff800000)
 
+// words of codes
+constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_FIELD_BITS / K_CB, K_ROW_WORDS = D / K_CB;
+constexpr int OCTET_WORDS = 8 / K_CB;     // of 8 channels of a token
+constexpr int V_CB = V_CHANNEL_BLOCKS, V_WIDTH = D / V_CB;
+static_assert(8 % K_CB == 0 && OCTET_WORDS <= 2 && 4 % (V_WIDTH / 16) == 0, "");
+
 struct __align__(16) Shared {
-  float minus_max[BLOCK_COLUMNS];           // of a column: SHIFT - maximum (log2)
-  float alpha[WEIGHT_BUFFERS][BLOCK_COLUMNS];  // factor of what was summed before these weights, where `raised`
-  float of_warp[4][BLOCK_COLUMNS];
-  int raised[WEIGHT_BUFFERS];
+  float score_factor[BUFFERS];              // 2^r of the keys
+  float less[BUFFERS];                      // factor of what was summed before these values
+  float value_factor[BUFFERS];              // 2^e
   int largest;                              // magnitude of the queries
-  float inverse[BLOCK_COLUMNS];             // of the sum of a column's weights, 0 where there are none
-  int row[BLOCK_COLUMNS];                   // of its result, -1 where there is no query
-  u64 full[STAGES];                         // a record has arrived
-  u64 ready[WEIGHT_BUFFERS], taken[WEIGHT_BUFFERS];  // weights are written, are multiplied
+  int row[BLOCK_ROWS];                      // of a row's result, -1 where there is no query
+  u64 arrived[STAGES];                      // a record
+  u64 keys_written[BUFFERS], values_written[BUFFERS], keys_read[BUFFERS], values_read[BUFFERS];
 };
+
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
+
+// floor(log2 x) of a positive number
+__device__ __forceinline__ int exponent_of(float x) { return ((__float_as_int(x) >> 23) & 0xFF) - 127; }
 
 // a pair of the model's dtype times a factor, as fp16 numbers within their range
 __device__ __forceinline__ u32 scaled_pair(u32 x, float factor) {
@@ -91,198 +89,164 @@ __device__ __forceinline__ float largest_of(u32 x) {
 #endif
 }
 
-// floor(log2 x) of a positive number
-__device__ __forceinline__ int exponent_of(float x) { return ((__float_as_int(x) >> 23) & 0xFF) - 127; }
-
-// what the first key of a page is divided by: a power of two near the scale of token 1
-__device__ __forceinline__ float first_key_scale(u32 halves) {
-  return __int_as_float(__float_as_int(lds_half(halves + 2 * (K_TOKEN_SCALE + 1))) & 0x7F800000);
+// the exponent of the largest of so many scales or, where that is larger, 2^9 times less than that of the first token
+template <int SCALES>
+__device__ __forceinline__ int largest_exponent(u32 scales, u32 firsts, int lane) {
+  u32 scale = 0u;
+  float first = 0.f;
+#pragma unroll
+  for (int n = 0; n < SCALES / 64; n++) scale = max_half(scale, lds32(scales + 4 * (lane + 32 * n)));
+#pragma unroll
+  for (int n = 0; n < D / 64; n++) first = fmaxf(first, largest_of(lds32(firsts + 4 * (lane + 32 * n))));
+  const float largest = fmaxf(fmaxf(low_half(scale), high_half(scale)), first * power_of_two(-9));
+  return __reduce_max_sync(0xffffffffu, max(min(exponent_of(largest), 100), -100));
 }
 
-// the keys of half m of a record: rows of a fragment for each step
-__device__ __forceinline__ void unpack_keys(u32 (&a)[STEPS][4], u32 record, int m, int warp, int lane,
-                                            const Exponents& exponents) {
-  const int g = lane / 4, q = lane % 4;
-  const u32 halves = record + SCALES_OFFSET, own = halves + 2 * (D / 4 * q);
-  u32 words[2][K_LANE_WORDS], tops[2][K_LANE_WORDS];
-  load_key_words(words, tops, record, m, warp, g, q);
+// Keys of a tile: matrices of 8 tokens x 8 channels, for a thread always the same channels of every eighth token. Lanes
+// are such that neither the words that they read nor the 16 bytes that they write meet in a bank of shared memory.
+__device__ __forceinline__ void write_keys(u32 keys, u32 record, int part, int exponent, int warp, int lane,
+                                           const Exponents& exponents) {
+  constexpr int WARPS_OF_PART = OCTETS / 4, PARTS = 4 / WARPS_OF_PART;
+  const u32 halves = record + SCALES_OFFSET;
+  const int octet = (lane / 8 + 4 * (lane % 8 / 2 + warp)) % OCTETS;
+  const int first = TOKENS / PARTS * (warp / WARPS_OF_PART) + lane % 8;
+  const uint4 scale = lds128(halves + 2 * (K_CHANNEL_SCALE + 8 * octet));
+  const uint4 zero = lds128(halves + 2 * (K_CHANNEL_ZERO + 8 * octet));
+  const u32 scales[4] = {scale.x, scale.y, scale.z, scale.w}, zeros[4] = {zero.x, zero.y, zero.z, zero.w};
+  const float down = power_of_two(-exponent);
+  const u32 target = keys + octet * OPERAND_BYTES;
+  // rows whose words are loaded together
+  constexpr int BATCH = 8, BATCHES = TOKENS / PARTS / 8 / BATCH > 0 ? TOKENS / PARTS / 8 / BATCH : 1;
+  constexpr int LOADED = TOKENS / PARTS / 8 / BATCHES;
+#pragma unroll 1
+  for (int batch = 0; batch < BATCHES; batch++) {
+    const int row = first + 8 * LOADED * batch;
+    u32 words[LOADED][OCTET_WORDS], tops[LOADED][OCTET_WORDS];
+    float of_token[LOADED];
 #pragma unroll
-  for (int first = 0; first < PAIRS; first += 4) {
-    const uint4 scale = lds128(own + 2 * K_CHANNEL_SCALE + 4 * first);
-    const uint4 zero = lds128(own + 2 * K_CHANNEL_ZERO + 4 * first);
+    for (int n = 0; n < LOADED; n++) {
+      const int token = TOKENS * part + row + 8 * n;
+      const u32 at = record + 4 * (token / K_TB * K_ROW_WORDS + OCTET_WORDS * octet);
+      const u32 top_at = record + 4 * (TOP_INDEX + token / (2 * K_TB) * K_ROW_WORDS + OCTET_WORDS * octet);
+#pragma unroll
+      for (int w = 0; w < OCTET_WORDS; w++) {
+        words[n][w] = lds32(at + 4 * w);
+        tops[n][w] = K_BITS == 3 ? lds32(top_at + 4 * w) : 0u;
+      }
+      of_token[n] = lds_half(halves + 2 * (K_TOKEN_SCALE + token));
+    }
+#pragma unroll
+    for (int n = 0; n < LOADED; n++) {
+      const int token = TOKENS * part + row + 8 * n, shift = K_FIELD_BITS * (K_CB / 2) * (token % K_TB);
+      const u32 token_scale = pack_half(of_token[n] * down, of_token[n] * down);
+      u32 x[4];
+#pragma unroll
+      for (int pair = 0; pair < 4; pair++) {
+        const int w = pair / (K_CB / 2), field = pair % (K_CB / 2);
+        const u32 word = words[n][w] >> shift, top = tops[n][w] >> (shift + token / K_TB % 2);
+        const u32 code = add_half(unpack<K_BITS>(word, top, field, exponents), minus_offset_pair<K_BITS>(field));
+        x[pair] = multiply_half(fma_half(code, scales[pair], zeros[pair]), token_scale);
+      }
+      sts128(target + 16 * (row + 8 * n), make_uint4(x[0], x[1], x[2], x[3]));
+    }
+  }
+  if (part == 0 && first == 0) {
+    const uint4 own = lds128(halves + 2 * (K_FIRST + 8 * octet));
+    sts128(target, make_uint4(scaled_pair(own.x, down), scaled_pair(own.y, down), scaled_pair(own.z, down),
+                              scaled_pair(own.w, down)));
+  }
+}
+
+// Values of a tile: matrices of 8 channels x 8 tokens, for a thread always the channels of one column of words.
+__device__ __forceinline__ void write_values(u32 values, u32 record, int part, int exponent, int warp, int lane,
+                                             const Exponents& exponents) {
+  constexpr int GROUPS = V_WIDTH / 16;
+  const u32 halves = record + SCALES_OFFSET;
+  const int column = 16 * (warp % GROUPS) + 8 * (lane / 16) + lane % 8;
+  const float down = power_of_two(-exponent);
+  u32 channel_scales[V_CB];
+#pragma unroll
+  for (int j = 0; j < V_CB; j++) {
+    const float scale = lds_half(halves + 2 * (V_CHANNEL_SCALE + column + V_WIDTH * j)) * down;
+    channel_scales[j] = pack_half(scale, scale);
+  }
+  auto word = [&](u32 base, int width, int step, int c, int q) {
+    return lds32(base + 4 * (4 * width * step + c / 4 * 16 + 4 * q + c % 4));
+  };
+  // two words of a column have 8 tokens, half a step of 16
+  constexpr int COUNT = OCTETS / 2 * GROUPS / 4;
+  const int half = lane / 8 % 2, first = warp / GROUPS;
+  u32 words[COUNT][2], tops[COUNT][2];
+#pragma unroll
+  for (int n = 0; n < COUNT; n++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int step = TOKENS / 16 * part + first + 4 / GROUPS * n, q = 2 * half + i;
+      words[n][i] = word(record + V_CODES_OFFSET, V_WIDTH, step, column, q);
+      tops[n][i] = 0u;
+      if (V_BITS == 3)
+        tops[n][i] = word(record + V_CODES_OFFSET + 4 * TOP_INDEX, D / 8, step, column % (D / 8), q) >> column / (D / 8);
+    }
+#pragma unroll
+  for (int n = 0; n < COUNT; n++) {
+    const int octet = 2 * (first + 4 / GROUPS * n) + half, token = TOKENS * part + 8 * octet;
+    const uint4 scale = lds128(halves + 2 * (V_TOKEN_SCALE + token)), zero = lds128(halves + 2 * (V_TOKEN_ZERO + token));
     const u32 scales[4] = {scale.x, scale.y, scale.z, scale.w}, zeros[4] = {zero.x, zero.y, zero.z, zero.w};
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int j = 0; j < V_CB; j++) {
+      u32 x[4];
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int pair = first + k, word = pair / K_PAIRS, field = pair % K_PAIRS;
-        const u32 x = unpack<K_BITS>(words[half][word], tops[half][word], field, exponents);
-        a[pair / 2][2 * (pair % 2) + half] =
-            fma_half(add_half(x, minus_offset_pair<K_BITS>(field)), scales[k], zeros[k]);
+      for (int pair = 0; pair < 4; pair++) {
+        const int field = pair % 2 * V_CB + j;
+        const u32 code = add_half(unpack<V_BITS>(words[n][pair / 2], tops[n][pair / 2], field, exponents),
+                                  minus_offset_pair<V_BITS>(field));
+        x[pair] = multiply_half(fma_half(code, scales[pair], zeros[pair]), channel_scales[j]);
       }
-  }
-  // row 0 is token 0
-  if (m == 0 && warp == 0 && g == 0) {
-    const float scale = first_key_scale(halves), factor = __int_as_float(0x7F000000 - __float_as_int(scale));
-#pragma unroll
-    for (int first = 0; first < PAIRS; first += 4) {
-      const uint4 x = lds128(own + 2 * K_FIRST + 4 * first);
-      const u32 xs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int k = 0; k < 4; k++) a[(first + k) / 2][2 * (k % 2)] = scaled_pair(xs[k], factor);
+      sts128(values + octet * OPERAND_BYTES + 16 * (column + V_WIDTH * j), make_uint4(x[0], x[1], x[2], x[3]));
     }
   }
-}
-
-// order the products of half m of the keys with the queries
-__device__ __forceinline__ void order_scores(Sums& s, u32 record, u32 queries, int m, int warp, int lane,
-                                             const Exponents& exponents) {
-  u32 a[STEPS][4];
-  unpack_keys(a, record, m, warp, lane, exponents);
-  const Operand b(forgotten(queries));
-  fence_registers();
+  if (part == 0 && first == 0 && half == 0)
 #pragma unroll
-  for (int k = 0; k < STEPS; k++)
-    if (k == 0) product_half<false>(s, a[k], b[0]);
-    else product_half<true>(s, a[k], b[k]);
-  commit_products();
-}
-
-// write the weights of 64 tokens by the maxima that are kept; sums: of the lane's two rows, pairs of columns. Returns
-// whether one exceeds LIMIT
-__device__ __forceinline__ bool weigh(const Sums& s, const float (&factor)[2], u32 (&sums)[TILES], const Shared& shared,
-                                      u32 weights, int warp, int lane) {
-  const u32 row = weights + (2 * warp + lane / 8 % 2) * OPERAND_BYTES + 128 * (lane / 16) + 16 * (lane % 8);
-  u32 largest = 0u;
-#pragma unroll
-  for (int first = 0; first < TILES; first += 2) {
-    u32 packed[4];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int c = first + i;
-      const float2 shift = *(const float2*)&shared.minus_max[8 * c + 2 * (lane % 4)];
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        packed[2 * i + half] = pack_half(exp2_fast(fmaf(s[4 * c + 2 * half], factor[half], shift.x)),
-                                         exp2_fast(fmaf(s[4 * c + 2 * half + 1], factor[half], shift.y)));
-      sums[c] = add_half(packed[2 * i], packed[2 * i + 1]);
-      largest = max_half(largest, sums[c]);
+    for (int j = 0; j < V_CB; j++) {
+      const int channel = column + V_WIDTH * j;
+      const u32 own = scaled_pair(lds32(halves + 2 * (V_FIRST + channel / 2 * 2)), down);
+      sts16(values + 16 * channel, channel % 2 ? own >> 16 : own);
     }
-    store_transposed(row + 128 * first, packed);
-  }
-  return fmaxf(low_half(largest), high_half(largest)) > LIMIT;
 }
 
-// this thread's sums of weights of tile c
-__device__ __forceinline__ float2 total_of(u32 totals, int c) {
-  const uint2 x = lds64(totals + 1024 * c);
-  return make_float2(__int_as_float(x.x), __int_as_float(x.y));
-}
-__device__ __forceinline__ void set_total(u32 totals, int c, float x, float y) {
-  sts64(totals + 1024 * c, make_uint2(__float_as_int(x), __float_as_int(y)));
-}
-
-// add what was summed in fp16
-__device__ __forceinline__ void add_totals(u32 (&l)[TILES], u32 totals) {
+// The softmax of a thread's two rows, g and g + 8 of its warp.
+struct Rows {
+  float maximum[2] = {NONE, NONE}, total[2] = {0.f, 0.f}, alpha[2];
+  // turn scores, times a factor, into weights; whether what was summed before has to be multiplied by alpha
+  __device__ __forceinline__ bool weigh(Sums& s, float factor) {
+    float top[2] = {MINUS_INF, MINUS_INF};
 #pragma unroll
-  for (int c = 0; c < TILES; c++) {
-    const float2 total = total_of(totals, c);
-    set_total(totals, c, total.x + low_half(l[c]), total.y + high_half(l[c]));
-    l[c] = 0u;
-  }
-}
-
-// raise the maxima to the largest scores
-__device__ __forceinline__ void raise(const Sums& s, const float (&factor)[2], u32 (&l)[TILES], u32 totals, Shared& shared,
-                                      int buffer, int warp, int lane) {
-  const int g = lane / 4, q = lane % 4, column = threadIdx.x;
+    for (int n = 0; n < BLOCK_COLUMNS / 2; n++) top[n / 2 % 2] = fmaxf(top[n / 2 % 2], s[n]);
+    bool exceeds = false;
 #pragma unroll
-  for (int c = 0; c < TILES; c++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float largest = fmaxf(s[4 * c + i] * factor[0], s[4 * c + 2 + i] * factor[1]);
-      for (int lanes = 4; lanes < 32; lanes *= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-      if (g == 0) shared.of_warp[warp][8 * c + 2 * q + i] = largest;
+    for (int h = 0; h < 2; h++) {
+      top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], 1));
+      top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], 2)) * factor;
+      exceeds |= top[h] > maximum[h] + SLACK;
     }
-  sync_group(SCORING);
-  if (column < BLOCK_COLUMNS) {
-    float largest = MINUS_INF;
-    for (int w = 0; w < 4; w++) largest = fmaxf(largest, shared.of_warp[w][column]);
-    const float before = shared.minus_max[column], now = fminf(before, SHIFT - largest);
-    shared.alpha[buffer][column] = exp2_fast(now - before);
-    shared.minus_max[column] = now;
-  }
-  sync_group(SCORING);
+    exceeds = __any_sync(0xffffffffu, exceeds);
 #pragma unroll
-  for (int c = 0; c < TILES; c++) {
-    const float2 alpha = *(const float2*)&shared.alpha[buffer][8 * c + 2 * q];
-    const float2 total = total_of(totals, c);
-    l[c] = multiply_half(l[c], pack_half(alpha.x, alpha.y));
-    set_total(totals, c, total.x * alpha.x, total.y * alpha.y);
-  }
-}
-
-// the values of half m of a record
-__device__ __forceinline__ void unpack_values(u32 (&a)[BLOCKS][HALF_STEPS][4], const u32 (&channels)[BLOCKS][2],
-                                              float down, u32 record, int m, int warp, int lane,
-                                              const Exponents& exponents) {
-  const int g = lane / 4, q = lane % 4;
-  const u32 halves = record + SCALES_OFFSET, own = halves + 2 * (64 * m + 4 * q);
-  u32 words[HALF_STEPS], tops[HALF_STEPS];
-  uint2 scales[HALF_STEPS], zeros[HALF_STEPS];
-#pragma unroll
-  for (int n = 0; n < HALF_STEPS; n++) {
-    scales[n] = lds64(own + 2 * (V_TOKEN_SCALE + 16 * n));
-    zeros[n] = lds64(own + 2 * (V_TOKEN_ZERO + 16 * n));
-  }
-#pragma unroll
-  for (int k = 0; k < BLOCKS; k++) {
-    const ValueBlock block(k, warp);
-    const int part = block.known_part(k);
-    if (part == 0) load_value_words(words, tops, record, HALF_STEPS * m, block, g, q);
-#pragma unroll
-    for (int n = 0; n < HALF_STEPS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int field = i / 2 * V_CB + 2 * part + i % 2;
-        const u32 x = add_half(unpack<V_BITS>(words[n], tops[n], field, exponents), minus_offset_pair<V_BITS>(field));
-        const u32 y = fma_half(x, i < 2 ? scales[n].x : scales[n].y, i < 2 ? zeros[n].x : zeros[n].y);
-        a[k][n][i] = multiply_half(y, channels[k][i % 2]);
-      }
-    // the first of the depth is token 0
-    if (m == 0 && q == 0)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int channel = block.channel(i, g);
-        const u32 pair = scaled_pair(lds32(halves + 2 * (V_FIRST + channel / 2 * 2)), down);
-        a[k][0][i] = (a[k][0][i] & 0xFFFF0000u) | (channel % 2 ? pair >> 16 : pair & 0xFFFFu);
-      }
-  }
-}
-
-// The power of two that values are divided by, the same in all warps.
-struct ValueExponent {
-  int e = -60;
-  // raise it where a record asks for it; returns the factor of what was summed before, 1 where nothing changes
-  __device__ __forceinline__ float raise(u32 halves, int lane) {
-    u32 scale = 0u;
-    float first = 0.f;
-#pragma unroll
-    for (int n = 0; n < D / 64; n++) {
-      scale = max_half(scale, lds32(halves + 2 * V_CHANNEL_SCALE + 4 * (lane + 32 * n)));
-      first = fmaxf(first, largest_of(lds32(halves + 2 * V_FIRST + 4 * (lane + 32 * n))));
+    for (int h = 0; h < 2; h++) {
+      const float now = exceeds ? fmaxf(maximum[h], top[h]) : maximum[h];
+      alpha[h] = exp2_fast(maximum[h] - now);
+      total[h] *= alpha[h];
+      maximum[h] = now;
     }
-    // 2^9 is the most that a value can be in units of its channel's scale
-    const int own = min(exponent_of(fmaxf(fmaxf(low_half(scale), high_half(scale)), first * power_of_two(-9))), 100);
-    if (!__any_sync(0xffffffffu, own >= e + 6)) return 1.f;
-    const int before = e;
-    e = __reduce_max_sync(0xffffffffu, own);
-    return power_of_two(max(before - e, -126));
+#pragma unroll
+    for (int n = 0; n < BLOCK_COLUMNS / 2; n++) {
+      s[n] = exp2_fast(fmaf(s[n], factor, SHIFT - maximum[n / 2 % 2]));
+      total[n / 2 % 2] += s[n];
+    }
+    return exceeds;
   }
 };
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
 kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records, const int* __restrict__ page_table,
              const int* __restrict__ prefix_lens, const int* __restrict__ exact_starts,
              const int* __restrict__ qo_indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
@@ -293,45 +257,53 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   extern __shared__ __align__(128) u8 memory[];
 #endif
   __shared__ Shared shared;
-  // blocks of columns that read the same records are neighbours
+  // blocks of rows that read the same records are neighbours
   const int head = blockIdx.y % HK, split = blockIdx.y / HK, b = blockIdx.z;
-  const int first_token = qo_indptr[b], first_column = blockIdx.x * BLOCK_COLUMNS;
-  const int columns = min((qo_indptr[b + 1] - first_token) * GROUP - first_column, BLOCK_COLUMNS);
-  if (columns <= 0) return;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
+  const int first_token = qo_indptr[b], first_row = blockIdx.x * BLOCK_ROWS;
+  const int rows = min((qo_indptr[b + 1] - first_token) * GROUP - first_row, BLOCK_ROWS);
+  // the kernel ends after the one before, whose results the next one on the stream may need
+  auto leave = [&] {
+    if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_previous();
+  };
+  if (rows <= 0) {
+    leave();
+    return;
+  }
+  const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, q = lane % 4;
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
   // the pages that the first new token, and with it all, reads as records
   const int page = prefix_lens[b] / G, pages = min(max(page - WINDOW, exact_starts[b] / G), page);
   const int begin = pages * split / splits, end = pages * (split + 1) / splits;
-  const int num_records = end - begin;
+  const int num_records = end - begin, num_tiles = num_records * TILES_OF_RECORD;
   const int* page_ids = page_table + (long long)b * stride_page_table + begin;
-  auto order_record = [&](int n, int id) {
-    bulk_copy(memory + n % STAGES * BUFFER, records + ((long long)id * HK + head) * RECORD, RECORD,
-              &shared.full[n % STAGES]);
+  auto order_record = [&](int n) {
+    bulk_copy(memory + n % STAGES * BUFFER, records + ((long long)page_ids[n] * HK + head) * RECORD, RECORD,
+              &shared.arrived[n % STAGES]);
   };
-  // the row of a column among the query heads of so many results of each token
-  auto row_of = [&](int column, int results, int result) {
-    const int c = first_column + column;
+  // a row among the query heads of so many results of each token
+  auto row_of = [&](int row, int results, int result) {
+    const int c = first_row + row;
     return (((long long)(first_token + c / GROUP) * results + result) * HK + head) * GROUP + c % GROUP;
   };
 
   if (thread == 0) {
-    for (int n = 0; n < STAGES; n++) mbarrier_init(&shared.full[n]);
-    for (int n = 0; n < WEIGHT_BUFFERS; n++) {
-      mbarrier_init(&shared.ready[n]);
-      mbarrier_init(&shared.taken[n], 4);
+    for (int n = 0; n < STAGES; n++) mbarrier_init(&shared.arrived[n]);
+    for (int n = 0; n < BUFFERS; n++) {
+      // the warps that write, those that read
+      mbarrier_init(&shared.keys_written[n], 4);
+      mbarrier_init(&shared.values_written[n], 4);
+      mbarrier_init(&shared.keys_read[n], 8);
+      mbarrier_init(&shared.values_read[n], 8);
     }
     fence_init();
     shared.largest = 0;
-    for (int n = 0; n < min(STAGES, num_records); n++) order_record(n, page_ids[n]);
+    for (int n = 0; n < min(STAGES, num_records); n++) order_record(n);
   }
-  if (thread < BLOCK_COLUMNS) {
-    shared.minus_max[thread] = -NONE;
-    shared.row[thread] = thread < columns ? (int)row_of(thread, splits + 1, split) : -1;
-  }
+  if (thread < BLOCK_ROWS) shared.row[thread] = thread < rows ? (int)row_of(thread, splits + 1, split) : -1;
   __syncthreads();
-  // queries are divided by a power of two, the same for the block, so that a score's factor depends on its token only
+  // queries are divided by a power of two, the same for the block
   int largest = 0;
-  for (int n = thread; n < columns * (D / 4); n += 32 * WARPS) {
+  for (int n = thread; n < rows * (D / 4); n += 384) {
     const float4 x = *(const float4*)(rotated_q + row_of(n / (D / 4), 1, 0) * D + n % (D / 4) * 4);
     const float parts[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
@@ -345,178 +317,149 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   if (lane == 0) atomicMax(&shared.largest, largest);
   __syncthreads();
   const int query_exponent = min(max((shared.largest >> 23) - 126, -100), 100) - QUERY_BITS;
-  const u32 base = shared_address(memory), queries = base + QUERIES;
-  for (int n = thread; n < BLOCK_COLUMNS * PAIRS; n += 32 * WARPS) {
-    const int column = n / PAIRS, pair = n % PAIRS;
+  const u32 base = shared_address(memory);
+  for (int n = thread; n < BLOCK_ROWS * OCTETS; n += 384) {
+    const int row = n / OCTETS, octet = n % OCTETS;
     const float down = power_of_two(-query_exponent);
-    u32 x[4] = {0u, 0u, 0u, 0u};
-    if (column < columns) {
-      const float* row = rotated_q + row_of(column, 1, 0) * D + 2 * pair;
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const float2 f = *(const float2*)(row + D / 4 * k);
-        x[k] = pack_half(f.x * down, f.y * down);
-      }
+    uint4 x = make_uint4(0u, 0u, 0u, 0u);
+    if (row < rows) {
+      const float4* from = (const float4*)(rotated_q + row_of(row, 1, 0) * D + 8 * octet);
+      const float4 y = from[0], z = from[1];
+      x = make_uint4(pack_half(y.x * down, y.y * down), pack_half(y.z * down, y.w * down),
+                     pack_half(z.x * down, z.y * down), pack_half(z.z * down, z.w * down));
     }
-    sts128(queries + pair * OPERAND_BYTES + 16 * column, make_uint4(x[0], x[1], x[2], x[3]));
+    sts128(base + QUERIES + octet * (16 * BLOCK_ROWS) + 16 * row, x);
   }
   fence_stores();
   __syncthreads();
   const Exponents exponents(stride_page_table < 0);
-  auto record_at = [&](int n) { return base + n % STAGES * BUFFER; };
-  auto wait_record = [&](int n) { mbarrier_wait(&shared.full[n % STAGES], n / STAGES & 1); };
+  // a buffer is used for the n / BUFFERS-th time
+  auto wait_use = [&](u64* barriers, int n) { mbarrier_wait(&barriers[n % BUFFERS], n / BUFFERS & 1); };
+  auto tell = [&](u64* barriers, int n) {
+    __syncwarp();
+    if (lane == 0) arrive(&barriers[n % BUFFERS]);
+  };
 
-  if (__shfl_sync(0xffffffffu, warp, 0) < 4) {
-    const float sm_scale = power_of_two(query_exponent) * __int_as_float(sm_scale_log2_bits);
-    const u32 totals = base + TOTALS + 8 * thread;
-    u32 l[TILES];
-#pragma unroll
-    for (int c = 0; c < TILES; c++) {
-      l[c] = 0u;
-      set_total(totals, c, 0.f, 0.f);
-    }
-    auto attend = [&](const Sums& s, u32 record, int h) {
-      const u32 halves = record + SCALES_OFFSET;
-      const int m = h % 2, buffer = h % WEIGHT_BUFFERS;
-      const u32 weights = base + WEIGHTS + buffer * WEIGHT_BYTES;
-      float factor[2];
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        factor[half] = lds_half(halves + 2 * (K_TOKEN_SCALE + token_of(m, warp, g, half))) * sm_scale;
-      if (m == 0 && warp == 0 && g == 0) factor[0] = first_key_scale(halves) * sm_scale;
-      if (h >= WEIGHT_BUFFERS) mbarrier_wait(&shared.taken[buffer], (h / WEIGHT_BUFFERS - 1) & 1);
-      u32 sums[TILES];
-      bool exceeds = weigh(s, factor, sums, shared, weights, warp, lane);
+  if (warp < 4) {
+    keep_registers<WRITER_REGISTERS>();
+    int key_exponent = 0, value_exponent = -100;
+    for (int n = 0; n < num_tiles; n++) {
+      const int number = n / TILES_OF_RECORD, part = n % TILES_OF_RECORD, buffer = n % BUFFERS;
+      const u32 record = base + number % STAGES * BUFFER, halves = record + SCALES_OFFSET;
+      float less = 1.f;
+      if (part == 0) {
+        mbarrier_wait(&shared.arrived[number % STAGES], number / STAGES & 1);
+        key_exponent = largest_exponent<G>(halves + 2 * K_TOKEN_SCALE, halves + 2 * K_FIRST, lane);
+        const int own = largest_exponent<D>(halves + 2 * V_CHANNEL_SCALE, halves + 2 * V_FIRST, lane);
+        if (own >= value_exponent + 6) {
+          less = power_of_two(max(value_exponent - own, -126));
+          value_exponent = own;
+        }
+      }
+      if (n >= BUFFERS) wait_use(shared.keys_read, n - BUFFERS);
+      write_keys(base + KEYS + buffer * SIDE, record, part, key_exponent, warp, lane, exponents);
+      if (thread == 0) shared.score_factor[buffer] = power_of_two(key_exponent);
       fence_stores();
-      exceeds = vote(SCORING, exceeds);
-      if (exceeds) {
-        raise(s, factor, l, totals, shared, buffer, warp, lane);
-        weigh(s, factor, sums, shared, weights, warp, lane);
-        fence_stores();
-        sync_group(SCORING);
-      }
+      tell(shared.keys_written, n);
+      if (n >= BUFFERS) wait_use(shared.values_read, n - BUFFERS);
+      write_values(base + VALUES + buffer * SIDE, record, part, value_exponent, warp, lane, exponents);
       if (thread == 0) {
-        shared.raised[buffer] = exceeds;
-        arrive(&shared.ready[buffer]);
+        shared.less[buffer] = less;
+        shared.value_factor[buffer] = power_of_two(value_exponent);
       }
-#pragma unroll
-      for (int c = 0; c < TILES; c++) l[c] = add_half(l[c], sums[c]);
-      if (h % TOTAL_HALVES == TOTAL_HALVES - 1) add_totals(l, totals);
-    };
-    Sums even, odd;
-    if (num_records > 0) wait_record(0);
-    order_scores(even, base, queries, 0, warp, lane, exponents);
-    for (int n = 0; n < num_records; n++) {
-      const u32 record = record_at(n);
-      wait_products<0>();
-      arrived(even);
-      order_scores(odd, record, queries, 1, warp, lane, exponents);
-      attend(even, record, 2 * n);
-      wait_products<0>();
-      arrived(odd);
-      // after the last record whatever is there, for nothing: ptxas lets no products be on their way out of a branch
-      if (n + 1 < num_records) wait_record(n + 1);
-      order_scores(even, record_at(n + 1), queries, 0, warp, lane, exponents);
-      attend(odd, record, 2 * n + 1);
+      fence_stores();
+      tell(shared.values_written, n);
+      if (part == TILES_OF_RECORD - 1) {
+        sync_group(WRITING);
+        if (thread == 0 && number + STAGES < num_records) order_record(number + STAGES);
+      }
     }
+    leave();
+    return;
+  }
+
+  take_registers<READER_REGISTERS>();
+  const int own = warp % 4, half = warp / 4 - 1;
+  const float sm_scale = power_of_two(query_exponent) * __int_as_float(sm_scale_log2_bits);
+  const Operand<16 * BLOCK_ROWS> queries(base + QUERIES + 1024 * half);
+  Sums s, o;
+  u32 p[STEPS][4];
+  Rows mine;
+  auto order_scores = [&](int n) {
+    wait_use(shared.keys_written, n);
+    const Operand<> keys(base + KEYS + n % BUFFERS * SIDE);
+    fence_registers();
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+      if (k == 0) product_half<false>(s, queries[0], keys[0]);
+      else product_half<true>(s, queries[k], keys[k]);
+    commit_products();
+  };
+  auto factor_of = [&](int n) {
+    const float factor = shared.score_factor[n % BUFFERS] * sm_scale;
+    tell(shared.keys_read, n);
+    return factor;
+  };
+  auto to_operand = [&] {
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) p[k][i] = pack_half(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
+  };
+  float value_factor = 0.f;
+  auto order_sums = [&](int n) {
+    wait_use(shared.values_written, n);
+    const float less = shared.less[n % BUFFERS];
+    value_factor = shared.value_factor[n % BUFFERS];
+    if (n > 0 && less != 1.f)
+#pragma unroll
+      for (int i = 0; i < BLOCK_COLUMNS / 2; i++) o[i] *= less;
+    const Operand<> values(base + VALUES + n % BUFFERS * SIDE);
+    fence_registers();
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) product_half(o, p[k], values[k], n + k > 0);
+    commit_products();
+  };
+  if (num_tiles > 0) {
+    order_scores(0);
     wait_products<0>();
-    add_totals(l, totals);
+    arrived(s);
+    mine.weigh(s, factor_of(0));
+    to_operand();
+    for (int n = 1; n < num_tiles; n++) {
+      order_scores(n);
+      order_sums(n - 1);
+      wait_products<1>();
+      arrived(s);
+      const bool raised = mine.weigh(s, factor_of(n));
+      compute_first(mine.total[0] + mine.total[1], base);
+      wait_products<0>();
+      arrived(o);
+      tell(shared.values_read, n - 1);
+      if (raised)
 #pragma unroll
-    for (int c = 0; c < TILES; c++) {
-      float2 total = total_of(totals, c);
-      for (int lanes = 4; lanes < 32; lanes *= 2) {
-        total.x += __shfl_xor_sync(0xffffffffu, total.x, lanes);
-        total.y += __shfl_xor_sync(0xffffffffu, total.y, lanes);
-      }
-      if (g == 0) *(float2*)&shared.of_warp[warp][8 * c + 2 * q] = total;
+        for (int i = 0; i < BLOCK_COLUMNS / 2; i++) o[i] *= mine.alpha[i / 2 % 2];
+      to_operand();
     }
-    sync_group(SCORING);
-    if (thread < BLOCK_COLUMNS) {
-      float total = 0.f;
-      for (int w = 0; w < 4; w++) total += shared.of_warp[w][thread];
-      const bool empty = total == 0.f;
-      shared.inverse[thread] = empty ? 0.f : 1.f / total;
-      const int row = shared.row[thread];
-      if (row >= 0) lse[row] = empty ? MINUS_INF : log2f(total) - shared.minus_max[thread];
-    }
-    __syncthreads();
-  } else {
-    const int own = warp - 4;
-    ValueExponent exponent;
-    Sums o[BLOCKS];
-    u32 a[VALUE_SETS][BLOCKS][HALF_STEPS][4];
-    for (int n = 0; n < num_records; n++) {
-      const u32 record = record_at(n), halves = record + SCALES_OFFSET;
-      wait_record(n);
-      const float less = exponent.raise(halves, lane);
-      if (__any_sync(0xffffffffu, less != 1.f)) {
-        wait_products<0>();
-#pragma unroll
-        for (int k = 0; k < BLOCKS; k++) {
-          arrived(o[k]);
-#pragma unroll
-          for (int i = 0; i < BLOCK_COLUMNS / 2; i++) o[k][i] *= less;
-        }
-      }
-      const float down = power_of_two(-exponent.e);
-      u32 channels[BLOCKS][2];
-#pragma unroll
-      for (int k = 0; k < BLOCKS; k++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const float scale = lds_half(halves + 2 * (V_CHANNEL_SCALE + ValueBlock(k, own).channel(half, g))) * down;
-          channels[k][half] = pack_half(scale, scale);
-        }
-#pragma unroll
-      for (int m = 0; m < 2; m++) {
-        const int h = 2 * n + m, buffer = h % WEIGHT_BUFFERS;
-        if (VALUE_SETS == 1) wait_products<0>();
-        unpack_values(a[m % VALUE_SETS], channels, down, record, m, own, lane, exponents);
-        mbarrier_wait(&shared.ready[buffer], h / WEIGHT_BUFFERS & 1);
-        if (__any_sync(0xffffffffu, shared.raised[buffer])) {
-          wait_products<0>();
-#pragma unroll
-          for (int k = 0; k < BLOCKS; k++) {
-            arrived(o[k]);
-#pragma unroll
-            for (int i = 0; i < BLOCK_COLUMNS / 2; i++) o[k][i] *= shared.alpha[buffer][8 * (i / 4) + 2 * q + i % 2];
-          }
-        }
-        const Operand weights(base + WEIGHTS + buffer * WEIGHT_BYTES);
-        fence_registers();
-#pragma unroll
-        for (int k = 0; k < BLOCKS; k++)
-#pragma unroll
-          for (int step = 0; step < HALF_STEPS; step++) product_half(o[k], a[m % VALUE_SETS][k][step], weights[step], h + step > 0);
-        commit_products();
-        // the products before these are done
-        if (VALUE_SETS > 1) wait_products<1>();
-        if (h > 0 && lane == 0) arrive(&shared.taken[(h - 1) % WEIGHT_BUFFERS]);
-      }
-      // everyone has left the record: its weights were ready
-      sync_group(SUMMING);
-      if (thread == 128 && n + STAGES < num_records) order_record(n + STAGES, page_ids[n + STAGES]);
-    }
+    order_sums(num_tiles - 1);
     wait_products<0>();
-    __syncthreads();
-    const float up = power_of_two(exponent.e);
+    arrived(o);
+  }
 #pragma unroll
-    for (int k = 0; k < BLOCKS; k++) {
-      arrived(o[k]);
-      const ValueBlock block(k, own);
+  for (int h = 0; h < 2; h++) {
+    float total = mine.total[h];
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    const int row = shared.row[64 * half + 16 * own + g + 8 * h];
+    if (row < 0) continue;
+    const bool empty = total == 0.f;
+    const float factor = empty ? 0.f : value_factor / total;
+    if (q == 0) lse[row] = empty ? MINUS_INF : log2f(total) + mine.maximum[h] - SHIFT;
+    float* target = out + (long long)row * D + 2 * q;
 #pragma unroll
-      for (int c = 0; c < TILES; c++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int column = 8 * c + 2 * q + i, row = shared.row[column];
-          const float factor = shared.inverse[column] * up;
-          if (row < 0) continue;
-#pragma unroll
-          for (int half = 0; half < 2; half++)
-            // a split without pages has summed nothing, not even zeros
-            out[(long long)row * D + block.channel(half, g)] =
-                factor == 0.f ? 0.f : o[k][4 * c + 2 * half + i] * factor;
-        }
-    }
+    for (int n = 0; n < D / 8; n++)
+      // a split without pages has summed nothing, not even zeros
+      *(float2*)(target + 8 * n) =
+          empty ? make_float2(0.f, 0.f) : make_float2(o[4 * n + 2 * h] * factor, o[4 * n + 2 * h + 1] * factor);
   }
 }

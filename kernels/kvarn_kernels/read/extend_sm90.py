@@ -2,10 +2,9 @@
 """Attend what all new tokens of a request read as records, by CUDA C++ for capability 9.0 (extend_sm90.cu).
 
 A part of an extend step of few tokens on a long prefix. The pages before the window of the first new token are read as
-records by every token after it, so nothing is masked there, and the products of a warpgroup serve 128 columns, query
-heads for tokens, with codes that are unpacked once. The pages are cut into splits, so that a step fills the GPU. What
-else the tokens read, the window, the chunk and pages that the chunk fills, is one more split: that of `extend.extend`,
-whose merge joins them all.
+records by every token after it, so nothing is masked there, and a record is unpacked once for 128 rows, query heads for
+tokens. The pages are cut into splits, so that a step fills the GPU. What else the tokens read, the window, the chunk and
+pages that the chunk fills, is one more split: that of `extend.extend`, whose merge joins them all.
 """
 
 from __future__ import annotations
@@ -29,20 +28,22 @@ from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
 SOURCE, KERNEL = Path(__file__).with_name("extend_sm90.cu"), "kvarn_extend"
-THREADS = 256
-# columns of a block by head_dim: the most whose scores, twice, or sums a warpgroup holds in registers
-COLUMNS = {64: 128, 128: 128, 256: 64}
-# buffers of a block: of weights for 64 tokens, and of records
-WEIGHT_BUFFERS, STAGES = 4, 4
-# bytes of shared memory of a block that the driver keeps, and of a column in its tables
-RESERVED_BYTES, COLUMN_BYTES = 1024, 4 * (1 + WEIGHT_BUFFERS + 6)
+# a warpgroup writes operands, two attend 64 rows each
+THREADS, ROWS = 384, 128
+HEAD_DIMS = (64, 128)
+# buffers of records of a block; of keys and values there are two
+STAGES, BUFFERS = 3, 2
+# bytes of shared memory of a block that the driver keeps, and of its tables
+RESERVED_BYTES, TABLE_BYTES = 1024, 4 * ROWS + 256
+# registers of a thread that writes, and of one that attends; together what 168 for each thread are
+WRITER_REGISTERS, READER_REGISTERS = 88, 208
 # time of a block besides its pages, in pages, and splits of a request at most; expected, not measured
 BLOCK_OVERHEAD, MAX_SPLITS = 6, 32
 
 
 def serves(head_dim: int, gpu: Gpu) -> bool:
     """Return whether the kernel runs on a GPU."""
-    return gpu.capability == CAPABILITY and head_dim in COLUMNS
+    return gpu.capability == CAPABILITY and head_dim in HEAD_DIMS
 
 
 def record_pages(batch: ExtendBatch, config: KVarNConfig) -> int:
@@ -55,8 +56,8 @@ def record_pages(batch: ExtendBatch, config: KVarNConfig) -> int:
 
 def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
     """Return the splits of every request with which a step takes the least time; a multiprocessor runs one block."""
-    columns, pages = COLUMNS[shape.head_dim], record_pages(batch, config)
-    blocks = shape.num_kv_heads * sum(-(-new * shape.group // columns) for new in batch.new_tokens)
+    pages = record_pages(batch, config)
+    blocks = shape.num_kv_heads * sum(-(-new * shape.group // ROWS) for new in batch.new_tokens)
 
     def time_of(splits: int) -> int:
         waves = -(-blocks * splits // gpu.multiprocessors)
@@ -73,20 +74,21 @@ def partial_bytes(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig
 
 def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool) -> dict[str, Any]:
     """Return the constants of extend_sm90.cu; group: query heads of a KV head."""
-    width = COLUMNS[head_dim]
     # the ring is read by others
     shared = format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages=1)
-    # fp16: queries and buffers of weights for 64 tokens; float32: sums of weights of 32 lanes of 4 warps
-    besides = 2 * width * (head_dim + WEIGHT_BUFFERS * 64) + 4 * 128 * width // 4
     return shared | {
         "GROUP": group,
         "WINDOW": config.window_pages,
-        "BLOCK_COLUMNS": width,
-        "WEIGHT_BUFFERS": WEIGHT_BUFFERS,
+        "BLOCK_ROWS": ROWS,
+        # tokens of a tile, channels of a head
+        "BLOCK_COLUMNS": head_dim,
         "STAGES": STAGES,
         "BUFFER": shared["RECORD"],
-        "SHARED_BYTES": STAGES * shared["RECORD"] + besides,
-        **product_operands(width),
+        # fp16: queries, keys and values
+        "SHARED_BYTES": STAGES * shared["RECORD"] + 2 * head_dim * (ROWS + 2 * BUFFERS * head_dim),
+        "WRITER_REGISTERS": WRITER_REGISTERS,
+        "READER_REGISTERS": READER_REGISTERS,
+        **product_operands(head_dim),
     }
 
 
@@ -106,6 +108,8 @@ def attend_records(
     batch: ExtendBatch,
     config: KVarNConfig,
     sm_scale: float,
+    *,
+    early_start: bool = False,
 ) -> None:
     """Attend the pages that the first new token of each request reads as records; the first call compiles (seconds).
 
@@ -118,15 +122,17 @@ def attend_records(
             results of each token are written: the normalised output of each split, and its log sum of exp, zeros and
             -inf where a split has no page.
         cache: read; batch: the step; sm_scale: factor of the scores.
+        early_start: run beside the encoder of the step, which is what was queued last on the stream.
     """
     _, results, heads, head_dim = partial_out.shape
     kv_heads, device = cache.num_kv_heads, cache.records.device
     group, splits = heads // kv_heads, results - 1
     is_bf16 = cache.dtype == torch.bfloat16
-    column_blocks = -(-max(batch.new_tokens) * group // COLUMNS[head_dim])
+    row_blocks = -(-max(batch.new_tokens) * group // ROWS)
     _compiled(config, head_dim, kv_heads, group, is_bf16, device.index or 0)(
-        (column_blocks, splits * kv_heads, batch.prefix_lens.shape[0]),
+        (row_blocks, splits * kv_heads, batch.prefix_lens.shape[0]),
         current_stream(device),
+        early_start=early_start,
         rotated_q=rotated_q,
         records=cache.records,
         page_table=batch.page_table,
