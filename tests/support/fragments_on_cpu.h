@@ -2,6 +2,8 @@
 // The PTX of device/fragments.cuh as C++, beside cuda_on_cpu.h.
 #pragma once
 
+template <u32 MASK>
+inline u32 and_or(u32 x, u32 y) { return (x & MASK) | y; }
 inline float low_half(u32 x) { return from_half(x & 0xFFFF); }
 inline float high_half(u32 x) { return from_half(x >> 16); }
 inline u32 pack_half(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }

@@ -50,6 +50,13 @@ __device__ __forceinline__ u32 multiply_half(u32 a, u32 b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
   return x;
 }
+// (x & mask) | y in one instruction, y from a register; written with operators, the compiler may join y's own `or` with it
+template <u32 MASK>
+__device__ __forceinline__ u32 and_or(u32 x, u32 y) {
+  u32 z;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(z) : "r"(x), "n"(MASK), "r"(y));
+  return z;
+}
 __device__ __forceinline__ u32 transpose(u32 x) {
   u32 y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));

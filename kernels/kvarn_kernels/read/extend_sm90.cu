@@ -2,10 +2,11 @@
 // Extend attention over the older pages of a few new tokens for sm_90a: the part that all of them read as records.
 //
 // A block attends one split of the pages of a request for one KV head and BLOCK_ROWS rows, a row a query head for a new
-// token. Every row sees every token, so nothing is masked. Of 3 warpgroups one writes tiles of D tokens as operands of
-// products into shared memory, fp16 numbers, and two attend them, 64 rows each:
+// token. Every row sees every token, so nothing is masked. Of 4 warpgroups two write tiles of D tokens as operands of
+// products into shared memory, fp16 numbers, two buffers of either, and two attend them, 64 rows each:
 //
-//     writing      keys of tile n + 1, values of tile n + 1                                   two buffers of either
+//     writing      keys
+//     writing      values
 //     attending    scores of tile n + 1 = queries x keys^T; meanwhile sums of tile n += weights x values, whose
 //                  weights came from scores in registers and stay there
 //
@@ -46,7 +47,6 @@ constexpr float SHIFT = 4.0f;             // weights are 2^SHIFT times as large,
 constexpr float SLACK = 8.0f;             // weights are at most 2^(SHIFT + SLACK)
 constexpr float NONE = -1e30f;            // the maximum before there is a score
 constexpr int QUERY_BITS = 12;            // the largest query of a block is below 2^QUERY_BITS
-constexpr int WRITING = 1;                // barrier of the warpgroup
 #define MINUS_INF __int_as_float(0xff800000)
 
 // words of codes
@@ -61,7 +61,7 @@ struct __align__(16) Shared {
   float value_factor[BUFFERS];              // 2^e
   int largest;                              // magnitude of the queries
   int row[BLOCK_ROWS];                      // of a row's result, -1 where there is no query
-  u64 arrived[STAGES];                      // a record
+  u64 arrived[STAGES], left[STAGES];        // a record, by those who write what it says
   u64 keys_written[BUFFERS], values_written[BUFFERS], keys_read[BUFFERS], values_read[BUFFERS];
 };
 
@@ -246,7 +246,7 @@ struct Rows {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(512, 1)
 kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records, const int* __restrict__ page_table,
              const int* __restrict__ prefix_lens, const int* __restrict__ exact_starts,
              const int* __restrict__ qo_indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
@@ -287,7 +287,10 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   };
 
   if (thread == 0) {
-    for (int n = 0; n < STAGES; n++) mbarrier_init(&shared.arrived[n]);
+    for (int n = 0; n < STAGES; n++) {
+      mbarrier_init(&shared.arrived[n]);
+      mbarrier_init(&shared.left[n], 8);
+    }
     for (int n = 0; n < BUFFERS; n++) {
       // the warps that write, those that read
       mbarrier_init(&shared.keys_written[n], 4);
@@ -303,7 +306,7 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   __syncthreads();
   // queries are divided by a power of two, the same for the block
   int largest = 0;
-  for (int n = thread; n < rows * (D / 4); n += 384) {
+  for (int n = thread; n < rows * (D / 4); n += 512) {
     const float4 x = *(const float4*)(rotated_q + row_of(n / (D / 4), 1, 0) * D + n % (D / 4) * 4);
     const float parts[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
@@ -318,7 +321,7 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   __syncthreads();
   const int query_exponent = min(max((shared.largest >> 23) - 126, -100), 100) - QUERY_BITS;
   const u32 base = shared_address(memory);
-  for (int n = thread; n < BLOCK_ROWS * OCTETS; n += 384) {
+  for (int n = thread; n < BLOCK_ROWS * OCTETS; n += 512) {
     const int row = n / OCTETS, octet = n % OCTETS;
     const float down = power_of_two(-query_exponent);
     uint4 x = make_uint4(0u, 0u, 0u, 0u);
@@ -332,7 +335,7 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   }
   fence_stores();
   __syncthreads();
-  const Exponents exponents(stride_page_table < 0);
+  const Exponents exponents((u32)splits >> 31);
   // a buffer is used for the n / BUFFERS-th time
   auto wait_use = [&](u64* barriers, int n) { mbarrier_wait(&barriers[n % BUFFERS], n / BUFFERS & 1); };
   auto tell = [&](u64* barriers, int n) {
@@ -340,38 +343,45 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
     if (lane == 0) arrive(&barriers[n % BUFFERS]);
   };
 
-  if (warp < 4) {
+  if (warp < 8) {
     keep_registers<WRITER_REGISTERS>();
-    int key_exponent = 0, value_exponent = -100;
+    const bool writes_values = warp >= 4;
+    u64* written = writes_values ? shared.values_written : shared.keys_written;
+    u64* read = writes_values ? shared.values_read : shared.keys_read;
+    const u32 target = base + (writes_values ? VALUES : KEYS);
+    int exponent = -100;
     for (int n = 0; n < num_tiles; n++) {
       const int number = n / TILES_OF_RECORD, part = n % TILES_OF_RECORD, buffer = n % BUFFERS;
       const u32 record = base + number % STAGES * BUFFER, halves = record + SCALES_OFFSET;
       float less = 1.f;
       if (part == 0) {
         mbarrier_wait(&shared.arrived[number % STAGES], number / STAGES & 1);
-        key_exponent = largest_exponent<G>(halves + 2 * K_TOKEN_SCALE, halves + 2 * K_FIRST, lane);
-        const int own = largest_exponent<D>(halves + 2 * V_CHANNEL_SCALE, halves + 2 * V_FIRST, lane);
-        if (own >= value_exponent + 6) {
-          less = power_of_two(max(value_exponent - own, -126));
-          value_exponent = own;
+        if (writes_values) {
+          const int own = largest_exponent<D>(halves + 2 * V_CHANNEL_SCALE, halves + 2 * V_FIRST, lane);
+          if (own >= exponent + 6) {
+            less = power_of_two(max(exponent - own, -126));
+            exponent = own;
+          }
+        } else {
+          exponent = largest_exponent<G>(halves + 2 * K_TOKEN_SCALE, halves + 2 * K_FIRST, lane);
         }
       }
-      if (n >= BUFFERS) wait_use(shared.keys_read, n - BUFFERS);
-      write_keys(base + KEYS + buffer * SIDE, record, part, key_exponent, warp, lane, exponents);
-      if (thread == 0) shared.score_factor[buffer] = power_of_two(key_exponent);
-      fence_stores();
-      tell(shared.keys_written, n);
-      if (n >= BUFFERS) wait_use(shared.values_read, n - BUFFERS);
-      write_values(base + VALUES + buffer * SIDE, record, part, value_exponent, warp, lane, exponents);
-      if (thread == 0) {
-        shared.less[buffer] = less;
-        shared.value_factor[buffer] = power_of_two(value_exponent);
+      if (n >= BUFFERS) wait_use(read, n - BUFFERS);
+      if (writes_values) write_values(target + buffer * SIDE, record, part, exponent, warp % 4, lane, exponents);
+      else write_keys(target + buffer * SIDE, record, part, exponent, warp, lane, exponents);
+      if (warp % 4 == 0 && lane == 0) {
+        if (writes_values) shared.less[buffer] = less;
+        (writes_values ? shared.value_factor : shared.score_factor)[buffer] = power_of_two(exponent);
       }
       fence_stores();
-      tell(shared.values_written, n);
-      if (part == TILES_OF_RECORD - 1) {
-        sync_group(WRITING);
-        if (thread == 0 && number + STAGES < num_records) order_record(number + STAGES);
+      tell(written, n);
+      if (part < TILES_OF_RECORD - 1) continue;
+      if (lane == 0) arrive(&shared.left[number % STAGES]);
+      // the buffer of the record before this one, which both have left or are about to leave
+      const int next = number - 1 + STAGES;
+      if (thread == 0 && number > 0 && next < num_records) {
+        mbarrier_wait(&shared.left[next % STAGES], (number - 1) / STAGES & 1);
+        order_record(next);
       }
     }
     leave();
@@ -379,14 +389,13 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   }
 
   take_registers<READER_REGISTERS>();
-  const int own = warp % 4, half = warp / 4 - 1;
+  const int own = warp % 4, half = warp / 4 - 2;
   const float sm_scale = power_of_two(query_exponent) * __int_as_float(sm_scale_log2_bits);
   const Operand<16 * BLOCK_ROWS> queries(base + QUERIES + 1024 * half);
   Sums s, o;
   u32 p[STEPS][4];
   Rows mine;
   auto order_scores = [&](int n) {
-    wait_use(shared.keys_written, n);
     const Operand<> keys(base + KEYS + n % BUFFERS * SIDE);
     fence_registers();
 #pragma unroll
@@ -406,14 +415,21 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
 #pragma unroll
       for (int i = 0; i < 4; i++) p[k][i] = pack_half(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
   };
-  float value_factor = 0.f;
-  auto order_sums = [&](int n) {
+  float value_factor = 0.f, less = 1.f;
+  bool raised = false;
+  // the weights of tile n, which wait for its values
+  auto weigh = [&](int n) {
+    raised = mine.weigh(s, factor_of(n));
     wait_use(shared.values_written, n);
-    const float less = shared.less[n % BUFFERS];
+    less = shared.less[n % BUFFERS];
     value_factor = shared.value_factor[n % BUFFERS];
-    if (n > 0 && less != 1.f)
+  };
+  auto order_sums = [&](int n) {
+    if (n > 0 && (raised || less != 1.f)) {
+      const float factor[2] = {mine.alpha[0] * less, mine.alpha[1] * less};
 #pragma unroll
-      for (int i = 0; i < BLOCK_COLUMNS / 2; i++) o[i] *= less;
+      for (int i = 0; i < BLOCK_COLUMNS / 2; i++) o[i] *= factor[i / 2 % 2];
+    }
     const Operand<> values(base + VALUES + n % BUFFERS * SIDE);
     fence_registers();
 #pragma unroll
@@ -421,24 +437,23 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
     commit_products();
   };
   if (num_tiles > 0) {
+    wait_use(shared.keys_written, 0);
     order_scores(0);
     wait_products<0>();
     arrived(s);
-    mine.weigh(s, factor_of(0));
+    weigh(0);
     to_operand();
     for (int n = 1; n < num_tiles; n++) {
+      wait_use(shared.keys_written, n);
       order_scores(n);
       order_sums(n - 1);
       wait_products<1>();
       arrived(s);
-      const bool raised = mine.weigh(s, factor_of(n));
+      weigh(n);
       compute_first(mine.total[0] + mine.total[1], base);
       wait_products<0>();
       arrived(o);
       tell(shared.values_read, n - 1);
-      if (raised)
-#pragma unroll
-        for (int i = 0; i < BLOCK_COLUMNS / 2; i++) o[i] *= mine.alpha[i / 2 % 2];
       to_operand();
     }
     order_sums(num_tiles - 1);

@@ -28,15 +28,15 @@ from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
 SOURCE, KERNEL = Path(__file__).with_name("extend_sm90.cu"), "kvarn_extend"
-# a warpgroup writes operands, two attend 64 rows each
-THREADS, ROWS = 384, 128
+# two warpgroups write operands, two attend 64 rows each
+THREADS, ROWS = 512, 128
 HEAD_DIMS = (64, 128)
 # buffers of records of a block; of keys and values there are two
 STAGES, BUFFERS = 3, 2
 # bytes of shared memory of a block that the driver keeps, and of its tables
 RESERVED_BYTES, TABLE_BYTES = 1024, 4 * ROWS + 256
-# registers of a thread that writes, and of one that attends; together what 168 for each thread are
-WRITER_REGISTERS, READER_REGISTERS = 88, 208
+# registers of a thread that writes, and of one that attends; together what 128 for each thread are
+WRITER_REGISTERS, READER_REGISTERS = 64, 192
 # time of a block besides its pages, in pages, and splits of a request at most; expected, not measured
 BLOCK_OVERHEAD, MAX_SPLITS = 6, 32
 

@@ -14,13 +14,13 @@ template <int BITS>
 __device__ __forceinline__ u32 unpack(u32 w, int n, const Exponents& e) {
   if (BITS == 4) {
     u32 x = n % 4 < 2 ? w << 2 : w >> 6;
-    return n % 2 == 0 ? (x & 0x003C003Cu) | e.x256 : (x & 0x03C003C0u) | e.x16;
+    return n % 2 == 0 ? and_or<0x003C003Cu>(x, e.x256) : and_or<0x03C003C0u>(x, e.x16);
   }
   u32 x = n < 3 ? w << 4 : n == 3 ? w : n < 7 ? w >> 4 : w >> 8;
   int position = n % 4;
-  if (position == 0) return (x & 0x00300030u) | e.x64;
-  if (position == 2) return (x & 0x03000300u) | e.x4;
-  return (x & 0x00C000C0u) | e.x16;
+  if (position == 0) return and_or<0x00300030u>(x, e.x64);
+  if (position == 2) return and_or<0x03000300u>(x, e.x4);
+  return and_or<0x00C000C0u>(x, e.x16);
 }
 template <int BITS>
 __device__ constexpr float offset(int n) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ u32 unpack(u32 w, u32 top, int n, const Exponents& e)
   if (BITS != 3) return unpack<BITS>(w, n, e);
   u32 x = n < 2 ? w << 4 : n < 4 ? w : n < 6 ? w >> 4 : w >> 8;
   u32 y = n < 2 ? top << 6 : n < 4 ? top << 2 : n < 6 ? top >> 2 : top >> 6;
-  return n % 2 == 0 ? ((x & 0x00300030u) | e.x64) | (y & 0x00400040u) : ((x & 0x00C000C0u) | e.x16) | (y & 0x01000100u);
+  return n % 2 == 0 ? and_or<0x00300030u>(x, e.x64) | (y & 0x00400040u) : and_or<0x00C000C0u>(x, e.x16) | (y & 0x01000100u);
 }
 
 // As fp16 numbers without a power of two in front: subnormal, code x 2^(bit - 24).
