@@ -393,9 +393,20 @@ class Attention:
         if len(new.k) <= REUSED_TOKENS:
             step.rotated[with_q] = rotated
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
-        self._encode.encode_from_chunk(rotated, cache, batch, config)
+        partial = None
+        if isinstance(plan, extend.ExtendPlan) and plan.by_columns:
+            partial = extend.attend_first(rotated, cache, batch, plan, config, sm_scale)
+        self._encode_chunk(rotated, cache, batch, config, beside_columns=partial is not None)
         if isinstance(plan, extend_dense.DensePlan):
             extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
         else:
-            extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
+            extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks, partial)
         self._store.store_chunk(rotated, cache, batch, config)
+
+    def _encode_chunk(
+        self, rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig, *, beside_columns: bool
+    ) -> None:
+        if beside_columns and self._encode is encode_cuda:
+            encode_cuda.encode_from_chunk(rotated, cache, batch, config, early_start=True)
+        else:
+            self._encode.encode_from_chunk(rotated, cache, batch, config)

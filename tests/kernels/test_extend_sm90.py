@@ -351,7 +351,9 @@ def test_splits_fill_the_gpu_in_whole_waves():
     shape = AttentionShape(32, 8, 128, torch.bfloat16)
 
     def of(new: list[int], cached: int) -> int:
-        batch = SimpleNamespace(new_tokens=new, prefix_lens_host=[cached] * len(new))
+        lens = [cached] * len(new)
+        ends = [cached + n for n in new]
+        batch = SimpleNamespace(new_tokens=new, prefix_lens_host=lens, seq_lens_host=ends)
         return extend_sm90.num_splits(batch, shape, KVARN, H100)
 
     # 132 multiprocessors; 8, 16, 32, 64 and 512 blocks of pages in one piece
@@ -359,3 +361,5 @@ def test_splits_fill_the_gpu_in_whole_waves():
     assert of([100] * 16, 20_480) == 1
     # at most a page each
     assert of([1], 128) == of([1], 256) == 1 and of([1], 3 * 128) == 2
+    # 96 blocks, beside which the 16 of the encoder fit, where 128 would end before it; without it 128
+    assert of([128], 8_064) == 3 and of([127], 8_064) == 4

@@ -284,6 +284,39 @@ def plan_extend(
     return ExtendPlan(blocks, max(tiles), splits, indptr, sliding_window, by_columns)
 
 
+@dataclass(frozen=True)
+class Partial:
+    """Hold the results of the splits of a step in one layer.
+
+    Attributes:
+        out: float32 [T, splits, Hq, D]; lse: float32 [T, splits, Hq], base 2.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def attend_first(
+    rotated: QKV, cache: LayerCache, batch: ExtendBatch, plan: ExtendPlan, config: KVarNConfig, sm_scale: float
+) -> Partial | None:
+    """Attend what a step can before the pages that it fills are encoded: all splits but the last one, by columns.
+
+    Returns:
+        results, of which those splits are written; None for a plan without splits.
+    """
+    if plan.splits == 1:
+        return None
+    size = (batch.num_tokens, plan.splits, rotated.q.shape[1])
+    device = rotated.q.device
+    partial = Partial(
+        torch.empty(*size, cache.head_dim, dtype=torch.float32, device=device),
+        torch.empty(size, dtype=torch.float32, device=device),
+    )
+    if plan.by_columns:
+        extend_sm90.attend_records(rotated.q, partial.out, partial.lse, cache, batch, config, sm_scale)
+    return partial
+
+
 def extend(
     rotated: QKV,
     out: torch.Tensor,
@@ -293,6 +326,7 @@ def extend(
     config: KVarNConfig,
     sm_scale: float,
     sinks: torch.Tensor | None = None,
+    partial: Partial | None = None,
 ) -> None:
     """Attend the new tokens of each request by the position rule.
 
@@ -304,21 +338,12 @@ def extend(
         out: [T, Hq, D] model dtype, contiguous, written, not rotated.
         cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
         sinks: attention sinks, [Hq] any float dtype, None without.
+        partial: what `attend_first` returned, if it was called.
     """
     blocks, splits, heads = plan.blocks, plan.splits, rotated.q.shape[1]
     group = heads // cache.num_kv_heads
-    partial_out = partial_lse = None
-    if splits > 1:
-        size = (batch.num_tokens, splits, heads)
-        partial_out = torch.empty(*size, cache.head_dim, dtype=torch.float32, device=out.device)
-        partial_lse = torch.empty(size, dtype=torch.float32, device=out.device)
-    if plan.by_columns:
-        assert partial_out is not None and partial_lse is not None, "what Triton attends is a split"
-        # what ran last on the stream is the encoder, if the chunk fills a page
-        beside = bool(batch.max_full_pages)
-        extend_sm90.attend_records(
-            rotated.q, partial_out, partial_lse, cache, batch, config, sm_scale, early_start=beside
-        )
+    if partial is None:
+        partial = attend_first(rotated, cache, batch, plan, config, sm_scale)
     _extend_launcher(
         (plan.num_tiles * (1 if plan.by_columns else splits), cache.num_kv_heads, batch.ring_pages.shape[0]),
         q_ptr=rotated.q,
@@ -335,8 +360,8 @@ def extend(
         qo_indptr_ptr=batch.qo_indptr,
         exact_starts_ptr=batch.exact_starts,
         out_ptr=out,
-        partial_out_ptr=partial_out,
-        partial_lse_ptr=partial_lse,
+        partial_out_ptr=None if partial is None else partial.out,
+        partial_lse_ptr=None if partial is None else partial.lse,
         sinks_ptr=sinks,
         stride_page_table=batch.page_table.stride(0),
         sm_scale_log2=sm_scale * LOG2_E,
@@ -361,6 +386,6 @@ def extend(
         STAGES=blocks.stages,
         num_warps=blocks.warps,
     )
-    if partial_out is not None and partial_lse is not None and plan.split_indptr is not None:
-        results, lse = partial_out.flatten(0, 1), partial_lse.flatten(0, 1)
+    if partial is not None and plan.split_indptr is not None:
+        results, lse = partial.out.flatten(0, 1), partial.lse.flatten(0, 1)
         merge_splits(out[: batch.num_tokens], results, lse, plan.split_indptr, config, sinks)

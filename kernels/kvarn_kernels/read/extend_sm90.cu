@@ -23,7 +23,7 @@
 //
 // The maximum of a row is kept until a score exceeds it by SLACK: sums are then multiplied in few tiles.
 //
-// It may start while the encoder runs, since it reads nothing that this step writes.
+// The encoder may start beside it: nothing is read here that this step writes.
 // Lane 4 g + q. The constants in capitals that are not set here come from extend_sm90.py.
 
 #include "device/early_start.cuh"
@@ -45,6 +45,7 @@ constexpr int VALUES = KEYS + BUFFERS * SIDE;
 static_assert(VALUES + BUFFERS * SIDE == SHARED_BYTES && BLOCK_ROWS == 128, "");
 constexpr float SHIFT = 4.0f;             // weights are 2^SHIFT times as large, so that small ones stay normal fp16 numbers
 constexpr float SLACK = 8.0f;             // weights are at most 2^(SHIFT + SLACK)
+constexpr int CHAINS = 4;
 constexpr float NONE = -1e30f;            // the maximum before there is a score
 constexpr int QUERY_BITS = 12;            // the largest query of a block is below 2^QUERY_BITS
 #define MINUS_INF __int_as_float(0xff800000)
@@ -219,9 +220,18 @@ struct Rows {
   float maximum[2] = {NONE, NONE}, total[2] = {0.f, 0.f}, alpha[2];
   // turn scores, times a factor, into weights; whether what was summed before has to be multiplied by alpha
   __device__ __forceinline__ bool weigh(Sums& s, float factor) {
-    float top[2] = {MINUS_INF, MINUS_INF};
+    // of each row several maxima, and sums below, that do not wait for each other
+    float tops[CHAINS][2];
 #pragma unroll
-    for (int n = 0; n < BLOCK_COLUMNS / 2; n++) top[n / 2 % 2] = fmaxf(top[n / 2 % 2], s[n]);
+    for (int n = 0; n < BLOCK_COLUMNS / 2; n++) {
+      float& top = tops[n / 4 % CHAINS][n / 2 % 2];
+      top = n < 4 * CHAINS && n % 2 == 0 ? s[n] : fmaxf(top, s[n]);
+    }
+    float top[2] = {tops[0][0], tops[0][1]};
+#pragma unroll
+    for (int n = 1; n < CHAINS; n++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) top[h] = fmaxf(top[h], tops[n][h]);
     bool exceeds = false;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -237,11 +247,18 @@ struct Rows {
       total[h] *= alpha[h];
       maximum[h] = now;
     }
+    const float shift[2] = {SHIFT - maximum[0], SHIFT - maximum[1]};
+    float sums[CHAINS][2];
 #pragma unroll
     for (int n = 0; n < BLOCK_COLUMNS / 2; n++) {
-      s[n] = exp2_fast(fmaf(s[n], factor, SHIFT - maximum[n / 2 % 2]));
-      total[n / 2 % 2] += s[n];
+      s[n] = exp2_fast(fmaf(s[n], factor, shift[n / 2 % 2]));
+      float& sum = sums[n / 4 % CHAINS][n / 2 % 2];
+      sum = n < 4 * CHAINS && n % 2 == 0 ? s[n] : sum + s[n];
     }
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int n = 0; n < CHAINS; n++) total[h] += sums[n][h];
     return exceeds;
   }
 };
@@ -261,14 +278,8 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   const int head = blockIdx.y % HK, split = blockIdx.y / HK, b = blockIdx.z;
   const int first_token = qo_indptr[b], first_row = blockIdx.x * BLOCK_ROWS;
   const int rows = min((qo_indptr[b + 1] - first_token) * GROUP - first_row, BLOCK_ROWS);
-  // the kernel ends after the one before, whose results the next one on the stream may need
-  auto leave = [&] {
-    if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_previous();
-  };
-  if (rows <= 0) {
-    leave();
-    return;
-  }
+  let_next_start();
+  if (rows <= 0) return;
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, q = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
   // the pages that the first new token, and with it all, reads as records
@@ -384,7 +395,6 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
         order_record(next);
       }
     }
-    leave();
     return;
   }
 

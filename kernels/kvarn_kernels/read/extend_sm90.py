@@ -37,8 +37,9 @@ STAGES, BUFFERS = 3, 2
 RESERVED_BYTES, TABLE_BYTES = 1024, 4 * ROWS + 256
 # registers of a thread that writes, and of one that attends; together what 128 for each thread are
 WRITER_REGISTERS, READER_REGISTERS = 64, 192
-# time of a block besides its pages, in pages, and splits of a request at most; expected, not measured
-BLOCK_OVERHEAD, MAX_SPLITS = 6, 32
+# In pages that a block attends, 2.2 us each: the time of a block besides, and that of a block of the encoder (H200);
+# splits of a request at most
+BLOCK_OVERHEAD, ENCODER_PAGES, MAX_SPLITS = 3, 16, 32
 
 
 def serves(head_dim: int, gpu: Gpu) -> bool:
@@ -55,13 +56,24 @@ def record_pages(batch: ExtendBatch, config: KVarNConfig) -> int:
 
 
 def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
-    """Return the splits of every request with which a step takes the least time; a multiprocessor runs one block."""
-    pages = record_pages(batch, config)
-    blocks = shape.num_kv_heads * sum(-(-new * shape.group // ROWS) for new in batch.new_tokens)
+    """Return the splits of every request with which this kernel and the encoder beside it take the least time.
+
+    A multiprocessor runs one block of either.
+    """
+    pages, processors = record_pages(batch, config), gpu.multiprocessors
+    row_blocks = shape.num_kv_heads * sum(-(-new * shape.group // ROWS) for new in batch.new_tokens)
+    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
+    encoder_blocks = 2 * shape.num_kv_heads * sum(seq // TILE_SIZE - prefix // TILE_SIZE for prefix, seq in lens)
 
     def time_of(splits: int) -> int:
-        waves = -(-blocks * splits // gpu.multiprocessors)
-        return waves * (-(-pages // splits) + BLOCK_OVERHEAD)
+        each, waves = -(-pages // splits) + BLOCK_OVERHEAD, -(-row_blocks * splits // processors)
+        # multiprocessors that the last wave leaves to the encoder, and what they finish meanwhile
+        free = waves * processors - row_blocks * splits
+        left = encoder_blocks - free * (each // ENCODER_PAGES)
+        if left <= free:
+            rounds = -(-encoder_blocks // free) if free else 0
+            return max(waves * each, (waves - 1) * each + rounds * ENCODER_PAGES)
+        return waves * each + -(-left // processors) * ENCODER_PAGES
 
     return min(range(1, min(MAX_SPLITS, max(pages, 1)) + 1), key=time_of)
 
@@ -108,8 +120,6 @@ def attend_records(
     batch: ExtendBatch,
     config: KVarNConfig,
     sm_scale: float,
-    *,
-    early_start: bool = False,
 ) -> None:
     """Attend the pages that the first new token of each request reads as records; the first call compiles (seconds).
 
@@ -122,7 +132,6 @@ def attend_records(
             results of each token are written: the normalised output of each split, and its log sum of exp, zeros and
             -inf where a split has no page.
         cache: read; batch: the step; sm_scale: factor of the scores.
-        early_start: run beside the encoder of the step, which is what was queued last on the stream.
     """
     _, results, heads, head_dim = partial_out.shape
     kv_heads, device = cache.num_kv_heads, cache.records.device
@@ -132,7 +141,6 @@ def attend_records(
     _compiled(config, head_dim, kv_heads, group, is_bf16, device.index or 0)(
         (row_blocks, splits * kv_heads, batch.prefix_lens.shape[0]),
         current_stream(device),
-        early_start=early_start,
         rotated_q=rotated_q,
         records=cache.records,
         page_table=batch.page_table,

@@ -492,7 +492,8 @@ kvarn_encode_ring(u8* records, const int* __restrict__ ring_pages, const int* __
 #endif
 
 #if ENCODE_CHUNK
-// grid (2 HK, pages, B): every page that the new tokens of a request complete
+// grid (2 HK, pages, B): every page that the new tokens of a request complete. It may start beside kvarn_extend, which
+// reads none of these pages and writes nothing that is read here, and ends after it
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 kvarn_encode_chunk(u8* records, const int* __restrict__ ring_pages, const u16* __restrict__ chunk_k,
                    const u16* __restrict__ chunk_v, const int* __restrict__ prefix_lens,
@@ -500,9 +501,11 @@ kvarn_encode_chunk(u8* records, const int* __restrict__ ring_pages, const u16* _
                    const int* __restrict__ page_table, int stride_page_table) {
   let_next_start();
   const int b = blockIdx.z, prefix_len = prefix_lens[b], page = prefix_len / G + blockIdx.y;
-  if ((page + 1) * G > seq_lens[b]) return;
-  const long long chunk = (long long)qo_indptr[b] * (HK * D);
-  const Source source = {records, ring_pages + b * RING_PAGES, chunk_k + chunk, page * G, prefix_len};
-  encode_side(blockIdx.x, records, page_table[(long long)b * stride_page_table + page], source, chunk_v + chunk);
+  if ((page + 1) * G <= seq_lens[b]) {
+    const long long chunk = (long long)qo_indptr[b] * (HK * D);
+    const Source source = {records, ring_pages + b * RING_PAGES, chunk_k + chunk, page * G, prefix_len};
+    encode_side(blockIdx.x, records, page_table[(long long)b * stride_page_table + page], source, chunk_v + chunk);
+  }
+  if (blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) wait_for_previous();
 }
 #endif

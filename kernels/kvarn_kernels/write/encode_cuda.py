@@ -81,13 +81,20 @@ def encode_from_ring(cache: LayerCache, batch: DecodeBatch, config: KVarNConfig)
     )
 
 
-def encode_from_chunk(rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig) -> None:
-    """Run the contract of `encode.encode_from_chunk`."""
+def encode_from_chunk(
+    rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig, *, early_start: bool = False
+) -> None:
+    """Run the contract of `encode.encode_from_chunk`.
+
+    Args:
+        early_start: run beside `extend_sm90.attend_records`, which is what was queued last on the stream.
+    """
     if batch.max_full_pages == 0:
         return
     _kernel("kvarn_encode_chunk", cache, config, batch.ring_pages.shape[1])(
         (2 * cache.num_kv_heads, batch.max_full_pages, batch.ring_pages.shape[0]),
         current_stream(cache.records.device),
+        early_start=early_start,
         records=cache.records,
         ring_pages=batch.ring_pages,
         chunk_k=rotated.k,
