@@ -29,9 +29,9 @@ from benchmarks.kernels.attention_problem import DEVICE, Candidate, heads, shape
 from benchmarks.kernels.prefill_problem import Problem, Shape
 
 SHAPES = ["2048x0", "8192x0", "256x8192", "512x8192", "1024x8192", "2048x8192", "2048x32768", "2048x98304"]
-# extend_sm90.cu and Triton
-COLUMNS = "columns"
-KERNELS = [*extend_dense.LIBRARIES, "triton", COLUMNS]
+# extend_sm90.cu
+SHORT = "short"
+KERNELS = [*extend_dense.LIBRARIES, "triton", SHORT]
 # of FlashInfer; SGLang's FA3 has no backends
 SGLANG_FA3, BACKENDS = "sglang_fa3", ["auto", "fa2", "fa3"]
 
@@ -50,8 +50,8 @@ def providers(args: argparse.Namespace) -> dict[str, Callable[[Problem], list[Ca
         for name in args.kernels:
             dense = name if name in extend_dense.LIBRARIES else ""
             if name == "triton" or not KVarNConfig.from_preset(preset).fixed_order:
-                chosen[f"{preset}_{name}"] = lambda problem, p=preset, d=dense, c=name == COLUMNS: (
-                    prefill_providers.kvarn(problem, p, d, by_columns=c)
+                chosen[f"{preset}_{name}"] = lambda problem, p=preset, d=dense, s=name == SHORT: (
+                    prefill_providers.kvarn(problem, p, d, short=s)
                 )
     return chosen
 

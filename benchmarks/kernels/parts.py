@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from kvarn_kernels.dense import extend_dense
-from kvarn_kernels.read import columns_sm90, decode, decode_sm90, extend, extend_sm90, merge
+from kvarn_kernels.read import columns_sm90, decode, decode_sm90, extend_sm90, merge
 from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 Places = dict[str, list[tuple[Any, str]]]
@@ -20,16 +20,13 @@ DECODE: Places = {
     "attend": [(decode, "decode"), (decode_sm90, "decode"), (columns_sm90, "decode")],
     "merge": [(merge, "merge_splits")],
 }
-# of an extend step; "attention" is that of FlashInfer or FlashAttention 3, "columns" that of extend_sm90.cu, "rest"
-# what Triton attends besides
+# of an extend step; "attention" is that of FlashInfer, FlashAttention 3 or extend_sm90.cu
 PREFILL: Places = {
     "rotate": [(rotate, "rotate_chunk"), (chunk_cuda, "rotate_chunk")],
     "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],
     "dequantise": [(extend_dense, "dequantise"), (extend_dense, "dequantise_by_cuda")],
-    "attention": [(extend_dense, "run_call")],
-    "columns": [(extend_sm90, "attend_records")],
-    "rest": [(extend, "_extend_launcher")],
-    "merge": [(extend_dense, "merge_parts"), (extend, "merge_splits")],
+    "attention": [(extend_dense, "run_call"), (extend_sm90, "attend")],
+    "merge": [(extend_dense, "merge_parts"), (merge, "merge_splits")],
     "store": [(store, "store_chunk"), (chunk_cuda, "store_chunk")],
 }
 

@@ -15,7 +15,7 @@ from kvarn_kernels.dense import extend_dense
 from kvarn_kernels.dense.paged_calls import Library
 from kvarn_kernels.device.gpu import gpu_of
 from kvarn_kernels.memory import LayerCache
-from kvarn_kernels.read import extend
+from kvarn_kernels.read import extend, extend_sm90
 
 from benchmarks.kernels import parts
 from benchmarks.kernels.attention_problem import DEVICE, PAGE, Candidate, attend_exactly, encoded, write_ring
@@ -147,14 +147,14 @@ def kvarn(
     dense: str | Library = "",
     kernels: Kernels | None = None,
     *,
-    by_columns: bool = False,
+    short: bool = False,
 ) -> list[Candidate]:
     """Return a preset made ready.
 
     Args:
         dense: who attends, however short the step is: one of `extend_dense.LIBRARIES` or what stands in for it; empty
             for the kernels that read records.
-        by_columns: of those, extend_sm90.cu reads what all new tokens read as records, Triton the rest.
+        short: of those extend_sm90.cu, not Triton.
         kernels: other ones than a server would run.
     """
     shape, heads, config = problem.shape, problem.shape.heads, KVarNConfig.from_preset(preset)
@@ -176,7 +176,8 @@ def kvarn(
     def plan() -> None:
         nonlocal step
         if workspace is None:
-            step = Step(batch, extend.plan_extend(batch, heads, config, gpu_of(DEVICE), by_columns=by_columns))
+            make = extend_sm90.plan_short if short else extend.plan_extend
+            step = Step(batch, make(batch, heads, config, gpu_of(DEVICE)))
         else:
             step = Step(batch, extend_dense.plan_dense(batch, workspace, config, gpu_of(DEVICE)))
 
@@ -199,5 +200,5 @@ def kvarn(
         k, v = (torch.cat([old, x[rest].float()]) for old, x in zip(past, (problem.k, problem.v), strict=True))
         return attend_exactly(problem.q[query], k, v)
 
-    timed = parts.timed if by_columns or workspace is not None else None
+    timed = parts.timed if short or workspace is not None else None
     return [Candidate(run, out, problem.samples, expected, plan=plan, timed=timed)]

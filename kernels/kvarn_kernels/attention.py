@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -29,7 +30,7 @@ from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 logger = logging.getLogger(__name__)
 
-CPU_FORM_ENV, COLUMNS_ENV = "KVARN_CPU_FORM", "KVARN_UNTESTED_COLUMNS"
+CPU_FORM_ENV = "KVARN_CPU_FORM"
 # tokens of an extend step up to which layers share the memory of what they rotate. Short steps wait for the host, which
 # allocates for as long as it launches; what long ones keep would be missing elsewhere
 REUSED_TOKENS = 1024
@@ -43,8 +44,7 @@ class Kernels:
         encode: as named, with the rotation and the ring store of extend steps; decode: as named; extend: of few tokens.
         dense: who attends long extend steps, one of `extend_dense.LIBRARIES`; empty where the same kernel does.
         dequantise: of what those steps read.
-        columns: of steps of few tokens on a long prefix, what all of those read as records; empty where `extend` reads
-            it.
+        short: of steps of few tokens on a long prefix, CUDA C++ that reads records; empty where `extend` or `dense` do.
     """
 
     encode: str
@@ -52,10 +52,10 @@ class Kernels:
     extend: str
     dense: str = ""
     dequantise: str = "triton"
-    columns: str = ""
+    short: str = ""
 
 
-ExtendSteps = extend.ExtendPlan | extend_dense.DensePlan
+ExtendSteps = extend.ExtendPlan | extend_dense.DensePlan | extend_sm90.ShortPlan
 TORCH = Kernels("torch", "torch", "torch")
 TRITON = Kernels("triton", "triton", "triton")
 
@@ -101,8 +101,6 @@ def choose_kernels(
     gpu = gpu_of(device) if gpu is None else gpu
     if shape.dtype not in (torch.float16, torch.bfloat16):
         return TRITON
-    # since its last change, to how pages are cut into splits, it has been tested on a GPU and not timed
-    by_columns = not config.fixed_order and os.environ.get(COLUMNS_ENV) == "1"
     compiled = gpu.capability >= (8, 0) and nvrtc.is_available()
     return Kernels(
         encode="cuda" if compiled else "triton",
@@ -110,7 +108,7 @@ def choose_kernels(
         extend="triton",
         dense="" if config.fixed_order else _dense_library(gpu),
         dequantise="cuda" if compiled else "triton",
-        columns="cuda" if compiled and by_columns and extend_sm90.serves(shape.head_dim, gpu) else "",
+        short="cuda" if compiled and not config.fixed_order and extend_sm90.serves(shape.head_dim, gpu) else "",
     )
 
 
@@ -154,6 +152,9 @@ class Attention:
         self.sliding_windows = tuple(sorted(set(sliding_windows) - {0}))
         compiled = self.kernels.encode == "cuda"
         self._encode: ModuleType = encode_cuda if compiled else encode
+        self._encode_beside = (
+            partial(encode_cuda.encode_from_chunk, early_start=True) if compiled else self._encode.encode_from_chunk
+        )
         self._rotate: ModuleType = chunk_cuda if compiled else rotate
         self._store: ModuleType = chunk_cuda if compiled else store
         many = columns_sm90.serves(shape.head_dim, shape.group, self._drafts_of_split, self._gpu)
@@ -229,8 +230,8 @@ class Attention:
             return "encode, decode and extends by torch"
         encoder = f"CUDA C++ ({encode_cuda.SOURCE.name})" if self.kernels.encode == "cuda" else "Triton"
         decoder = f"CUDA C++ ({self._decode_cuda.SOURCE.name})" if self.kernels.decode == "cuda" else "Triton"
-        short = f"CUDA C++ ({extend_sm90.SOURCE.name}) and Triton" if self.kernels.columns else "Triton"
-        extends = f"extends by {short}"
+        short = f"CUDA C++ ({extend_sm90.SOURCE.name})" if self.kernels.short else "Triton"
+        extends = f"short extends by {short}, others by Triton" if self.kernels.short else "extends by Triton"
         if self.kernels.dense:
             extends = f"short extends by {short}, long extends by {extend_dense.LIBRARIES[self.kernels.dense].name}"
         return f"encode by {encoder}, decode by {decoder}, {extends}"
@@ -252,8 +253,8 @@ class Attention:
         for tokens in (0, *self.sliding_windows):
             plans: list[tuple[ExtendBatch, ExtendSteps]] = []
             plans += [(batch, self._plan_sparse(batch, tokens)) for batch in batches]
-            if self.kernels.columns and not tokens:
-                plans.append((page, self._plan_sparse(page, by_columns=True)))
+            if self.kernels.short and not tokens:
+                plans.append((page, extend_sm90.plan_short(page, self.shape, self.config, self._gpu)))
             if self._dense_workspace is not None:
                 dense = extend_dense.plan_dense(page, self._dense_workspace, self.config, self._gpu, tokens)
                 plans.append((page, dense))
@@ -300,19 +301,19 @@ class Attention:
             workspace, config = self._dense_workspace, self.config
             assert workspace is not None, "who attends densely has a workspace"
             return extend_dense.plan_dense(batch, workspace, config, self._gpu, sliding_window, first_call)
-        return self._plan_sparse(batch, sliding_window, by_columns=form == extend_choice.COLUMNS)
+        if form == extend_choice.SHORT:
+            return extend_sm90.plan_short(batch, self.shape, self.config, self._gpu)
+        return self._plan_sparse(batch, sliding_window)
 
-    def _plan_sparse(
-        self, batch: ExtendBatch, sliding_window: int = 0, *, by_columns: bool = False
-    ) -> extend.ExtendPlan:
-        return extend.plan_extend(batch, self.shape, self.config, self._gpu, sliding_window, by_columns=by_columns)
+    def _plan_sparse(self, batch: ExtendBatch, sliding_window: int = 0) -> extend.ExtendPlan:
+        return extend.plan_extend(batch, self.shape, self.config, self._gpu, sliding_window)
 
     def _extend_form(self, batch: ExtendBatch, sliding_window: int = 0) -> str:
-        library, has_columns = self.kernels.dense, bool(self.kernels.columns)
+        library, has_short = self.kernels.dense, bool(self.kernels.short)
         if self._dense_workspace is None:
             library = ""
         return extend_choice.extend_form(
-            batch, self.shape, self.config, self._gpu, library, sliding_window, has_columns=has_columns
+            batch, self.shape, self.config, self._gpu, library, sliding_window, has_short=has_short
         )
 
     def attend(
@@ -388,25 +389,33 @@ class Attention:
         if plan is None:
             return
         # long steps are attended in the model's frame
-        with_q = isinstance(plan, extend.ExtendPlan)
+        with_q = not isinstance(plan, extend_dense.DensePlan)
         rotated = self._rotate.rotate_chunk(new, with_q=with_q, out=step.rotated.get(with_q))
         if len(new.k) <= REUSED_TOKENS:
             step.rotated[with_q] = rotated
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
-        partial = None
-        if isinstance(plan, extend.ExtendPlan) and plan.by_columns:
-            partial = extend.attend_first(rotated, cache, batch, plan, config, sm_scale)
-        self._encode_chunk(rotated, cache, batch, config, beside_columns=partial is not None)
-        if isinstance(plan, extend_dense.DensePlan):
-            extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
-        else:
-            extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks, partial)
-        self._store.store_chunk(rotated, cache, batch, config)
-
-    def _encode_chunk(
-        self, rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig, *, beside_columns: bool
-    ) -> None:
-        if beside_columns and self._encode is encode_cuda:
-            encode_cuda.encode_from_chunk(rotated, cache, batch, config, early_start=True)
+        if isinstance(plan, extend_sm90.ShortPlan):
+            self._attend_short(rotated, out, cache, batch, plan, sm_scale, sinks)
         else:
             self._encode.encode_from_chunk(rotated, cache, batch, config)
+            if isinstance(plan, extend_dense.DensePlan):
+                extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
+            else:
+                extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
+        self._store.store_chunk(rotated, cache, batch, config)
+
+    def _attend_short(
+        self,
+        rotated: QKV,
+        out: torch.Tensor,
+        cache: LayerCache,
+        batch: ExtendBatch,
+        plan: extend_sm90.ShortPlan,
+        sm_scale: float,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        partial_out, partial_lse = extend_sm90.attend(rotated, cache, batch, plan, self.config, sm_scale)
+        # beside the attention, which reads nothing that this step encodes
+        self._encode_beside(rotated, cache, batch, self.config)
+        results = partial_out.flatten(0, 1), partial_lse.flatten(0, 1)
+        merge.merge_splits(out[: batch.num_tokens], *results, plan.split_indptr, self.config, sinks)

@@ -8,10 +8,11 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import paged_calls
 from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.read import extend_sm90
+from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
-# Triton reads records; extend_sm90.cu reads most of them, Triton the rest; a library reads what is written in 16 bits
-RECORDS, COLUMNS, DENSE = "records", "columns", "dense"
+# Triton reads records; so does extend_sm90.cu, for few tokens; a library reads what is written in 16 bits
+RECORDS, SHORT, DENSE = "records", "short", "dense"
 
 # One layer of 32/8 heads of 128 on an H200, us, with everything around the attention (rotation, encode, ring store),
 # and FlashAttention 3 (FA3) alone on a bf16 cache; rows in benchmarks/results/prefill.csv.
@@ -31,12 +32,10 @@ RECORDS, COLUMNS, DENSE = "records", "columns", "dense"
 # * with the encoder and Triton on streams of their own beside extend_sm90.cu, which is not done here: at 32 x 32,640
 #   that took 103 us, but the host 558 us a layer instead of 461.
 #
-# Against FA3, columns win only where the query heads of a request's new tokens fit one block of columns, whose records
-# are then read once, and the prefix is long: from FA3_COLUMN_PAGES pages on that all new tokens read as records. There
-# about 149 us are expected against 173, by interpolation between 32 x 32,640 and 32 x 98,176 (210* taken as 228). Where
-# FlashInfer (below) or nobody attends densely, columns win from COLUMN_PAGES pages on, up to COLUMN_TOKENS new tokens.
-# Partial results, of torch's allocator while a layer runs, take at most PARTIAL_BYTES.
-FA3_COLUMN_PAGES, COLUMN_PAGES, COLUMN_TOKENS, PARTIAL_BYTES = 384, 14, 128, 64 << 20
+# Of extend_sm90.cu every SHORT_BLOCKS-th block of 128 rows reads all records again, so it serves few tokens of a request,
+# on a prefix of SHORT_PAGES or more. Partial results, of torch's allocator while a layer runs, take at most
+# PARTIAL_BYTES.
+SHORT_BLOCKS, SHORT_PAGES, PARTIAL_BYTES = 4, 8, 64 << 20
 # Elsewhere a step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of
 # the products grows with its work, that of the host does not. With FA3, new * cached tokens reach FA3_WORK. With
 # FlashInfer, new * cached * query heads * head_dim reach DENSE_WORK; its wrappers cost the host more, and it cuts no
@@ -57,17 +56,17 @@ def extend_form(
     library: str,
     sliding_window: int = 0,
     *,
-    has_columns: bool,
+    has_short: bool,
 ) -> str:
-    """Return RECORDS, COLUMNS or DENSE for a step.
+    """Return RECORDS, SHORT or DENSE for a step.
 
     Args:
         library: who attends densely, one of `extend_dense.LIBRARIES`; empty where nobody does.
         sliding_window: tokens that a query of the layers reads, 0 for all.
-        has_columns: extend_sm90.cu runs on the GPU.
+        has_short: extend_sm90.cu runs on the GPU.
     """
-    if has_columns and not sliding_window and _suits_columns(batch, shape, config, gpu, library):
-        return COLUMNS
+    if has_short and not sliding_window and _is_short(batch, shape, config, gpu):
+        return SHORT
     if not library:
         return RECORDS
     cached = max(batch.prefix_lens_host)
@@ -79,10 +78,9 @@ def extend_form(
     return DENSE if batch.num_tokens >= DENSE_TOKENS or is_large else RECORDS
 
 
-def _suits_columns(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu, library: str) -> bool:
-    most, pages = max(batch.new_tokens), extend_sm90.record_pages(batch, config)
-    if library == paged_calls.FA3:
-        suits = pages >= FA3_COLUMN_PAGES and most * shape.group <= extend_sm90.COLUMNS[shape.head_dim]
-    else:
-        suits = pages >= COLUMN_PAGES and most <= COLUMN_TOKENS
-    return suits and extend_sm90.partial_bytes(batch, shape, config, gpu) <= PARTIAL_BYTES
+def _is_short(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> bool:
+    blocks = extend_sm90.row_blocks(max(batch.new_tokens), shape.group)
+    if blocks > SHORT_BLOCKS or max(batch.prefix_lens_host) // TILE_SIZE < SHORT_PAGES:
+        return False
+    is_small = extend_sm90.partial_bytes(batch, shape, config, gpu) <= PARTIAL_BYTES
+    return is_small and extend_sm90.serves_step(batch, config)

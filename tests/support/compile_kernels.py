@@ -34,8 +34,8 @@ from kvarn_kernels.attention import TRITON
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense
 from kvarn_kernels.device.gpu import H100, Gpu
-from kvarn_kernels.extend_choice import COLUMNS, DENSE, RECORDS
-from kvarn_kernels.read import extend, extend_sm90
+from kvarn_kernels.extend_choice import DENSE
+from kvarn_kernels.read import extend
 from kvarn_kernels.read.merge import FEW_ROWS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -78,11 +78,6 @@ def caught_launches(preset: str, head_dim: int, dtype: torch.dtype, heads: tuple
     drafted = make_cache(config, heads[1], head_dim, dtype, pages=8, rows=4, more_ring_pages=more)
     verify = attention_for(drafted, heads[0], config, TRITON, max_batch=DRAFTS, max_pages=64, drafts=DRAFTS, gpu=gpu)
     run_decode(verify, [request] * DRAFTS, range(300 - DRAFTS, 300), drafted, config, drafts=DRAFTS)
-    # Triton's part of steps that CUDA C++ shares
-    attention._extend_form = lambda batch, window=0: RECORDS if window else COLUMNS
-    extend_sm90.attend_records = lambda *args: None
-    for attend in (attention, in_layer(attention, sinks=torch.zeros(heads[0], dtype=dtype))):
-        run_extend(attend, [request], [(100, 300)], cache, config)
     # the launches of the dense form need no FlashInfer
     attention._extend_form = lambda *step: DENSE
     for pages in (8, 2):

@@ -24,7 +24,6 @@ from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.device.launch import TritonLauncher
 from kvarn_kernels.device.numerics import cast, dot
 from kvarn_kernels.memory import LayerCache
-from kvarn_kernels.read import extend_sm90
 from kvarn_kernels.read.attend import LOG2_E, SHIFT, attend_exact, normalise_query, sink_weight, weigh
 from kvarn_kernels.read.decode_plan import exact_page_of, first_page_of
 from kvarn_kernels.read.merge import merge_splits
@@ -79,17 +78,13 @@ def _extend_kernel(
     SLIDING: tl.constexpr,  # tokens of the sliding window, 0 for none
     RING_PAGES: tl.constexpr,
     SPLIT: tl.constexpr,
-    REST: tl.constexpr,  # of SPLIT: only what the last split holds, without what all new tokens read as records
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     prefix_len, seq_len = tl.load(prefix_lens_ptr + b), tl.load(seq_lens_ptr + b)
-    programs = splits
-    if REST:
-        programs = 1
     # the tiles with the most keys first
-    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // programs) * BLOCK_Q
+    start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q
     if start >= seq_len:
         return
     RECORD: tl.constexpr = tile.record_bytes(D, K_BITS, V_BITS)
@@ -100,11 +95,8 @@ def _extend_kernel(
     exact_page = exact_page_of(start, exact_start, WINDOW, G, SLIDING)
     first_page, end_page = first_page_of(start, SLIDING, G), exact_page
     # the share of this split; what is read exactly goes to the last one
-    split = tl.program_id(0) % programs
-    if REST:
-        split = splits - 1
-        first_page = exact_page_of(prefix_len, exact_start, WINDOW, G)
-    elif SPLIT:
+    split = tl.program_id(0) % splits
+    if SPLIT:
         pages = exact_page - first_page
         end_page = first_page + pages * (split + 1) // splits
         first_page += pages * split // splits
@@ -216,8 +208,6 @@ class ExtendPlan:
         splits: into how many parts the older pages of a request are cut.
         split_indptr: int32 [T + 1], the first split of each token; None without splits.
         sliding_window: tokens that a query of the planned layers reads, 0 for all.
-        by_columns: all splits but the last one are those of `extend_sm90`, which attends what all new tokens read as
-            records.
     """
 
     blocks: ExtendBlocks
@@ -225,7 +215,6 @@ class ExtendPlan:
     splits: int
     split_indptr: torch.Tensor | None
     sliding_window: int = 0
-    by_columns: bool = False
 
 
 def block_sizes(group: int, head_dim: int, gpu: Gpu) -> ExtendBlocks:
@@ -262,59 +251,16 @@ def plan_extend(
     config: KVarNConfig,
     gpu: Gpu,
     sliding_window: int = 0,
-    *,
-    by_columns: bool = False,
 ) -> ExtendPlan:
-    """Plan a step of one or more new tokens, once for all layers whose queries read so many tokens (0: all).
-
-    Args:
-        by_columns: as in `ExtendPlan`, not with a sliding window.
-    """
-    assert not (by_columns and sliding_window), "extend_sm90 knows no sliding window"
+    """Plan a step of one or more new tokens, once for all layers whose queries read so many tokens (0: all)."""
     blocks = block_sizes(shape.group, shape.head_dim, gpu)
     tiles = query_tiles(batch, blocks.queries)
-    if by_columns:
-        splits = 1 + extend_sm90.num_splits(batch, shape, config, gpu)
-    else:
-        splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu, sliding_window)
+    splits = num_splits(batch, shape.num_kv_heads * sum(tiles), config, gpu, sliding_window)
     indptr = None
     if splits > 1:
         stop, device = (batch.num_tokens + 1) * splits, batch.page_table.device
         indptr = torch.arange(0, stop, splits, dtype=torch.int32, device=device)
-    return ExtendPlan(blocks, max(tiles), splits, indptr, sliding_window, by_columns)
-
-
-@dataclass(frozen=True)
-class Partial:
-    """Hold the results of the splits of a step in one layer.
-
-    Attributes:
-        out: float32 [T, splits, Hq, D]; lse: float32 [T, splits, Hq], base 2.
-    """
-
-    out: torch.Tensor
-    lse: torch.Tensor
-
-
-def attend_first(
-    rotated: QKV, cache: LayerCache, batch: ExtendBatch, plan: ExtendPlan, config: KVarNConfig, sm_scale: float
-) -> Partial | None:
-    """Attend what a step can before the pages that it fills are encoded: all splits but the last one, by columns.
-
-    Returns:
-        results, of which those splits are written; None for a plan without splits.
-    """
-    if plan.splits == 1:
-        return None
-    size = (batch.num_tokens, plan.splits, rotated.q.shape[1])
-    device = rotated.q.device
-    partial = Partial(
-        torch.empty(*size, cache.head_dim, dtype=torch.float32, device=device),
-        torch.empty(size, dtype=torch.float32, device=device),
-    )
-    if plan.by_columns:
-        extend_sm90.attend_records(rotated.q, partial.out, partial.lse, cache, batch, config, sm_scale)
-    return partial
+    return ExtendPlan(blocks, max(tiles), splits, indptr, sliding_window)
 
 
 def extend(
@@ -326,7 +272,6 @@ def extend(
     config: KVarNConfig,
     sm_scale: float,
     sinks: torch.Tensor | None = None,
-    partial: Partial | None = None,
 ) -> None:
     """Attend the new tokens of each request by the position rule.
 
@@ -338,14 +283,16 @@ def extend(
         out: [T, Hq, D] model dtype, contiguous, written, not rotated.
         cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
         sinks: attention sinks, [Hq] any float dtype, None without.
-        partial: what `attend_first` returned, if it was called.
     """
     blocks, splits, heads = plan.blocks, plan.splits, rotated.q.shape[1]
     group = heads // cache.num_kv_heads
-    if partial is None:
-        partial = attend_first(rotated, cache, batch, plan, config, sm_scale)
+    partial_out = partial_lse = None
+    if splits > 1:
+        size = (batch.num_tokens, splits, heads)
+        partial_out = torch.empty(*size, cache.head_dim, dtype=torch.float32, device=out.device)
+        partial_lse = torch.empty(size, dtype=torch.float32, device=out.device)
     _extend_launcher(
-        (plan.num_tiles * (1 if plan.by_columns else splits), cache.num_kv_heads, batch.ring_pages.shape[0]),
+        (plan.num_tiles * splits, cache.num_kv_heads, batch.ring_pages.shape[0]),
         q_ptr=rotated.q,
         chunk_k_ptr=rotated.k,
         chunk_v_ptr=rotated.v,
@@ -360,8 +307,8 @@ def extend(
         qo_indptr_ptr=batch.qo_indptr,
         exact_starts_ptr=batch.exact_starts,
         out_ptr=out,
-        partial_out_ptr=None if partial is None else partial.out,
-        partial_lse_ptr=None if partial is None else partial.lse,
+        partial_out_ptr=partial_out,
+        partial_lse_ptr=partial_lse,
         sinks_ptr=sinks,
         stride_page_table=batch.page_table.stride(0),
         sm_scale_log2=sm_scale * LOG2_E,
@@ -381,11 +328,10 @@ def extend(
         SLIDING=plan.sliding_window,
         RING_PAGES=batch.ring_pages.shape[1],
         SPLIT=splits > 1,
-        REST=plan.by_columns,
         SINKS=sinks is not None,
         STAGES=blocks.stages,
         num_warps=blocks.warps,
     )
-    if partial is not None and plan.split_indptr is not None:
-        results, lse = partial.out.flatten(0, 1), partial.lse.flatten(0, 1)
+    if partial_out is not None and partial_lse is not None and plan.split_indptr is not None:
+        results, lse = partial_out.flatten(0, 1), partial_lse.flatten(0, 1)
         merge_splits(out[: batch.num_tokens], results, lse, plan.split_indptr, config, sinks)

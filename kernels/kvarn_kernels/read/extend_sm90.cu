@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Extend attention over the older pages of a few new tokens for sm_90a: the part that all of them read as records.
+// Extend attention of a few new tokens for sm_90a.
 //
 // A block attends one split of the pages of a request for one KV head and BLOCK_ROWS rows, a row a query head for a new
-// token. Every row sees every token, so nothing is masked. Of 4 warpgroups two write tiles of D tokens as operands of
-// products into shared memory, fp16 numbers, two buffers of either, and two attend them, 64 rows each:
+// token: pages that are read as records, then those that are read exactly, from the ring and from the new tokens. Of 4
+// warpgroups two write tiles of D tokens as operands of products into shared memory, fp16 numbers, two buffers of either,
+// and two attend them, 64 rows each:
 //
 //     writing      keys
 //     writing      values
@@ -20,6 +21,9 @@
 // (`quantiser.quantise_side`; 2^9 for magnitudes beyond 2^14). 2^e is of the block: it is raised, and the sums divided,
 // when a record's scales exceed it 2^6 times. The exact first token of a page takes the place of its codes, as fp16
 // numbers, of which bfloat16 has fewer bits. Queries are divided by a power of two, too, that of the block.
+//
+// Exact keys and values are divided by a power of two likewise, that of their page. Rows that read a page in another
+// form, or not all of it, see some tokens of its tile only; older tiles are not masked.
 //
 // The maximum of a row is kept until a score exceeds it by SLACK: sums are then multiplied in few tiles.
 //
@@ -45,7 +49,8 @@ constexpr int VALUES = KEYS + BUFFERS * SIDE;
 static_assert(VALUES + BUFFERS * SIDE == SHARED_BYTES && BLOCK_ROWS == 128, "");
 constexpr float SHIFT = 4.0f;             // weights are 2^SHIFT times as large, so that small ones stay normal fp16 numbers
 constexpr float SLACK = 8.0f;             // weights are at most 2^(SHIFT + SLACK)
-constexpr int CHAINS = 4;
+constexpr int CHAINS = 4;                 // of maxima and sums of a row, which do not wait for each other
+constexpr int LOADS = 4;                  // of exact rows, that are on their way together
 constexpr float NONE = -1e30f;            // the maximum before there is a score
 constexpr int QUERY_BITS = 12;            // the largest query of a block is below 2^QUERY_BITS
 #define MINUS_INF __int_as_float(0xff800000)
@@ -62,6 +67,8 @@ struct __align__(16) Shared {
   float value_factor[BUFFERS];              // 2^e
   int largest;                              // magnitude of the queries
   int row[BLOCK_ROWS];                      // of a row's result, -1 where there is no query
+  int ring_pages[RING_PAGES];
+  float of_warp[2][4];                      // the largest exact keys of a page, and values, that a warp has seen
   u64 arrived[STAGES], left[STAGES];        // a record, by those who write what it says
   u64 keys_written[BUFFERS], values_written[BUFFERS], keys_read[BUFFERS], values_read[BUFFERS];
 };
@@ -215,12 +222,95 @@ __device__ __forceinline__ void write_values(u32 values, u32 record, int part, i
     }
 }
 
+// A page of exact keys or values: rows of D channels of the model's dtype, rotated; `row` gives their addresses.
+//
+// the exponent of the largest finite one, for all threads of the warpgroup that has the barrier `group`
+template <class Row>
+__device__ __forceinline__ int exact_exponent(const Row& row, float (&of_warp)[4], int group) {
+  const int thread = threadIdx.x % 128;
+  float largest = 0.f;
+#pragma unroll 1
+  for (int first = thread; first < G * OCTETS; first += 128 * LOADS) {
+    uint4 x[LOADS];
+#pragma unroll
+    for (int n = 0; n < LOADS; n++) {
+      const int at = first + 128 * n;
+      x[n] = *(const uint4*)(row(at / OCTETS) + 16 * (at % OCTETS));
+    }
+#pragma unroll
+    for (int n = 0; n < LOADS; n++) {
+      const u32 xs[4] = {x[n].x, x[n].y, x[n].z, x[n].w};
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float of_pair = largest_of(xs[k]);
+        largest = fmaxf(largest, __float_as_int(of_pair) < 0x7F800000 ? of_pair : 0.f);
+      }
+    }
+  }
+  const int bits = __reduce_max_sync(0xffffffffu, __float_as_int(largest));
+  if (thread % 32 == 0) of_warp[thread / 32] = __int_as_float(bits);
+  sync_group(group);
+  largest = fmaxf(fmaxf(of_warp[0], of_warp[1]), fmaxf(of_warp[2], of_warp[3]));
+  sync_group(group);
+  return max(min(exponent_of(largest), 100), -91) - 9;
+}
+
+template <class Row>
+__device__ __forceinline__ void write_exact_keys(u32 keys, const Row& row, int part, int exponent, int warp, int lane) {
+  constexpr int WARPS_OF_PART = OCTETS / 4, PARTS = 4 / WARPS_OF_PART;
+  const float down = power_of_two(-exponent);
+  const int octet = (lane / 8 + 4 * warp) % OCTETS, first = TOKENS / PARTS * (warp / WARPS_OF_PART) + lane % 8;
+#pragma unroll 1
+  for (int token = first; token < first + TOKENS / PARTS; token += 8 * LOADS) {
+    uint4 x[LOADS];
+#pragma unroll
+    for (int n = 0; n < LOADS; n++) x[n] = *(const uint4*)(row(TOKENS * part + token + 8 * n) + 16 * octet);
+#pragma unroll
+    for (int n = 0; n < LOADS; n++)
+      sts128(keys + octet * OPERAND_BYTES + 16 * (token + 8 * n),
+             make_uint4(scaled_pair(x[n].x, down), scaled_pair(x[n].y, down), scaled_pair(x[n].z, down),
+                        scaled_pair(x[n].w, down)));
+  }
+}
+
+template <class Row>
+__device__ __forceinline__ void write_exact_values(u32 values, const Row& row, int part, int exponent, int warp,
+                                                   int lane) {
+  const float down = power_of_two(-exponent);
+#pragma unroll 1
+  for (int first = 32 * warp + lane; first < TOKENS / 8 * (D / 2); first += 128 * LOADS / 2) {
+    u32 x[LOADS / 2][8];
+#pragma unroll
+    for (int n = 0; n < LOADS / 2; n++)
+#pragma unroll
+      for (int k = 0; k < 8; k++) {
+        const int at = first + 128 * n, octet = at / (D / 2), pair = at % (D / 2);
+        x[n][k] = *(const u32*)(row(TOKENS * part + 8 * octet + k) + 4 * pair);
+      }
+#pragma unroll
+    for (int n = 0; n < LOADS / 2; n++) {
+      const int at = first + 128 * n, octet = at / (D / 2), pair = at % (D / 2);
+#pragma unroll
+      for (int k = 0; k < 8; k++) x[n][k] = scaled_pair(x[n][k], down);
+      // two tokens of a channel
+      u32 y[2][4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        y[0][k] = __byte_perm(x[n][2 * k], x[n][2 * k + 1], 0x5410);
+        y[1][k] = __byte_perm(x[n][2 * k], x[n][2 * k + 1], 0x7632);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        sts128(values + octet * OPERAND_BYTES + 16 * (2 * pair + i), make_uint4(y[i][0], y[i][1], y[i][2], y[i][3]));
+    }
+  }
+}
+
 // The softmax of a thread's two rows, g and g + 8 of its warp.
 struct Rows {
   float maximum[2] = {NONE, NONE}, total[2] = {0.f, 0.f}, alpha[2];
   // turn scores, times a factor, into weights; whether what was summed before has to be multiplied by alpha
   __device__ __forceinline__ bool weigh(Sums& s, float factor) {
-    // of each row several maxima, and sums below, that do not wait for each other
     float tops[CHAINS][2];
 #pragma unroll
     for (int n = 0; n < BLOCK_COLUMNS / 2; n++) {
@@ -264,7 +354,8 @@ struct Rows {
 };
 
 extern "C" __global__ void __launch_bounds__(512, 1)
-kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records, const int* __restrict__ page_table,
+kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ chunk_k, const u8* __restrict__ chunk_v,
+             const u8* __restrict__ records, const int* __restrict__ ring_pages, const int* __restrict__ page_table,
              const int* __restrict__ prefix_lens, const int* __restrict__ exact_starts,
              const int* __restrict__ qo_indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
              int sm_scale_log2_bits, int splits) {
@@ -282,10 +373,20 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   if (rows <= 0) return;
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, q = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-  // the pages that the first new token, and with it all, reads as records
-  const int page = prefix_lens[b] / G, pages = min(max(page - WINDOW, exact_starts[b] / G), page);
-  const int begin = pages * split / splits, end = pages * (split + 1) / splits;
-  const int num_records = end - begin, num_tiles = num_records * TILES_OF_RECORD;
+  const int prefix_len = prefix_lens[b], exact_start = exact_starts[b];
+  auto position_of = [&](int row) { return prefix_len + (first_row + min(row, rows - 1)) / GROUP; };
+  // the first page that a position reads exactly
+  auto exact_page_of = [&](int position) {
+    return min(max(position / G - WINDOW, exact_start / G), position / G);
+  };
+  const int last = position_of(rows - 1), first_exact = exact_page_of(position_of(0)), end_record = exact_page_of(last);
+  // an exact page takes EXACT_UNITS times as long as a record, and belongs to the split of its first unit
+  const int units = end_record + EXACT_UNITS * (last / G + 1 - first_exact);
+  const int first_unit = units * split / splits, end_unit = units * (split + 1) / splits;
+  auto exact_of = [&](int unit) { return first_exact + (max(unit - end_record, 0) + EXACT_UNITS - 1) / EXACT_UNITS; };
+  const int begin = min(first_unit, end_record), num_records = min(end_unit, end_record) - begin;
+  const int exact_begin = exact_of(first_unit), num_exact = exact_of(end_unit) - exact_begin;
+  const int num_tiles = (num_records + num_exact) * TILES_OF_RECORD;
   const int* page_ids = page_table + (long long)b * stride_page_table + begin;
   auto order_record = [&](int n) {
     bulk_copy(memory + n % STAGES * BUFFER, records + ((long long)page_ids[n] * HK + head) * RECORD, RECORD,
@@ -313,7 +414,8 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
     shared.largest = 0;
     for (int n = 0; n < min(STAGES, num_records); n++) order_record(n);
   }
-  if (thread < BLOCK_ROWS) shared.row[thread] = thread < rows ? (int)row_of(thread, splits + 1, split) : -1;
+  if (thread < RING_PAGES) shared.ring_pages[thread] = ring_pages[b * RING_PAGES + thread];
+  if (thread < BLOCK_ROWS) shared.row[thread] = thread < rows ? (int)row_of(thread, splits, split) : -1;
   __syncthreads();
   // queries are divided by a power of two, the same for the block
   int largest = 0;
@@ -360,33 +462,53 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
     u64* written = writes_values ? shared.values_written : shared.keys_written;
     u64* read = writes_values ? shared.values_read : shared.keys_read;
     const u32 target = base + (writes_values ? VALUES : KEYS);
+    // the address of an exact row; what comes after the last token is not seen
+    auto row_at = [&](int position) {
+      const int known = min(position, last);
+      if (known >= prefix_len)
+        return (writes_values ? chunk_v : chunk_k) + ((long long)(first_token + known - prefix_len) * HK + head) * (2 * D);
+      const int id = shared.ring_pages[known / RING_TOKENS % RING_PAGES];
+      return records + ((long long)id * HK + head) * RECORD + known % RING_TOKENS * (4 * D) + writes_values * (2 * D);
+    };
     int exponent = -100;
     for (int n = 0; n < num_tiles; n++) {
       const int number = n / TILES_OF_RECORD, part = n % TILES_OF_RECORD, buffer = n % BUFFERS;
+      const bool is_record = number < num_records;
       const u32 record = base + number % STAGES * BUFFER, halves = record + SCALES_OFFSET;
+      const int page = exact_begin + number - num_records;  // of an exact one
+      auto row = [&](int token) { return row_at(page * G + token); };
       float less = 1.f;
       if (part == 0) {
-        mbarrier_wait(&shared.arrived[number % STAGES], number / STAGES & 1);
-        if (writes_values) {
-          const int own = largest_exponent<D>(halves + 2 * V_CHANNEL_SCALE, halves + 2 * V_FIRST, lane);
-          if (own >= exponent + 6) {
-            less = power_of_two(max(exponent - own, -126));
-            exponent = own;
-          }
+        int own;
+        if (is_record) {
+          mbarrier_wait(&shared.arrived[number % STAGES], number / STAGES & 1);
+          own = writes_values ? largest_exponent<D>(halves + 2 * V_CHANNEL_SCALE, halves + 2 * V_FIRST, lane)
+                              : largest_exponent<G>(halves + 2 * K_TOKEN_SCALE, halves + 2 * K_FIRST, lane);
         } else {
-          exponent = largest_exponent<G>(halves + 2 * K_TOKEN_SCALE, halves + 2 * K_FIRST, lane);
+          own = exact_exponent(row, shared.of_warp[writes_values], 1 + writes_values);
+        }
+        if (!writes_values) {
+          exponent = own;
+        } else if (own >= exponent + 6) {
+          less = power_of_two(max(exponent - own, -126));
+          exponent = own;
         }
       }
       if (n >= BUFFERS) wait_use(read, n - BUFFERS);
-      if (writes_values) write_values(target + buffer * SIDE, record, part, exponent, warp % 4, lane, exponents);
-      else write_keys(target + buffer * SIDE, record, part, exponent, warp, lane, exponents);
+      if (is_record) {
+        if (writes_values) write_values(target + buffer * SIDE, record, part, exponent, warp % 4, lane, exponents);
+        else write_keys(target + buffer * SIDE, record, part, exponent, warp, lane, exponents);
+      } else {
+        if (writes_values) write_exact_values(target + buffer * SIDE, row, part, exponent, warp % 4, lane);
+        else write_exact_keys(target + buffer * SIDE, row, part, exponent, warp, lane);
+      }
       if (warp % 4 == 0 && lane == 0) {
         if (writes_values) shared.less[buffer] = less;
         (writes_values ? shared.value_factor : shared.score_factor)[buffer] = power_of_two(exponent);
       }
       fence_stores();
       tell(written, n);
-      if (part < TILES_OF_RECORD - 1) continue;
+      if (part < TILES_OF_RECORD - 1 || !is_record) continue;
       if (lane == 0) arrive(&shared.left[number % STAGES]);
       // the buffer of the record before this one, which both have left or are about to leave
       const int next = number - 1 + STAGES;
@@ -427,8 +549,25 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
   };
   float value_factor = 0.f, less = 1.f;
   bool raised = false;
+  const int first = 64 * half + 16 * own + g;  // of the two rows
+  const int positions[2] = {position_of(first), position_of(first + 8)};
   // the weights of tile n, which wait for its values
   auto weigh = [&](int n) {
+    const int number = n / TILES_OF_RECORD, before = n % TILES_OF_RECORD * TOKENS;
+    const bool is_record = number < num_records;
+    const int page = is_record ? begin + number : exact_begin + number - num_records;
+    if (page >= first_exact)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        // tokens of the page that the row sees in this form
+        const bool reads = is_record == page < exact_page_of(positions[h]);
+        const int seen = (reads ? is_record ? G : positions[h] + 1 - page * G : 0) - before - 2 * q;
+#pragma unroll
+        for (int n = 0; n < BLOCK_COLUMNS / 8; n++)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            if (8 * n + i >= seen) s[4 * n + 2 * h + i] = MINUS_INF;
+      }
     raised = mine.weigh(s, factor_of(n));
     wait_use(shared.values_written, n);
     less = shared.less[n % BUFFERS];
@@ -475,7 +614,7 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ records
     float total = mine.total[h];
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
-    const int row = shared.row[64 * half + 16 * own + g + 8 * h];
+    const int row = shared.row[first + 8 * h];
     if (row < 0) continue;
     const bool empty = total == 0.f;
     const float factor = empty ? 0.f : value_factor / total;

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attend what all new tokens of a request read as records, by CUDA C++ for capability 9.0 (extend_sm90.cu).
+"""Extend attention of few new tokens by CUDA C++ for capability 9.0 (extend_sm90.cu).
 
-A part of an extend step of few tokens on a long prefix. The pages before the window of the first new token are read as
-records by every token after it, so nothing is masked there, and a record is unpacked once for 128 rows, query heads for
-tokens. The pages are cut into splits, so that a step fills the GPU. What else the tokens read, the window, the chunk and
-pages that the chunk fills, is one more split: that of `extend.extend`, whose merge joins them all.
+A record is unpacked once for 128 rows, query heads for tokens, into shared memory, where products of a warpgroup take
+it; what is read exactly is written there, too. The pages are cut into splits, so that a step fills the GPU. What a step
+encodes it must not read, so that the encoder runs beside this kernel (`serves_step`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvarn_kernels.batch import ExtendBatch
+from kvarn_kernels.batch import QKV, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu
@@ -37,9 +37,21 @@ STAGES, BUFFERS = 3, 2
 RESERVED_BYTES, TABLE_BYTES = 1024, 4 * ROWS + 256
 # registers of a thread that writes, and of one that attends; together what 128 for each thread are
 WRITER_REGISTERS, READER_REGISTERS = 64, 192
-# In pages that a block attends, 2.2 us each: the time of a block besides, and that of a block of the encoder (H200);
-# splits of a request at most
-BLOCK_OVERHEAD, ENCODER_PAGES, MAX_SPLITS = 3, 16, 32
+# In records that a block attends, 2.2 us each: the time of an exact page, that of a block besides its pages, and that of a
+# block of the encoder (H200); the least that a split has, and splits of a request at most
+EXACT_UNITS, BLOCK_OVERHEAD, ENCODER_PAGES, MIN_UNITS, MAX_SPLITS = 2, 3, 16, 2, 32
+
+
+@dataclass(frozen=True)
+class ShortPlan:
+    """Hold what all layers of a step share.
+
+    Attributes:
+        splits: into how many parts the pages of a request are cut; split_indptr: int32 [T + 1], the first of each token.
+    """
+
+    splits: int
+    split_indptr: torch.Tensor
 
 
 def serves(head_dim: int, gpu: Gpu) -> bool:
@@ -47,12 +59,15 @@ def serves(head_dim: int, gpu: Gpu) -> bool:
     return gpu.capability == CAPABILITY and head_dim in HEAD_DIMS
 
 
-def record_pages(batch: ExtendBatch, config: KVarNConfig) -> int:
-    """Return how many pages the longest request has for this kernel, at least.
+def serves_step(batch: ExtendBatch, config: KVarNConfig) -> bool:
+    """Return whether no token of a step reads as a record what the step encodes."""
+    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
+    return all((seq - 1) // TILE_SIZE - config.window_pages <= prefix // TILE_SIZE for prefix, seq in lens)
 
-    The host knows no exact starts; after a prefix hit there can be a window more.
-    """
-    return max(max(batch.prefix_lens_host) // TILE_SIZE - config.window_pages, 0)
+
+def row_blocks(new_tokens: int, group: int) -> int:
+    """Return the blocks of a KV head that attend so many tokens of a request, each all of its pages."""
+    return -(-new_tokens * group // ROWS)
 
 
 def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
@@ -60,37 +75,49 @@ def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, g
 
     A multiprocessor runs one block of either.
     """
-    pages, processors = record_pages(batch, config), gpu.multiprocessors
-    row_blocks = shape.num_kv_heads * sum(-(-new * shape.group // ROWS) for new in batch.new_tokens)
+    processors = gpu.multiprocessors
+    # of the longest request, whose exact pages are its window and those of the new tokens
+    records = max(max(batch.prefix_lens_host) // TILE_SIZE - config.window_pages, 0)
+    pages = records + EXACT_UNITS * (-(-max(batch.seq_lens_host) // TILE_SIZE) - records)
+    blocks = shape.num_kv_heads * sum(row_blocks(new, shape.group) for new in batch.new_tokens)
     lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
     encoder_blocks = 2 * shape.num_kv_heads * sum(seq // TILE_SIZE - prefix // TILE_SIZE for prefix, seq in lens)
 
     def time_of(splits: int) -> int:
-        each, waves = -(-pages // splits) + BLOCK_OVERHEAD, -(-row_blocks * splits // processors)
+        each, waves = -(-pages // splits) + BLOCK_OVERHEAD, -(-blocks * splits // processors)
         # multiprocessors that the last wave leaves to the encoder, and what they finish meanwhile
-        free = waves * processors - row_blocks * splits
+        free = waves * processors - blocks * splits
         left = encoder_blocks - free * (each // ENCODER_PAGES)
         if left <= free:
             rounds = -(-encoder_blocks // free) if free else 0
             return max(waves * each, (waves - 1) * each + rounds * ENCODER_PAGES)
         return waves * each + -(-left // processors) * ENCODER_PAGES
 
-    return min(range(1, min(MAX_SPLITS, max(pages, 1)) + 1), key=time_of)
+    return min(range(1, min(MAX_SPLITS, max(pages // MIN_UNITS, 1)) + 1), key=time_of)
 
 
 def partial_bytes(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
-    """Return the bytes of the results of all splits of a step and of the rest, in float32, with their lse."""
-    results = batch.num_tokens * (1 + num_splits(batch, shape, config, gpu))
+    """Return the bytes of the results of all splits of a step, in float32, with their lse."""
+    results = batch.num_tokens * num_splits(batch, shape, config, gpu)
     return 4 * results * shape.num_qo_heads * (shape.head_dim + 1)
 
 
-def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool) -> dict[str, Any]:
+def plan_short(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> ShortPlan:
+    """Plan a step that `serves_step`, once for all layers."""
+    splits = num_splits(batch, shape, config, gpu)
+    stop, device = (batch.num_tokens + 1) * splits, batch.page_table.device
+    return ShortPlan(splits, torch.arange(0, stop, splits, dtype=torch.int32, device=device))
+
+
+def constants(
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int
+) -> dict[str, Any]:
     """Return the constants of extend_sm90.cu; group: query heads of a KV head."""
-    # the ring is read by others
-    shared = format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages=1)
+    shared = format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages)
     return shared | {
         "GROUP": group,
         "WINDOW": config.window_pages,
+        "EXACT_UNITS": EXACT_UNITS,
         "BLOCK_ROWS": ROWS,
         # tokens of a tile, channels of a head
         "BLOCK_COLUMNS": head_dim,
@@ -106,43 +133,43 @@ def constants(config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int,
 
 @lru_cache(maxsize=32)
 def _compiled(
-    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, device: int
+    config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, device: int
 ) -> CudaLauncher:
-    defines = constants(config, head_dim, num_kv_heads, group, is_bf16)
+    defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages)
     return nvrtc.compile_kernel(SOURCE, KERNEL, defines, device, THREADS, defines["SHARED_BYTES"], ARCHITECTURE)
 
 
-def attend_records(
-    rotated_q: torch.Tensor,
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    cache: LayerCache,
-    batch: ExtendBatch,
-    config: KVarNConfig,
-    sm_scale: float,
-) -> None:
-    """Attend the pages that the first new token of each request reads as records; the first call compiles (seconds).
+def attend(
+    rotated: QKV, cache: LayerCache, batch: ExtendBatch, plan: ShortPlan, config: KVarNConfig, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend the new tokens of each request by the position rule; the first call compiles (seconds).
 
-    These are the pages before max(page - config.window_pages, exact_start / G) of that token, at most the page of the
-    token itself. Their first tokens are exact, as everywhere.
+    Reads records, the ring as it was before this chunk, and the chunk. What runs next on the stream may start at once
+    (device/early_start.cuh).
 
     Args:
-        rotated_q: float32 [T, Hq, D], rotated, contiguous.
-        partial_out: float32 [T, S + 1, Hq, D]; partial_lse: float32 [T, S + 1, Hq], base 2; contiguous. The first S
-            results of each token are written: the normalised output of each split, and its log sum of exp, zeros and
-            -inf where a split has no page.
-        cache: read; batch: the step; sm_scale: factor of the scores.
+        rotated: q float32 [T, Hq, D]; k, v [T, Hk, D] model dtype; rotated, contiguous.
+        cache: read; batch: the step; plan: of the step; sm_scale: factor of the scores.
+
+    Returns:
+        the normalised outputs of all splits, float32 [T, splits, Hq, D], rotated, and their log sums of exp, float32
+        [T, splits, Hq], base 2; zeros and -inf where a split has nothing that a token sees.
     """
-    _, results, heads, head_dim = partial_out.shape
+    heads, head_dim = rotated.q.shape[1:]
     kv_heads, device = cache.num_kv_heads, cache.records.device
-    group, splits = heads // kv_heads, results - 1
-    is_bf16 = cache.dtype == torch.bfloat16
-    row_blocks = -(-max(batch.new_tokens) * group // ROWS)
-    _compiled(config, head_dim, kv_heads, group, is_bf16, device.index or 0)(
-        (row_blocks, splits * kv_heads, batch.prefix_lens.shape[0]),
+    group, is_bf16 = heads // kv_heads, cache.dtype == torch.bfloat16
+    size = (batch.num_tokens, plan.splits, heads)
+    partial_out = torch.empty(*size, head_dim, dtype=torch.float32, device=device)
+    partial_lse = torch.empty(size, dtype=torch.float32, device=device)
+    ring_pages = batch.ring_pages.shape[1]
+    _compiled(config, head_dim, kv_heads, group, is_bf16, ring_pages, device.index or 0)(
+        (row_blocks(max(batch.new_tokens), group), plan.splits * kv_heads, batch.prefix_lens.shape[0]),
         current_stream(device),
-        rotated_q=rotated_q,
+        rotated_q=rotated.q,
+        chunk_k=rotated.k,
+        chunk_v=rotated.v,
         records=cache.records,
+        ring_pages=batch.ring_pages,
         page_table=batch.page_table,
         prefix_lens=batch.prefix_lens,
         exact_starts=batch.exact_starts,
@@ -151,5 +178,6 @@ def attend_records(
         lse=partial_lse,
         stride_page_table=batch.page_table.stride(0),
         sm_scale_log2_bits=sm_scale * LOG2_E,
-        splits=splits,
+        splits=plan.splits,
     )
+    return partial_out, partial_lse
