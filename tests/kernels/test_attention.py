@@ -27,8 +27,7 @@ ALL_CUDA = "encode by CUDA C++ (encode.cu), decode by CUDA C++ (decode_sm90.cu),
 AMPERE = "encode by CUDA C++ (encode.cu), decode by Triton, "
 TRITON = "encode by Triton, decode by Triton, "
 FLASHINFER = "short extends by Triton, long extends by FlashInfer"
-HOPPER = "extends by CUDA C++ (extend_sm90.cu) and Triton"
-ON_HOPPER = f"short {HOPPER}, long extends by "
+ON_HOPPER = "short extends by CUDA C++ (extend_sm90.cu), "
 ONE_FORM = "extends by Triton"
 
 
@@ -37,7 +36,6 @@ def host(monkeypatch):
     """Return a function that lets a host have an H100 of another capability, NVRTC, and libraries or not."""
 
     def describe(capability=(9, 0), *, flashinfer: bool = True, fa3: bool = False) -> None:
-        monkeypatch.setenv(attention.COLUMNS_ENV, "1")
         monkeypatch.setattr(attention, "gpu_of", lambda device: replace(H100, capability=capability))
         monkeypatch.setattr(attention.nvrtc, "is_available", lambda: True)
         monkeypatch.setattr(attention.paged_calls, "has_fa3", lambda: fa3)
@@ -54,8 +52,8 @@ def on_cuda(shape: AttentionShape, config: KVarNConfig, device: torch.device = M
 @pytest.mark.parametrize(
     ("capability", "dtype", "config", "builds", "text"),
     [
-        ((9, 0), torch.bfloat16, KVARN, True, ALL_CUDA + ON_HOPPER + "FlashInfer"),
-        ((9, 0), torch.bfloat16, KVARN, False, ALL_CUDA + HOPPER),
+        ((9, 0), torch.bfloat16, KVARN, True, ALL_CUDA + ON_HOPPER + "long extends by FlashInfer"),
+        ((9, 0), torch.bfloat16, KVARN, False, ALL_CUDA + ON_HOPPER + "others by Triton"),
         ((10, 0), torch.float16, KVARN, False, ALL_CUDA + ONE_FORM),
         ((9, 0), torch.bfloat16, CANONICAL, True, ALL_CUDA + ONE_FORM),
         ((8, 0), torch.bfloat16, KVARN, True, AMPERE + FLASHINFER),
@@ -117,7 +115,7 @@ def test_models_with_sliding_windows_have_a_plan_for_each_and_one_decode_kernel(
 @pytest.mark.parametrize(
     ("capability", "text"),
     [
-        ((9, 0), ALL_CUDA + ON_HOPPER + "FlashAttention 3"),
+        ((9, 0), ALL_CUDA + ON_HOPPER + "long extends by FlashAttention 3"),
         # built for Hopper
         ((10, 0), ALL_CUDA + FLASHINFER),
         ((8, 0), AMPERE + FLASHINFER),
@@ -145,7 +143,8 @@ def test_where_flash_attention_3_does_not_load_others_attend(host, monkeypatch, 
     monkeypatch.setitem(sys.modules, "sgl_kernel", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer_standin if flashinfer else None)
     served = on_cuda(SHAPE, KVARN, CPU)
-    assert served.describe() == ALL_CUDA + (ON_HOPPER + "FlashInfer" if flashinfer else HOPPER)
+    others = "long extends by FlashInfer" if flashinfer else "others by Triton"
+    assert served.describe() == ALL_CUDA + ON_HOPPER + others
     assert "FlashAttention 3's prefill kernels are not to be had" in caplog.text
     assert ("FlashInfer's prefill kernels are not to be had" in caplog.text) == (not flashinfer)
     # what is charged is what was taken
@@ -154,7 +153,7 @@ def test_where_flash_attention_3_does_not_load_others_attend(host, monkeypatch, 
 
 def test_describe_does_not_name_a_flashinfer_that_is_not_there(host):
     host(flashinfer=False)
-    assert on_cuda(SHAPE, KVARN).describe() == ALL_CUDA + HOPPER
+    assert on_cuda(SHAPE, KVARN).describe() == ALL_CUDA + ON_HOPPER + "others by Triton"
 
 
 def test_describe_names_torch_or_the_interpreted_kernels_on_a_cpu(monkeypatch):
@@ -167,11 +166,12 @@ def test_describe_names_torch_or_the_interpreted_kernels_on_a_cpu(monkeypatch):
         Attention(SHAPE, KVARN, CPU, LIMITS)
 
 
-def form_of(new: list[int], cached: int, *, library: str = "", columns: bool = False, heads: int = 32) -> str:
+def form_of(new: list[int], cached: int, *, library: str = "", short: bool = False, heads: int = 32) -> str:
     """Return who attends a step of requests with so many new tokens on as many cached ones."""
-    batch = SimpleNamespace(num_tokens=sum(new), new_tokens=new, prefix_lens_host=[cached] * len(new))
+    lens, ends = [cached] * len(new), [cached + n for n in new]
+    batch = SimpleNamespace(num_tokens=sum(new), new_tokens=new, prefix_lens_host=lens, seq_lens_host=ends)
     shape = replace(SHAPE, num_qo_heads=heads)
-    return extend_choice.extend_form(batch, shape, KVARN, H100, library, has_columns=columns)
+    return extend_choice.extend_form(batch, shape, KVARN, H100, library, has_short=short)
 
 
 def test_attention_attends_long_steps_on_a_library(host, monkeypatch):
@@ -196,39 +196,40 @@ def test_attention_attends_long_steps_on_a_library(host, monkeypatch):
     assert not choose_kernels(SHAPE, KVARN, CUDA).dense
 
 
-@pytest.mark.parametrize("library", ["", paged_calls.FLASHINFER])
-def test_few_tokens_on_a_long_prefix_are_attended_by_columns(host, monkeypatch, library):
-    enough, most = (extend_choice.COLUMN_PAGES + KVARN.window_pages) * 128, extend_choice.COLUMN_TOKENS
-
-    def of(new: list[int], cached: int) -> bool:
-        return form_of(new, cached, library=library, columns=True) == extend_choice.COLUMNS
-
-    assert of([1], enough) and not of([1], enough - 1)
-    assert of([most], enough) and not of([most + 1], enough)
-    # partial results: 16 turns of 100 tokens take 50 MiB, 32 would take 100
-    assert of([100] * 16, 20_480) and not of([100] * 32, 20_480)
-    assert form_of([1], enough) == extend_choice.RECORDS
-    host((10, 0))
-    assert not choose_kernels(SHAPE, KVARN, CUDA).columns
-    host()
-    assert choose_kernels(SHAPE, KVARN, CUDA).columns == "cuda"
-    assert not choose_kernels(SHAPE, CANONICAL, CUDA).columns
-    # a trial
-    monkeypatch.delenv(attention.COLUMNS_ENV)
-    assert not choose_kernels(SHAPE, KVARN, CUDA).columns
-
-
-def test_beside_flash_attention_3_columns_are_one_block_on_a_longer_prefix():
-    enough = (extend_choice.FA3_COLUMN_PAGES + KVARN.window_pages) * 128
+@pytest.mark.parametrize("library", ["", paged_calls.FLASHINFER, paged_calls.FA3])
+def test_few_tokens_on_a_long_prefix_have_a_kernel_of_their_own(host, library):
+    enough, short = extend_choice.SHORT_PAGES * 128, extend_choice.SHORT
 
     def of(new: list[int], cached: int, heads: int = 32) -> str:
-        return form_of(new, cached, library=paged_calls.FA3, columns=True, heads=heads)
+        return form_of(new, cached, library=library, short=True, heads=heads)
 
-    # 32/8 heads: 32 tokens have 128 query heads of a KV head
-    assert of([32], enough) == of([32, 1], enough) == extend_choice.COLUMNS
-    assert of([33], enough) == of([1, 33], enough) == of([32], enough - 1) == extend_choice.DENSE
-    assert of([1], enough) == extend_choice.COLUMNS and of([1], enough - 1) == extend_choice.RECORDS
-    assert of([16], enough, heads=64) == extend_choice.COLUMNS and of([17], enough, heads=64) == extend_choice.DENSE
+    assert of([1], enough) == short and of([1], enough - 1) != short
+    # 32/8 heads: 128 tokens have 512 query heads of a KV head, of 64/8 heads 64 do
+    assert of([128], 32_768) == of([128, 1], 32_768) == short
+    assert of([129], 32_768) != short and of([1, 129], 32_768) != short
+    assert of([64], 32_768, heads=64) == short and of([65], 32_768, heads=64) != short
+    # partial results: 16 turns of 100 tokens take 25 MiB, 64 would take 100
+    assert of([100] * 16, 20_480) == short and of([100] * 64, 20_480) != short
+    assert form_of([1], enough, library=library) != short
+
+
+def test_the_kernel_of_short_steps_reads_no_page_that_they_encode():
+    def of(new: int, cached: int) -> bool:
+        return form_of([new], cached, short=True, heads=8) == extend_choice.SHORT
+
+    # of 512 tokens, which its blocks allow with a query head for each KV head, the last ones read the first pages of the
+    # chunk as records; from the page before the window of the last token on nothing is encoded
+    assert of(256, 32 * 128) and not of(257, 32 * 128)
+    assert of(257, 32 * 128 - 1) is False and of(129, 32 * 128 + 127) and not of(130, 32 * 128 + 127)
+
+
+def test_the_kernel_of_short_steps_runs_on_hopper_where_sums_have_no_fixed_order(host):
+    host()
+    assert choose_kernels(SHAPE, KVARN, CUDA).short == "cuda"
+    assert not choose_kernels(SHAPE, CANONICAL, CUDA).short
+    assert not choose_kernels(replace(SHAPE, head_dim=256), KVARN, CUDA).short
+    host((10, 0))
+    assert not choose_kernels(SHAPE, KVARN, CUDA).short
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from . import (
     dequantise,
     drafts,
     extend,
-    extend_columns,
     host,
     metadata,
     plugin,
     record,
     rings,
+    short_steps,
     states,
     torch_form,
     transfer,
@@ -25,7 +25,7 @@ from . import (
 )
 
 _ROOMS = (
-    *(record, write, decode, columns, decode_plan, extend, extend_columns, dense, dequantise),
+    *(record, write, decode, columns, decode_plan, extend, short_steps, dense, dequantise),
     *(attention, torch_form, balance, plugin, rings, metadata, drafts, states, host, transfer, windows),
 )
 MUTATIONS = tuple(mutation for room in _ROOMS for mutation in room.MUTATIONS)

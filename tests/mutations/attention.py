@@ -8,8 +8,9 @@ from .paths import ATTENTION, TEST_DECODE, TEST_EXTEND, TEST_EXTEND_DENSE
 
 _STORE_STEP = "        rotate.rotate_to_rings(new, workspace.rotated_q, cache, batch, config)\n"
 _ENCODE_STEP = "        self._encode.encode_from_ring(cache, batch, config)\n"
-_STORE_CHUNK = "        self._store.store_chunk(rotated, cache, batch, config)\n"
-_ENCODE_CHUNK = "        self._encode_chunk(rotated, cache, batch, config, beside_columns=partial is not None)\n"
+_STORE_CHUNK = "            self._store.store_chunk(rotated, cache, batch, config)\n"
+_ENCODE_CHUNK = "            self._encode.encode_from_chunk(rotated, cache, batch, config)\n"
+_ATTEND = "            if isinstance(plan, extend_dense.DensePlan):\n"
 
 MUTATIONS = (
     Mutation(
@@ -22,8 +23,8 @@ MUTATIONS = (
     Mutation(
         "ring written before the chunk is attended",
         ATTENTION,
-        "        if isinstance(plan, extend_dense.DensePlan):\n",
-        _STORE_CHUNK + "        if isinstance(plan, extend_dense.DensePlan):\n",
+        _ATTEND,
+        _STORE_CHUNK + _ATTEND,
         (
             f"{TEST_EXTEND}::test_extend_stores_the_same_bytes_as_the_torch_form",
             f"{TEST_EXTEND_DENSE}::test_extend_dense_step_stores_the_same_bytes_as_the_torch_form",

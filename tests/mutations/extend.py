@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "tile of queries begins with the chunk (extend kernel)",
         EXTEND,
-        "start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // programs) * BLOCK_Q",
-        "start = prefix_len + (num_tiles - 1 - tl.program_id(0) // programs) * BLOCK_Q",
+        "start = (prefix_len // BLOCK_Q + num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q",
+        "start = prefix_len + (num_tiles - 1 - tl.program_id(0) // splits) * BLOCK_Q",
         (TEST_POSITION_RULE,),
     ),
 )

@@ -39,7 +39,7 @@ RESERVED_BYTES, TABLE_BYTES = 1024, 4 * ROWS + 256
 WRITER_REGISTERS, READER_REGISTERS = 64, 192
 # In records that a block attends, 2.2 us each: the time of an exact page, that of a block besides its pages, and that of a
 # block of the encoder (H200); the least that a split has, and splits of a request at most
-EXACT_UNITS, BLOCK_OVERHEAD, ENCODER_PAGES, MIN_UNITS, MAX_SPLITS = 2, 3, 16, 2, 32
+EXACT_UNITS, BLOCK_OVERHEAD, ENCODER_PAGES, MIN_UNITS, MAX_SPLITS = 4, 3, 16, 3, 32
 
 
 @dataclass(frozen=True)

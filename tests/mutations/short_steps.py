@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs of the kernel of short extend steps."""
+
+from __future__ import annotations
+
+from .mutation import Mutation
+from .paths import EXTEND_CHOICE, EXTEND_SM90, TEST_ATTENTION, TEST_EXTEND_SM90
+
+_LENGTHS = (f"{TEST_EXTEND_SM90}::test_requests_of_any_length_are_attended_together",)
+_LATE = (f"{TEST_EXTEND_SM90}::test_records_may_land_late_and_warps_stand_still",)
+_MAGNITUDES = (f"{TEST_EXTEND_SM90}::test_scores_and_values_of_any_magnitude_are_attended",)
+_ENCODED = f"{TEST_ATTENTION}::test_the_kernel_of_short_steps_reads_no_page_that_they_encode"
+
+MUTATIONS = (
+    Mutation(
+        "operands not fenced before products read them (extend)",
+        EXTEND_SM90,
+        "      fence_stores();\n      tell(written, n);\n",
+        "      tell(written, n);\n",
+        _LENGTHS,
+    ),
+    Mutation(
+        "operands written while products read them (extend)",
+        EXTEND_SM90,
+        "      if (n >= BUFFERS) wait_use(read, n - BUFFERS);\n",
+        "",
+        _LATE,
+    ),
+    Mutation(
+        "keys multiplied before they are written (extend)",
+        EXTEND_SM90,
+        "      wait_use(shared.keys_written, n);\n      order_scores(n);\n",
+        "      order_scores(n);\n",
+        _LATE,
+    ),
+    Mutation(
+        "values multiplied before they are written (extend)",
+        EXTEND_SM90,
+        "    wait_use(shared.values_written, n);\n",
+        "",
+        _LATE,
+    ),
+    Mutation(
+        "next record ordered into a buffer that is still read (extend)",
+        EXTEND_SM90,
+        "        mbarrier_wait(&shared.left[next % STAGES], (number - 1) / STAGES & 1);\n",
+        "",
+        _LATE,
+    ),
+    Mutation(
+        "values said to be read while their products are on their way (extend)",
+        EXTEND_SM90,
+        "      wait_products<0>();\n      arrived(o);\n      tell(shared.values_read, n - 1);\n",
+        "      tell(shared.values_read, n - 1);\n      wait_products<0>();\n      arrived(o);\n",
+        _LATE,
+    ),
+    Mutation(
+        "sums not scaled where the maximum is raised (extend)",
+        EXTEND_SM90,
+        "{mine.alpha[0] * less, mine.alpha[1] * less}",
+        "{less, less}",
+        _MAGNITUDES,
+    ),
+    Mutation(
+        "sums not scaled where values grow (extend)",
+        EXTEND_SM90,
+        "{mine.alpha[0] * less, mine.alpha[1] * less}",
+        "{mine.alpha[0], mine.alpha[1]}",
+        _MAGNITUDES,
+    ),
+    Mutation(
+        "power of two of values not raised (extend)",
+        EXTEND_SM90,
+        "} else if (own >= exponent + 6) {",
+        "} else if (own >= exponent + 60) {",
+        _MAGNITUDES,
+    ),
+    Mutation(
+        "first key read from its codes (extend)",
+        EXTEND_SM90,
+        "  if (part == 0 && first == 0) {\n",
+        "  if (false) {\n",
+        _LENGTHS,
+    ),
+    Mutation(
+        "first value read from its codes (extend)",
+        EXTEND_SM90,
+        "  if (part == 0 && first == 0 && half == 0)\n",
+        "  if (false)\n",
+        _LENGTHS,
+    ),
+    Mutation(
+        "exact start ignored (extend)",
+        EXTEND_SM90,
+        "max(position / G - WINDOW, exact_start / G)",
+        "max(position / G - WINDOW, 0)",
+        _LENGTHS,
+    ),
+    Mutation(
+        "a unit left out between splits (extend)",
+        EXTEND_SM90,
+        "end_unit = units * (split + 1) / splits;",
+        "end_unit = (units * (split + 1) - 1) / splits;",
+        _LENGTHS,
+    ),
+    Mutation(
+        "a token sees those after it (extend)",
+        EXTEND_SM90,
+        "positions[h] + 1 - page * G : 0)",
+        "positions[h] + 2 - page * G : 0)",
+        _LENGTHS,
+    ),
+    Mutation(
+        "a page read twice by rows beside those that read it otherwise (extend)",
+        EXTEND_SM90,
+        "const bool reads = is_record == page < exact_page_of(positions[h]);",
+        "const bool reads = true;",
+        _LENGTHS,
+    ),
+    Mutation(
+        "exact tokens read from the wrong page of the ring (extend)",
+        EXTEND_SM90,
+        "shared.ring_pages[known / RING_TOKENS % RING_PAGES]",
+        "shared.ring_pages[(known / RING_TOKENS + 1) % RING_PAGES]",
+        _LENGTHS,
+    ),
+    Mutation(
+        "what a step encodes read as a record beside the encoder",
+        EXTEND_CHOICE,
+        "    return is_small and extend_sm90.serves_step(batch, config)\n",
+        "    return is_small\n",
+        (_ENCODED,),
+    ),
+)
