@@ -14,27 +14,29 @@ from kvarn_kernels.shape import AttentionShape
 # Triton reads records; so does extend_sm90.cu, for few tokens; a library reads what is written in 16 bits
 RECORDS, SHORT, DENSE = "records", "short", "dense"
 
-# One layer of 32/8 heads of 128 on an H200, us, with everything around the attention (rotation, encode, ring store),
-# and FlashAttention 3 (FA3) alone on a bf16 cache; rows in benchmarks/results/prefill.csv.
+# One layer of 32/8 heads of 128 on H200s, us, with everything around the attention (rotation, encode, ring store), and
+# FlashAttention 3 (FA3) alone on a bf16 cache; rows in benchmarks/results/prefill.csv.
 #
-#     new tokens x cached   Triton   dense by FA3   columns   FA3 on bf16
-#     32 x 2,048               102             43       54*            22
-#     32 x 8,064                               59       65*            31
-#     32 x 32,640              173            123      122             58
-#     32 x 98,176                             323      210*           128
-#     64 x 32,640                             141      158*            75
-#     128 x 2,048              142             82       82*            28
-#     128 x 8,064              207            109      117*            45
-#     128 x 32,640             595            225      318            127
-#     128 x 98,176           1,619            559      730            325
-#     16 times 100 x 20,480                 2,034    2,250            979
+#     new tokens x cached   Triton   dense by FA3   extend_sm90.cu   FA3 on bf16
+#     32 x 2,048               102             43               35            22
+#     32 x 8,064                               59               43            31
+#     32 x 32,640              173            123               67            58
+#     32 x 98,176                             323             146*           128
+#     64 x 32,640                             141             108*            75
+#     128 x 2,048              142             68               56            28
+#     128 x 8,064              207             92               85            46
+#     128 x 32,640             595            199              176           126
+#     128 x 98,176           1,619            539             447*           327
+#     160 x 32,640                                            230*
+#     256 x 32,640                            324                            229
+#     16 times 100 x 20,480                 2,034           1,505*           979
 #
-# * with the encoder and Triton on streams of their own beside extend_sm90.cu, which is not done here: at 32 x 32,640
-#   that took 103 us, but the host 558 us a layer instead of 461.
+# * before exact pages counted as EXACT_UNITS records where pages are cut into splits, which gave 6 to 9 us of the others
 #
-# Of extend_sm90.cu every SHORT_BLOCKS-th block of 128 rows reads all records again, so it serves few tokens of a request,
-# on a prefix of SHORT_PAGES or more. Partial results, of torch's allocator while a layer runs, take at most
-# PARTIAL_BYTES.
+# Of extend_sm90.cu every block of 128 rows, query heads for tokens, unpacks all records again, so that it serves requests
+# of few tokens: up to SHORT_BLOCKS, 128 tokens of the heads above, where dense steps catch up at about 160. It wants a
+# prefix of SHORT_PAGES, which is not from a measurement: 32 tokens on 512 take 36 us. Partial results, of torch's
+# allocator while a layer runs, take at most PARTIAL_BYTES.
 SHORT_BLOCKS, SHORT_PAGES, PARTIAL_BYTES = 4, 8, 64 << 20
 # Elsewhere a step of fewer than DENSE_TOKENS new tokens reads the records themselves, unless it is large: the time of
 # the products grows with its work, that of the host does not. With FA3, new * cached tokens reach FA3_WORK. With

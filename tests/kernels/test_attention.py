@@ -217,8 +217,7 @@ def test_the_kernel_of_short_steps_reads_no_page_that_they_encode():
     def of(new: int, cached: int) -> bool:
         return form_of([new], cached, short=True, heads=8) == extend_choice.SHORT
 
-    # of 512 tokens, which its blocks allow with a query head for each KV head, the last ones read the first pages of the
-    # chunk as records; from the page before the window of the last token on nothing is encoded
+    # a query head for each KV head: its blocks allow 512 tokens, the last of which read the chunk's first pages as records
     assert of(256, 32 * 128) and not of(257, 32 * 128)
     assert of(257, 32 * 128 - 1) is False and of(129, 32 * 128 + 127) and not of(130, 32 * 128 + 127)
 

@@ -37,8 +37,8 @@ STAGES, BUFFERS = 3, 2
 RESERVED_BYTES, TABLE_BYTES = 1024, 4 * ROWS + 256
 # registers of a thread that writes, and of one that attends; together what 128 for each thread are
 WRITER_REGISTERS, READER_REGISTERS = 64, 192
-# In records that a block attends, 2.2 us each: the time of an exact page, that of a block besides its pages, and that of a
-# block of the encoder (H200); the least that a split has, and splits of a request at most
+# In records that a block attends, 2.2 us each on an H200: the time of an exact page, that of a block besides its pages,
+# and that of a block of the encoder; the least that a split has, and splits of a request at most
 EXACT_UNITS, BLOCK_OVERHEAD, ENCODER_PAGES, MIN_UNITS, MAX_SPLITS = 4, 3, 16, 3, 32
 
 
@@ -47,7 +47,8 @@ class ShortPlan:
     """Hold what all layers of a step share.
 
     Attributes:
-        splits: into how many parts the pages of a request are cut; split_indptr: int32 [T + 1], the first of each token.
+        splits: into how many parts the pages of a request are cut.
+        split_indptr: int32 [T + 1], the first split of each token.
     """
 
     splits: int

@@ -87,7 +87,7 @@ def encode_from_chunk(
     """Run the contract of `encode.encode_from_chunk`.
 
     Args:
-        early_start: run beside `extend_sm90.attend_records`, which is what was queued last on the stream.
+        early_start: run beside `extend_sm90.attend`, which is what was queued last on the stream.
     """
     if batch.max_full_pages == 0:
         return
