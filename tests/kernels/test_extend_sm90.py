@@ -242,6 +242,11 @@ def larger(k, v, q) -> None:
     v *= 8.0 ** torch.arange(len(v), device=v.device)[:, None, None, None]
 
 
+def larger_values(k, v, q) -> None:
+    """Let values grow so, and scores not: every page counts."""
+    v *= 8.0 ** torch.arange(len(v), device=v.device)[:, None, None, None]
+
+
 def with_large_first_tokens(k, v, q) -> None:
     """Let the first token of a page be a hundred times as large as the others."""
     k[:, 0] *= 100
@@ -252,6 +257,7 @@ def with_large_first_tokens(k, v, q) -> None:
     ("scales", "change"),
     [
         ((1.0, 1.0, 1.0), larger),
+        ((0.1, 1.0, 1.0), larger_values),
         ((1.0, 0.1, 1.0), with_large_first_tokens),
         ((1e-5, 1e5, 1e5), lambda *_: None),
         ((2.0**30, 2.0**-34, 2.0**20), lambda *_: None),

@@ -9,6 +9,9 @@ from .paths import EXTEND_CHOICE, EXTEND_SM90, TEST_ATTENTION, TEST_EXTEND_SM90
 _LENGTHS = (f"{TEST_EXTEND_SM90}::test_requests_of_any_length_are_attended_together",)
 _LATE = (f"{TEST_EXTEND_SM90}::test_records_may_land_late_and_warps_stand_still",)
 _MAGNITUDES = (f"{TEST_EXTEND_SM90}::test_scores_and_values_of_any_magnitude_are_attended",)
+_AFTER_WEIGHTS = (
+    "      compute_first(mine.total[0] + mine.total[1], base);\n      wait_products<0>();\n      arrived(o);\n"
+)
 _ENCODED = f"{TEST_ATTENTION}::test_the_kernel_of_short_steps_reads_no_page_that_they_encode"
 
 MUTATIONS = (
@@ -50,8 +53,8 @@ MUTATIONS = (
     Mutation(
         "values said to be read while their products are on their way (extend)",
         EXTEND_SM90,
-        "      wait_products<0>();\n      arrived(o);\n      tell(shared.values_read, n - 1);\n",
-        "      tell(shared.values_read, n - 1);\n      wait_products<0>();\n      arrived(o);\n",
+        "      weigh(n);\n" + _AFTER_WEIGHTS + "      tell(shared.values_read, n - 1);\n",
+        "      tell(shared.values_read, n - 1);\n      weigh(n);\n" + _AFTER_WEIGHTS,
         _LATE,
     ),
     Mutation(
