@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the rows of `bench_engine --prefills --output`: time to first token of each cache, and against the first.
 
-    python -m benchmarks.kernels.plot_prefill benchmarks/results/engine_fa3_8b.csv benchmarks/results/engine_fa3_8b.png
+    python -m benchmarks.kernels.plot_prefill benchmarks/results/engine_short_8b.csv \
+        benchmarks/results/engine_short_8b.png
 
 The baseline is bf16; shapes are NEW+CACHED tokens.
 """

@@ -31,10 +31,10 @@ RECORDS, SHORT, DENSE = "records", "short", "dense"
 #     256 x 32,640                            324                            229
 #     16 times 100 x 20,480                 2,034           1,505*           979
 #
-# * before exact pages counted as EXACT_UNITS records where pages are cut into splits, which gave 6 to 9 us of the others
+# * before exact pages counted as EXACT_UNITS records in the choice of splits, which gave 5 to 9 us of the others
 #
-# Of extend_sm90.cu every block of 128 rows, query heads for tokens, unpacks all records again, so that it serves requests
-# of few tokens: up to SHORT_BLOCKS, 128 tokens of the heads above, where dense steps catch up at about 160. It wants a
+# Of extend_sm90.cu every block of 128 rows, query heads for tokens, unpacks all records again, so it serves requests of
+# few tokens: up to SHORT_BLOCKS, 128 tokens of the heads above, where dense steps catch up at about 160. It wants a
 # prefix of SHORT_PAGES, which is not from a measurement: 32 tokens on 512 take 36 us. Partial results, of torch's
 # allocator while a layer runs, take at most PARTIAL_BYTES.
 SHORT_BLOCKS, SHORT_PAGES, PARTIAL_BYTES = 4, 8, 64 << 20

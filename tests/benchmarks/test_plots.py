@@ -26,7 +26,7 @@ def test_the_decode_plot_draws_the_published_rows(tmp_path):
 
 
 def test_the_prefill_plot_draws_the_published_rows(tmp_path):
-    title, times = plot_prefill.read(RESULTS / "engine_fa3_8b.csv")
+    title, times = plot_prefill.read(RESULTS / "engine_short_8b.csv")
     assert "NVIDIA H" in title and list(times) == ["bf16", "kvarn"] and "2048+32768" in times["kvarn"]
     plot_prefill.draw(title, times, tmp_path / "prefill.png")
     assert (tmp_path / "prefill.png").stat().st_size > 10_000

@@ -217,7 +217,7 @@ def test_the_kernel_of_short_steps_reads_no_page_that_they_encode():
     def of(new: int, cached: int) -> bool:
         return form_of([new], cached, short=True, heads=8) == extend_choice.SHORT
 
-    # a query head for each KV head: its blocks allow 512 tokens, the last of which read the chunk's first pages as records
+    # a query head for each KV head: blocks allow 512 tokens, whose last ones read the chunk's first pages as records
     assert of(256, 32 * 128) and not of(257, 32 * 128)
     assert of(257, 32 * 128 - 1) is False and of(129, 32 * 128 + 127) and not of(130, 32 * 128 + 127)
 

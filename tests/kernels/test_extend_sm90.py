@@ -36,9 +36,9 @@ from kvarn_kernels.shape import AttentionShape
 from test_decode import TOLERANCE, make_requests
 
 KVARN = KVarNConfig.from_preset("kvarn")
-# fp16 operands: queries, keys, values and weights. Keys count most: each is rounded twice, to 2^-12 of itself on average,
-# and moves its score by such shares of it (float64 with operands so rounded is off by as much as the kernel: 3.1e-3 where
-# the largest score is 16.7, 2.2e-3 where it is 7.7)
+# fp16 operands: queries, keys, values and weights. Keys count most: each is rounded twice, to 2^-12 of itself on
+# average, and moves its score by such shares of it (float64 with operands so rounded is off by as much as the kernel:
+# 3.1e-3 where the largest score is 16.7, 2.2e-3 where it is 7.7)
 BOUND, BOUND_OF_SCORES = 1e-3, 2.0**-12
 # Of the log sum of exp, in shares of the largest score: the rounding of a query and a key changes their product by at
 # most 2^-10 of itself (seen: 0.028 where the largest score is 49.5). The rounding of weights adds LSE_OF_WEIGHTS.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import EXTEND_CHOICE, EXTEND_SM90, TEST_ATTENTION, TEST_EXTEND_SM90
+from .paths import EXTEND_CHOICE, EXTEND_SM90, OPERANDS, TEST_ATTENTION, TEST_EXTEND_SM90
 
 _LENGTHS = (f"{TEST_EXTEND_SM90}::test_requests_of_any_length_are_attended_together",)
 _LATE = (f"{TEST_EXTEND_SM90}::test_records_may_land_late_and_warps_stand_still",)
@@ -80,14 +80,14 @@ MUTATIONS = (
     ),
     Mutation(
         "first key read from its codes (extend)",
-        EXTEND_SM90,
+        OPERANDS,
         "  if (part == 0 && first == 0) {\n",
         "  if (false) {\n",
         _LENGTHS,
     ),
     Mutation(
         "first value read from its codes (extend)",
-        EXTEND_SM90,
+        OPERANDS,
         "  if (part == 0 && first == 0 && half == 0)\n",
         "  if (false)\n",
         _LENGTHS,

@@ -17,8 +17,6 @@ constexpr int V_CB = V_CHANNEL_BLOCKS;
 constexpr int V_WIDTH = D / V_CB;         // words of a row of value words
 constexpr int V_PARTS = V_CB / 2;         // blocks of 64 channels that come from the same words
 
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((127 + exponent) << 23); }
-
 // the token of row g, with half g + 8, of block m of 64 tokens
 __device__ __forceinline__ int token_of(int m, int warp, int g, int half) {
   return 64 * m + 16 * warp + 4 * (g >> 1) + (g & 1) + 2 * half;

@@ -36,6 +36,7 @@
 // of key and value each, EXACT_ROWS in a buffer, and are attended in the same way after the records.
 // Lane 4 g + q. The constants in capitals that are not set here come from columns_sm90.py.
 
+#include "device/exponents.cuh"
 #include "device/ptx.cuh"
 #include "device/wgmma.cuh"
 #include "read/code_words.cuh"

@@ -10,6 +10,7 @@
 // The constants in capitals that are not set here come from encode_cuda.py.
 
 #include "device/early_start.cuh"
+#include "device/exponents.cuh"
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -46,8 +47,6 @@ __device__ __forceinline__ u32 sanitise(u32 bits) {
 
 __device__ __forceinline__ float round_cross(float x) { return from_half(to_half(clamp(x, 0x1p-13f, 0x1p13f))); }
 __device__ __forceinline__ u16 saturated_half(float x) { return to_half(clamp(x, -65504.0f, 65504.0f)); }
-__device__ __forceinline__ int exponent_of(float x) { return (__float_as_int(x) >> 23 & 0xff) - 127; }
-__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 __device__ __forceinline__ float std_of(double total, double squares, double count) {
   double variance = (squares - total * total / count) / count;
