@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel of short extend steps as C++ in a process of an engine, beside interpreted ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+import cuda_as_cpp
+from kvarn_kernels import attention, extend_choice
+from kvarn_kernels.read import extend_sm90
+
+# what the kernel attended, to be read in the log of the engine
+LINE = "attended by extend_sm90 as C++"
+
+
+@functools.cache
+def compiled(*form):
+    before = "reset_products(); copies.clear(); std::memset(dynamic_shared, 0xFF, sizeof(dynamic_shared));"
+    defines = extend_sm90.constants(*form[:-1])
+    folder = Path(tempfile.mkdtemp())
+    return cuda_as_cpp.build(folder, extend_sm90.SOURCE, extend_sm90.KERNEL, defines, extend_sm90.THREADS, before)
+
+
+def install() -> None:
+    """Let steps of few tokens on a page or more run it, as on Hopper."""
+    choose, attend = attention.choose_kernels, extend_sm90.attend
+
+    def with_short(*args, **kwargs):
+        return dataclasses.replace(choose(*args, **kwargs), short="cuda")
+
+    def logged(rotated, cache, batch, *args):
+        print(f"{LINE}: {batch.new_tokens} on {batch.prefix_lens_host}", flush=True)
+        return attend(rotated, cache, batch, *args)
+
+    attention.choose_kernels, extend_choice.SHORT_PAGES = with_short, 1
+    extend_sm90._compiled, extend_sm90.current_stream, extend_sm90.attend = compiled, lambda device: 0, logged
