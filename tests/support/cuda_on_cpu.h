@@ -46,7 +46,6 @@ struct Block {
   std::vector<Barrier> warps;
   Barrier all;
   std::vector<Barrier> groups;  // of 128 threads, by the numbers of their barriers
-  int any_of_group[16] = {};
   ucontext_t scheduler;
   std::function<void()> kernel;
   int any = 0;
@@ -98,14 +97,6 @@ inline int __syncthreads_or(int value) {
   return result;
 }
 inline void sync_group(int number) { wait(block->groups[number]); }
-inline bool vote(int number, bool value) {
-  block->any_of_group[number] |= value;
-  sync_group(number);
-  const bool result = block->any_of_group[number];
-  sync_group(number);
-  block->any_of_group[number] = 0;
-  return result;
-}
 
 template <class T>
 T exchange(T value, int source_lane) {

@@ -101,7 +101,6 @@ void store_shared(u32 a, T v) {
   if (stored) stored(a, sizeof(T));
 }
 inline void sts128(u32 a, uint4 v) { store_shared(a, v); }
-inline void sts64(u32 a, uint2 v) { store_shared(a, v); }
 inline void sts32(u32 a, u32 v) { store_shared(a, v); }
 inline void sts16(u32 a, u32 v) { store_shared(a, (unsigned short)v); }
 inline u32 lds32(u32 a) { return load_shared<u32>(a); }

@@ -22,16 +22,6 @@ __device__ __forceinline__ void sync_group(int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
 }
 
-// the same, and tell whether one of them says so
-__device__ __forceinline__ bool vote(int number, bool value) {
-  int any;
-  asm volatile(
-      "{ .reg .pred p, q; setp.ne.b32 p, %2, 0;\n"
-      "bar.red.or.pred q, %1, 128, p;\n"
-      "selp.b32 %0, 1, 0, q; }" : "=r"(any) : "r"(number), "r"((int)value) : "memory");
-  return any;
-}
-
 // barriers that one thread has initialised can be used by bulk copies
 __device__ __forceinline__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
@@ -65,9 +55,6 @@ __device__ __forceinline__ uint2 lds64(u32 a) {
 }
 __device__ __forceinline__ void sts128(u32 a, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-__device__ __forceinline__ void sts64(u32 a, uint2 v) {
-  asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(a), "r"(v.x), "r"(v.y) : "memory");
 }
 __device__ __forceinline__ void sts32(u32 a, u32 v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v) : "memory");

@@ -51,12 +51,6 @@ __device__ __forceinline__ void compute_first(float x, u32 address) {
                : "memory");
 }
 
-// the same address, of which the compiler knows nothing: it would keep a descriptor for each step in registers for ever
-__device__ __forceinline__ u32 forgotten(u32 address) {
-  asm volatile("" : "+r"(address));
-  return address;
-}
-
 #define WGMMA(TYPE, ADD)                                                                                       \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " WGMMA_ADD ", 0;\n"                                           \
                "wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32." TYPE "." TYPE " " WGMMA_SUMS ", " WGMMA_A ", " \
@@ -74,7 +68,17 @@ __device__ __forceinline__ void product_half(Sums& d, const u32 (&a)[4], u64 b, 
   WGMMA("f16", "r"((int)add));
 }
 
-// d = a b, with ADD d += a b, of fp16 numbers, both in shared memory
+// the same of the model's dtype
+template <bool ADD>
+__device__ __forceinline__ void product_exact(Sums& d, const u32 (&a)[4], u64 b) {
+#if BF16
+  WGMMA("bf16", "n"((int)ADD));
+#else
+  WGMMA("f16", "n"((int)ADD));
+#endif
+}
+
+// d = a b, with ADD d += a b, of fp16 numbers, A in shared memory, too
 template <bool ADD>
 __device__ __forceinline__ void product_half(Sums& d, u64 a, u64 b) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " WGMMA_SHARED_ADD ", 0;\n"
@@ -92,16 +96,6 @@ __device__ __forceinline__ void keep_registers() {
 template <int COUNT>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
-// the same of the model's dtype
-template <bool ADD>
-__device__ __forceinline__ void product_exact(Sums& d, const u32 (&a)[4], u64 b) {
-#if BF16
-  WGMMA("bf16", "n"((int)ADD));
-#else
-  WGMMA("f16", "n"((int)ADD));
-#endif
 }
 
 // 8 x 8 matrices to and from shared memory; lane n has the address of row n % 8 of matrix n / 8, 16 bytes
