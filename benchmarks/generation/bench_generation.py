@@ -63,8 +63,8 @@ def make_tasks(args: argparse.Namespace, tokenizer: Any) -> list[tasks.Task]:
     ):
         own = draw(name)
         made += [make(own) for _ in range(args.prompts_per_task)]
-    for kind in KINDS:
-        made.append(tasks.continuation(tokenizer, kind, args.go_on, 64, args.seed))
+    if args.go_on:
+        made += [tasks.continuation(tokenizer, kind, args.go_on, 64, args.seed) for kind in KINDS]
     return made
 
 
@@ -107,7 +107,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9], metavar="D", help=text)
     option("--needles", type=int, default=4 if cuda else 1, metavar="N", help="Prompts for each length and depth.")
     option("--prompts-per-task", type=int, default=32 if cuda else 5, metavar="N", help="Prompts of every other task.")
-    option("--go-on", type=int, default=1024, metavar="N", help="Tokens of a text to go on from.")
+    option("--go-on", type=int, default=1024, metavar="N", help="Tokens of a text to go on from; 0: none.")
     option("--samples", type=int, default=4 if cuda else 1, metavar="N", help="Samples for each prompt.")
     option("--temperature", type=float, default=0.7, metavar="T", help="Temperature of samples.")
     option("--conversations", type=int, default=16 if cuda else 3, metavar="N", help="Conversations side by side.")

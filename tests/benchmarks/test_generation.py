@@ -86,9 +86,7 @@ def test_conversation_keeps_every_turn_and_asks_what_was_said():
         assert before is None or text(task).startswith(f"{text(before)} {before.expected}.")
 
 
-def test_prompts_depend_on_the_seed_and_on_no_other_option(monkeypatch):
-    monkeypatch.setattr(bench_generation, "KINDS", ())
-
+def test_prompts_depend_on_the_seed_and_on_no_other_option():
     def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": encode(text)}
 
@@ -100,6 +98,8 @@ def test_prompts_depend_on_the_seed_and_on_no_other_option(monkeypatch):
 
     one, same, other = prompts(0, [2000]), prompts(0, [1000, 2000]), prompts(1, [2000])
     assert one == same[1:] and not set(map(text, one)) & set(map(text, other))
+    # no prompt without tokens, which would end the engine
+    assert all(map(text, one))
 
 
 @pytest.mark.parametrize(
