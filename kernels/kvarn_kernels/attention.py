@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import ModuleType
 
 import torch
@@ -152,9 +151,6 @@ class Attention:
         self.sliding_windows = tuple(sorted(set(sliding_windows) - {0}))
         compiled = self.kernels.encode == "cuda"
         self._encode: ModuleType = encode_cuda if compiled else encode
-        self._encode_beside = (
-            partial(encode_cuda.encode_from_chunk, early_start=True) if compiled else self._encode.encode_from_chunk
-        )
         self._rotate: ModuleType = chunk_cuda if compiled else rotate
         self._store: ModuleType = chunk_cuda if compiled else store
         many = columns_sm90.serves(shape.head_dim, shape.group, self._drafts_of_split, self._gpu)
@@ -416,6 +412,6 @@ class Attention:
     ) -> None:
         partial_out, partial_lse = extend_sm90.attend(rotated, cache, batch, plan, self.config, sm_scale)
         # beside the attention, which reads nothing that this step encodes
-        self._encode_beside(rotated, cache, batch, self.config)
+        self._encode.encode_from_chunk(rotated, cache, batch, self.config, early_start=True)
         results = partial_out.flatten(0, 1), partial_lse.flatten(0, 1)
         merge.merge_splits(out[: batch.num_tokens], *results, plan.split_indptr, self.config, sinks)

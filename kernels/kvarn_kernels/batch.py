@@ -88,10 +88,15 @@ class ExtendBatch:
         return sum(self.new_tokens)
 
     @cached_property
+    def full_pages(self) -> list[int]:
+        """Pages that each request completes."""
+        lens = zip(self.prefix_lens_host, self.seq_lens_host, strict=True)
+        return [seq // TILE_SIZE - prefix // TILE_SIZE for prefix, seq in lens]
+
+    @cached_property
     def max_full_pages(self) -> int:
         """The most pages that one request completes."""
-        lens = zip(self.prefix_lens_host, self.seq_lens_host, strict=True)
-        return max((seq // TILE_SIZE - prefix // TILE_SIZE for prefix, seq in lens), default=0)
+        return max(self.full_pages, default=0)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ def test_interpreted_kernels_give_the_oracles_tokens(start_engine, model, monkey
     assert hit["tokens"] == expected(model, longer, PRESET, new_tokens=2)
 
 
-
 # of log-probabilities by two kernels: the model's logits are fp16 numbers, 2e-3 apart (seen: 4e-3)
 CLOSE = 1e-2
 

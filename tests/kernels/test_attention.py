@@ -12,7 +12,7 @@ import pytest
 import torch
 from kvarn_kernels import attention, extend_choice
 from kvarn_kernels.attention import TORCH, Attention, Limits, choose_kernels
-from kvarn_kernels.batch import DecodeBatch
+from kvarn_kernels.batch import DecodeBatch, ExtendBatch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device.gpu import H100
@@ -169,7 +169,7 @@ def test_describe_names_torch_or_the_interpreted_kernels_on_a_cpu(monkeypatch):
 def form_of(new: list[int], cached: int, *, library: str = "", short: bool = False, heads: int = 32) -> str:
     """Return who attends a step of requests with so many new tokens on as many cached ones."""
     lens, ends = [cached] * len(new), [cached + n for n in new]
-    batch = SimpleNamespace(num_tokens=sum(new), new_tokens=new, prefix_lens_host=lens, seq_lens_host=ends)
+    batch = ExtendBatch(*[torch.empty(0)] * 6, lens, ends)
     shape = replace(SHAPE, num_qo_heads=heads)
     return extend_choice.extend_form(batch, shape, KVARN, H100, library, has_short=short)
 

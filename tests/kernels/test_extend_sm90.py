@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
-import cuda_as_cpp
 import pytest
+import short_steps_on_cpu
 import torch
 from builders import (
     DEVICE,
@@ -70,14 +70,6 @@ def others_long(chosen: list[tuple]) -> list:
     return [form if form in chosen else pytest.param(form, marks=pytest.mark.long) for form in FORMS]
 
 
-def as_cpp(folder, *form) -> Callable[..., None]:
-    """Return what launches the kernel of a form as C++."""
-    before = "reset_products(); copies.clear(); delays.seed(seed); "
-    before += "std::memset(dynamic_shared, 0xFF, sizeof(dynamic_shared));"
-    defines = extend_sm90.constants(*form)
-    return cuda_as_cpp.build(folder, extend_sm90.SOURCE, extend_sm90.KERNEL, defines, extend_sm90.THREADS, before)
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Keep what was built for the tests of this file."""
@@ -93,7 +85,7 @@ def run_as_cpp(built, monkeypatch):
 
     def kernel(*form):
         if form not in built.kernels:
-            built.kernels[form] = as_cpp(built.folder, *form[:-1])
+            built.kernels[form] = short_steps_on_cpu.as_cpp(built.folder, *form[:-1])
         return lambda *args, **named: built.kernels[form](*args, seed=chosen.seed, **named)
 
     monkeypatch.setattr(extend_sm90, "_compiled", kernel)
@@ -368,7 +360,7 @@ def test_splits_fill_the_gpu_in_whole_waves():
     def of(new: list[int], cached: int) -> int:
         lens = [cached] * len(new)
         ends = [cached + n for n in new]
-        batch = SimpleNamespace(new_tokens=new, prefix_lens_host=lens, seq_lens_host=ends)
+        batch = ExtendBatch(*[torch.empty(0)] * 6, lens, ends)
         return extend_sm90.num_splits(batch, shape, KVARN, H100)
 
     # 132 multiprocessors; 8, 16, 32, 64 and 512 blocks of pages in one piece

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel of short extend steps as C++ in a process of an engine, beside interpreted ones."""
+"""The kernel of short extend steps as C++, also in a process of an engine, beside interpreted ones."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cuda_as_cpp
@@ -16,12 +17,18 @@ from kvarn_kernels.read import extend_sm90
 LINE = "attended by extend_sm90 as C++"
 
 
-@functools.cache
-def compiled(*form):
-    before = "reset_products(); copies.clear(); std::memset(dynamic_shared, 0xFF, sizeof(dynamic_shared));"
-    defines = extend_sm90.constants(*form[:-1])
-    folder = Path(tempfile.mkdtemp())
+def as_cpp(folder: Path, *form) -> Callable[..., None]:
+    """Return what launches the kernel of a form, the arguments of `extend_sm90.constants`, as C++."""
+    before = "reset_products(); copies.clear(); delays.seed(seed); "
+    before += "std::memset(dynamic_shared, 0xFF, sizeof(dynamic_shared));"
+    defines = extend_sm90.constants(*form)
     return cuda_as_cpp.build(folder, extend_sm90.SOURCE, extend_sm90.KERNEL, defines, extend_sm90.THREADS, before)
+
+
+@functools.cache
+def compiled(*form) -> Callable[..., None]:
+    """Stand in for `extend_sm90._compiled`, whose last argument is a device."""
+    return as_cpp(Path(tempfile.mkdtemp()), *form[:-1])
 
 
 def install() -> None:

@@ -28,7 +28,6 @@
 #include "read/operands.cuh"
 
 constexpr int SIDE = 2 * TOKENS * D;      // bytes of the keys of a tile, and of its values
-constexpr int BUFFERS = 2;
 // shared memory: buffers of records, queries, keys, values
 constexpr int QUERIES = STAGES * BUFFER;
 constexpr int KEYS = QUERIES + 2 * BLOCK_ROWS * D;
@@ -100,7 +99,7 @@ struct Rows {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(512, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ chunk_k, const u8* __restrict__ chunk_v,
              const u8* __restrict__ records, const int* __restrict__ ring_pages, const int* __restrict__ page_table,
              const int* __restrict__ prefix_lens, const int* __restrict__ exact_starts,
@@ -166,7 +165,7 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ chunk_k
   __syncthreads();
   // queries are divided by a power of two, the same for the block
   int largest = 0;
-  for (int n = thread; n < rows * (D / 4); n += 512) {
+  for (int n = thread; n < rows * (D / 4); n += THREADS) {
     const float4 x = *(const float4*)(rotated_q + row_of(n / (D / 4), 1, 0) * D + n % (D / 4) * 4);
     const float parts[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
@@ -181,7 +180,7 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ chunk_k
   __syncthreads();
   const int query_exponent = min(max((shared.largest >> 23) - 126, -100), 100) - QUERY_BITS;
   const u32 base = shared_address(memory);
-  for (int n = thread; n < BLOCK_ROWS * OCTETS; n += 512) {
+  for (int n = thread; n < BLOCK_ROWS * OCTETS; n += THREADS) {
     const int row = n / OCTETS, octet = n % OCTETS;
     const float down = power_of_two(-query_exponent);
     uint4 x = make_uint4(0u, 0u, 0u, 0u);

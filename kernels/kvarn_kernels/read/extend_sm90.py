@@ -31,7 +31,7 @@ SOURCE, KERNEL = Path(__file__).with_name("extend_sm90.cu"), "kvarn_extend"
 # two warpgroups write operands, two attend 64 rows each
 THREADS, ROWS = 512, 128
 HEAD_DIMS = (64, 128)
-# buffers of records of a block; of keys and values there are two
+# buffers of a block: of records, and of the keys and values of tiles
 STAGES, BUFFERS = 3, 2
 # bytes of shared memory of a block that the driver keeps, and of its tables
 RESERVED_BYTES, TABLE_BYTES = 1024, 4 * ROWS + 256
@@ -72,17 +72,22 @@ def row_blocks(new_tokens: int, group: int) -> int:
 
 
 def num_splits(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> int:
-    """Return the splits of every request with which this kernel and the encoder beside it take the least time.
-
-    A multiprocessor runs one block of either.
-    """
-    processors = gpu.multiprocessors
+    """Return the splits of every request with which this kernel and the encoder beside it take the least time."""
     # of the longest request, whose exact pages are its window and those of the new tokens
     records = max(max(batch.prefix_lens_host) // TILE_SIZE - config.window_pages, 0)
     pages = records + EXACT_UNITS * (-(-max(batch.seq_lens_host) // TILE_SIZE) - records)
     blocks = shape.num_kv_heads * sum(row_blocks(new, shape.group) for new in batch.new_tokens)
-    lens = zip(batch.prefix_lens_host, batch.seq_lens_host, strict=True)
-    encoder_blocks = 2 * shape.num_kv_heads * sum(seq // TILE_SIZE - prefix // TILE_SIZE for prefix, seq in lens)
+    return _fastest_splits(pages, blocks, 2 * shape.num_kv_heads * sum(batch.full_pages), gpu.multiprocessors)
+
+
+# a step asks twice, when it is given to this kernel and when it is planned, and turns are alike
+@lru_cache(maxsize=1024)
+def _fastest_splits(pages: int, blocks: int, encoder_blocks: int, processors: int) -> int:
+    """Return the splits of the least time, where a multiprocessor runs one block of either kernel.
+
+    Args:
+        pages: of a request, in records; blocks: that attend them, of all requests; encoder_blocks: each ENCODER_PAGES.
+    """
 
     def time_of(splits: int) -> int:
         each, waves = -(-pages // splits) + BLOCK_OVERHEAD, -(-blocks * splits // processors)
@@ -122,7 +127,9 @@ def constants(
         "BLOCK_ROWS": ROWS,
         # tokens of a tile, channels of a head
         "BLOCK_COLUMNS": head_dim,
+        "THREADS": THREADS,
         "STAGES": STAGES,
+        "BUFFERS": BUFFERS,
         "BUFFER": shared["RECORD"],
         # fp16: queries, keys and values
         "SHARED_BYTES": STAGES * shared["RECORD"] + 2 * head_dim * (ROWS + 2 * BUFFERS * head_dim),

@@ -20,6 +20,8 @@ static_assert(TOKENS == D && G % TOKENS == 0, "");
 constexpr int TILES_OF_RECORD = G / TOKENS;
 constexpr int OCTETS = D / 8;             // of channels, and of the tokens of a tile
 constexpr int STEPS = D / 16;             // of depth 16
+// parts of a tile's keys whose channels are so many warps'
+constexpr int WARPS_OF_PART = OCTETS / 4, PARTS = 4 / WARPS_OF_PART;
 constexpr int LOADS = 4;                  // of exact rows, that are on their way together
 
 // words of codes
@@ -64,7 +66,6 @@ __device__ __forceinline__ int largest_exponent(u32 scales, u32 firsts, int lane
 // are such that neither the words that they read nor the 16 bytes that they write meet in a bank of shared memory.
 __device__ __forceinline__ void write_keys(u32 keys, u32 record, int part, int exponent, int warp, int lane,
                                            const Exponents& exponents) {
-  constexpr int WARPS_OF_PART = OCTETS / 4, PARTS = 4 / WARPS_OF_PART;
   const u32 halves = record + SCALES_OFFSET;
   const int octet = (lane / 8 + 4 * (lane % 8 / 2 + warp)) % OCTETS;
   const int first = TOKENS / PARTS * (warp / WARPS_OF_PART) + lane % 8;
@@ -208,7 +209,6 @@ __device__ __forceinline__ int exact_exponent(const Row& row, float (&of_warp)[4
 
 template <class Row>
 __device__ __forceinline__ void write_exact_keys(u32 keys, const Row& row, int part, int exponent, int warp, int lane) {
-  constexpr int WARPS_OF_PART = OCTETS / 4, PARTS = 4 / WARPS_OF_PART;
   const float down = power_of_two(-exponent);
   const int octet = (lane / 8 + 4 * warp) % OCTETS, first = TOKENS / PARTS * (warp / WARPS_OF_PART) + lane % 8;
 #pragma unroll 1

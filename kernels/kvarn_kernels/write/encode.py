@@ -413,12 +413,15 @@ def encode_from_ring(cache: LayerCache, batch: DecodeBatch, config: KVarNConfig)
     )
 
 
-def encode_from_chunk(rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig) -> None:
+def encode_from_chunk(
+    rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig, *, early_start: bool = False
+) -> None:
     """Encode every page that the new tokens of each request complete, from the chunk and, before it, the ring.
 
     Args:
         rotated: k and v [T, Hk, D] of the new tokens, contiguous, model dtype.
         cache: ring read as it was before the chunk, records written; batch: the step.
+        early_start: what was queued last on the stream need not have ended, which only `encode_cuda` makes use of.
     """
     if batch.max_full_pages == 0:
         return
