@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from kvarn_kernels.dense import extend_dense
-from kvarn_kernels.read import columns_sm90, decode, decode_sm90, extend_sm90, merge
+from kvarn_kernels.read import columns_sm90, decode, decode_sm90, extend_sm90, merge, verify_sm90
 from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 Places = dict[str, list[tuple[Any, str]]]
@@ -17,7 +17,7 @@ Places = dict[str, list[tuple[Any, str]]]
 # rotate + store + encode-if-full, attention over records and ring, merge + rotate back
 DECODE: Places = {
     "store": [(rotate, "rotate_to_rings"), (encode, "encode_from_ring"), (encode_cuda, "encode_from_ring")],
-    "attend": [(decode, "decode"), (decode_sm90, "decode"), (columns_sm90, "decode")],
+    "attend": [(module, "decode") for module in (decode, decode_sm90, columns_sm90, verify_sm90)],
     "merge": [(merge, "merge_splits")],
 }
 # of an extend step; "attention" is that of FlashInfer, FlashAttention 3 or extend_sm90.cu

@@ -23,7 +23,7 @@ from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu, gpu_of
 from kvarn_kernels.memory import LayerCache
-from kvarn_kernels.read import columns_sm90, decode, decode_plan, decode_sm90, extend, extend_sm90, merge
+from kvarn_kernels.read import columns_sm90, decode, decode_plan, decode_sm90, extend, extend_sm90, merge, verify_sm90
 from kvarn_kernels.shape import AttentionShape
 from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
@@ -153,12 +153,18 @@ class Attention:
         self._encode: ModuleType = encode_cuda if compiled else encode
         self._rotate: ModuleType = chunk_cuda if compiled else rotate
         self._store: ModuleType = chunk_cuda if compiled else store
-        many = columns_sm90.serves(shape.head_dim, shape.group, self._drafts_of_split, self._gpu)
-        # of the two only decode_sm90 knows sliding windows, and the layers of a step share its partial results
-        self._decode_cuda: ModuleType = columns_sm90 if many and not self.sliding_windows else decode_sm90
+        self._decode_cuda = self._choose_decode_cuda()
         self._sliding_workspaces: dict[int, decode_plan.DecodeWorkspace] = {}
         self._decode_workspace = self._make_decode_workspace(limits.decode_batch)
         self._dense_workspace = self._make_dense_workspace()
+
+    def _choose_decode_cuda(self) -> ModuleType:
+        """Return which kernel of CUDA C++ attends decode steps, by the number of its columns."""
+        # only decode_sm90 knows sliding windows, and the layers of a step share its partial results
+        for module in () if self.sliding_windows else (verify_sm90, columns_sm90):
+            if module.serves(self.shape.head_dim, self.shape.group, self._drafts_of_split, self._gpu):
+                return module
+        return decode_sm90
 
     def _make_decode_workspace(self, max_batch: int) -> decode_plan.DecodeWorkspace | None:
         if self.kernels.decode == "torch":

@@ -75,7 +75,9 @@ def test_describe_names_what_runs_on_a_gpu(host, monkeypatch, capability, dtype,
 @pytest.mark.parametrize(
     ("capability", "config", "drafts", "source"),
     [
-        ((9, 0), KVARN, 4, "columns_sm90.cu"),
+        # 64 and 48 columns
+        ((9, 0), KVARN, 16, "verify_sm90.cu"),
+        ((9, 0), KVARN, 12, "columns_sm90.cu"),
         # 8 columns
         ((9, 0), KVARN, 2, "decode_sm90.cu"),
         # every draft is attended as a request
@@ -83,7 +85,7 @@ def test_describe_names_what_runs_on_a_gpu(host, monkeypatch, capability, dtype,
         ((10, 0), KVARN, 4, "decode_sm90.cu"),
     ],
 )
-def test_verify_steps_of_many_columns_have_a_kernel_of_their_own(host, capability, config, drafts, source):
+def test_verify_steps_of_many_columns_have_kernels_of_their_own(host, capability, config, drafts, source):
     host(capability)
     limits = replace(LIMITS, decode_batch=2 * drafts, draft_tokens=drafts)
     described = Attention(SHAPE, config, META, limits, choose_kernels(SHAPE, config, CUDA)).describe()

@@ -20,7 +20,7 @@ FEW = [
     ("kvarn", torch.bfloat16, 128, (4, 1), 4),
     ("kvarn", torch.float16, 128, (4, 1), 8),
     ("kvarn", torch.bfloat16, 64, (9, 1), 2),
-    ("kvarn", torch.bfloat16, 128, (4, 1), 16),
+    ("kvarn", torch.bfloat16, 128, (4, 1), 12),
     ("kvarn_k4v4_g128", torch.float16, 64, (8, 1), 8),
     ("kvarn_k3v2_g128", torch.bfloat16, 256, (1, 1), 16),
 ]

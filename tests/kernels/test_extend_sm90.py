@@ -31,7 +31,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.extend_choice import SHORT
-from kvarn_kernels.read import extend_sm90
+from kvarn_kernels.read import attend_rows, extend_sm90
 from kvarn_kernels.shape import AttentionShape
 from test_decode import TOLERANCE, make_requests
 
@@ -341,16 +341,16 @@ def test_extend_sm90_compiles_into_registers(form, tmp_path):
     defines = extend_sm90.constants(KVarNConfig.from_preset(preset), head_dim, 8, group, dtype == torch.bfloat16, 10)
     code = compiled(nvrtc.source(extend_sm90.SOURCE, defines), extend_sm90.KERNEL, extend_sm90.ARCHITECTURE)
     registers, stack = registers_and_stack(code, tmp_path)
-    assert registers * extend_sm90.THREADS <= 65536 and stack <= STACK, (registers, stack)
-    # scores and sums of a tile, each in two places
-    assert product_groups(code, tmp_path) == (4 * (head_dim // 16), 4)
+    assert registers * extend_sm90.WARPS.threads <= 65536 and stack <= STACK, (registers, stack)
+    # scores and sums of a tile
+    assert product_groups(code, tmp_path) == (2 * (head_dim // 16), 2)
 
 
 @pytest.mark.parametrize("preset", sorted({preset for preset, *_ in FORMS}))
-@pytest.mark.parametrize("head_dim", extend_sm90.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", attend_rows.HEAD_DIMS)
 def test_extend_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     defines = extend_sm90.constants(KVarNConfig.from_preset(preset), head_dim, 8, 8, True, 10)
-    taken = defines["SHARED_BYTES"] + extend_sm90.TABLE_BYTES + extend_sm90.RESERVED_BYTES
+    taken = defines["SHARED_BYTES"] + attend_rows.table_bytes(extend_sm90.ROWS) + attend_rows.RESERVED_BYTES
     assert taken <= H100.shared_of_multiprocessor
 
 

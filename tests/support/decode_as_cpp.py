@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from kvarn_kernels.device import nvrtc
+from kvarn_kernels.read import decode_sm90
 
 SUPPORT = Path(__file__).parent
 LAUNCHER = """
@@ -22,7 +23,7 @@ extern "C" const char* run(float* q, u8* records, int* rings, int* table, int* l
   schedule_seed = seed;
   delays.seed(seed);
   BEFORE_LAUNCH
-  launch({splits, blocks, 1}, 32 * WARPS, [=] {
+  launch({splits, blocks, 1}, THREADS, [=] {
     KERNEL(q, records, rings, table, lens, starts, requests, indptr, out, lse, stride, __float_as_int(scale), batch);
   });
   return failure.c_str();
@@ -34,7 +35,7 @@ class DecodeAsCpp:
     """Take the place of a module's `_compiled`.
 
     Args:
-        module: decode_sm90 or columns_sm90; folder: for what is built.
+        module: decode_sm90, columns_sm90 or verify_sm90; folder: for what is built.
         before_launch: C++ that runs before every launch.
 
     Attributes:
@@ -51,7 +52,8 @@ class DecodeAsCpp:
     def _build(self, *form) -> ctypes.CDLL:
         if form not in self._libraries:
             path = self._folder / f"{len(self._libraries)}.cpp"
-            source = nvrtc.source(self._module.SOURCE, self._module.constants(*form))
+            defines = {"THREADS": decode_sm90.THREADS} | self._module.constants(*form)
+            source = nvrtc.source(self._module.SOURCE, defines)
             path.write_text('#include "cuda_on_cpu.h"\n' + source + self._launcher)
             command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-I{SUPPORT}"]
             subprocess.run([*command, path, "-o", path.with_suffix(".so")], check=True, timeout=120)

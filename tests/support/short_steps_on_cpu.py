@@ -22,7 +22,7 @@ def as_cpp(folder: Path, *form) -> Callable[..., None]:
     before = "reset_products(); copies.clear(); delays.seed(seed); "
     before += "std::memset(dynamic_shared, 0xFF, sizeof(dynamic_shared));"
     defines = extend_sm90.constants(*form)
-    return cuda_as_cpp.build(folder, extend_sm90.SOURCE, extend_sm90.KERNEL, defines, extend_sm90.THREADS, before)
+    return cuda_as_cpp.build(folder, extend_sm90.SOURCE, extend_sm90.KERNEL, defines, extend_sm90.WARPS.threads, before)
 
 
 @functools.cache

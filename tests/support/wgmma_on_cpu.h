@@ -101,7 +101,6 @@ void wait_products() {
 }
 
 inline void arrived(Sums&) {}
-inline void compute_first(float, u32) {}
 
 inline void order(Sums& d, Product&& x) {
   Products& own = products[threadIdx.x];

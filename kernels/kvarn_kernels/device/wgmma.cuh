@@ -44,13 +44,6 @@ __device__ __forceinline__ void arrived(Sums& d) {
   for (int n = 0; n < BLOCK_COLUMNS / 2; n++) asm volatile("" : "+f"(d[n])::"memory");
 }
 
-// keeps ptxas from moving a wait in front of what this was computed from, a number that is never negative: a wait stays
-// behind a store to shared memory, which does not happen
-__device__ __forceinline__ void compute_first(float x, u32 address) {
-  asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p st.shared.f32 [%1], %0; }" ::"f"(x), "r"(address)
-               : "memory");
-}
-
 #define WGMMA(TYPE, ADD)                                                                                       \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " WGMMA_ADD ", 0;\n"                                           \
                "wgmma.mma_async.sync.aligned." WGMMA_SHAPE ".f32." TYPE "." TYPE " " WGMMA_SUMS ", " WGMMA_A ", " \

@@ -44,7 +44,8 @@
 
 constexpr int WARPS = 4;
 constexpr int COLUMNS = DRAFTS * GROUP;   // of a KV head
-constexpr int COLUMN_BLOCKS = (COLUMNS + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+constexpr int ATTENDED = BLOCK_COLUMNS;   // columns of a block
+constexpr int COLUMN_BLOCKS = (COLUMNS + ATTENDED - 1) / ATTENDED;
 constexpr int TILES = BLOCK_COLUMNS / 8;  // of 8 columns
 constexpr int STEPS = D / 16;             // depth-16 steps over the channels
 constexpr int BLOCKS = D / 64;            // blocks of 64 channels

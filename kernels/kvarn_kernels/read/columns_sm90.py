@@ -23,8 +23,9 @@ from kvarn_kernels.read.decode_plan import TILE_COLUMNS, DecodeWorkspace
 from kvarn_kernels.record.tile import TILE_SIZE
 
 SOURCE, KERNEL = Path(__file__).with_name("columns_sm90.cu"), "kvarn_decode_columns"
-# by head_dim: (most columns of a block, blocks that a multiprocessor runs at once), all values in registers
-BLOCKS = {64: ((32, 4), (64, 2)), 128: ((16, 4), (32, 3), (64, 2)), 256: ((16, 2),)}
+# by head_dim: (most columns of a block, blocks that a multiprocessor runs at once), all values in registers. Blocks of
+# 64 columns of head_dim 128 were slower than verify_sm90.cu (H200, 64 x 16,384: 1,098 us against 926)
+BLOCKS = {64: ((32, 4), (64, 2)), 128: ((16, 4), (32, 3), (48, 2)), 256: ((16, 2),)}
 MAX_STAGES = 4
 # bytes of shared memory of a block that the driver keeps, and of a column in its tables
 RESERVED_BYTES, COLUMN_BYTES = 1024, 36
@@ -35,10 +36,14 @@ def serves(head_dim: int, group: int, drafts: int, gpu: Gpu) -> bool:
     return gpu.capability == CAPABILITY and head_dim in BLOCKS and drafts * group > TILE_COLUMNS
 
 
+def most(head_dim: int) -> int:
+    """Return the most columns of a block."""
+    return BLOCKS[head_dim][-1][0]
+
+
 def columns(head_dim: int, group: int, drafts: int) -> int:
     """Return the columns of a block, a multiple of 8: those of a KV head shared evenly by as few blocks as can be."""
-    most = BLOCKS[head_dim][-1][0]
-    blocks = -(-drafts * group // most)
+    blocks = -(-drafts * group // most(head_dim))
     return max(2, -(-drafts * group // (blocks * TILE_COLUMNS))) * TILE_COLUMNS
 
 

@@ -42,7 +42,8 @@ constexpr int V_VECTORS = V_WIDTH / V_VECTOR;
 constexpr int TILES = D / 16;             // blocks of 16 channels of the output
 constexpr int COLUMNS = DRAFTS * GROUP;   // of a KV head
 constexpr int BLOCK_COLUMNS = 8 * COLUMN_TILES;
-constexpr int COLUMN_BLOCKS = (COLUMNS + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+constexpr int ATTENDED = BLOCK_COLUMNS;   // columns of a block
+constexpr int COLUMN_BLOCKS = (COLUMNS + ATTENDED - 1) / ATTENDED;
 constexpr float LAG = 4.0f;               // how far a score may exceed the kept maximum, log2
 #define MINUS_INF __int_as_float(0xff800000)
 

@@ -1,101 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
-// Extend attention of a few new tokens for sm_90a.
+// Extend attention of a few new tokens for sm_90a: rows of attend_rows.cuh, a query head for a new token each.
 //
-// A block attends one split of the pages of a request for one KV head and BLOCK_ROWS rows, a row a query head for a new
-// token: pages that are read as records, then those that are read exactly, from the ring and from the new tokens. Of 4
-// warpgroups two write tiles of D tokens as operands of products into shared memory, in fp16, two buffers of either, and
-// two attend them, 64 rows each:
-//
-//     writing      keys
-//     writing      values
-//     attending    scores of tile n + 1 = queries x keys^T; meanwhile sums of tile n += weights x values, whose
-//                  weights came from scores in registers and stay there
-//
-// so that a record is unpacked once for BLOCK_ROWS rows while the products of other tiles run. Keys are divided by a power
-// of two of their page, a factor of their scores; values by one of the block, 2^e: it is raised, and the sums divided,
-// when a page asks for more than 2^6 times as much (operands.cuh). Queries are divided by a power of two, too, that of the
-// block. Rows that read a page in another form, or not all of it, see some tokens of its tile only; older tiles are not
-// masked.
-//
-// The maximum of a row is kept until a score exceeds it by SLACK: sums are then multiplied in few tiles.
-//
-// The encoder may start beside it: nothing is read here that this step writes.
-// Lane 4 g + q. The constants in capitals that are not set here come from extend_sm90.py.
+// A block attends one split of the pages of a request for one KV head and BLOCK_ROWS rows: records, then the ring as it
+// was before this step, and the new tokens. The encoder may start beside it: nothing is read here that this step writes.
 
 #include "device/early_start.cuh"
-#include "device/ptx.cuh"
-#include "device/wgmma.cuh"
-#include "read/operands.cuh"
+#include "read/attend_rows.cuh"
 
-constexpr int SIDE = 2 * TOKENS * D;      // bytes of the keys of a tile, and of its values
-// shared memory: buffers of records, queries, keys, values
-constexpr int QUERIES = STAGES * BUFFER;
-constexpr int KEYS = QUERIES + 2 * BLOCK_ROWS * D;
-constexpr int VALUES = KEYS + BUFFERS * SIDE;
-static_assert(VALUES + BUFFERS * SIDE == SHARED_BYTES && BLOCK_ROWS == 128, "");
-constexpr float SHIFT = 4.0f;             // weights are 2^SHIFT times as large: small ones stay normal fp16 numbers
-constexpr float SLACK = 8.0f;             // weights are at most 2^(SHIFT + SLACK)
-constexpr int CHAINS = 4;                 // of maxima and sums of a row, which do not wait for each other
-constexpr float NONE = -1e30f;            // the maximum before there is a score
-constexpr int QUERY_BITS = 12;            // the largest query of a block is below 2^QUERY_BITS
-#define MINUS_INF __int_as_float(0xff800000)
+// The split of a request that a block attends; see attend_rows.cuh.
+struct Work {
+  const u8 *records, *chunk_k, *chunk_v;
+  const int *page_ids, *ring_pages;
+  int head, split, splits;
+  int first_token, prefix_len, exact_start;  // the first new token among those of the step; of the request
+  int first_row, rows, last;                 // among the rows of the request; the position of the last one
+  int begin, num_records, exact_begin, num_exact, first_exact;
 
-struct __align__(16) Shared {
-  float score_factor[BUFFERS];              // 2^r of the keys
-  float less[BUFFERS];                      // factor of what was summed before these values
-  float value_factor[BUFFERS];              // 2^e
-  int largest;                              // magnitude of the queries
-  int row[BLOCK_ROWS];                      // of a row's result, -1 where there is no query
-  int ring_pages[RING_PAGES];
-  float of_warp[2][4];                      // the largest exact keys of a page, and values, that a warp has seen
-  u64 arrived[STAGES], left[STAGES];        // a record, by those who write what it says
-  u64 keys_written[BUFFERS], values_written[BUFFERS], keys_read[BUFFERS], values_read[BUFFERS];
-};
-
-// The softmax of a thread's two rows, g and g + 8 of its warp.
-struct Rows {
-  float maximum[2] = {NONE, NONE}, total[2] = {0.f, 0.f}, alpha[2];
-  // turn scores, times a factor, into weights; whether what was summed before has to be multiplied by alpha
-  __device__ __forceinline__ bool weigh(Sums& s, float factor) {
-    float tops[CHAINS][2];
-#pragma unroll
-    for (int n = 0; n < BLOCK_COLUMNS / 2; n++) {
-      float& top = tops[n / 4 % CHAINS][n / 2 % 2];
-      top = n < 4 * CHAINS && n % 2 == 0 ? s[n] : fmaxf(top, s[n]);
-    }
-    float top[2] = {tops[0][0], tops[0][1]};
-#pragma unroll
-    for (int n = 1; n < CHAINS; n++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) top[h] = fmaxf(top[h], tops[n][h]);
-    bool exceeds = false;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], 1));
-      top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], 2)) * factor;
-      exceeds |= top[h] > maximum[h] + SLACK;
-    }
-    exceeds = __any_sync(0xffffffffu, exceeds);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float now = exceeds ? fmaxf(maximum[h], top[h]) : maximum[h];
-      alpha[h] = exp2_fast(maximum[h] - now);
-      total[h] *= alpha[h];
-      maximum[h] = now;
-    }
-    const float shift[2] = {SHIFT - maximum[0], SHIFT - maximum[1]};
-    float sums[CHAINS][2];
-#pragma unroll
-    for (int n = 0; n < BLOCK_COLUMNS / 2; n++) {
-      s[n] = exp2_fast(fmaf(s[n], factor, shift[n / 2 % 2]));
-      float& sum = sums[n / 4 % CHAINS][n / 2 % 2];
-      sum = n < 4 * CHAINS && n % 2 == 0 ? s[n] : sum + s[n];
-    }
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int n = 0; n < CHAINS; n++) total[h] += sums[n][h];
-    return exceeds;
+  __device__ __forceinline__ int position_of(int row) const {
+    return prefix_len + (first_row + min(row, rows - 1)) / GROUP;
+  }
+  __device__ __forceinline__ int exact_page_of(int position) const {
+    return min(max(position / G - WINDOW, exact_start / G), position / G);
+  }
+  // a row among the query heads of so many results of each token
+  __device__ __forceinline__ long long row_of(int row, int results, int result) const {
+    const int c = first_row + row;
+    return (((long long)(first_token + c / GROUP) * results + result) * HK + head) * GROUP + c % GROUP;
+  }
+  __device__ __forceinline__ long long query_of(int row) const { return row_of(row, 1, 0); }
+  __device__ __forceinline__ int result_of(int row) const { return (int)row_of(row, splits, split); }
+  // what comes after the last token is not seen
+  __device__ __forceinline__ const u8* exact_row(int position, int side, const int* ring_pages) const {
+    const int known = min(position, last);
+    const long long new_token = first_token + known - prefix_len;
+    if (known >= prefix_len) return (side ? chunk_v : chunk_k) + (new_token * HK + head) * (2 * D);
+    const int id = ring_pages[known / RING_TOKENS % RING_PAGES];
+    return records + ((long long)id * HK + head) * RECORD + known % RING_TOKENS * (4 * D) + side * (2 * D);
   }
 };
 
@@ -112,264 +52,26 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ chunk_k
 #endif
   __shared__ Shared shared;
   // blocks of rows that read the same records are neighbours
-  const int head = blockIdx.y % HK, split = blockIdx.y / HK, b = blockIdx.z;
-  const int first_token = qo_indptr[b], first_row = blockIdx.x * BLOCK_ROWS;
-  const int rows = min((qo_indptr[b + 1] - first_token) * GROUP - first_row, BLOCK_ROWS);
+  const int b = blockIdx.z;
+  Work work{records, chunk_k, chunk_v};
+  work.head = blockIdx.y % HK, work.split = blockIdx.y / HK, work.splits = splits;
+  work.first_token = qo_indptr[b], work.first_row = blockIdx.x * BLOCK_ROWS;
+  work.rows = min((qo_indptr[b + 1] - work.first_token) * GROUP - work.first_row, BLOCK_ROWS);
   let_next_start();
-  if (rows <= 0) return;
-  const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, q = lane % 4;
-  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-  const int prefix_len = prefix_lens[b], exact_start = exact_starts[b];
-  auto position_of = [&](int row) { return prefix_len + (first_row + min(row, rows - 1)) / GROUP; };
-  // the first page that a position reads exactly
-  auto exact_page_of = [&](int position) {
-    return min(max(position / G - WINDOW, exact_start / G), position / G);
-  };
-  const int last = position_of(rows - 1), first_exact = exact_page_of(position_of(0)), end_record = exact_page_of(last);
+  if (work.rows <= 0) return;
+  work.prefix_len = prefix_lens[b], work.exact_start = exact_starts[b];
+  work.ring_pages = ring_pages + b * RING_PAGES;
+  work.last = work.position_of(work.rows - 1);
+  work.first_exact = work.exact_page_of(work.position_of(0));
+  const int end_record = work.exact_page_of(work.last);
   // an exact page takes EXACT_UNITS times as long as a record, and belongs to the split of its first unit
-  const int units = end_record + EXACT_UNITS * (last / G + 1 - first_exact);
-  const int first_unit = units * split / splits, end_unit = units * (split + 1) / splits;
-  auto exact_of = [&](int unit) { return first_exact + (max(unit - end_record, 0) + EXACT_UNITS - 1) / EXACT_UNITS; };
-  const int begin = min(first_unit, end_record), num_records = min(end_unit, end_record) - begin;
-  const int exact_begin = exact_of(first_unit), num_exact = exact_of(end_unit) - exact_begin;
-  const int num_tiles = (num_records + num_exact) * TILES_OF_RECORD;
-  const int* page_ids = page_table + (long long)b * stride_page_table + begin;
-  auto order_record = [&](int n) {
-    bulk_copy(memory + n % STAGES * BUFFER, records + ((long long)page_ids[n] * HK + head) * RECORD, RECORD,
-              &shared.arrived[n % STAGES]);
+  const int units = end_record + EXACT_UNITS * (work.last / G + 1 - work.first_exact);
+  const int first_unit = units * work.split / splits, end_unit = units * (work.split + 1) / splits;
+  auto exact_of = [&](int unit) {
+    return work.first_exact + (max(unit - end_record, 0) + EXACT_UNITS - 1) / EXACT_UNITS;
   };
-  // a row among the query heads of so many results of each token
-  auto row_of = [&](int row, int results, int result) {
-    const int c = first_row + row;
-    return (((long long)(first_token + c / GROUP) * results + result) * HK + head) * GROUP + c % GROUP;
-  };
-
-  if (thread == 0) {
-    for (int n = 0; n < STAGES; n++) {
-      mbarrier_init(&shared.arrived[n]);
-      mbarrier_init(&shared.left[n], 8);
-    }
-    for (int n = 0; n < BUFFERS; n++) {
-      // the warps that write, those that read
-      mbarrier_init(&shared.keys_written[n], 4);
-      mbarrier_init(&shared.values_written[n], 4);
-      mbarrier_init(&shared.keys_read[n], 8);
-      mbarrier_init(&shared.values_read[n], 8);
-    }
-    fence_init();
-    shared.largest = 0;
-    for (int n = 0; n < min(STAGES, num_records); n++) order_record(n);
-  }
-  if (thread < RING_PAGES) shared.ring_pages[thread] = ring_pages[b * RING_PAGES + thread];
-  if (thread < BLOCK_ROWS) shared.row[thread] = thread < rows ? (int)row_of(thread, splits, split) : -1;
-  __syncthreads();
-  // queries are divided by a power of two, the same for the block
-  int largest = 0;
-  for (int n = thread; n < rows * (D / 4); n += THREADS) {
-    const float4 x = *(const float4*)(rotated_q + row_of(n / (D / 4), 1, 0) * D + n % (D / 4) * 4);
-    const float parts[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      // what is not finite does not count
-      const int bits = __float_as_int(fabsf(parts[i]));
-      if (bits < 0x7F800000) largest = max(largest, bits);
-    }
-  }
-  largest = __reduce_max_sync(0xffffffffu, largest);
-  if (lane == 0) atomicMax(&shared.largest, largest);
-  __syncthreads();
-  const int query_exponent = min(max((shared.largest >> 23) - 126, -100), 100) - QUERY_BITS;
-  const u32 base = shared_address(memory);
-  for (int n = thread; n < BLOCK_ROWS * OCTETS; n += THREADS) {
-    const int row = n / OCTETS, octet = n % OCTETS;
-    const float down = power_of_two(-query_exponent);
-    uint4 x = make_uint4(0u, 0u, 0u, 0u);
-    if (row < rows) {
-      const float4* from = (const float4*)(rotated_q + row_of(row, 1, 0) * D + 8 * octet);
-      const float4 y = from[0], z = from[1];
-      x = make_uint4(pack_half(y.x * down, y.y * down), pack_half(y.z * down, y.w * down),
-                     pack_half(z.x * down, z.y * down), pack_half(z.z * down, z.w * down));
-    }
-    sts128(base + QUERIES + octet * (16 * BLOCK_ROWS) + 16 * row, x);
-  }
-  fence_stores();
-  __syncthreads();
-  const Exponents exponents((u32)splits >> 31);
-  // a buffer is used for the n / BUFFERS-th time
-  auto wait_use = [&](u64* barriers, int n) { mbarrier_wait(&barriers[n % BUFFERS], n / BUFFERS & 1); };
-  auto tell = [&](u64* barriers, int n) {
-    __syncwarp();
-    if (lane == 0) arrive(&barriers[n % BUFFERS]);
-  };
-
-  if (warp < 8) {
-    keep_registers<WRITER_REGISTERS>();
-    const bool writes_values = warp >= 4;
-    u64* written = writes_values ? shared.values_written : shared.keys_written;
-    u64* read = writes_values ? shared.values_read : shared.keys_read;
-    const u32 target = base + (writes_values ? VALUES : KEYS);
-    // the address of an exact row; what comes after the last token is not seen
-    auto row_at = [&](int position) {
-      const int known = min(position, last);
-      const long long new_token = first_token + known - prefix_len;
-      if (known >= prefix_len) return (writes_values ? chunk_v : chunk_k) + (new_token * HK + head) * (2 * D);
-      const int id = shared.ring_pages[known / RING_TOKENS % RING_PAGES];
-      return records + ((long long)id * HK + head) * RECORD + known % RING_TOKENS * (4 * D) + writes_values * (2 * D);
-    };
-    int exponent = -100;
-    for (int n = 0; n < num_tiles; n++) {
-      const int number = n / TILES_OF_RECORD, part = n % TILES_OF_RECORD, buffer = n % BUFFERS;
-      const bool is_record = number < num_records;
-      const u32 record = base + number % STAGES * BUFFER, halves = record + SCALES_OFFSET;
-      const int page = exact_begin + number - num_records;  // of an exact one
-      auto row = [&](int token) { return row_at(page * G + token); };
-      float less = 1.f;
-      if (part == 0) {
-        int own;
-        if (is_record) {
-          mbarrier_wait(&shared.arrived[number % STAGES], number / STAGES & 1);
-          own = writes_values ? largest_exponent<D>(halves + 2 * V_CHANNEL_SCALE, halves + 2 * V_FIRST, lane)
-                              : largest_exponent<G>(halves + 2 * K_TOKEN_SCALE, halves + 2 * K_FIRST, lane);
-        } else {
-          own = exact_exponent(row, shared.of_warp[writes_values], 1 + writes_values);
-        }
-        if (!writes_values) {
-          exponent = own;
-        } else if (own >= exponent + 6) {
-          less = power_of_two(max(exponent - own, -126));
-          exponent = own;
-        }
-      }
-      if (n >= BUFFERS) wait_use(read, n - BUFFERS);
-      if (is_record) {
-        if (writes_values) write_values(target + buffer * SIDE, record, part, exponent, warp % 4, lane, exponents);
-        else write_keys(target + buffer * SIDE, record, part, exponent, warp, lane, exponents);
-      } else {
-        if (writes_values) write_exact_values(target + buffer * SIDE, row, part, exponent, warp % 4, lane);
-        else write_exact_keys(target + buffer * SIDE, row, part, exponent, warp, lane);
-      }
-      if (warp % 4 == 0 && lane == 0) {
-        if (writes_values) shared.less[buffer] = less;
-        (writes_values ? shared.value_factor : shared.score_factor)[buffer] = power_of_two(exponent);
-      }
-      fence_stores();
-      tell(written, n);
-      if (part < TILES_OF_RECORD - 1 || !is_record) continue;
-      if (lane == 0) arrive(&shared.left[number % STAGES]);
-      // the buffer of the record before this one, which both have left or are about to leave
-      const int next = number - 1 + STAGES;
-      if (thread == 0 && number > 0 && next < num_records) {
-        mbarrier_wait(&shared.left[next % STAGES], (number - 1) / STAGES & 1);
-        order_record(next);
-      }
-    }
-    return;
-  }
-
-  take_registers<READER_REGISTERS>();
-  const int own = warp % 4, half = warp / 4 - 2;
-  const float sm_scale = power_of_two(query_exponent) * __int_as_float(sm_scale_log2_bits);
-  const Operand<16 * BLOCK_ROWS> queries(base + QUERIES + 1024 * half);
-  Sums s, o;
-  u32 p[STEPS][4];
-  Rows mine;
-  auto order_scores = [&](int n) {
-    const Operand<> keys(base + KEYS + n % BUFFERS * SIDE);
-    fence_registers();
-#pragma unroll
-    for (int k = 0; k < STEPS; k++)
-      if (k == 0) product_half<false>(s, queries[0], keys[0]);
-      else product_half<true>(s, queries[k], keys[k]);
-    commit_products();
-  };
-  auto factor_of = [&](int n) {
-    const float factor = shared.score_factor[n % BUFFERS] * sm_scale;
-    tell(shared.keys_read, n);
-    return factor;
-  };
-  auto to_operand = [&] {
-#pragma unroll
-    for (int k = 0; k < STEPS; k++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) p[k][i] = pack_half(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
-  };
-  float value_factor = 0.f, less = 1.f;
-  bool raised = false;
-  const int first = 64 * half + 16 * own + g;  // of the two rows
-  const int positions[2] = {position_of(first), position_of(first + 8)};
-  // the weights of tile n, which wait for its values
-  auto weigh = [&](int n) {
-    const int number = n / TILES_OF_RECORD, before = n % TILES_OF_RECORD * TOKENS;
-    const bool is_record = number < num_records;
-    const int page = is_record ? begin + number : exact_begin + number - num_records;
-    if (page >= first_exact)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        // tokens of the page that the row sees in this form
-        const bool reads = is_record == page < exact_page_of(positions[h]);
-        const int seen = (reads ? is_record ? G : positions[h] + 1 - page * G : 0) - before - 2 * q;
-#pragma unroll
-        for (int c = 0; c < BLOCK_COLUMNS / 8; c++)
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-            if (8 * c + i >= seen) s[4 * c + 2 * h + i] = MINUS_INF;
-      }
-    raised = mine.weigh(s, factor_of(n));
-    wait_use(shared.values_written, n);
-    less = shared.less[n % BUFFERS];
-    value_factor = shared.value_factor[n % BUFFERS];
-  };
-  auto order_sums = [&](int n) {
-    if (n > 0 && (raised || less != 1.f)) {
-      const float factor[2] = {mine.alpha[0] * less, mine.alpha[1] * less};
-#pragma unroll
-      for (int i = 0; i < BLOCK_COLUMNS / 2; i++) o[i] *= factor[i / 2 % 2];
-    }
-    const Operand<> values(base + VALUES + n % BUFFERS * SIDE);
-    fence_registers();
-#pragma unroll
-    for (int k = 0; k < STEPS; k++) product_half(o, p[k], values[k], n + k > 0);
-    commit_products();
-  };
-  if (num_tiles > 0) {
-    wait_use(shared.keys_written, 0);
-    order_scores(0);
-    wait_products<0>();
-    arrived(s);
-    weigh(0);
-    to_operand();
-    for (int n = 1; n < num_tiles; n++) {
-      wait_use(shared.keys_written, n);
-      order_scores(n);
-      order_sums(n - 1);
-      wait_products<1>();
-      arrived(s);
-      weigh(n);
-      compute_first(mine.total[0] + mine.total[1], base);
-      wait_products<0>();
-      arrived(o);
-      tell(shared.values_read, n - 1);
-      to_operand();
-    }
-    order_sums(num_tiles - 1);
-    wait_products<0>();
-    arrived(o);
-  }
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float total = mine.total[h];
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    const int row = shared.row[first + 8 * h];
-    if (row < 0) continue;
-    const bool empty = total == 0.f;
-    const float factor = empty ? 0.f : value_factor / total;
-    if (q == 0) lse[row] = empty ? MINUS_INF : log2f(total) + mine.maximum[h] - SHIFT;
-    float* target = out + (long long)row * D + 2 * q;
-#pragma unroll
-    for (int n = 0; n < D / 8; n++)
-      // a split without pages has summed nothing, not even zeros
-      *(float2*)(target + 8 * n) =
-          empty ? make_float2(0.f, 0.f) : make_float2(o[4 * n + 2 * h] * factor, o[4 * n + 2 * h + 1] * factor);
-  }
+  work.begin = min(first_unit, end_record), work.num_records = min(end_unit, end_record) - work.begin;
+  work.exact_begin = exact_of(first_unit), work.num_exact = exact_of(end_unit) - work.exact_begin;
+  work.page_ids = page_table + (long long)b * stride_page_table + work.begin;
+  attend_rows(memory, shared, work, rotated_q, records, out, lse, __int_as_float(sm_scale_log2_bits));
 }

@@ -20,23 +20,16 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu
 from kvarn_kernels.device.launch import CudaLauncher, current_stream
-from kvarn_kernels.device.wgmma import ARCHITECTURE, CAPABILITY, product_operands
+from kvarn_kernels.device.wgmma import ARCHITECTURE, CAPABILITY
 from kvarn_kernels.memory import LayerCache
 from kvarn_kernels.read.attend import LOG2_E
-from kvarn_kernels.record.cuda_constants import format_constants
+from kvarn_kernels.read.attend_rows import HEAD_DIMS, Warps, row_constants
 from kvarn_kernels.record.tile import TILE_SIZE
 from kvarn_kernels.shape import AttentionShape
 
 SOURCE, KERNEL = Path(__file__).with_name("extend_sm90.cu"), "kvarn_extend"
-# two warpgroups write operands, two attend 64 rows each
-THREADS, ROWS = 512, 128
-HEAD_DIMS = (64, 128)
-# buffers of a block: of records, and of the keys and values of tiles
-STAGES, BUFFERS = 3, 2
-# bytes of shared memory of a block that the driver keeps, and of its tables
-RESERVED_BYTES, TABLE_BYTES = 1024, 4 * ROWS + 256
-# registers of a thread that writes, and of one that attends; together what 128 for each thread are
-WRITER_REGISTERS, READER_REGISTERS = 64, 192
+WARPS = Warps(rows=128, writer_registers=96, reader_registers=160)
+ROWS = WARPS.rows
 # In records that a block attends, 2.2 us each on an H200: the time of an exact page, that of a block besides its pages,
 # and that of a block of the encoder; the least that a split has, and splits of a request at most
 EXACT_UNITS, BLOCK_OVERHEAD, ENCODER_PAGES, MIN_UNITS, MAX_SPLITS = 4, 3, 16, 3, 32
@@ -119,24 +112,8 @@ def constants(
     config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int
 ) -> dict[str, Any]:
     """Return the constants of extend_sm90.cu; group: query heads of a KV head."""
-    shared = format_constants((config.k_bits, config.v_bits), head_dim, num_kv_heads, is_bf16, ring_pages)
-    return shared | {
-        "GROUP": group,
-        "WINDOW": config.window_pages,
-        "EXACT_UNITS": EXACT_UNITS,
-        "BLOCK_ROWS": ROWS,
-        # tokens of a tile, channels of a head
-        "BLOCK_COLUMNS": head_dim,
-        "THREADS": THREADS,
-        "STAGES": STAGES,
-        "BUFFERS": BUFFERS,
-        "BUFFER": shared["RECORD"],
-        # fp16: queries, keys and values
-        "SHARED_BYTES": STAGES * shared["RECORD"] + 2 * head_dim * (ROWS + 2 * BUFFERS * head_dim),
-        "WRITER_REGISTERS": WRITER_REGISTERS,
-        "READER_REGISTERS": READER_REGISTERS,
-        **product_operands(head_dim),
-    }
+    form = row_constants(WARPS, config, head_dim, num_kv_heads, group, is_bf16, ring_pages)
+    return form | {"EXACT_UNITS": EXACT_UNITS}
 
 
 @lru_cache(maxsize=32)
@@ -144,7 +121,7 @@ def _compiled(
     config: KVarNConfig, head_dim: int, num_kv_heads: int, group: int, is_bf16: bool, ring_pages: int, device: int
 ) -> CudaLauncher:
     defines = constants(config, head_dim, num_kv_heads, group, is_bf16, ring_pages)
-    return nvrtc.compile_kernel(SOURCE, KERNEL, defines, device, THREADS, defines["SHARED_BYTES"], ARCHITECTURE)
+    return nvrtc.compile_kernel(SOURCE, KERNEL, defines, device, WARPS.threads, defines["SHARED_BYTES"], ARCHITECTURE)
 
 
 def attend(

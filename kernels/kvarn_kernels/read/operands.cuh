@@ -10,7 +10,7 @@
 // The exact first token of a page takes the place of its codes, as fp16 numbers, of which bfloat16 has fewer bits; so do
 // exact tokens, divided likewise. Who calls chooses r and e by the exponents below, and waits for the buffers.
 //
-// Lane 4 g + q of warp 0 .. 3. The constants in capitals that are not set here come from extend_sm90.py.
+// Lane 4 g + q of warp 0 .. 3. The constants in capitals that are not set here come from attend_rows.py.
 
 #include "device/exponents.cuh"
 #include "record/unpack.cuh"

@@ -1,7 +1,7 @@
   // SPDX-License-Identifier: Apache-2.0
   // What a block of a decode kernel attends: part of the body of a kernel that has the parameters of kvarn_decode, its
   // split and the request b of the split. A split (decode_plan.py) is a run of units of one request; the block attends
-  // one KV head and BLOCK_COLUMNS of the head's COLUMNS: its query heads or, where drafts are verified, those of each
+  // one KV head and ATTENDED of the head's COLUMNS: its query heads or, where drafts are verified, those of each
   // draft, one draft after the other. Pages begin .. end - 1 are read as records, the tokens ring_begin .. ring_end - 1
   // from the ring.
   const int first_split = indptr[b];
@@ -21,8 +21,8 @@
   const int splits = indptr[b + 1] - first_split;
   const int per_split = SPLIT_UNITS > 0 ? SPLIT_UNITS : (units + splits - 1) / splits;
   const int unit = (split - first_split) * per_split;
-  const int first_column = BLOCK_COLUMNS * (blockIdx.y % COLUMN_BLOCKS);
-  const int columns = min(BLOCK_COLUMNS, COLUMNS - first_column);
+  const int first_column = ATTENDED * (blockIdx.y % COLUMN_BLOCKS);
+  const int columns = min(ATTENDED, COLUMNS - first_column);
   const int last_draft = (first_column + columns - 1) / GROUP;  // of this block
   const int begin = first_page + min(unit, record_units);
   const int end = min(first_page + unit + per_split, exact_page_of(last_draft));
