@@ -18,20 +18,18 @@ RECORDS, SHORT, DENSE = "records", "short", "dense"
 # FlashAttention 3 (FA3) alone on a bf16 cache; rows in benchmarks/results/prefill.csv.
 #
 #     new tokens x cached   Triton   dense by FA3   extend_sm90.cu   FA3 on bf16
-#     32 x 2,048               102             43               35            22
-#     32 x 8,064                               59               43            31
-#     32 x 32,640              173            123               67            58
-#     32 x 98,176                             323             146*           128
-#     64 x 32,640                             141             108*            75
-#     128 x 2,048              142             68               56            28
-#     128 x 8,064              207             92               85            46
+#     32 x 2,048               102             43               34            22
+#     32 x 8,064                               59               42            31
+#     32 x 32,640              173            123               65            58
+#     32 x 98,176                             323              138           128
+#     64 x 32,640                             141               98            75
+#     128 x 2,048              142             68               55            28
+#     128 x 8,064              207             92               79            46
 #     128 x 32,640             595            199              176           126
-#     128 x 98,176           1,619            539             447*           327
-#     160 x 32,640                                            230*
+#     128 x 98,176           1,619            539              445           327
+#     160 x 32,640                                             221
 #     256 x 32,640                            324                            229
-#     16 times 100 x 20,480                 2,034           1,505*           979
-#
-# * before exact pages counted as EXACT_UNITS records in the choice of splits, which gave 5 to 9 us of the others
+#     16 times 100 x 20,480                 2,034            1,512           979
 #
 # Of extend_sm90.cu every block of 128 rows, query heads for tokens, unpacks all records again, so it serves requests of
 # few tokens: up to SHORT_BLOCKS, 128 tokens of the heads above, where dense steps catch up at about 160. It wants a

@@ -134,8 +134,8 @@ MUTATIONS = (
     Mutation(
         "many columns attended by the kernel of few",
         ATTENTION,
-        "columns_sm90 if many and not self.sliding_windows else decode_sm90",
-        "decode_sm90",
+        "(verify_sm90, columns_sm90):",
+        "(verify_sm90,):",
         (TEST_ATTENTION,),
     ),
 )

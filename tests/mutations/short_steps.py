@@ -1,79 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs of the kernel of short extend steps."""
+"""Bugs of the kernels of short extend steps and of steps that verify many drafts."""
 
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import EXTEND_CHOICE, EXTEND_SM90, OPERANDS, TEST_ATTENTION, TEST_EXTEND_SM90
+from .paths import (
+    ATTEND_ROWS,
+    ATTENTION,
+    EXTEND_CHOICE,
+    EXTEND_SM90,
+    OPERANDS,
+    TEST_ATTENTION,
+    TEST_EXTEND_SM90,
+    TEST_VERIFY_SM90,
+    VERIFY_SM90,
+)
 
 _LENGTHS = (f"{TEST_EXTEND_SM90}::test_requests_of_any_length_are_attended_together",)
 _LATE = (f"{TEST_EXTEND_SM90}::test_records_may_land_late_and_warps_stand_still",)
 _MAGNITUDES = (f"{TEST_EXTEND_SM90}::test_scores_and_values_of_any_magnitude_are_attended",)
-_AFTER_WEIGHTS = (
-    "      compute_first(mine.total[0] + mine.total[1], base);\n      wait_products<0>();\n      arrived(o);\n"
-)
+_VERIFIED = (f"{TEST_VERIFY_SM90}::test_drafts_match_the_oracle_in_every_form",)
 _ENCODED = f"{TEST_ATTENTION}::test_the_kernel_of_short_steps_reads_no_page_that_they_encode"
 
 MUTATIONS = (
     Mutation(
         "operands not fenced before products read them (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "      fence_stores();\n      tell(written, n);\n",
         "      tell(written, n);\n",
         _LENGTHS,
     ),
     Mutation(
         "operands written while products read them (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "      if (n >= BUFFERS) wait_use(read, n - BUFFERS);\n",
         "",
         _LATE,
     ),
     Mutation(
         "keys multiplied before they are written (extend)",
-        EXTEND_SM90,
-        "      wait_use(shared.keys_written, n);\n      order_scores(n);\n",
-        "      order_scores(n);\n",
+        ATTEND_ROWS,
+        "    wait_use(shared.keys_written, n);\n    order_scores(n);\n",
+        "    order_scores(n);\n",
         _LATE,
     ),
     Mutation(
         "values multiplied before they are written (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "    wait_use(shared.values_written, n);\n",
         "",
         _LATE,
     ),
     Mutation(
         "next record ordered into a buffer that is still read (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "        mbarrier_wait(&shared.left[next % STAGES], (number - 1) / STAGES & 1);\n",
         "",
         _LATE,
     ),
     Mutation(
-        "values said to be read while their products are on their way (extend)",
-        EXTEND_SM90,
-        "      weigh(n);\n" + _AFTER_WEIGHTS + "      tell(shared.values_read, n - 1);\n",
-        "      tell(shared.values_read, n - 1);\n      weigh(n);\n" + _AFTER_WEIGHTS,
+        "values said to be read before they are (extend)",
+        ATTEND_ROWS,
+        "    wait_products<0>();\n    arrived(s);\n    weigh(n);\n    to_operand();\n    order_sums(n);\n"
+        "    wait_products<0>();\n    arrived(o);\n    tell(shared.values_read, n);\n",
+        "    tell(shared.values_read, n);\n    wait_products<0>();\n    arrived(s);\n    weigh(n);\n    to_operand();\n"
+        "    order_sums(n);\n    wait_products<0>();\n    arrived(o);\n",
         _LATE,
     ),
     Mutation(
         "sums not scaled where the maximum is raised (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "{mine.alpha[0] * less, mine.alpha[1] * less}",
         "{less, less}",
         _MAGNITUDES,
     ),
     Mutation(
         "sums not scaled where values grow (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "{mine.alpha[0] * less, mine.alpha[1] * less}",
         "{mine.alpha[0], mine.alpha[1]}",
         _MAGNITUDES,
     ),
     Mutation(
         "power of two of values not raised (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "} else if (own >= exponent + 6) {",
         "} else if (own >= exponent + 60) {",
         _MAGNITUDES,
@@ -102,29 +112,29 @@ MUTATIONS = (
     Mutation(
         "a unit left out between splits (extend)",
         EXTEND_SM90,
-        "end_unit = units * (split + 1) / splits;",
-        "end_unit = (units * (split + 1) - 1) / splits;",
+        "end_unit = units * (work.split + 1) / splits;",
+        "end_unit = (units * (work.split + 1) - 1) / splits;",
         _LENGTHS,
     ),
     Mutation(
         "a token sees those after it (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "positions[h] + 1 - page * G : 0)",
         "positions[h] + 2 - page * G : 0)",
         _LENGTHS,
     ),
     Mutation(
         "a page read twice by rows beside those that read it otherwise (extend)",
-        EXTEND_SM90,
-        "const bool reads = is_record == page < exact_page_of(positions[h]);",
+        ATTEND_ROWS,
+        "const bool reads = is_record == page < work.exact_page_of(positions[h]);",
         "const bool reads = true;",
         _LENGTHS,
     ),
     Mutation(
         "exact tokens read from the wrong page of the ring (extend)",
         EXTEND_SM90,
-        "shared.ring_pages[known / RING_TOKENS % RING_PAGES]",
-        "shared.ring_pages[(known / RING_TOKENS + 1) % RING_PAGES]",
+        "ring_pages[known / RING_TOKENS % RING_PAGES]",
+        "ring_pages[(known / RING_TOKENS + 1) % RING_PAGES]",
         _LENGTHS,
     ),
     Mutation(
@@ -133,5 +143,40 @@ MUTATIONS = (
         "    return is_small and extend_sm90.serves_step(batch, config)\n",
         "    return is_small\n",
         (_ENCODED,),
+    ),
+    Mutation(
+        "drafts attended by the kernel of fewer columns (verify)",
+        ATTENTION,
+        "(verify_sm90, columns_sm90):",
+        "(columns_sm90,):",
+        (TEST_ATTENTION,),
+    ),
+    Mutation(
+        "rows of a draft at the position of the draft before (verify)",
+        VERIFY_SM90,
+        "return position + (first_column + min(row, rows - 1)) / GROUP;",
+        "return position + max((first_column + min(row, rows - 1)) / GROUP - 1, 0);",
+        _VERIFIED,
+    ),
+    Mutation(
+        "a second block of rows attends those of the first (verify)",
+        VERIFY_SM90,
+        "    const int c = first_column + row;\n",
+        "    const int c = row;\n",
+        _VERIFIED,
+    ),
+    Mutation(
+        "the last exact page of a block read by another split, too (verify)",
+        VERIFY_SM90,
+        "(max(unit - record_units, 0) + EXACT_UNITS - 1) / EXACT_UNITS;",
+        "max(unit - record_units, 0) / EXACT_UNITS;",
+        (f"{TEST_VERIFY_SM90}::test_drafts_of_many_pages_in_many_splits_and_padded_requests",),
+    ),
+    Mutation(
+        "exact tokens read from the wrong page of the ring (verify)",
+        VERIFY_SM90,
+        "ring_pages[known / RING_TOKENS % RING_PAGES]",
+        "ring_pages[(known / RING_TOKENS + 1) % RING_PAGES]",
+        _VERIFIED,
     ),
 )
