@@ -249,6 +249,12 @@ def draft_model(configurator: Any) -> tuple[Any, int, int] | None:
     return model_config, layers, 1 if name and name.startswith("fp8") else model_config.dtype.itemsize
 
 
+def dflash_block(model_config: Any) -> int | None:
+    """Return the drafts of a block that a DFLASH draft model was trained for, None where it does not say."""
+    found = getattr(model_config.hf_config, "dflash_config", None) or {}
+    return found.get("block_size", getattr(model_config.hf_config, "block_size", None))
+
+
 def published_argument(name: str) -> Any:
     """Return an argument of the server that this process belongs to, None where there is none."""
     context = resolve("sglang.srt.runtime_context.get_context")()

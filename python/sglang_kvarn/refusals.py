@@ -678,19 +678,14 @@ def check_states(server_args: Any, model_config: Any) -> None:
     if (states := compat.hybrid_config(model_config)) is None:
         return
     args, model = compat.resolved_arguments(server_args), model_config.hf_config.architectures[0]
-    tested = _drafts_beside(states, model)
-    if (algorithm := algorithm_of(args)) not in ("", *tested):
-        raise Refused(
-            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
-            f"that kind are not tested beside states of its kind yet: set it to {_one_of(tested)}"
-        )
+    algorithm = algorithm_of(args)
+    _check_drafts_beside_states(algorithm, states, model)
     if algorithm and args.speculative_adaptive:
         raise Refused(
             f"--speculative-adaptive cannot be combined with a kvarn cache of {model}, because a changing number of "
             "drafts is not tested beside states yet: drop --speculative-adaptive"
         )
-    untested = args.device != "cpu" and algorithm not in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS)
-    untested = untested and not compat.is_since(_DRAFTS_ON_GPUS_SINCE)
+    untested = args.device != "cpu" and not _have_drafts_run_beside_states(algorithm)
     if untested and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model} on a GPU in SGLang "
@@ -743,6 +738,51 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"a kvarn cache needs a --mamba-track-interval that is a multiple of the page size {settings.PAGE_SIZE}, "
             f"not {args.mamba_track_interval}: drop --mamba-track-interval"
         )
+
+
+def check_drafts(algorithm: str, model_config: Any) -> None:
+    """Refuse drafts that are not tested beside the states or the sliding windows of a model.
+
+    Args:
+        algorithm: as `algorithm_of` returns it; model_config: SGLang's ModelConfig.
+
+    Raises:
+        Refused: the algorithm, the model, and what is tested.
+    """
+    model = model_config.hf_config.architectures[0]
+    if (states := compat.hybrid_config(model_config)) is not None:
+        _check_drafts_beside_states(algorithm, states, model)
+    elif _has_windows(model_config):
+        _check_drafts_beside_windows(algorithm, model)
+
+
+def _check_drafts_beside_states(algorithm: str, states: Any, model: str) -> None:
+    _check_drafts_beside("states of its kind", algorithm, model, _drafts_beside(states, model))
+
+
+def _check_drafts_beside_windows(algorithm: str, model: str) -> None:
+    _check_drafts_beside("sliding windows", algorithm, model, _DRAFTS_BESIDE_WINDOWS)
+
+
+def _check_drafts_beside(what: str, algorithm: str, model: str, tested: tuple[str, ...]) -> None:
+    if algorithm not in ("", *tested):
+        raise Refused(
+            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
+            f"that kind are not tested beside {what} yet: set it to {_one_of(tested)}"
+        )
+
+
+def _have_drafts_run_beside_states(algorithm: str) -> bool:
+    return algorithm in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS) or compat.is_since(_DRAFTS_ON_GPUS_SINCE)
+
+
+def _have_drafts_run_beside_windows(algorithm: str, model: str) -> bool:
+    return algorithm in ("", NGRAM, *_HEADS_ON_GPUS.get(model, ()))
+
+
+def _have_drafts_been_compared(algorithm: str) -> bool:
+    """Return whether answers of tenants with such drafts beside host memory were compared on a GPU."""
+    return not algorithm or (algorithm in _DRAFTS_COMPARED_ON_GPUS and compat.is_since(_DRAFTS_ON_GPUS_SINCE))
 
 
 def _drafts_beside(states: Any, model: str) -> tuple[str, ...]:
@@ -799,11 +839,8 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     if not model_config.is_hybrid_swa:
         # the backend of all layers is ours
         backends = {None}
-    if (algorithm := algorithm_of(args)) not in ("", *_DRAFTS_BESIDE_WINDOWS):
-        raise Refused(
-            f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model}, because drafts of "
-            f"that kind are not tested beside sliding windows yet: set it to {_one_of(_DRAFTS_BESIDE_WINDOWS)}"
-        )
+    algorithm = algorithm_of(args)
+    _check_drafts_beside_windows(algorithm, model)
     if algorithm and "flashinfer" in backends:
         raise Refused(
             f"--attention-backend flashinfer cannot verify drafts in the sliding windows of {model}, "
@@ -843,7 +880,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     on_cpus = (
         (args.tp_size > 1, "--tp-size", "ranks"),
         (
-            algorithm not in ("", NGRAM, *_HEADS_ON_GPUS.get(model, ())),
+            not _have_drafts_run_beside_windows(algorithm, model),
             "--speculative-algorithm",
             "drafts of such a head",
         ),
@@ -860,12 +897,16 @@ def _have_windows_run_on_gpus(model: str) -> bool:
     return compat.is_since(_WINDOWS_ON_GPUS_SINCE) and model in _WINDOWS_ON_GPUS
 
 
-def trials_on_gpus(model_config: Any, *, ranks: int, host_memory: bool) -> list[str]:
-    """Return the variables without which a server on a GPU refuses a model."""
+def trials_on_gpus(model_config: Any, *, ranks: int, host_memory: bool, algorithm: str = "") -> list[str]:
+    """Return the variables without which a server on a GPU refuses a model; algorithm: of its drafts."""
     (model, *_), found = model_config.hf_config.architectures, []
-    if _has_windows(model_config) and (ranks > 1 or not _have_windows_run_on_gpus(model)):
+    has_states = compat.hybrid_config(model_config) is not None
+    have_run = _have_windows_run_on_gpus(model) and _have_drafts_run_beside_windows(algorithm, model)
+    if _has_windows(model_config) and (ranks > 1 or not have_run):
         found.append(UNTESTED_WINDOWS_ENV)
-    if host_memory and compat.hybrid_config(model_config) is not None:
+    if has_states and not _have_drafts_run_beside_states(algorithm):
+        found.append(UNTESTED_DRAFTS_ENV)
+    if host_memory and (has_states or not _have_drafts_been_compared(algorithm)):
         found.append(UNTESTED_HICACHE_ENV)
     return found
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device.gpu import H100
+from kvarn_kernels.shape import AttentionShape
 from sglang_kvarn import __main__ as command
 from sglang_kvarn import capacity, compat, refusals
 from sglang_kvarn.commands import plan
@@ -25,6 +26,7 @@ TIGHT = (
     *("--gpu-gib", "11.1", "--mem-fraction-static", "0.9", "--weights-gib", "8.4"),
     *("--max-running-requests", "900000"),
 )
+SHAPE_8B = AttentionShape(32, 8, 128, torch.bfloat16)
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -224,6 +226,86 @@ def launch_lines(capsys, *arguments: str) -> tuple[str, str]:
     return what, line.removeprefix("    ")
 
 
+HEAD = QWEN3_8B | {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1}
+EAGLE3 = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path")
+
+
+def test_plan_charges_the_drafts_of_a_head(qwen3, model_dir, capsys):
+    def caches(*flags: str) -> dict[str, dict]:
+        flags = ("--weights-gib", "16", "--max-running-requests", "8", *flags)
+        return {cache["cache"]: cache for cache in json.loads(run(capsys, qwen3, *flags, "--json")[1])["caches"]}
+
+    plain, drafted = caches(), caches(*EAGLE3, model_dir(plain=False, **HEAD))
+    # a layer of 8 heads of 128 channels in 16 bits, whatever the cache of the model
+    assert {drafted[name]["bytes_per_token"] - plain[name]["bytes_per_token"] for name in plain} == {4096}
+    ours, sixteen = drafted["kvarn_k4v2_g128"], drafted["16 bit"]
+    assert ours["pool_tokens"] / sixteen["pool_tokens"] == pytest.approx(4.14, abs=0.02)
+    # with NGRAM drafts take room in rings only
+    flags = ("--gpu-gib", "40", "--context", "256", "--max-running-requests", "999", "--speculative-algorithm", "ngram")
+    few, many = (caches(*flags, "--speculative-num-draft-tokens", n)["kvarn_k4v2_g128"] for n in ("2", "32"))
+    assert few["bytes_per_token"] == many["bytes_per_token"] == plain["kvarn_k4v2_g128"]["bytes_per_token"]
+    rings = [capacity.ring_pages(SHAPE_8B, KVarNConfig.from_preset("kvarn"), n) * 128 for n in (2, 32)]
+    assert [row["requests_at_a_time"] for row in (few, many)] == [
+        (row["pool_tokens"] - 128) // (256 + ring) for row, ring in zip((few, many), rings, strict=True)
+    ]
+    assert rings[0] < rings[1]
+
+
+def test_plan_counts_the_weights_of_a_draft_model(qwen3, model_dir, tmp_path, capsys):
+    folder = tmp_path / "head"
+    shutil.copytree(model_dir(plain=False, **HEAD), folder)
+    (folder / "model.safetensors").write_bytes(bytes(3 << 20))
+
+    def weights(*flags: str) -> float:
+        return json.loads(run(capsys, qwen3, *flags, "--json")[1])["weights_gib"]
+
+    without, beside = weights(), weights(*EAGLE3, str(folder))
+    assert beside * GIB - without * GIB == pytest.approx(3 << 20, abs=0.02 * GIB)
+
+
+@pytest.mark.skipif(not compat.saves_states_at_page_ends(), reason="knows this model only as one that sees")
+def test_plan_keeps_the_share_of_states_beside_drafts(model_dir, capsys):
+    folder = model_dir(plain=False, **QWEN3_5_27B_HALF)
+    flags = ("--weights-gib", "25.2", "--max-running-requests", "32", "--speculative-algorithm", "NEXTN", "--json")
+    facts = json.loads(run(capsys, folder, *flags)[1])
+    (ours,) = (cache for cache in facts["caches"] if cache["cache"] == "kvarn_k4v2_g128")
+    assert facts["drafts"] == 4
+    by_states, by_tokens = ours["states"] // capacity.STATES_PER_SESSION, ours["pool_tokens"] // 32_768
+    assert abs(by_states - by_tokens) <= 1 and ours["sessions"] == min(by_states, by_tokens)
+
+
+def test_plan_gives_the_command_the_flags_of_drafts(qwen3, model_dir, capsys):
+    head = model_dir(plain=False, **HEAD)
+    ngram = launch_lines(capsys, qwen3, "--speculative-algorithm", "ngram")[1]
+    assert ngram.endswith(" --speculative-algorithm NGRAM --speculative-ngram-max-bfs-breadth 1")
+    chain = launch_lines(capsys, qwen3, *EAGLE3, head, "--speculative-num-draft-tokens", "8")[1]
+    assert chain.endswith(f" {head} --speculative-num-draft-tokens 8 --speculative-num-steps 7")
+
+
+def test_plan_takes_as_many_drafts_of_dflash_as_its_model_was_trained_for(qwen3, model_dir, capsys):
+    drafter = model_dir(plain=False, **QWEN3_8B | {"num_hidden_layers": 5, "dflash_config": {"block_size": 12}})
+    flags = ("--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", drafter, "--json")
+    facts = json.loads(run(capsys, qwen3, *flags)[1])
+    assert facts["drafts"] == 12
+    assert facts["caches"][0]["bytes_per_token"] == (36 + 5) * 4096
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (EAGLE3[:2], "expected the folder of a draft model with EAGLE3: add --speculative-draft-model-path"),
+        ((*EAGLE3, "nowhere"), "expected the folder of a draft model, with config.json, got nowhere: name one"),
+        (("--speculative-algorithm", "NEXTN"), "expected a head for drafts in the checkpoint of"),
+        (("--speculative-algorithm", "NGRAM", EAGLE3[2], "x"), "expected no draft model with NGRAM, got x: drop"),
+        (("--speculative-num-draft-tokens", "4"), "expected --speculative-algorithm with the flags of drafts"),
+    ],
+    ids=["no-folder", "no-model", "no-head", "ngram", "no-algorithm"],
+)
+def test_plan_says_what_drafts_lack(flags, sentence, qwen3, capsys):
+    code, out, err = run(capsys, qwen3, *flags)
+    assert code == 1 and out == "" and err.startswith(sentence) and err.count("\n") == 1
+
+
 def test_plan_ends_with_the_command_for_what_was_asked(qwen3, capsys):
     server = f"python -m sglang.launch_server --model-path {qwen3} --kv-cache-dtype"
     assert launch_lines(capsys, qwen3) == ("Launch, with room for 32 sessions of 32,768:", f"{server} kvarn")
@@ -283,11 +365,12 @@ NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this 
         (NEMOTRON_H, (), None),
         pytest.param(NEMOTRON_H, ("--hicache-size", "9"), refusals.UNTESTED_HICACHE_ENV, marks=NO_HOST),
         (GPT_OSS_20B, (), WINDOWS_TRIAL),
+        (GPT_OSS_20B, ("--speculative-algorithm", "NGRAM"), WINDOWS_TRIAL),
         (GPT_OSS_20B, ("--tp", "2"), refusals.UNTESTED_WINDOWS_ENV),
         pytest.param(GPT_OSS_20B, ("--hicache-size", "9"), WINDOWS_TRIAL, marks=NO_HOST),
         pytest.param(GEMMA3, (), WINDOWS_TRIAL, marks=NO_WINDOWS),
     ],
-    ids=["dense", "states", "states-host", "windows", "windows-ranks", "windows-host", "windows-in-records"],
+    ids=["dense", "states", "states-host", "windows", "windows-drafts", "windows-ranks", "windows-host", "windows-in-records"],
 )
 def test_a_server_on_a_gpu_takes_the_command_of_a_plan(model, flags, variable, model_dir, capsys, monkeypatch):
     folder = model_dir(plain=False, **model)
@@ -328,12 +411,13 @@ def test_plan_refuses_host_memory_that_a_server_refuses(qwen3, capsys, monkeypat
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),
         ({}, TIGHT, "a kvarn cache needs"),
+        (GPT_OSS_20B, ("--speculative-algorithm", "STANDALONE"), "--speculative-algorithm STANDALONE cannot be"),
         pytest.param(
             *(NEMOTRON_H, ("--hicache-size", "8"), "NemotronHForCausalLM has layers with states"),
             marks=pytest.mark.skipif(compat.hosts_states(), reason="served in this SGLang"),
         ),
     ],
-    ids=["windows", "model", "ranks", "weights", "requests", "host"],
+    ids=["windows", "model", "ranks", "weights", "requests", "drafts", "host"],
 )
 def test_plan_refuses_in_one_sentence(changes, flags, sentence, model_dir, capsys):
     folder = model_dir(**changes)

@@ -18,7 +18,8 @@ from kvarn_kernels.device.gpu import H100
 
 from sglang_kvarn import capacity, compat, refusals
 from sglang_kvarn.capacity import GIB, Bounds, ModelShape, SlidingShare, States
-from sglang_kvarn.commands import launch
+from sglang_kvarn.commands import launch, plan_drafts
+from sglang_kvarn.commands.plan_drafts import Drafts
 from sglang_kvarn.refused import Refused
 from sglang_kvarn.settings import PAGE_SIZE
 
@@ -44,10 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sessions", type=int, default=32, help="conversations that are to stay in the cache (default: %(default)s)"
     )
     parser.add_argument("--context", type=int, default=32768, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--weights-gib", type=float, help="size of the weights; default: of the files, or estimated")
+    text = "size of the weights, of a draft model too; default: of the files, or estimated"
+    parser.add_argument("--weights-gib", type=float, help=text)
     parser.add_argument("--mem-fraction-static", type=float, help="as of the server; default: SGLang's rule")
     parser.add_argument("--max-running-requests", type=int, help="as of the server; default: left open")
     parser.add_argument("--hicache-size", type=int, help="GB of host memory for each GPU, as of the server")
+    plan_drafts.add_arguments(parser)
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -80,8 +83,8 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
                 f"takes no host memory in SGLang {compat.version()}: take SGLang 0.5.23 or drop --hicache-size"
             )
     dtype = model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    heads = compat.query_heads(model)
-    weights = _weights(options, model) // options.tp
+    heads, drafts = compat.query_heads(model), plan_drafts.of(options, model)
+    weights = _weights(options, model, drafts) // options.tp
     available, fraction = _kv_memory(options, weights)
     if available <= 0:
         raise Refused(
@@ -92,6 +95,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         shape=capacity.rank_shape(model, dtype, options.tp, layers, heads, windows),
         state=0 if config is None else compat.planned_state_bytes(config, options.tp),
         windows=_windows(model, dtype, options.tp),
+        drafts=drafts,
         available=available,
         options=options,
     )
@@ -101,6 +105,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         "mem_fraction_static": fraction,
         "kv_gib": round(available / GIB, 2),
         "bytes_per_state": rank.state,
+        "drafts": drafts.number,
         "sessions": options.sessions,
         "context": options.context,
         "caches": [
@@ -156,18 +161,20 @@ class _Rank:
 
     Attributes:
         state: bytes of a state of a hybrid model, 0 without states.
+        drafts: of a request in a step, and what each token takes in a draft model's cache, of 16 bits with every cache.
         available: bytes for the cache.
     """
 
     shape: ModelShape
     state: int
     windows: _Windows | None
+    drafts: Drafts
     available: int
     options: argparse.Namespace
 
     def plain(self, name: str, itemsize: int) -> dict[str, Any]:
         """Return the row of a stock cache, keys and values of `itemsize` bytes."""
-        token, context = self.shape.full_token_bytes(itemsize), self.options.context
+        token, context = self.shape.full_token_bytes(itemsize) + self.drafts.token, self.options.context
         states, left = self._split(compat.STOCK_STATE_RATIO)
         share = itemsize / self.shape.attention.dtype.itemsize
         tokens, sliding = self._tokens(token, share, left)
@@ -177,25 +184,48 @@ class _Rank:
     def kvarn(self, name: str) -> dict[str, Any]:
         """Return the row of a preset."""
         config, (_, chunk, graph_batch) = KVarNConfig.from_preset(name), _defaults(self.options)
-        token, context = self.shape.token_bytes(config), self.options.context
-        states, left = self._split(capacity.state_ratio(self.state, capacity.STATES_PER_SESSION, token))
+        token, context = self.shape.token_bytes(config) + self.drafts.token, self.options.context
+        states, left = self._split(self._state_ratio(token))
         allowed = None if states is None else states.requests
-        bounds = Bounds(self.options.max_running_requests, graph_batch, context, chunk, allowed)
+        wanted, number = self.options.max_running_requests, self.drafts.number
+        bounds = Bounds(wanted, graph_batch, context, chunk, allowed, number)
         gpu = replace(H100, memory=int(self.options.gpu_gib * GIB))
         charge = capacity.charge(self.shape, config, left, bounds, torch.device("cuda"), gpu)
         tokens, sliding = self._tokens(token, 1, left - charge.workspace)
         tokens = tokens // PAGE_SIZE * PAGE_SIZE
-        ring = capacity.ring_pages(self.shape.attention, config) * PAGE_SIZE
+        ring = capacity.ring_pages(self.shape.attention, config, number) * PAGE_SIZE
         requests = capacity.requests_of(tokens, ring, context, charge.rows)
         return self._row(name, token, tokens, requests, tokens // capacity.whole_pages(context), states, sliding)
 
     def _split(self, ratio: float) -> tuple[States | None, int]:
-        """Return the states of a hybrid model and the bytes that they leave; SGLang keeps one state for itself."""
+        """Return the states of a hybrid model and the bytes that they leave; SGLang keeps one state for itself.
+
+        In a verify step a running request has a state after each draft besides: `capacity.state_ratio_with_drafts`.
+        """
         if not self.state:
             return None, self.available
-        number = int(self.available * ratio / (1 + ratio)) // self.state - 1
+        of_states = self.available * ratio / (1 + ratio)
+        number = int(of_states / (1 + self._drafts_per_state)) // self.state - 1
         states = States(number, self.state, STATES_PER_REQUEST, capacity.STATES_PER_SESSION)
-        return states, self.available - (number + 1) * self.state
+        kept = (number + 1) * self.state
+        return states, self.available - kept - min(int(kept * self._drafts_per_state), self._running)
+
+    @property
+    def _drafts_per_state(self) -> float:
+        return self.drafts.number / STATES_PER_REQUEST if self.drafts.number > 1 else 0
+
+    @property
+    def _running(self) -> int:
+        """Bytes of the states after drafts of all requests at a time; all memory where their number is left open."""
+        requests = self.options.max_running_requests
+        return self.available if requests is None else requests * self.drafts.number * self.state
+
+    def _state_ratio(self, token: int) -> float:
+        """Return the ratio that a server with a kvarn cache chooses; token: bytes of one."""
+        share = capacity.state_ratio(self.state, capacity.STATES_PER_SESSION, token)
+        if not self.state or self.drafts.number == 1:
+            return share
+        return capacity.state_ratio_with_drafts(share, self.available, self._drafts_per_state, self._running)
 
     def _tokens(self, token: int, share: float, left: int) -> tuple[int, int | None]:
         """Return tokens, and tokens of sliding windows, that so many bytes hold.
@@ -205,7 +235,8 @@ class _Rank:
         """
         if self.windows is None:
             return left // token, None
-        plain = token if share < 1 else self.shape.full_token_bytes(self.shape.attention.dtype.itemsize)
+        plain = self.shape.full_token_bytes(self.shape.attention.dtype.itemsize) + self.drafts.token
+        plain = token if share < 1 else plain
         found = SlidingShare(
             token=token,
             plain_token=plain,
@@ -218,7 +249,8 @@ class _Rank:
 
     def _sliding_tokens_of_a_request(self) -> int:
         assert self.windows is not None, "asked for models with sliding windows"
-        return capacity.sliding_tokens_of_request(self.windows.window, compat.sliding_eviction_interval())
+        number = self.drafts.number
+        return capacity.sliding_tokens_of_request(self.windows.window, compat.sliding_eviction_interval(number), number)
 
     def _row(
         self,
@@ -292,13 +324,13 @@ def _kv_memory(options: argparse.Namespace, weights: int) -> tuple[int, float]:
     return int(options.gpu_gib * GIB * fraction) - weights - TAKEN, fraction
 
 
-def _weights(options: argparse.Namespace, model: Any) -> int:
-    """Return the bytes of the weights of all ranks: as given, of the files, or of a model without data."""
+def _weights(options: argparse.Namespace, model: Any, drafts: Drafts) -> int:
+    """Return the bytes of the weights of all ranks, of a draft model too: as given, of the files, or estimated."""
     if options.weights_gib is not None:
         return int(options.weights_gib * GIB)
-    files = list(Path(options.folder).glob("*.safetensors")) or list(Path(options.folder).glob("*.bin"))
-    if files:
-        return sum(file.stat().st_size for file in files)
+    of_drafts = 0 if drafts.folder is None else _file_bytes(drafts.folder)
+    if of_files := _file_bytes(options.folder):
+        return of_files + of_drafts
     from transformers import AutoModelForCausalLM
 
     try:
@@ -309,4 +341,10 @@ def _weights(options: argparse.Namespace, model: Any) -> int:
             f"expected weights in {options.folder} or a model that transformers can build, got neither "
             f"({type(error).__name__}): add --weights-gib"
         ) from error
-    return sum(p.numel() for p in empty.parameters()) * 2
+    return sum(p.numel() for p in empty.parameters()) * 2 + of_drafts
+
+
+def _file_bytes(folder: str) -> int:
+    """Return the bytes of the weights in a folder, 0 without any."""
+    files = list(Path(folder).glob("*.safetensors")) or list(Path(folder).glob("*.bin"))
+    return sum(file.stat().st_size for file in files)
