@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,26 @@ def launch(
         sm_scale_log2_bits=sm_scale * LOG2_E,
         batch_size=batch_size,
     )
+
+
+def launch_columns(
+    compiled: Callable[..., CudaLauncher],
+    columns: Callable[[int, int, int], int],
+    cache: LayerCache,
+    batch: DecodeBatch,
+    workspace: DecodeWorkspace,
+    config: KVarNConfig,
+    sm_scale: float,
+) -> None:
+    """Launch the kernel of a module that knows no sliding windows.
+
+    Args:
+        compiled: of `form_of`; columns: of a block, from head_dim, query heads of a KV head and drafts.
+    """
+    assert workspace.sliding_window == 0, "a sliding window is attended by decode_sm90"
+    form = form_of(cache, batch, workspace, config)
+    _, head_dim, _, group, *_ = form
+    launch(compiled(*form), columns(head_dim, group, workspace.drafts), cache, batch, workspace, sm_scale)
 
 
 def decode(

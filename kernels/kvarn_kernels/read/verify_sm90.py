@@ -75,8 +75,4 @@ def decode(
     cache: LayerCache, batch: DecodeBatch, workspace: DecodeWorkspace, config: KVarNConfig, sm_scale: float
 ) -> None:
     """Run the contract of `decode.decode` but for sliding windows; the first call for a format compiles (seconds)."""
-    assert workspace.sliding_window == 0, "a sliding window is attended by decode_sm90"
-    form = decode_sm90.form_of(cache, batch, workspace, config)
-    _, head_dim, _, group, *_ = form
-    width = columns(head_dim, group, workspace.drafts)
-    decode_sm90.launch(_compiled(*form), width, cache, batch, workspace, sm_scale)
+    decode_sm90.launch_columns(_compiled, columns, cache, batch, workspace, config, sm_scale)
