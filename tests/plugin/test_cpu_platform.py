@@ -67,7 +67,7 @@ def test_split_cores_gives_every_rank_some(cores, ranks, text):
     assert cpu_platform.split_cores(cores, ranks) == text
 
 
-ONE_RANK = {"pp_size": 1, "dp_size": 1}
+ONE_RANK = {"pp_size": 1, "dp_size": 1, "enable_dp_attention": False}
 
 
 def arguments(**changes) -> SimpleNamespace:
@@ -85,6 +85,24 @@ def test_apply_defaults_bounds_the_pool_unless_the_user_does():
     args = arguments(mem_fraction_static=0.5, max_running_requests=3, attention_backend="kvarn")
     cpu_platform.apply_defaults(args)
     assert (args.max_total_tokens, args.max_running_requests, args.attention_backend) == (None, 3, "kvarn")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ({"dp_size": 2}, "0|1"),
+        ({"tp_size": 2, "dp_size": 2}, "0|1|0|1"),
+        # replicas of the requests, not of the ranks
+        ({"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}, "0|1"),
+        ({"tp_size": 2, "pp_size": 2}, "0|1|0|1"),
+    ],
+    ids=str,
+)
+def test_apply_defaults_shares_the_cores_among_the_ranks(monkeypatch, ranks, text):
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    cpu_platform.apply_defaults(arguments(**ranks))
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == text
 
 
 def test_a_scheduler_without_requests_sleeps_unless_another_server_may_send_pages():

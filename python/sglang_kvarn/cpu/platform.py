@@ -66,8 +66,9 @@ def apply_defaults(server_args: Any) -> None:
     if server_args.device not in (None, "cpu") or not is_active():
         return
     server_args.device = "cpu"
-    # of replicas, stages and the ranks that share heads; DP attention counts its ranks twice, which does no harm
-    ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size
+    # of replicas, stages and the ranks that share weights, among which those of DP attention are
+    replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
+    ranks = server_args.tp_size * server_args.pp_size * replicas
     if ranks > 1 and not os.environ.get(_BIND):
         os.environ[_BIND] = split_cores(sorted(os.sched_getaffinity(0)), ranks)
     server_args.disable_cuda_graph = True
