@@ -111,6 +111,7 @@ def bounds(server_args: Any, context_len: int, states: int | None = None) -> Bou
         chunk_len=size if size and size > 0 else context_len,
         states=states,
         draft_tokens=compat.draft_tokens(server_args),
+        padding=compat.get_parallel().attn_tp_size,
         backends=compat.attention_backends(server_args),
     )
 

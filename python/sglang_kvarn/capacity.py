@@ -224,6 +224,8 @@ class Bounds:
         context_len: tokens of the longest request; chunk_len: its most new tokens in one extend step.
         states: requests at a time that the states of a hybrid model allow, None without states.
         draft_tokens: new tokens of a request in a verify step, 1 without speculative decoding.
+        padding: a decode step may be padded to a multiple of so many requests, as ranks that share heads are with DP
+            attention.
         backends: attention backends, each with workspaces of its own; several where the number of drafts changes.
     """
 
@@ -233,18 +235,20 @@ class Bounds:
     chunk_len: int
     states: int | None = None
     draft_tokens: int = 1
+    padding: int = 1
     backends: int = 1
 
     def steps(self, rows: int, request_pages: int) -> Limits:
         """Return what bounds the steps of `rows` requests at a time.
 
-        A decode batch is every row and the padding, or the largest CUDA graph if that is padded beyond them.
+        A decode batch is every row and a padding row, or what the step or the largest CUDA graph is padded to beyond.
 
         Args:
             request_pages: pages of the longest request.
         """
+        padded = -(-rows // self.padding) * self.padding
         return Limits(
-            decode_batch=max(rows + 1, self.graph_batch) * self.draft_tokens,
+            decode_batch=max(rows + 1, padded, self.graph_batch) * self.draft_tokens,
             request_pages=request_pages,
             extend_requests=rows + 1,
             chunk_pages=min(self.chunk_len, self.context_len) // PAGE_SIZE,

@@ -99,8 +99,8 @@ MUTATIONS = (
     Mutation(
         "workspaces for one row of a request",
         CAPACITY,
-        "max(rows + 1, self.graph_batch) * self.draft_tokens",
-        "max(rows + 1, self.graph_batch)",
+        "max(rows + 1, padded, self.graph_batch) * self.draft_tokens",
+        "max(rows + 1, padded, self.graph_batch)",
         (TEST_BUDGET,),
     ),
     Mutation(

@@ -162,6 +162,15 @@ def test_the_requests_of_all_ranks_are_counted_where_each_has_its_own(monkeypatc
     assert budget.bounds(configurator("kvarn", requested=1).server_args, 4096).requests == 1
 
 
+@pytest.mark.parametrize(("requests", "decode_batch"), [(3, 4), (4, 5), (5, 8), (9, 12)])
+def test_a_decode_step_has_room_for_the_requests_that_ranks_pad_it_to(monkeypatch, requests, decode_batch):
+    # with DP attention SGLang pads it to a multiple of the ranks that share the heads of a request
+    ranks = SimpleNamespace(attn_tp_size=4, attn_dp_size=2)
+    monkeypatch.setattr(compat, "get_parallel", lambda: ranks, raising=False)
+    found = budget.bounds(configurator("kvarn", requested=2 * requests).server_args, 4096)
+    assert found.steps(found.requests, 33).decode_batch == decode_batch
+
+
 def test_charge_fixed_bytes_refuses_a_pool_without_room_for_a_ring_and_a_request():
     kvc = configurator("kvarn", requested=4)
     shape, config = budget.model_shape(kvc), KVarNConfig.from_preset("kvarn")
