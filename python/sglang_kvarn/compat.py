@@ -518,6 +518,15 @@ def attention_ranks(args: Any) -> int:
     return max(1, args.tp_size // replicas)
 
 
+def has_controller(args: Any) -> bool:
+    """Whether SGLang starts schedulers from a process that shares requests among them.
+
+    Args:
+        args: as `resolved_arguments` returns them.
+    """
+    return args.dp_size > 1 or argument(args, "attn_dp_size", 1) > 1
+
+
 def override_argument(server_args: Any, **changes: Any) -> None:
     """Change arguments in a scheduler process."""
     target = resolve("sglang.srt.runtime_context.get_context")() if is_since("0.5.18") else server_args

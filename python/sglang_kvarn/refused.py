@@ -65,10 +65,10 @@ def launch_schedulers(
 ) -> Any:
     """Let schedulers send their refusal to this process, and leave no process behind.
 
-    Hook around ``Engine._launch_scheduler_processes``. With replicas (``--dp-size``) a controller reads what schedulers
-    send, so there the scheduler prints its sentence.
+    Hook around ``Engine._launch_scheduler_processes``. With replicas (``--dp-size``) and with DP attention a controller
+    reads what schedulers send, so there the scheduler prints its sentence.
     """
-    if settings.preset_of(server_args) is None or compat.resolved_arguments(server_args).dp_size > 1:
+    if settings.preset_of(server_args) is None or compat.has_controller(compat.resolved_arguments(server_args)):
         return original(cls, server_args, port_args, run_scheduler_process_func, **kwargs)
     others = set(multiprocessing.active_children())
     run = functools.partial(_run_scheduler, run_scheduler_process_func)

@@ -61,7 +61,7 @@ def run_scheduler_process(server_args, pipe_writer, outcome):
         pipe_writer.send({"status": "SIGQUIT", "error": str(error)})
 
 
-def launch(outcome, preset="kvarn", dp_size=1, start=lambda: None):
+def launch(outcome, preset="kvarn", dp_size=1, attn_dp_size=1, start=lambda: None):
     """Start a stand-in for a scheduler in this process, as SGLang's Engine does.
 
     Returns:
@@ -80,7 +80,7 @@ def launch(outcome, preset="kvarn", dp_size=1, start=lambda: None):
 
         return SimpleNamespace(wait_for_ready=wait_for_ready, scheduler_infos=infos), processes
 
-    args = SimpleNamespace(kv_cache_dtype=preset, dp_size=dp_size)
+    args = SimpleNamespace(kv_cache_dtype=preset, dp_size=dp_size, attn_dp_size=attn_dp_size)
     return refused.launch_schedulers(launch_scheduler_processes, object, args, None, run_scheduler_process)
 
 
@@ -146,9 +146,12 @@ def test_a_launch_that_is_refused_leaves_its_processes_dead_and_others_alive(res
             process.join()
 
 
-@pytest.mark.parametrize(("preset", "dp_size"), [("auto", 1), ("kvarn", 2)])
-def test_without_a_reader_of_refusals_the_scheduler_ends_with_its_sentence(resolved, preset, dp_size):
+@pytest.mark.parametrize(("preset", "dp_size", "attn_dp_size"), [("auto", 1, 1), ("kvarn", 2, 1), ("kvarn", 1, 2)])
+def test_without_a_reader_of_refusals_the_scheduler_ends_with_its_sentence(
+    resolved, monkeypatch, preset, dp_size, attn_dp_size
+):
+    monkeypatch.setattr(compat, "has_argument", lambda name: True)
     with pytest.raises(SystemExit) as stop:
-        launch(Refused("too small"), preset, dp_size)
+        launch(Refused("too small"), preset, dp_size, attn_dp_size)
     # multiprocessing prints a code that is a text, and exits with 1
     assert stop.value.code == "too small"
