@@ -308,15 +308,11 @@ def test_two_ranks_answer_as_the_oracle(tmp_path, monkeypatch, capfd, preset, fa
             id="pipeline",
             marks=pytest.mark.skipif(not compat.runs_pipelines(), reason="refused in this SGLang"),
         ),
-        pytest.param(
-            {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
-            id="DP attention",
-            marks=on_gpus("SGLang has no such ranks on a CPU"),
-        ),
+        pytest.param({"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}, id="DP attention"),
     ],
 )
 def test_ranks_of_their_own_requests_or_layers_answer_as_the_oracle(tmp_path, monkeypatch, capfd, options):
-    tiny_engines.prepare(monkeypatch, tmp_path)
+    tiny_engines.prepare(monkeypatch, tmp_path, dp_attention="enable_dp_attention" in options)
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
     monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
     model = tiny_engines.save(tmp_path / "model", "qwen3")

@@ -128,6 +128,21 @@ def test_padded_requests_of_a_verify_step_stay_on_page_0(slots, padded_slots):
     assert batch.ring_pages[4:].eq(0).all() and batch.page_table[4:].eq(0).all()
 
 
+def test_a_prompt_of_padding_stays_on_page_0(slots):
+    # a prefill graph of DP attention lets a rank without requests run one, from SGLang 0.5.23 on
+    slots[0] = 0
+    step = SimpleNamespace(
+        batch_size=1,
+        req_pool_indices=torch.tensor([0]),
+        extend_prefix_lens=torch.tensor([0]),
+        extend_seq_lens=torch.tensor([512], dtype=torch.int32),
+        extend_prefix_lens_cpu=[0],
+        extend_seq_lens_cpu=[512],
+    )
+    batch = extend_batch(step, slots, rings())
+    assert batch.ring_pages.eq(0).all() and batch.page_table.tolist() == [[0] * 4] and batch.num_tokens == 512
+
+
 def test_extend_batch_describes_mixed_lengths(slots):
     prefix, new, rows = [0, 300, 128], [200, 1, 257], [1, 5, 2]
     step = SimpleNamespace(

@@ -9,6 +9,7 @@ have one thread until SGLang starts its own).
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -80,9 +81,11 @@ def _run(
 ) -> None:
     """Run what SGLang wants to run as the process that asked for it would: its environment, its output and errors.
 
-    It leads a group of its own, by which what it starts is found when it has ended by itself.
+    It leads a group of its own, by which what it starts is found when it has ended by itself. What it starts are
+    copies of it: the schedulers of ranks with requests of their own come from a process that only starts them.
     """
     os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()
     os.environ.update(environment)
     for number, output in enumerate(outputs, 1):

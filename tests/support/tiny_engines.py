@@ -64,19 +64,26 @@ def save(folder: Path, family: str = "llama", dtype: torch.dtype = DTYPE, **chan
 
 
 def prepare(
-    patch: pytest.MonkeyPatch, folder: Path, *, drafts: bool = False, states: bool = False, windows: bool = False
+    patch: pytest.MonkeyPatch,
+    folder: Path,
+    *,
+    drafts: bool = False,
+    states: bool = False,
+    windows: bool = False,
+    dp_attention: bool = False,
 ) -> None:
     """Let SGLang check every page of every step; on a CPU, put torch in the place of its kernels.
 
     Args:
         drafts: for engines that speculate; states: for models that keep states; windows: for models whose windows
-            SGLang keeps apart.
+            SGLang keeps apart; dp_attention: for ranks with requests of their own.
     """
     patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "2")
     if ON_GPU:
         return
     platform.prepare_environment()
     # not on a GPU, where what they stand in for may be missing
+    import dp_attention_on_cpu
     import drafts_on_cpu
     import states_on_cpu
     import triton_attention_on_cpu
@@ -87,6 +94,8 @@ def prepare(
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
     if states:
         states_on_cpu.prepare(patch, folder / "states")
+    if dp_attention:
+        dp_attention_on_cpu.prepare(patch, folder / "dp_attention")
     if drafts:
         drafts_on_cpu.prepare(patch, folder / "drafts")
 
