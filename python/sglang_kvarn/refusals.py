@@ -80,12 +80,13 @@ class Refusal:
     Attributes:
         applies: reads ServerArgs, as typed and as `compat.resolved_arguments` returns them.
         text: the sentence, with {preset} and {args} in it: what is expected, what came, why, what to do.
-        typed: whether it can be read as typed, before SGLang resolves the arguments.
+        typed: whether it can be read as typed, before SGLang resolves the arguments; resolved: afterwards.
     """
 
     applies: Callable[[Any], bool]
     text: str
     typed: bool = True
+    resolved: bool = True
 
     def sentence(self, server_args: Any) -> str:
         """Return the whole message."""
@@ -112,6 +113,11 @@ _OTHER_DRAFTS = {
     "FROZEN_KV_MTP": "its draft model reads the cache of the target",
     "UNO": "it drafts with the target itself",
 }
+
+
+def _splits_pages(args: Any, ranks: int = 1) -> bool:
+    size = args.chunked_prefill_size or 0
+    return size > 0 and size % (settings.PAGE_SIZE * ranks) != 0
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -223,12 +229,26 @@ _HOST_MEMORY = (
 
 # SGLang ignores the first flag without the second, and calls both --attn-dp-size from 0.5.23 on
 _DP_FLAGS = "--enable-dp-attention with --dp-size {args.dp_size}"
-_DP_ATTENTION = "ranks with requests of their own have not run beside records, as SGLang's code for them needs a GPU"
+_DP_ATTENTION = "ranks with requests of their own have run beside records on a CPU only, not on a GPU yet"
+_DROP_DP_ATTENTION = "--enable-dp-attention and --attn-dp-size"
 _PIPELINE = "a pipeline has run with SGLang 0.5.23 only"
 
 
 def _has_dp_flags(args: Any) -> bool:
     return args.enable_dp_attention and args.dp_size > 1
+
+
+def _has_attn_dp(args: Any) -> bool:
+    return compat.argument(args, "attn_dp_size", 1) > 1
+
+
+def _own_requests(args: Any) -> int:
+    """Return how many groups of ranks have requests of their own, 1 without DP attention."""
+    return args.attn_dp_size if _has_attn_dp(args) else args.dp_size if _has_dp_flags(args) else 1
+
+
+def _has_dp_attention(args: Any) -> bool:
+    return _own_requests(args) > 1
 
 
 def _untested_ranks(applies: Callable[[Any], bool], what: str, why: str, drop: str) -> Refusal:
@@ -240,6 +260,17 @@ def _untested_ranks(applies: Callable[[Any], bool], what: str, why: str, drop: s
     return Refusal(untested, _text(what, why, f"drop {drop}, or set {UNTESTED_RANKS_ENV}=1 to try it"))
 
 
+def _beside_dp_attention(name: str, *, off: Any) -> Refusal:
+    """Return the refusal of an argument beside DP attention that has any other value than `off`."""
+    option = "--" + name.replace("_", "-")
+    return _untested_ranks(
+        lambda args: _has_dp_attention(args) and getattr(args, name) != off,
+        f"{option} with DP attention",
+        "it is not tested beside ranks with requests of their own",
+        f"{option}, or {_DROP_DP_ATTENTION}",
+    )
+
+
 def _beside_pipeline(name: str, *, off: Any) -> Refusal:
     """Return the refusal of an argument beside --pp-size that has any other value than `off`."""
     option = "--" + name.replace("_", "-")
@@ -248,9 +279,16 @@ def _beside_pipeline(name: str, *, off: Any) -> Refusal:
 
 
 _RANKS = (
-    _untested_ranks(_has_dp_flags, _DP_FLAGS, _DP_ATTENTION, "--enable-dp-attention and --dp-size"),
+    _beside_dp_attention("enable_hierarchical_cache", off=False),
+    _beside_dp_attention("speculative_algorithm", off=None),
     _untested_ranks(
-        lambda args: compat.argument(args, "attn_dp_size", 1) > 1,
+        lambda args: args.device != "cpu" and _has_dp_flags(args),
+        _DP_FLAGS,
+        _DP_ATTENTION,
+        "--enable-dp-attention and --dp-size",
+    ),
+    _untested_ranks(
+        lambda args: args.device != "cpu" and _has_attn_dp(args),
         "--attn-dp-size {args.attn_dp_size}",
         _DP_ATTENTION,
         "--attn-dp-size",
@@ -333,10 +371,10 @@ _PD = (
     ),
     _transfer_flag("pp_size", "a pipeline beside transfers between servers is not tested", off=1),
     _transfer(
-        lambda args: _has_dp_flags(args) or compat.argument(args, "attn_dp_size", 1) > 1,
+        _has_dp_attention,
         "DP attention with --disaggregation-mode",
         "ranks with requests of their own are not tested beside transfers between servers",
-        "drop --enable-dp-attention and --attn-dp-size",
+        f"drop {_DROP_DP_ATTENTION}",
     ),
     _transfer_flag("speculative_algorithm", "drafts beside transfers between servers are not tested", off=None),
     _transfer(
@@ -378,7 +416,15 @@ ARGUMENTS = (
         " drop --kv-cache-dtype",
     ),
     Refusal(
-        lambda args: (args.chunked_prefill_size or 0) > 0 and args.chunked_prefill_size % settings.PAGE_SIZE != 0,
+        lambda args: _has_dp_attention(args) and _splits_pages(args, _own_requests(args)),
+        f"--kv-cache-dtype {{preset}} needs a --chunked-prefill-size that is a multiple of the page size"
+        f" {settings.PAGE_SIZE} for each rank of DP attention, among which SGLang divides it, not"
+        f" {{args.chunked_prefill_size}}: set it to a multiple of {settings.PAGE_SIZE} times their number",
+        # then it is divided
+        resolved=False,
+    ),
+    Refusal(
+        _splits_pages,
         f"--kv-cache-dtype {{preset}} needs a --chunked-prefill-size that is a multiple of the page size"
         f" {settings.PAGE_SIZE}, or -1 for prompts in one piece, not {{args.chunked_prefill_size}}:"
         f" set it to a multiple of {settings.PAGE_SIZE}",
@@ -525,10 +571,12 @@ def check_arguments(server_args: Any) -> None:
     if is_ours:
         # the model first: SGLang may have changed arguments on its account, which the user never gave
         _check_model_with(server_args)
-    _check_table(server_args, ARGUMENTS)
+    _check_table(server_args, [refusal for refusal in ARGUMENTS if refusal.resolved])
     if is_ours:
-        ranks = compat.attention_ranks(server_args)
-        check_ranks(ranks, compat.model_config(server_args), on_cpu=server_args.device == "cpu")
+        on_cpu = server_args.device == "cpu"
+        # there SGLang makes up heads for all ranks, also where each has all heads of its requests
+        ranks = server_args.tp_size if on_cpu else compat.attention_ranks(server_args)
+        check_ranks(ranks, compat.model_config(server_args), on_cpu=on_cpu)
         check_ranks_of_states(server_args.tp_size, compat.model_config(server_args))
 
 
@@ -702,6 +750,7 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--pp-size {args.pp_size} cannot be combined with a kvarn cache of {model}, because a pipeline of "
             "layers with states is not tested yet: drop --pp-size"
         )
+    _check_dp_attention_beside(args, model, "states")
     if args.enable_mixed_chunk:
         raise Refused(
             f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because states would be saved at "
@@ -785,6 +834,14 @@ def _have_drafts_been_compared(algorithm: str) -> bool:
     return not algorithm or (algorithm in _DRAFTS_COMPARED_ON_GPUS and compat.is_since(_DRAFTS_ON_GPUS_SINCE))
 
 
+def _check_dp_attention_beside(args: Any, model: str, what: str) -> None:
+    if _has_dp_attention(args) and os.environ.get(UNTESTED_RANKS_ENV) != "1":
+        raise Refused(
+            f"DP attention cannot be combined with a kvarn cache of {model}, because ranks with requests of their own "
+            f"are not tested beside {what}: drop {_DROP_DP_ATTENTION}, or set {UNTESTED_RANKS_ENV}=1 to try it"
+        )
+
+
 def _drafts_beside(states: Any, model: str) -> tuple[str, ...]:
     """Return the algorithms that are tested beside states of a kind."""
     if compat.has_gated_delta_nets(states):
@@ -860,6 +917,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
                 f"{flag} cannot be combined with a kvarn cache of {model}, because {what} beside sliding windows "
                 f"{'are' if what.endswith('s') else 'is'} not tested yet: drop {flag}"
             )
+    _check_dp_attention_beside(args, model, "sliding windows")
     if settings.ATTENTION_BACKEND in backends:
         raise Refused(
             f"--attention-backend kvarn cannot attend the sliding windows of {model}, which stay in 16 bits: drop "
@@ -1007,6 +1065,11 @@ def check_layers(
         ValueError: the first such property.
     """
     layers = [x for x in model.modules() if isinstance(x, compat.RadixAttention) and x.layer_id in layer_ids]
+    if compat.get_parallel().attn_dp_size > 1 and any(layer.tp_q_head_num < shape.num_qo_heads for layer in layers):
+        raise Refused(
+            f"DP attention cannot be combined with {type(model).__name__} in SGLang {compat.version()}, whose code "
+            f"shares the heads of a request among all ranks, whatever the cache: drop {_DROP_DP_ATTENTION}"
+        )
     heads = (shape.num_qo_heads, shape.num_kv_heads, shape.head_dim)
     for layer in layers:
         properties = (

@@ -326,6 +326,10 @@ def test_launch_refuses_a_changing_number_of_drafts_beside_states(launch, checkp
         launch("Qwen3NextForCausalLM", "qwen3_next", CHANGES["Qwen3NextForCausalLM"], **chosen)
 
 
+# what refusals read of ranks with requests of their own
+ONE_RANK = {"enable_dp_attention": False, "dp_size": 1, "attn_dp_size": 1}
+
+
 def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     monkeypatch.setattr(compat, "hybrid_config", lambda model_config: object())
@@ -333,7 +337,7 @@ def test_drafts_beside_states_are_a_trial_on_a_gpu(monkeypatch):
     monkeypatch.setattr(compat, "verifies_drafts", lambda states: True)
     model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3NextForCausalLM"]))
     off = dict.fromkeys(("enable_mixed_chunk", "enable_hierarchical_cache", "speculative_adaptive"), False)
-    off |= {"disable_radix_cache": True, "pp_size": 1, "disaggregation_mode": "null"}
+    off |= {"disable_radix_cache": True, "pp_size": 1, "disaggregation_mode": "null", **ONE_RANK}
     args = SimpleNamespace(speculative_algorithm="NGRAM", device="cpu", **off)
     refusals.check_states(args, model_config)
     for algorithm in ("NGRAM", "NEXTN", "EAGLE", "DFLASH"):
@@ -363,6 +367,7 @@ def test_host_memory_for_states_is_a_trial_on_a_gpu(monkeypatch):
         device="cpu",
         speculative_algorithm=None,
         pp_size=1,
+        **ONE_RANK,
         enable_mixed_chunk=False,
         disaggregation_mode="null",
         enable_hierarchical_cache=True,
@@ -473,12 +478,29 @@ def test_launch_refuses_arguments_beside_sliding_windows(launch, arguments, flag
         launch(architecture, "laguna", CHANGES[architecture], **arguments)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "beside", "arguments"),
+    [
+        ("LagunaForCausalLM", "laguna", "sliding windows", {}),
+        ("Qwen3NextForCausalLM", "qwen3_next", "states", HYBRID_ARGUMENTS),
+    ],
+)
+def test_launch_refuses_dp_attention_beside_sliding_windows_and_states(
+    launch, monkeypatch, architecture, model_type, beside, arguments
+):
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    ranks = {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}
+    sentence = rf"^DP attention .*{architecture}.* beside {beside}: drop --enable-dp-attention .*_RANKS=1 to try it$"
+    with pytest.raises(ValueError, match=sentence):
+        launch(architecture, model_type, CHANGES[architecture], **ranks, **arguments)
+
+
 def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypatch):
     monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
     config = SimpleNamespace(is_hybrid_swa=True, hf_config=SimpleNamespace(architectures=["GptOssForCausalLM"]))
     off = {"enable_hierarchical_cache": False, "hicache_storage_backend": None, "speculative_algorithm": None}
     off |= {"device": "cpu"}
-    off |= {"tp_size": 1, "pp_size": 1, "disaggregation_mode": "null"}
+    off |= {"tp_size": 1, "pp_size": 1, "disaggregation_mode": "null", **ONE_RANK}
     off |= {"attention_backend": "fa3", "prefill_attention_backend": None, "decode_attention_backend": None}
     refusals.check_windows(SimpleNamespace(**off), config)
     refusals.check_windows(SimpleNamespace(**off | {"attention_backend": "flashinfer"}), config)

@@ -40,7 +40,6 @@ CASES = [
     ("dcp_size", 2, "--dcp-size"),
     ("attn_cp_size", 2, "--attn-cp-size"),
     ("enable_prefill_cp", True, "--enable-prefill-cp"),
-    ("attn_dp_size", 2, "--attn-dp-size"),
     ("enable_two_batch_overlap", True, "--enable-two-batch-overlap"),
     ("enable_single_batch_overlap", True, "--enable-single-batch-overlap"),
     ("enable_pdmux", True, "--enable-pdmux"),
@@ -92,6 +91,17 @@ TRANSFER_VARIABLES = {
     "SGLANG_DISAGG_STAGING_BUFFER": "1",
     "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE": "0",
 }
+TWO_RANKS = {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}
+# arguments of DP attention, how a refusal begins, what it says to drop
+DP_ATTENTION = [
+    (
+        {"enable_dp_attention": True, "dp_size": 2},
+        "--enable-dp-attention with --dp-size 2",
+        "--enable-dp-attention and --dp-size",
+    )
+]
+if compat.has_argument("attn_dp_size"):
+    DP_ATTENTION.append(({"attn_dp_size": 2}, "--attn-dp-size 2", "--attn-dp-size"))
 INSTALLED = [case for case in CASES if compat.has_argument(case[0])]
 GRAPHS = [
     ("prefill", "full"),
@@ -174,13 +184,40 @@ def test_check_arguments_takes_a_pool_of_three_pages(served):
     refusals.check_arguments(Changed(served, max_total_tokens=384))
 
 
-def test_check_arguments_names_both_flags_of_dp_attention(served):
-    message = refused(Changed(served, enable_dp_attention=True, dp_size=2))
-    assert message.startswith("--enable-dp-attention with --dp-size 2 cannot be combined")
-    assert ": drop --enable-dp-attention and --dp-size, or set" in message
+@pytest.mark.parametrize(("arguments", "flags", "drop"), DP_ATTENTION, ids=str)
+def test_check_arguments_takes_dp_attention_where_it_has_run(served, monkeypatch, arguments, flags, drop):
+    refusals.check_arguments(Changed(served, **arguments))
+    message = refused(Changed(served, device="cuda", **arguments))
+    assert message.startswith(f"{flags} cannot be combined") and "on a CPU only" in message
+    assert message.endswith(f": drop {drop}, or set KVARN_UNTESTED_RANKS=1 to try it")
+    monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
+    refusals.check_arguments(Changed(served, device="cuda", **arguments))
+
+
+def test_check_arguments_takes_the_flags_of_dp_attention_apart(served):
     # SGLang ignores the first without the second, and replicas are served
-    refusals.check_arguments(Changed(served, enable_dp_attention=True))
-    refusals.check_arguments(Changed(served, dp_size=2))
+    for arguments in ({"enable_dp_attention": True}, {"dp_size": 2}):
+        refusals.check_arguments(Changed(served, device="cuda", **arguments))
+
+
+@pytest.mark.parametrize("ranks", [arguments for arguments, _, _ in DP_ATTENTION], ids=str)
+@pytest.mark.parametrize("changes", [{"enable_hierarchical_cache": True}, CHAIN], ids=["host memory", "drafts"])
+def test_check_arguments_refuses_what_is_not_tested_beside_dp_attention(served, monkeypatch, ranks, changes):
+    message = refused(Changed(served, **ranks, **changes))
+    option = "--" + next(iter(changes)).replace("_", "-")
+    assert message.startswith(f"{option} with DP attention cannot be combined")
+    drop = f"drop {option}, or --enable-dp-attention and --attn-dp-size"
+    assert message.endswith(f": {drop}, or set KVARN_UNTESTED_RANKS=1 to try it")
+    monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
+    refusals.check_arguments(Changed(served, **ranks, **changes))
+
+
+def test_chunks_are_whole_pages_of_each_rank_with_dp_attention(server_args, model_dir):
+    chosen = {"model_path": model_dir(), "kv_cache_dtype": "kvarn", **TWO_RANKS}
+    server_args(**chosen, chunked_prefill_size=256).check_server_args()
+    for size in (128, 384):
+        with pytest.raises(Refused, match=f"among which SGLang divides it, not {size}: .* 128 times their number$"):
+            server_args(**chosen, chunked_prefill_size=size)
 
 
 @pytest.mark.parametrize("tested", [True, False])
@@ -193,7 +230,6 @@ def test_check_arguments_takes_a_pipeline_where_one_has_run(served, monkeypatch,
         assert refused(Changed(served, pp_size=2)).endswith(way_out)
     monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
     refusals.check_arguments(Changed(served, pp_size=2))
-    refusals.check_arguments(Changed(served, enable_dp_attention=True, dp_size=2))
 
 
 @pytest.mark.parametrize(
@@ -408,11 +444,12 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, one for DP attention, five for drafts, six for host
-    # memory (the version, its order with a draft model, storage; drafts of either kind and PD on a GPU); three for the
-    # version, host memory and DP attention beside transfers; four for pipelines
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 14 + (not compat.has_argument(HOST_MODE))
-    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4
+    # prefill and decode backend are one refusal; two for graphs, five for drafts, six for host memory (the version, its
+    # order with a draft model, storage; drafts of either kind and PD on a GPU); three for the version, host memory and
+    # DP attention beside transfers; four for pipelines; five for DP attention (two on a GPU, the chunk of a rank, host
+    # memory and drafts beside it)
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
+    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4 + 5
     assert len(refusals.ARGUMENTS) == cases
 
 
@@ -440,8 +477,8 @@ def test_server_args_are_refused_in_the_parent(server_args, model_dir, chosen, w
         ({"speculative_algorithm": "UNO"}, "set it to NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN or DFLASH"),
         ({"enable_deterministic_inference": True}, "drop --enable-deterministic-inference"),
         ({"rl_on_policy_target": "fsdp"}, "drop --rl-on-policy-target"),
-        ({"enable_dp_attention": True, "dp_size": 2}, "drop --enable-dp-attention and --dp-size"),
-        ({"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}, "drop --enable-dp-attention and --dp-size"),
+        ({**TWO_RANKS, "enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache, or --enable-dp"),
+        ({**TWO_RANKS, **CHAIN}, "drop --speculative-algorithm, or --enable-dp-attention"),
         ({"chunked_prefill_size": 100}, "not 100: set it to a multiple of 128"),
         ({"max_total_tokens": 100}, "raise --max-total-tokens"),
         ({"attention_backend": "kvarn", "kv_cache_dtype": "auto"}, "add --kv-cache-dtype kvarn"),
@@ -532,11 +569,21 @@ def test_check_ranks_takes_ranks_that_share_or_repeat_kv_heads(device, tp_size, 
     refusals.check_ranks(tp_size, model_of_heads(*heads), on_cpu=device == "cpu")
 
 
-def test_ranks_that_do_not_fit_the_heads_are_refused_in_the_parent(server_args, model_dir):
+@pytest.mark.parametrize("ranks", [{}, {"enable_dp_attention": True, "dp_size": 2}], ids=["shared", "DP attention"])
+def test_ranks_that_do_not_fit_the_heads_are_refused_in_the_parent(server_args, model_dir, ranks):
+    # on a CPU SGLang makes up heads also where each rank has all of them
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 384}
-    args = server_args(model_path=model_dir(**heads), kv_cache_dtype="kvarn", tp_size=2)
+    args = server_args(model_path=model_dir(**heads), kv_cache_dtype="kvarn", tp_size=2, **ranks)
     with pytest.raises(Refused, match="set --tp-size to 1 or 3"):
         args.check_server_args()
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """What SGLang says of the ranks of a scheduler: one, with all requests."""
+    found = SimpleNamespace(attn_dp_size=1)
+    monkeypatch.setattr(compat, "get_parallel", lambda: found, raising=False)
+    return found
 
 
 SHAPE = AttentionShape(num_qo_heads=4, num_kv_heads=2, head_dim=64, dtype=torch.float32)
@@ -563,7 +610,7 @@ class Layers(torch.nn.Module):
     ],
     ids=str,
 )
-def test_check_layers_names_the_property(kwargs, word):
+def test_check_layers_names_the_property(ranks, kwargs, word):
     refusals.check_layers(Layers(), [0], SHAPE)
     with pytest.raises(ValueError, match=f"Layers has .*{word}"):
         refusals.check_layers(Layers(**kwargs), [0], SHAPE)
@@ -576,7 +623,17 @@ def test_check_layers_names_the_property(kwargs, word):
     refusals.check_layers(Layers(**kwargs), [1], SHAPE)
 
 
-def test_check_layers_refuses_layers_of_another_shape():
+def test_check_layers_refuses_models_whose_heads_all_ranks_share_beside_dp_attention(ranks):
+    shared = Layers(num_heads=2, num_kv_heads=1)
+    with pytest.raises(Refused, match="layers of another shape"):
+        refusals.check_layers(shared, [0], SHAPE)
+    ranks.attn_dp_size = 2
+    refusals.check_layers(Layers(), [0], SHAPE)
+    with pytest.raises(Refused, match=r"^DP attention .* Layers .* whatever the cache: drop --enable-dp-attention and"):
+        refusals.check_layers(shared, [0], SHAPE)
+
+
+def test_check_layers_refuses_layers_of_another_shape(ranks):
     layers = torch.nn.ModuleList([Layers(), Layers(layer_id=1), Layers(layer_id=2, num_heads=8)])
     refusals.check_layers(layers, [0, 1], SHAPE)
     with pytest.raises(ValueError, match="layers of another shape"):
