@@ -22,6 +22,8 @@ from transformers.integrations import hub_kernels
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks.common import tiny_step
+
 VOCABULARY = 512
 _GDN = {
     "num_hidden_layers": 4,
@@ -132,6 +134,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "laguna": _LAGUNA,
     "mellum": _MELLUM,
     "olmo3": _OLMO3,
+    **{family: {"sliding_window": SLIDING_WINDOW} for family in tiny_step.ARCHITECTURES},
 }
 # sizes of published models, for which SGLang's kernels of a GPU are made: of attention, of gated delta nets
 PUBLISHED_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
@@ -170,11 +173,14 @@ def save(
         "eos_token_id": None,
         "bos_token_id": None,
     }
+    shape |= FAMILIES.get(family, {}) | changes
     _stay_off_the_hub()
-    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
-    config = model_class.config_class(**shape | FAMILIES.get(family, {}) | changes)
     torch.manual_seed(0)
-    model = model_class(config)
+    if family in tiny_step.ARCHITECTURES:
+        model = tiny_step.make(shape)
+    else:
+        model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+        model = model_class(model_class.config_class(**shape))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("sinks"):
@@ -188,6 +194,9 @@ def save(
             elif family == "gemma3_text" and name == "model.norm.weight":
                 # logits as large as those of the others; the norm adds one
                 weight.fill_(31)
+            elif family in tiny_step.ARCHITECTURES and name.endswith(("q_norm.weight", "k_norm.weight")):
+                # scores of normalised queries and keys are as peaked as this says; the norms add one
+                weight.normal_(1, 0.3)
             elif name.endswith("dt_bias"):
                 # steps of about 1/50, so that a state remembers as many tokens
                 weight.normal_(-4, 1)
@@ -203,6 +212,8 @@ def save(
         _name_as_published(folder)
     if family == "olmo3":
         _turn_as_published(folder)
+    if family in tiny_step.ARCHITECTURES:
+        tiny_step.publish(folder, family, shape)
     return str(folder)
 
 
@@ -233,8 +244,12 @@ def load(folder: str | Path, **options: Any) -> Any:
     `from_pretrained` leaves what is not saved, the frequencies of RoPE, as the memory was.
     """
     _stay_off_the_hub()
-    (architecture,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
-    model_class = getattr(transformers, architecture)
+    published = json.loads((Path(folder) / "config.json").read_text())
+    (architecture,) = published["architectures"]
+    if architecture in tiny_step.ARCHITECTURES.values():
+        model_class, options["config"] = tiny_step.in_transformers(published)
+    else:
+        model_class = getattr(transformers, architecture)
     model = model_class.from_pretrained(folder, dtype=torch.float32, **options)
     made = dict(model_class(model.config).named_buffers())
     for name, buffer in model.named_buffers():

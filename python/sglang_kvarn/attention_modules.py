@@ -2,8 +2,9 @@
 """The attention modules of SGLang that `balance` can rewrite, and their weights as it takes them.
 
 All of them compute q, k, v = qkv_proj(x), norms of q and k where there are any, RoPE, attention, o_proj. What else they
-do keeps the channels of a head apart: an output gate multiplies each channel that attention puts out, and Falcon-H1 and
-Ministral 3 multiply keys or queries by one number. A subclass can do anything, so it is not known by its base.
+do keeps the channels of a head apart: an output gate multiplies each channel that attention puts out, or all channels
+of a head, and Falcon-H1 and Ministral 3 multiply keys or queries by one number. A subclass can do anything, so it is
+not known by its base.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ KNOWN = (
     *("qwen2.Qwen2Attention", "qwen2_moe.Qwen2MoeAttention", "qwen3.Qwen3Attention", "qwen3_moe.Qwen3MoeAttention"),
     *("glm4.Glm4Attention", "glm4_moe.Glm4MoeAttention", "hunyuan_v3.HYV3Attention", "laguna.LagunaAttention"),
     *("minimax_m2.MiniMaxM2Attention", "granitemoehybrid.GraniteMoeHybridAttention", "nemotron_h.NemotronHAttention"),
-    *("gemma3_causal.Gemma3Attention", "olmo2.Olmo2Attention", "falcon_h1.FalconH1HybridAttentionDecoderLayer"),
+    *("gemma3_causal.Gemma3Attention", "olmo2.Olmo2Attention", "step3p5.Step3p5Attention"),
+    "falcon_h1.FalconH1HybridAttentionDecoderLayer",
     # with an output gate behind the queries of each head, in qkv_proj
     *("qwen3_next.Qwen3HybridAttentionDecoderLayer", "qwen3_5.Qwen3_5AttentionDecoderLayer"),
 )

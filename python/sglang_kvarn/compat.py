@@ -448,9 +448,16 @@ def sliding_eviction_interval(draft_tokens: int = 1) -> int:
 
 def query_heads_of_layers(model_config: Any) -> list[int]:
     """Return how many query heads each layer has, of whatever kind; one number where all have as many."""
-    return getattr(model_config.hf_text_config, "num_attention_heads_per_layer", None) or [
-        model_config.num_attention_heads
-    ]
+    text = model_config.hf_text_config
+    if each := getattr(text, "num_attention_heads_per_layer", None):
+        return each
+    heads = model_config.num_attention_heads
+    # of Step, for layers with a sliding window
+    if (other := getattr(text, "attention_other_setting", None)) is None:
+        return [heads]
+    # behind those of the model are kinds of layers that draft
+    kinds = text.layer_types[: model_config.num_hidden_layers]
+    return [other["num_attention_heads"] if kind == "sliding_attention" else heads for kind in kinds]
 
 
 def query_heads(model_config: Any) -> int | None:

@@ -35,10 +35,15 @@ _SESSION = "a session may be cut back into a page that is already quantised"
 _FULL_LAYERS = {"full_attention", "attention"}
 _STATE_LAYERS = {"linear_attention", "mamba"}
 _SLIDING_LAYERS = {"sliding_attention"}
-# models of which some layers have a sliding window in a pool of SGLang's, as tested
-WITH_WINDOWS = ("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM")
+# Step 3.5, and 3.7 with the same text part. SGLang hands its backends their window as the tokens before the query's
+# own, so that a query sees one more than in transformers, whatever the cache
+_STEP = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
+# models of which some layers have a sliding window in a pool of SGLang's, as tested, with the version of SGLang from
+# which on
+WITH_WINDOWS = dict.fromkeys(("GptOssForCausalLM", "LagunaForCausalLM", "MellumForCausalLM"), "0")
+WITH_WINDOWS |= dict.fromkeys(_STEP, "0.5.23")
 # models with sliding windows whose layers SGLang all gives one pool, so that windows are read from records, as tested
-# (Olmo 3 has the architecture of Olmo 2), with the version of SGLang from which on
+# (Olmo 3 has the architecture of Olmo 2), with that version
 WINDOWS_IN_RECORDS = {"Gemma3ForCausalLM": "0", "Olmo2ForCausalLM": "0.5.23"}
 # of both, those that have answered right on a GPU, from a version of SGLang on
 _WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM", "Gemma3ForCausalLM")
@@ -57,10 +62,10 @@ _DRAFTS_COMPARED_ON_GPUS = (NGRAM, "STANDALONE")
 _DRAFTS_ON_GPUS_SINCE = "0.5.23"
 # drafts that are tested beside sliding windows: those of the two last come from heads with full attention
 _DRAFTS_BESIDE_WINDOWS = (NGRAM, "EAGLE", "EAGLE3")
+# SGLang has heads of Step with windows only, several at a time
+_DRAFTS_OF_MODEL = dict.fromkeys(_STEP, (NGRAM,))
 # models whose configuration has a `sliding_window_pattern`, if only an empty one: SGLang insists on its own backends
 _OWN_BACKENDS = ("Exaone4ForCausalLM", "ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM")
-# models whose window SGLang hands to its backends as the tokens before the query's own
-_LONGER_WINDOWS = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
 _BIDIRECTIONAL = "attention to later tokens, as encoders have"
 # what SGLang writes into the code of a model, so that no configuration shows it
 _IN_CODE = {
@@ -121,9 +126,9 @@ def _splits_pages(args: Any, ranks: int = 1) -> bool:
 
 
 def _one_of(names: Sequence[str]) -> str:
-    """Return two or more names as a sentence lists them."""
+    """Return names as a sentence lists them."""
     *others, last = names
-    return f"{', '.join(others)} or {last}"
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _other_drafts(name: str | None, why: str) -> Refusal:
@@ -638,9 +643,28 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
 
 def _check_model_with(server_args: Any) -> None:
     model_config = compat.model_config(server_args)
+    if server_args.enable_hierarchical_cache:
+        # first: SGLang then keeps the windows of some models in another way, for which no user has asked
+        check_host_memory_of_windows(model_config, _HICACHE)
     check_model(model_config)
     check_states(server_args, model_config)
     check_windows(server_args, model_config)
+
+
+def check_host_memory_of_windows(model_config: Any, flag: str) -> None:
+    """Refuse host memory for models whose sliding windows SGLang does not keep apart beside it.
+
+    Args:
+        model_config: SGLang's ModelConfig; flag: which asks for host memory.
+
+    Raises:
+        Refused: the model, why, and what to drop.
+    """
+    if (model := model_config.hf_config.architectures[0]) in _STEP:
+        raise Refused(
+            f"{flag} cannot be combined with a kvarn cache of {model}, because beside host memory SGLang keeps all "
+            f"tokens of its sliding windows: drop {flag}"
+        )
 
 
 def check_model(model_config: Any) -> None:
@@ -667,13 +691,18 @@ def _attention_properties(model_config: Any) -> Iterator[tuple[bool, str]]:
     has_pattern = getattr(config, "sliding_window_pattern", None) is not None
     owns = has_pattern and bool(architectures & set(_OWN_BACKENDS))
     yield owns, "attention backends of its own in SGLang (fa3, triton, trtllm_mha)"
-    is_longer = bool(architectures & set(_LONGER_WINDOWS))
-    yield is_longer, "sliding-window layers whose queries see a token more in SGLang than they were trained with"
     # before the others: Inkling's state cannot be asked for before SGLang publishes its arguments
     is_window_model = compat.is_window_model(model_config) or bool(_SLIDING_LAYERS & kinds)
-    in_records = {name for name, since in WINDOWS_IN_RECORDS.items() if compat.is_since(since)}
-    is_split, is_kept = (architectures <= set(names) for names in (WITH_WINDOWS, in_records))
-    yield is_window_model and not (is_split or is_kept), "sliding-window layers of a kind that is not tested"
+    is_split, is_kept = (
+        architectures <= {name for name, since in names.items() if compat.is_since(since)}
+        for names in (WITH_WINDOWS, WINDOWS_IN_RECORDS)
+    )
+    later = "".join(
+        f" before SGLang {since}"
+        for name, since in (WITH_WINDOWS | WINDOWS_IN_RECORDS).items()
+        if name in architectures
+    )
+    yield is_window_model and not (is_split or is_kept), f"sliding-window layers of a kind that is not tested{later}"
     is_served = is_window_model and is_split and model_config.is_hybrid_swa
     keeps_all = is_window_model and is_split and not is_served
     yield keeps_all, "sliding-window layers, of which --disable-hybrid-swa-memory keeps all tokens"
@@ -810,7 +839,8 @@ def _check_drafts_beside_states(algorithm: str, states: Any, model: str) -> None
 
 
 def _check_drafts_beside_windows(algorithm: str, model: str) -> None:
-    _check_drafts_beside("sliding windows", algorithm, model, _DRAFTS_BESIDE_WINDOWS)
+    tested = _DRAFTS_OF_MODEL.get(model, _DRAFTS_BESIDE_WINDOWS)
+    _check_drafts_beside("sliding windows", algorithm, model, tested)
 
 
 def _check_drafts_beside(what: str, algorithm: str, model: str, tested: tuple[str, ...]) -> None:

@@ -23,10 +23,11 @@ RATIO = 0.1 if compat.is_since("0.5.23") else 0.2
 FAMILIES = {
     "gpt_oss": ("kvarn_canonical", {"moe_runner_backend": "triton", "swa_full_tokens_ratio": RATIO}),
     "laguna": ("kvarn_canonical", {}),
+    "step3p5": ("kvarn_canonical", {}),
     "olmo3": ("kvarn", {}),
     "gemma3_text": ("kvarn_canonical", {}),
 }
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("laguna", "gemma3_text")]
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("laguna", "gemma3_text", "step3p5")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +46,7 @@ def stand_ins(tmp_path_factory):
 def drafting(request, start_engine, tmp_path_factory):
     """Return (engine, what makes a prompt and the answer of the oracle)."""
     family = request.param
-    if family in tiny_model.WINDOWS_IN_RECORDS and not compat.is_since("0.5.23"):
+    if family in (*tiny_model.WINDOWS_IN_RECORDS, "step3p5") and not compat.is_since("0.5.23"):
         pytest.skip("refused with this SGLang")
     preset, options = FAMILIES[family]
     folder = tiny_model.save(tmp_path_factory.mktemp(family), family)

@@ -9,14 +9,18 @@ import hybrids
 import pytest
 import triton_attention_on_cpu
 from kvarn_kernels import reference
+from sglang_kvarn import compat
 
-from benchmarks.common import tiny_model
+from benchmarks.common import tiny_model, tiny_step
 from benchmarks.common.tiny_model import answers, flush, prompt
 
 NEW, PRESET = 8, hybrids.PRESET
 # by family, the arguments of its engine. SGLang would run experts of gpt-oss by kernels for GPUs; the least pool of
 # sliding windows that is allowed holds those of a few prompts
 FAMILIES = {"gpt_oss": {"moe_runner_backend": "triton"}, "laguna": {"swa_full_tokens_ratio": 0.09}, "mellum": {}}
+# of Step 3.7 the text part; a folder without images has no processor for them
+FAMILIES |= {"step3p5": {"swa_full_tokens_ratio": 0.09}, "step3p7": {"enable_multimodal": False}}
+LONG = [pytest.param(family, marks=pytest.mark.long) for family in ("mellum", "step3p7")]
 steady = functools.partial(hybrids.steady, new_tokens=NEW)
 
 
@@ -29,10 +33,17 @@ def attention(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", params=["gpt_oss", "laguna", pytest.param("mellum", marks=pytest.mark.long)])
+def save(folder, family):
+    """Write a model that the installed SGLang serves; return its folder."""
+    if family in tiny_step.ARCHITECTURES and not compat.is_since("0.5.23"):
+        pytest.skip("refused with this SGLang")
+    return tiny_model.save(folder, family)
+
+
+@pytest.fixture(scope="module", params=["gpt_oss", "laguna", "step3p5", *LONG])
 def served(request, start_engine, tmp_path_factory):
     """Return (engine, folder of its model)."""
-    folder = tiny_model.save(tmp_path_factory.mktemp(request.param), request.param)
+    folder = save(tmp_path_factory.mktemp(request.param), request.param)
     with start_engine(model_path=folder, kv_cache_dtype=PRESET, **FAMILIES[request.param]) as engine:
         yield engine, folder
 
@@ -123,14 +134,13 @@ def test_a_prompt_whose_windows_are_gone_is_computed_again(served):
     assert hit["cached"] == 512 and hit["tokens"] == expected
 
 
-LONG = [pytest.param(family, marks=pytest.mark.long) for family in ("laguna", "mellum")]
-
-
-@pytest.mark.parametrize("family", ["gpt_oss", *LONG])
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.long) for name in ("laguna", "mellum", "step3p5"))]
+)
 def test_two_ranks_answer_as_the_oracle(family, start_engine, tmp_path, monkeypatch):
     # the plugin sets it for this number of ranks; the next engine of this process has another
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
-    folder = tiny_model.save(tmp_path, family)
+    folder = save(tmp_path, family)
     tokens, expected = steady(folder, 300)
     longer, continued = steady(folder, 390, after=tokens, cached=256)
     # the sinks of the other rank

@@ -332,4 +332,18 @@ MUTATIONS = (
         "[model_config.num_attention_heads]",
         (f"{TEST_REFUSALS}::test_check_ranks_names_the_heads_and_the_sizes_that_fit",),
     ),
+    Mutation(
+        "layers of Step with a sliding window thought to have the query heads of the others",
+        COMPAT,
+        'other["num_attention_heads"] if kind == "sliding_attention" else heads',
+        "heads",
+        (f"{TEST_MODELS}::test_launch_refuses_step_with_heads_host_memory_and_ranks_that_cannot_share_its_windows",),
+    ),
+    Mutation(
+        "heads of Step, which have windows of their own, taken beside its windows",
+        REFUSALS,
+        "tested = _DRAFTS_OF_MODEL.get(model, _DRAFTS_BESIDE_WINDOWS)",
+        "tested = _DRAFTS_BESIDE_WINDOWS",
+        (f"{TEST_MODELS}::test_launch_refuses_step_with_heads_host_memory_and_ranks_that_cannot_share_its_windows",),
+    ),
 )

@@ -29,6 +29,13 @@ WINDOWS = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_att
 LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
 QWEN3_5 = {"model_type": "qwen3_5_text", "full_attention_interval": 4}
 KDA = {"kda_layers": [1], "full_attn_layers": [2]}
+# with other query heads in layers with a sliding window: the last field lets SGLang ask transformers for one number
+STEP = WINDOWS | {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 64,
+    "attention_other_setting": {"num_attention_heads": 96, "num_attention_groups": 8},
+    "allow_global_per_layer_attribute_access": True,
+}
 
 
 def _rows(text: str) -> dict[str, str]:
@@ -102,7 +109,12 @@ SERVED_HYBRIDS = _rows(
     """
 )
 # some layers have a sliding window, in a pool of SGLang's own
-SERVED_WINDOWS = _rows("GptOssForCausalLM gpt_oss  LagunaForCausalLM laguna  MellumForCausalLM mellum")
+SERVED_WINDOWS = _rows(
+    """
+    GptOssForCausalLM gpt_oss  LagunaForCausalLM laguna  MellumForCausalLM mellum
+    Step3p5ForCausalLM step3p5  Step3p7ForConditionalGeneration step3p7
+    """
+)
 # some layers have a sliding window, which is read from records
 SERVED_WINDOWS_IN_RECORDS = _rows("Gemma3ForCausalLM gemma3_text")
 # the same states, but SGLang has a prefix cache for them only if a page is one token
@@ -135,7 +147,6 @@ REFUSED = {
     "attention backends of its own": _rows(
         "Exaone4ForCausalLM exaone4  ExaoneMoEForCausalLM -  ExaoneMoeForCausalLM exaone_moe"
     ),
-    "see a token more in SGLang": _rows("Step3p5ForCausalLM step3p5  Step3p7ForConditionalGeneration step3p7"),
     "states of a kind that is not tested": _rows(
         """
         FalconMambaForCausalLM falcon_mamba  InternS2MobiusForConditionalGeneration interns2_mobius
@@ -231,8 +242,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Qwen3OmniMoeForConditionalGeneration": {"thinker_config": {"text_config": {"head_dim": 128}}},
     "SarvamMLAForCausalLM": LATENT,
     "StableLmForCausalLM": {"hidden_size": 2048},
-    "Step3p5ForCausalLM": WINDOWS | {"num_hidden_layers": 2},
-    "Step3p7ForConditionalGeneration": {"text_config": WINDOWS | {"model_type": "step3p5", "num_hidden_layers": 2}},
+    "Step3p5ForCausalLM": STEP,
+    "Step3p7ForConditionalGeneration": {"text_config": STEP | {"model_type": "step3p5"}},
 }
 
 # loaded with --speculative-algorithm only, which is refused

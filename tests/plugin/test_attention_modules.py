@@ -37,6 +37,7 @@ LAGUNA = SHAPE | {
     "sliding_window_size": -1,
     "layer_type": "full_attention",
 }
+STEP = SHAPE | {"head_dim": D, "rms_norm_eps": 1e-6, "rope_theta": 10000, "max_position_embeddings": 512}
 GRANITE = CONFIG | {
     "hidden_size": HEADS * D,
     "attention_bias": True,
@@ -106,6 +107,8 @@ CASES = {
         "laguna.LagunaAttention",
         lambda: LAGUNA | {"attention_bias": True, "gating": "per-head"},
     ),
+    "step": ("step3p5.Step3p5Attention", lambda: STEP | {"partial_rotary_factor": 0.5}),
+    "step, gate of heads": ("step3p5.Step3p5Attention", lambda: STEP | {"use_head_wise_attn_gate": True}),
     "minimax": ("minimax_m2.MiniMaxM2Attention", lambda: {"config": plain(**MINIMAX)}),
     "gemma3": ("gemma3_causal.Gemma3Attention", lambda: gemma(FULL)),
     "gemma3, window": ("gemma3_causal.Gemma3Attention", lambda: gemma(SLIDING)),
@@ -146,7 +149,7 @@ CASES = {
 
 
 # norms of Gemma's form, whose weights are no factors
-MULTIPLIED = {"qwen3 next", "qwen3.5", "qwen3.5, no gate", "gemma3", "gemma3, window"}
+MULTIPLIED = {"qwen3 next", "qwen3.5", "qwen3.5, no gate", "gemma3", "gemma3, window", "step", "step, gate of heads"}
 # biases of the values
 BIASED = {"llama, biased", "qwen2", "qwen2 moe", "glm4", "glm4 moe", "glm4 moe, norms", "granite", "granite, rope"}
 BIASED |= {"laguna, gate of channels", "laguna, gate of heads"}

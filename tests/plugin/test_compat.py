@@ -104,6 +104,11 @@ def test_attention_layers_and_sliding_windows_are_those_of_sglang():
     assert compat.query_heads(SimpleNamespace(**vars(model), hf_text_config=heads)) == 64
     heads.num_attention_heads_per_layer[3] = 32
     assert compat.query_heads(SimpleNamespace(**vars(model), hf_text_config=heads)) is None
+    # of Step, with a layer that drafts behind the others
+    kinds = ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"]
+    step = SimpleNamespace(attention_other_setting={"num_attention_heads": 96}, layer_types=kinds)
+    made = SimpleNamespace(**vars(model), hf_text_config=step, num_attention_heads=64, num_hidden_layers=6)
+    assert compat.query_heads_of_layers(made) == [96, 64] * 3 and compat.query_heads(made) == 64
 
 
 def test_windows_in_records_are_those_of_layers_in_one_pool_with_all_others():

@@ -100,18 +100,18 @@ def test_a_step_of_a_changing_number_of_drafts_ends_at_most_one_page(server_args
             refusals.check_arguments(compat.resolved_arguments(made))
 
 
-def test_heads_of_several_layers_are_of_models_that_are_refused():
+def test_heads_of_several_layers_are_of_models_that_are_refused_or_take_none():
     """Why --enable-multi-layer-eagle is refused."""
     files = Path(compat.resolve("sglang.srt.models").__path__[0]).glob("*.py")
     heads = {file.stem for file in files if "draft_model_idx" in file.read_text()}
     models = {
         "mimo_v2_nextn": "MiMoV2ForCausalLM",
-        "step3p5_mtp": "Step3p5ForCausalLM",
         "inkling": "InklingForConditionalGeneration",
         "gigachat35_mtp": "GigaChat35ForCausalLM",
     }
-    assert heads and heads <= set(models)
-    reasons = ("sliding-window layers", "see a token more in SGLang", "latent attention (MLA)")
+    assert heads and heads <= {*models, "step3p5_mtp"}
+    assert refusals._DRAFTS_OF_MODEL["Step3p5ForCausalLM"] == (drafts.NGRAM,)
+    reasons = ("sliding-window layers", "latent attention (MLA)")
     assert set(models.values()) <= set().union(*(REFUSED[reason] for reason in reasons))
 
 

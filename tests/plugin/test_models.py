@@ -165,9 +165,16 @@ def test_reasons_in_sglangs_code_still_hold():
     checks = Path(compat.resolve(where).__file__).read_text()
     accepted = checks.partition('"Exaone4ForCausalLM"')[2].partition("assert")[0]
     assert 'accepted_backends = ["fa3", "triton", "trtllm_mha"]' in accepted
+    overrides = inspect.getsource(compat.resolve("sglang.srt.arg_groups.overrides._step3p_overrides"))
+    assert 'overrides["disable_hybrid_swa_memory"] = True' in overrides.partition("enable_hierarchical_cache")[2]
+
+
+def test_windows_of_step_see_the_tokens_that_sglang_keeps_for_them():
     (step,) = (file.read_text() for file, _, names in SOURCES if "Step3p5ForCausalLM" in names)
-    # others have a token less there, since backends see the query's own token besides
+    # other models hand on a token less, since backends see the query's own token besides
     assert all(f"{line}\n" in step for line in ("sliding_window_size=self.sliding_window,", "= config.sliding_window"))
+    # so pool and prefix tree keep the window of the configuration, before a query's own token
+    assert "get_attention_sliding_window_size" not in step
 
 
 def test_every_architecture_of_sglang_is_judged():
@@ -421,9 +428,35 @@ def test_launch_refuses_windows_also_where_their_memory_is_disabled(launch, arch
 
 @pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_WINDOWS), ids=lambda value: value)
 def test_launch_takes_models_with_sliding_windows(launch, architecture, model_type):
+    if not compat.is_since(since := refusals.WITH_WINDOWS[architecture]):
+        with refused(f"sliding-window layers of a kind that is not tested before SGLang {since}"):
+            launch(architecture, model_type, CHANGES.get(architecture, {}))
+        return
     launch(architecture, model_type, CHANGES.get(architecture, {}))
     with refused("of which --disable-hybrid-swa-memory keeps all tokens"):
         launch(architecture, model_type, CHANGES.get(architecture, {}), disable_hybrid_swa_memory=True)
+
+
+STEP = [row for row in here(SERVED_WINDOWS) if row[0].startswith("Step") and compat.is_since("0.5.23")]
+
+
+@pytest.mark.parametrize(("architecture", "model_type"), STEP, ids=lambda value: value)
+def test_launch_refuses_step_with_heads_host_memory_and_ranks_that_cannot_share_its_windows(
+    launch, monkeypatch, architecture, model_type
+):
+    platform = type(compat.resolve("sglang.srt.platforms.current_platform"))
+    monkeypatch.setattr(platform, "supports_speculative_algorithm", lambda self, algorithm: True, raising=False)
+    model = architecture, model_type, CHANGES[architecture]
+    flag = "--enable-hierarchical-cache"
+    with pytest.raises(ValueError, match=rf"^{flag} .*{architecture}, .* keeps all tokens of its s.*: drop {flag}$"):
+        launch(*model, enable_hierarchical_cache=True)
+    launch(*model, speculative_algorithm="NGRAM", speculative_ngram_max_bfs_breadth=1)
+    for algorithm in ("EAGLE", "NEXTN", "EAGLE3"):
+        with pytest.raises(ValueError, match=rf"^--speculative-.*{architecture}, because drafts .*: set it to NGRAM$"):
+            launch(*model, speculative_algorithm=algorithm)
+    launch(*model, tp_size=8)
+    with pytest.raises(ValueError, match=r"the 64 or 96 query heads and 8 KV .*: set --tp-size to 1 or 2 or 4 or 8$"):
+        launch(*model, tp_size=64)
 
 
 @pytest.mark.parametrize(("architecture", "model_type"), here(SERVED_WINDOWS_IN_RECORDS), ids=lambda value: value)

@@ -13,6 +13,7 @@ import torch
 from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.shape import AttentionShape
+from model_table import CHANGES
 from sglang_kvarn import __main__ as command
 from sglang_kvarn import capacity, compat, refusals
 from sglang_kvarn.commands import plan
@@ -353,6 +354,8 @@ class OnGpu:
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 6}
 GEMMA3 |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512}
 GEMMA3 |= {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
+STEP = CHANGES["Step3p5ForCausalLM"] | {"architectures": ["Step3p5ForCausalLM"], "model_type": "step3p5"}
+NO_STEP = pytest.mark.skipif(not compat.is_since("0.5.23"), reason="refused here")
 NO_WINDOWS = pytest.mark.skipif(not compat.calls_attention_causal("Gemma3ForCausalLM"), reason="refused here")
 WINDOWS_TRIAL = None if compat.is_since("0.5.23") else refusals.UNTESTED_WINDOWS_ENV
 NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this SGLang")
@@ -368,14 +371,16 @@ NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this 
         (GPT_OSS_20B, ("--speculative-algorithm", "NGRAM"), WINDOWS_TRIAL),
         (GPT_OSS_20B, ("--tp", "2"), refusals.UNTESTED_WINDOWS_ENV),
         pytest.param(GPT_OSS_20B, ("--hicache-size", "9"), WINDOWS_TRIAL, marks=NO_HOST),
+        pytest.param(STEP, ("--trust-remote-code",), refusals.UNTESTED_WINDOWS_ENV, marks=NO_STEP),
         pytest.param(GEMMA3, (), WINDOWS_TRIAL, marks=NO_WINDOWS),
     ],
-    ids=["dense", "states", "states-host", "windows", "windows-drafts", "windows-ranks", "windows-host", "windows-in-records"],
+    ids=["dense", "states", "states-host", *("windows" + x for x in ("", "-drafts", "-ranks", "-host")), "step", "records"],
 )
 def test_a_server_on_a_gpu_takes_the_command_of_a_plan(model, flags, variable, model_dir, capsys, monkeypatch):
     folder = model_dir(plain=False, **model)
     words = shlex.split(launch_lines(capsys, folder, "--weights-gib", "10", *flags)[1])
     start = words.index("python")
+    assert ("--trust-remote-code" in words) == ("--trust-remote-code" in flags)
     assert words[:start] == ([] if variable is None else [f"{variable}=1"])
     config, parser = compat.ModelConfig(folder), argparse.ArgumentParser()
     compat.resolve("sglang.srt.server_args.ServerArgs").add_cli_args(parser)
@@ -407,6 +412,10 @@ def test_plan_refuses_host_memory_that_a_server_refuses(qwen3, capsys, monkeypat
             *(GPT_OSS_20B, ("--hicache-size", "8"), "GptOssForCausalLM has layers with sliding windows"),
             marks=pytest.mark.skipif(compat.hosts_windows(), reason="served in this SGLang"),
         ),
+        pytest.param(
+            *(STEP, ("--hicache-size", "8"), "--hicache-size cannot be combined with a kvarn cache of Step3p5"),
+            marks=NO_STEP,
+        ),
         ({"head_dim": 96}, (), "LlamaForCausalLM has head_dim 96, which a kvarn cache does not serve"),
         ({}, ("--tp", "3"), "--tp-size 3 cannot share"),
         ({}, ("--weights-gib", "90"), "the weights take 90.0 GiB of each GPU"),
@@ -417,7 +426,7 @@ def test_plan_refuses_host_memory_that_a_server_refuses(qwen3, capsys, monkeypat
             marks=pytest.mark.skipif(compat.hosts_states(), reason="served in this SGLang"),
         ),
     ],
-    ids=["windows", "model", "ranks", "weights", "requests", "drafts", "host"],
+    ids=["windows", "step", "model", "ranks", "weights", "requests", "drafts", "host"],
 )
 def test_plan_refuses_in_one_sentence(changes, flags, sentence, model_dir, capsys):
     folder = model_dir(**changes)

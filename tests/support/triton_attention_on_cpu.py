@@ -2,8 +2,8 @@
 """SGLang's Triton attention backend on a machine without a GPU, with torch in the place of its two attention kernels.
 
 The interpreter runs the kernels hundreds of times slower. What the backend does around them is SGLang's: slots of
-sliding windows, what is stored where. But for one thing: with any cache a token of gpt-oss or Mellum that is decoded
-sees one token less there than a token of a prompt does; here it sees as many, as checkpoints are trained.
+sliding windows, what is stored where. But for one thing: with any cache a token of gpt-oss, Mellum or Step that is
+decoded sees one token less there than a token of a prompt does; here it sees as many, as in SGLang's other backends.
 """
 
 from __future__ import annotations
@@ -31,29 +31,31 @@ def install() -> None:
     compat.resolve(f"{_KERNELS}.decode_attention").decode_attention_fwd = decode
     compat.resolve(f"{_KERNELS}.extend_attention").extend_attention_fwd = extend
     backend = compat.resolve("sglang.srt.layers.attention.triton_backend").TritonAttnBackend
-    backend.__init__ = with_window_of_model(backend.__init__)
+    backend.__init__ = with_window_of_layers(backend.__init__)
     backend.init_forward_metadata = with_whole_windows(backend.init_forward_metadata)
 
 
-def with_window_of_model(make):
-    """Return what makes a backend and notes the window of the model's configuration."""
+def with_window_of_layers(make):
+    """Return what makes a backend and notes the largest window of the model's layers, with the query's own token."""
 
     @functools.wraps(make)
     def made(backend, model_runner, *args, **kwargs):
         make(backend, model_runner, *args, **kwargs)
-        backend.window_of_model = model_runner.model_config.sliding_window_size
+        layers = (x for x in model_runner.model.modules() if isinstance(x, compat.RadixAttention))
+        # -1 of all tokens
+        backend.window_of_layers = max((x.sliding_window_size + 1 for x in layers), default=0) or None
 
     return made
 
 
 def with_whole_windows(describe):
-    """Return what describes a step, in a decode step with that window: the models of two families name one less."""
+    """Return what describes a step, in a decode step with that window: what models name is mostly one less."""
 
     @functools.wraps(describe)
     def described(backend, forward_batch):
         size = backend.sliding_window_size
         if forward_batch.forward_mode.is_decode():
-            backend.sliding_window_size = backend.window_of_model
+            backend.sliding_window_size = backend.window_of_layers
         try:
             describe(backend, forward_batch)
         finally:

@@ -36,6 +36,8 @@ def _command(options: argparse.Namespace, model_config: Any, preset: str) -> str
     words += ["--model-path", options.folder, "--kv-cache-dtype", preset]
     if options.tp > 1:
         words += ["--tp-size", str(options.tp)]
+    if options.trust_remote_code:
+        words.append("--trust-remote-code")
     for name in _AS_GIVEN:
         if (given := getattr(options, name)) is not None:
             words += ["--" + name.replace("_", "-"), str(given)]

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mem-fraction-static", type=float, help="as of the server; default: SGLang's rule")
     parser.add_argument("--max-running-requests", type=int, help="as of the server; default: left open")
     parser.add_argument("--hicache-size", type=int, help="GB of host memory for each GPU, as of the server")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code in the folder, as of the server")
     plan_drafts.add_arguments(parser)
 
 
@@ -62,7 +63,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     """
     if not (Path(options.folder) / "config.json").is_file():
         raise ValueError(f"expected the folder of a model, with config.json, got {options.folder}: name one")
-    model = compat.ModelConfig(options.folder)
+    model = compat.ModelConfig(options.folder, trust_remote_code=options.trust_remote_code)
     refusals.check_model(model)
     refusals.check_ranks(options.tp, model, on_cpu=False)
     refusals.check_ranks_of_states(options.tp, model)
@@ -72,6 +73,8 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             f"host memory behind a kvarn cache needs SGLang 0.5.16 or 0.5.23, not {compat.version()}, which may copy a "
             "page before its record is written: take SGLang 0.5.23 or drop --hicache-size"
         )
+    if options.hicache_size:
+        refusals.check_host_memory_of_windows(model, "--hicache-size")
     windows = compat.windows_in_records(model)
     for kind, has_them, takes_them in (
         ("sliding windows", model.is_hybrid_swa or windows, compat.hosts_windows()),

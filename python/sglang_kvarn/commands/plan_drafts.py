@@ -76,7 +76,9 @@ def of(options: argparse.Namespace, model_config: Any) -> Drafts:
         raise ValueError(f"expected the folder of a draft model with {algorithm}: add --speculative-draft-model-path")
     if folder is not None and not (Path(folder) / "config.json").is_file():
         raise ValueError(f"expected the folder of a draft model, with config.json, got {folder}: name one")
-    draft = compat.ModelConfig(folder or options.folder, is_draft_model=True)
+    draft = compat.ModelConfig(
+        folder or options.folder, is_draft_model=True, trust_remote_code=options.trust_remote_code
+    )
     layers = draft.num_nextn_predict_layers if folder is None else draft.num_hidden_layers
     if not layers:
         raise ValueError(
