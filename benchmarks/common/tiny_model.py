@@ -134,7 +134,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "laguna": _LAGUNA,
     "mellum": _MELLUM,
     "olmo3": _OLMO3,
-    **{family: {"sliding_window": SLIDING_WINDOW} for family in tiny_step.ARCHITECTURES},
+    **{family: tiny_step.TEXT | {"sliding_window": SLIDING_WINDOW} for family in tiny_step.ARCHITECTURES},
 }
 # sizes of published models, for which SGLang's kernels of a GPU are made: of attention, of gated delta nets
 PUBLISHED_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}

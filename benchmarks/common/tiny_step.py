@@ -11,9 +11,9 @@ import transformers
 
 # model types, with the architectures that SGLang has for them: of Step 3.5 it loads the text part only
 ARCHITECTURES = {"step3p5": "Step3p5ForCausalLM", "step3p7": "Step3p7ForConditionalGeneration"}
-# query heads that differ between layers of both kinds, as do bases of RoPE and how many channels it turns; the last
-# entry of each list is of a layer that drafts, for which there are no weights
-_TEXT = {
+# what the text part differs in from `tiny_model.save`: query heads that differ between layers of both kinds, as do the
+# bases of RoPE and how many channels it turns. The last entry of each list is of a layer that drafts, without weights
+TEXT: dict[str, Any] = {
     "model_type": "step3p5",
     "num_hidden_layers": 2,
     "num_nextn_predict_layers": 1,
@@ -42,7 +42,7 @@ _VISION = {"width": 16, "layers": 1, "heads": 2, "image_size": 28, "patch_size":
 
 
 def make(shape: dict[str, Any]) -> Any:
-    """Return a model of both architectures; shape: fields of the text part, some by names of transformers."""
+    """Return a model of both architectures; shape: fields of the text part, KV heads by their name in transformers."""
     return _model_class()(_configuration(_published(shape), _VISION))
 
 
@@ -75,7 +75,7 @@ def _configuration(text: dict[str, Any], vision: dict[str, Any]) -> Any:
 
 def _published(shape: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration of the text part by the names of published ones."""
-    text = {name: value for name, value in (shape | _TEXT).items() if name != "num_key_value_heads"}
+    text = {name: value for name, value in shape.items() if name != "num_key_value_heads"}
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     sliding = {"attention_type": "sliding_attention", "num_attention_heads": heads // 2 * 3}
     other = sliding | {"num_attention_groups": kv_heads, "head_dim": shape["head_dim"]}
