@@ -374,7 +374,7 @@ NO_HOST = pytest.mark.skipif(not compat.hosts_states(), reason="refused in this 
         pytest.param(STEP, ("--trust-remote-code",), refusals.UNTESTED_WINDOWS_ENV, marks=NO_STEP),
         pytest.param(GEMMA3, (), WINDOWS_TRIAL, marks=NO_WINDOWS),
     ],
-    ids=["dense", "states", "states-host", *("windows" + x for x in ("", "-drafts", "-ranks", "-host")), "step", "records"],
+    ids=["dense", "states", "states-host", "windows", "drafts", "ranks", "windows-host", "step", "windows-in-records"],
 )
 def test_a_server_on_a_gpu_takes_the_command_of_a_plan(model, flags, variable, model_dir, capsys, monkeypatch):
     folder = model_dir(plain=False, **model)
