@@ -265,8 +265,8 @@ MUTATIONS = (
     Mutation(
         "drafts beside states on a GPU where nobody compared them",
         REFUSALS,
-        'algorithm not in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS)',
-        "False",
+        'return algorithm in ("", *_DRAFTS_BESIDE_STATES_ON_GPUS) or compat.is_since(_DRAFTS_ON_GPUS_SINCE)',
+        "return True",
         (f"{TEST_MODELS}::test_drafts_beside_states_are_a_trial_on_a_gpu",),
     ),
     Mutation(
