@@ -446,6 +446,16 @@ def sliding_eviction_interval(draft_tokens: int = 1) -> int:
     return interval if is_since("0.5.23") else interval * draft_tokens
 
 
+def window_of_layers(model: torch.nn.Module) -> int:
+    """Return the most tokens that a layer with a sliding window sees, the query's own among them; 0 without any.
+
+    Layers count the tokens before the query's own and have -1 for all. What models name as their window is as much for
+    some of them and one more for others.
+    """
+    layer = resolve(_NAMES["RadixAttention"])
+    return max((x.sliding_window_size + 1 for x in model.modules() if isinstance(x, layer)), default=0)
+
+
 def query_heads_of_layers(model_config: Any) -> list[int]:
     """Return how many query heads each layer has, of whatever kind; one number where all have as many."""
     text = model_config.hf_text_config

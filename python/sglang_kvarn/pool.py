@@ -385,7 +385,7 @@ def _log_sliding(pool: KVarNTokenToKVPool, tokens: int, configurator: Any) -> No
         configurator.model_config.num_hidden_layers,
         len(pool.layer_ids),
         len(budget.sliding_layer_ids(configurator)),
-        configurator.sliding_window_size + 1,
+        compat.window_of_layers(configurator.model),
         compat.resolved_arguments(configurator.server_args).attention_backend,
         f"{share.sliding_token:,}",
         f"{tokens:,}",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang_kvarn import compat
 
 
@@ -206,3 +207,12 @@ def test_a_state_takes_the_bytes_of_its_shape(model_dir, monkeypatch, name):
 def test_layers_with_states_are_counted_by_sglangs_own_list():
     config = SimpleNamespace(mamba2_cache_params=SimpleNamespace(layers=range(3)))
     assert compat.state_layers(config) == 3
+
+
+def test_the_window_of_layers_counts_the_query_s_own_token():
+    def layer(n: int, **window: int) -> torch.nn.Module:
+        return compat.RadixAttention(num_heads=4, head_dim=64, scaling=1.0, num_kv_heads=2, layer_id=n, **window)
+
+    whole = torch.nn.ModuleList([layer(0), torch.nn.Linear(1, 1)])
+    assert compat.window_of_layers(whole) == 0
+    assert compat.window_of_layers(torch.nn.ModuleList([*whole, layer(1, sliding_window_size=127)])) == 128

@@ -41,9 +41,7 @@ def with_window_of_layers(make):
     @functools.wraps(make)
     def made(backend, model_runner, *args, **kwargs):
         make(backend, model_runner, *args, **kwargs)
-        layers = (x for x in model_runner.model.modules() if isinstance(x, compat.RadixAttention))
-        # -1 of all tokens
-        backend.window_of_layers = max((x.sliding_window_size + 1 for x in layers), default=0) or None
+        backend.window_of_layers = compat.window_of_layers(model_runner.model) or None
 
     return made
 
