@@ -104,7 +104,7 @@ MUTATIONS = (
     ),
     Mutation(
         "exact start ignored (extend)",
-        EXTEND_SM90,
+        ATTEND_ROWS,
         "max(position / G - WINDOW, exact_start / G)",
         "max(position / G - WINDOW, 0)",
         _LENGTHS,
@@ -126,15 +126,15 @@ MUTATIONS = (
     Mutation(
         "a page read twice by rows beside those that read it otherwise (extend)",
         ATTEND_ROWS,
-        "const bool reads = is_record == page < work.exact_page_of(positions[h]);",
+        "const bool reads = is_record == page < exact_page(positions[h], work.exact_start);",
         "const bool reads = true;",
         _LENGTHS,
     ),
     Mutation(
         "exact tokens read from the wrong page of the ring (extend)",
-        EXTEND_SM90,
-        "ring_pages[known / RING_TOKENS % RING_PAGES]",
-        "ring_pages[(known / RING_TOKENS + 1) % RING_PAGES]",
+        ATTEND_ROWS,
+        "ring_pages[position / RING_TOKENS % RING_PAGES]",
+        "ring_pages[(position / RING_TOKENS + 1) % RING_PAGES]",
         _LENGTHS,
     ),
     Mutation(
@@ -174,9 +174,9 @@ MUTATIONS = (
     ),
     Mutation(
         "exact tokens read from the wrong page of the ring (verify)",
-        VERIFY_SM90,
-        "ring_pages[known / RING_TOKENS % RING_PAGES]",
-        "ring_pages[(known / RING_TOKENS + 1) % RING_PAGES]",
+        ATTEND_ROWS,
+        "ring_pages[position / RING_TOKENS % RING_PAGES]",
+        "ring_pages[(position / RING_TOKENS + 1) % RING_PAGES]",
         _VERIFIED,
     ),
 )

@@ -6,6 +6,7 @@
 #include <map>
 
 alignas(128) static u8 dynamic_shared[1 << 18];
+#define DYNAMIC_SHARED(name) u8* name = dynamic_shared
 
 inline void fail(const char* what) {
   failure = "thread " + std::to_string(threadIdx.x) + " " + what;

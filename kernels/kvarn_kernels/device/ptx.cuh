@@ -6,6 +6,9 @@
 #ifdef CUDA_ON_CPU
 #include "ptx_on_cpu.h"
 #else
+// the dynamic shared memory of a block, u8
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // a phase of the barrier ends with so many arrivals

@@ -23,7 +23,8 @@
 //     begin, num_records           pages that it reads as records; page_ids: from the first of these on
 //     exact_begin, num_exact       pages that it reads exactly; first_exact: the first that any of its rows so reads
 //     ring_pages                   of the request, in global memory
-//     position_of(row)             of its token, of a row that is none that of the last; exact_page_of(position)
+//     position_of(row)             of its token, of a row that is none that of the last
+//     exact_start                  tokens of the request that came from the prefix cache
 //     query_of(row)                its row of rotated_q; result_of(row): of out and lse
 //     exact_row(position, side, ring_pages)   the address of a token's key (side 0) or value; ring_pages: in shared memory
 //
@@ -58,6 +59,17 @@ struct __align__(16) Shared {
   u64 arrived[STAGES], left[STAGES];        // a record, by those who write what it says
   u64 keys_written[BUFFERS], values_written[BUFFERS], keys_read[BUFFERS], values_read[BUFFERS];
 };
+
+// the first page that a position reads exactly
+__device__ __forceinline__ int exact_page(int position, int exact_start) {
+  return min(max(position / G - WINDOW, exact_start / G), position / G);
+}
+
+// the address of a token's key (side 0) or value in the ring of a request
+__device__ __forceinline__ const u8* ring_row(const u8* records, const int* ring_pages, int head, int position, int side) {
+  const int id = ring_pages[position / RING_TOKENS % RING_PAGES];
+  return records + ((long long)id * HK + head) * RECORD + position % RING_TOKENS * (4 * D) + side * (2 * D);
+}
 
 // The softmax of a thread's two rows, g and g + 8 of its warp.
 struct Rows {
@@ -274,7 +286,7 @@ __device__ __forceinline__ void attend_rows(u8* memory, Shared& shared, const Wo
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         // tokens of the page that the row sees in this form
-        const bool reads = is_record == page < work.exact_page_of(positions[h]);
+        const bool reads = is_record == page < exact_page(positions[h], work.exact_start);
         const int seen = (reads ? is_record ? G : positions[h] + 1 - page * G : 0) - before - 2 * q;
 #pragma unroll
         for (int c = 0; c < BLOCK_COLUMNS / 8; c++)

@@ -358,11 +358,7 @@ kvarn_decode_columns(const float* __restrict__ rotated_q, const u8* __restrict__
                      const int* __restrict__ requests, const int* __restrict__ indptr, float* __restrict__ out,
                      float* __restrict__ lse, int stride_page_table, int sm_scale_log2_bits, int batch_size) {
   const float sm_scale_log2 = __int_as_float(sm_scale_log2_bits);
-#ifdef CUDA_ON_CPU
-  u8* memory = dynamic_shared;
-#else
-  extern __shared__ __align__(128) u8 memory[];
-#endif
+  DYNAMIC_SHARED(memory);
   __shared__ Shared shared;
   const int split = blockIdx.x, head = blockIdx.y / COLUMN_BLOCKS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;

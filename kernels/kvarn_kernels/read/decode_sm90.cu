@@ -424,11 +424,7 @@ kvarn_decode(const float* __restrict__ rotated_q, const u8* __restrict__ records
              const int* __restrict__ indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
              int sm_scale_log2_bits, int batch_size) {
   const float sm_scale_log2 = __int_as_float(sm_scale_log2_bits);
-#ifdef CUDA_ON_CPU
-  u8* shared = dynamic_shared;
-#else
-  extern __shared__ __align__(128) u8 shared[];
-#endif
+  DYNAMIC_SHARED(shared);
   __shared__ Barriers bars;
   __shared__ float warp_m[WARPS][BLOCK_COLUMNS], warp_l[WARPS][BLOCK_COLUMNS];
   const int split = blockIdx.x, head = blockIdx.y / COLUMN_BLOCKS;

@@ -19,9 +19,6 @@ struct Work {
   __device__ __forceinline__ int position_of(int row) const {
     return prefix_len + (first_row + min(row, rows - 1)) / GROUP;
   }
-  __device__ __forceinline__ int exact_page_of(int position) const {
-    return min(max(position / G - WINDOW, exact_start / G), position / G);
-  }
   // a row among the query heads of so many results of each token
   __device__ __forceinline__ long long row_of(int row, int results, int result) const {
     const int c = first_row + row;
@@ -34,8 +31,7 @@ struct Work {
     const int known = min(position, last);
     const long long new_token = first_token + known - prefix_len;
     if (known >= prefix_len) return (side ? chunk_v : chunk_k) + (new_token * HK + head) * (2 * D);
-    const int id = ring_pages[known / RING_TOKENS % RING_PAGES];
-    return records + ((long long)id * HK + head) * RECORD + known % RING_TOKENS * (4 * D) + side * (2 * D);
+    return ring_row(records, ring_pages, head, known, side);
   }
 };
 
@@ -45,11 +41,7 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ chunk_k
              const int* __restrict__ prefix_lens, const int* __restrict__ exact_starts,
              const int* __restrict__ qo_indptr, float* __restrict__ out, float* __restrict__ lse, int stride_page_table,
              int sm_scale_log2_bits, int splits) {
-#ifdef CUDA_ON_CPU
-  u8* memory = dynamic_shared;
-#else
-  extern __shared__ __align__(128) u8 memory[];
-#endif
+  DYNAMIC_SHARED(memory);
   __shared__ Shared shared;
   // blocks of rows that read the same records are neighbours
   const int b = blockIdx.z;
@@ -62,8 +54,8 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ chunk_k
   work.prefix_len = prefix_lens[b], work.exact_start = exact_starts[b];
   work.ring_pages = ring_pages + b * RING_PAGES;
   work.last = work.position_of(work.rows - 1);
-  work.first_exact = work.exact_page_of(work.position_of(0));
-  const int end_record = work.exact_page_of(work.last);
+  work.first_exact = exact_page(work.position_of(0), work.exact_start);
+  const int end_record = exact_page(work.last, work.exact_start);
   // an exact page takes EXACT_UNITS times as long as a record, and belongs to the split of its first unit
   const int units = end_record + EXACT_UNITS * (work.last / G + 1 - work.first_exact);
   const int first_unit = units * work.split / splits, end_unit = units * (work.split + 1) / splits;

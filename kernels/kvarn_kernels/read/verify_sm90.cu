@@ -22,9 +22,7 @@ struct Work {
   __device__ __forceinline__ int position_of(int row) const {
     return position + (first_column + min(row, rows - 1)) / GROUP;
   }
-  __device__ __forceinline__ int exact_page_of(int position) const {
-    return min(max(position / G - WINDOW, exact_start / G), position / G);
-  }
+  // a row among the heads of all drafts of all requests, or of all splits
   __device__ __forceinline__ int row_of(int of, int row) const {
     const int c = first_column + row;
     return ((of * DRAFTS + c / GROUP) * HK + head) * GROUP + c % GROUP;
@@ -33,8 +31,7 @@ struct Work {
   __device__ __forceinline__ int result_of(int row) const { return row_of(split, row); }
   // what comes after the last draft is not seen
   __device__ __forceinline__ const u8* exact_row(int position, int side, const int* ring_pages) const {
-    const int known = min(position, last), id = ring_pages[known / RING_TOKENS % RING_PAGES];
-    return records + ((long long)id * HK + head) * RECORD + known % RING_TOKENS * (4 * D) + side * (2 * D);
+    return ring_row(records, ring_pages, head, min(position, last), side);
   }
 };
 
@@ -44,11 +41,7 @@ kvarn_verify(const float* __restrict__ rotated_q, const u8* __restrict__ records
              const int* __restrict__ exact_starts, const int* __restrict__ requests, const int* __restrict__ indptr,
              float* __restrict__ out, float* __restrict__ lse, int stride_page_table, int sm_scale_log2_bits,
              int batch_size) {
-#ifdef CUDA_ON_CPU
-  u8* memory = dynamic_shared;
-#else
-  extern __shared__ __align__(128) u8 memory[];
-#endif
+  DYNAMIC_SHARED(memory);
   __shared__ Shared shared;
   const int split = blockIdx.x, head = blockIdx.y / COLUMN_BLOCKS;
   const int b = requests[split];  // read before it is known to be one, so that the two reads are one wait
