@@ -196,7 +196,8 @@ def train(
         steps: of `size.batch` tokens each; the learning rate rises over 5 % of them, and falls to 0 by a cosine.
         report: called with the number of a step and the loss of each task in nats, every 50 steps.
         workers: processes that make chains.
-        minutes: after which it ends instead, with rate and lengths as behind such a share of the steps.
+        minutes: after which it ends instead, counted from the first batch, with rate and lengths as behind such a share
+            of the steps.
 
     Returns:
         The number of steps.
@@ -209,11 +210,14 @@ def train(
     shared = None if minutes is None else torch.zeros(1, dtype=torch.float64).share_memory_()
     data = torch.utils.data.DataLoader(_Steps(size, steps, seed, shared), batch_size=None, num_workers=workers)
     network.train()
-    started = time.monotonic()
+    started = None
     for step, batch in enumerate(data):
         done = step / steps
         if shared is not None and minutes is not None:
-            shared[0] = done = (time.monotonic() - started) / 60 / minutes
+            now = time.monotonic()
+            # starting processes that make chains is none of the minutes
+            started = now if started is None else started
+            shared[0] = done = (now - started) / 60 / minutes
         if done >= 1:
             break
         for group in optimiser.param_groups:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from types import SimpleNamespace
@@ -120,12 +121,15 @@ def test_a_step_has_chains_of_each_task_and_judges_the_solutions_only():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_ends_when_its_minutes_are_over(workers):
+def test_training_ends_when_its_minutes_are_over(workers, monkeypatch):
     torch.manual_seed(0)
+    # a clock on which each look takes a second: the first batch is seen at 0, the last at 54 s
+    seconds = itertools.count()
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     network, seen = training.model("qwen3", training.TINY), []
-    options = {"workers": workers, "minutes": 0.05}
+    options = {"workers": workers, "minutes": 0.9}
     steps = training.train(network, training.TINY, 10**6, 0, lambda step, losses: seen.append(step), **options)
-    assert 1 <= steps < 500 and seen[0] == 0
+    assert steps == 54 and seen == [0, 50]
 
 
 @pytest.mark.parametrize("variant", training.VARIANTS)
