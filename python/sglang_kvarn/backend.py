@@ -52,7 +52,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
         self.attention = Attention(pool.shape, pool.config, device, limits, sliding_windows=windows)
         if self.req_to_token.is_cuda:
             first, sinks = pool.layer_cache(pool.layer_ids[0]), compat.attention_sinks(model_runner.model)
-            self.attention.warm_up(first, pool.rings.pages.shape[1], sinks)
+            self.attention.warm_up(first, pool.rings.pages_per_ring, sinks)
         self._step: Step | None = None
         drafts = limits.draft_tokens
         self._verify_mask = compat.unread_verify_mask(limits.decode_batch // drafts, drafts, model_runner.device)

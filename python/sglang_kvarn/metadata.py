@@ -29,7 +29,7 @@ class DecodeBuffers:
         self._rings = rings
         self._counted = torch.arange(1, max_batch + 1, dtype=torch.int32, device=device)
         self._rows = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        self.ring_pages = torch.zeros(max_batch, rings.pages.shape[1], dtype=torch.int32, device=device)
+        self.ring_pages = torch.zeros(max_batch, rings.pages_per_ring, dtype=torch.int32, device=device)
         self.seq_lens = torch.ones(max_batch, dtype=torch.int32, device=device)
         self.store_pages = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self.exact_starts = torch.zeros(max_batch, dtype=torch.int32, device=device)

@@ -19,6 +19,7 @@ from sglang_kvarn.refused import Refused
 
 UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNTESTED_DRAFTS"
 UNTESTED_WINDOWS_ENV, UNTESTED_RANKS_ENV = "KVARN_UNTESTED_WINDOWS", "KVARN_UNTESTED_RANKS"
+UNTESTED_TRANSFERS_ENV = "KVARN_UNTESTED_TRANSFERS"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
 # the one of them that SGLang has for states, and copies what a draft model keeps in
@@ -313,11 +314,13 @@ _RANKS = (
 _MODE = "--disaggregation-mode {args.disaggregation_mode}"
 # what SGLang calls mooncake, and mooncake without RDMA
 _TRANSFERS = ("mooncake", "mooncake_tcp")
+# drafts with which a decode server of SGLang goes on from what it received; the others have nothing to start from
+_DRAFTS_OF_TRANSFERS = ("EAGLE", "EAGLE3", "NEXTN", DFLASH)
 
 
-def _transfer(applies: Callable[[Any], bool], what: str, why: str, way_out: str) -> Refusal:
+def _transfer(applies: Callable[[Any], bool], what: str, why: str, way_out: str, typed: bool = True) -> Refusal:
     """Return a refusal beside --disaggregation-mode."""
-    return Refusal(lambda args: args.disaggregation_mode != "null" and applies(args), _text(what, why, way_out))
+    return Refusal(lambda args: args.disaggregation_mode != "null" and applies(args), _text(what, why, way_out), typed)
 
 
 def _transfer_flag(name: str, why: str, *, off: Any = False) -> Refusal:
@@ -381,7 +384,24 @@ _PD = (
         "ranks with requests of their own are not tested beside transfers between servers",
         f"drop {_DROP_DP_ATTENTION}",
     ),
-    _transfer_flag("speculative_algorithm", "drafts beside transfers between servers are not tested", off=None),
+    _transfer(
+        lambda args: algorithm_of(args) not in ("", *_DRAFTS_OF_TRANSFERS),
+        "--speculative-algorithm {args.speculative_algorithm} with --disaggregation-mode",
+        f"a decode server of SGLang {compat.TRANSFERS_SINCE} ends with its first request then, whatever its cache",
+        f"drop --speculative-algorithm, or set it to {_one_of(_DRAFTS_OF_TRANSFERS)}",
+    ),
+    _transfer(
+        lambda args: (
+            args.device != "cpu" and algorithm_of(args) != "" and os.environ.get(UNTESTED_TRANSFERS_ENV) != "1"
+        ),
+        "--speculative-algorithm with --disaggregation-mode",
+        "drafts beside transfers between servers have run on a CPU only",
+        f"drop --speculative-algorithm, or set {UNTESTED_TRANSFERS_ENV}=1 to try it",
+        typed=False,
+    ),
+    _transfer_flag(
+        "speculative_draft_window_size", "what a draft model keeps in rows of its own is not sent", off=None
+    ),
     _transfer(
         lambda args: compat.envs.SGLANG_DISAGG_STAGING_BUFFER.get(),
         "SGLANG_DISAGG_STAGING_BUFFER with --disaggregation-mode",

@@ -56,9 +56,14 @@ class Rings:
         self._promised = 0
 
     @property
+    def pages_per_ring(self) -> int:
+        """N."""
+        return self.pages.shape[1]
+
+    @property
     def tokens_per_ring(self) -> int:
         """Tokens of the pool that a ring takes the place of."""
-        return self.pages.shape[1] * PAGE_SIZE
+        return self.pages_per_ring * PAGE_SIZE
 
     @property
     def max_requests(self) -> int:

@@ -5,6 +5,8 @@
     exact tokens   A state of the request: the pages of its ring, as far as the next token reads them. The pages of one
                    server's ring answer to those of the other's in the order of their tokens.
     exact start    A number that travels with the first token of the answer.
+    drafts         SGLang's part: pages of a draft model have the numbers of those of records, and the hidden state
+                   behind the prompt travels with the first token.
 
 Nothing is copied on either side, and nothing is decoded on the way. A page is sent after the step that wrote it, and
 its address is told to the sender after the steps of its last owner (`fences`). What stands before a request's exact
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = "kvarn"
 # of the 16 numbers of a request that travel with its first token, one that SGLang leaves alone
 EXACT_START = 15
+_SAME_DRAFTS = "start both servers with the same --speculative-algorithm, draft model and number of drafts"
 # by the part of a layout that differs: what to do. Other ranks have another balance too, and come first
 _WAYS_OUT = {
     "preset": "start both servers with the same --kv-cache-dtype",
@@ -38,16 +41,19 @@ _WAYS_OUT = {
     "dtype": "start both servers with the same --dtype",
     "tp_size": "start both servers with the same --tp-size",
     "balance": "start both servers with the same weights and the same KVARN_BALANCE",
+    "draft_page_bytes": _SAME_DRAFTS,
+    "ring_pages": _SAME_DRAFTS,
 }
 
 
-def layout(pool: KVarNTokenToKVPool, ranks: int) -> dict[str, Any]:
+def layout(pool: KVarNTokenToKVPool, ranks: int, draft_pages: list[int]) -> dict[str, Any]:
     """Return what the bytes of pages mean, in JSON types: equal where one server can read what another wrote.
 
     Every rank has balanced heads of its own, so all of them must call this at the same time.
 
     Args:
         ranks: that share the heads of the model.
+        draft_pages: bytes of a page of a draft model, for each of its buffers.
     """
     return {
         "preset": pool.config.name,
@@ -55,6 +61,9 @@ def layout(pool: KVarNTokenToKVPool, ranks: int) -> dict[str, Any]:
         "dtype": str(pool.shape.dtype).removeprefix("torch."),
         "balance": "-".join(compat.gather_from_ranks(pool.balance_tag())),
         "tp_size": ranks,
+        "draft_page_bytes": draft_pages,
+        # whether the oldest and the newest tokens share a page
+        "ring_pages": pool.rings.pages_per_ring,
     }
 
 
@@ -63,10 +72,13 @@ def describe(result: Any, kv_args: Any, token_to_kv_pool: Any, *args: Any, **kwa
     if rings.of_pool(token_to_kv_pool) is None:
         return
     pool: KVarNTokenToKVPool = token_to_kv_pool
-    pool.layout = layout(pool, compat.get_parallel().attn_tp_size)
+    # behind the buffers of records
+    draft_pages = list(kv_args.kv_item_lens[len(pool.layer_ids) :])
+    pool.layout = layout(pool, compat.get_parallel().attn_tp_size, draft_pages)
     kv_args.kv_cache_dtype_str = FORMAT
     # SGLang pairs buffers by layer; without ids it takes one half of them for keys and the other for values
-    kv_args.kv_layer_ids = list(pool.layer_ids)
+    after = max(pool.layer_ids) + 1
+    kv_args.kv_layer_ids = [*pool.layer_ids, *range(after, after + len(draft_pages))]
     if compat.published_argument("disaggregation_mode") == "prefill":
         # the decode server compares itself: where SGLang finds a difference, it ends the server
         kv_args.kv_layout = json.dumps(pool.layout)

@@ -47,7 +47,15 @@ def pair(model, tmp_path_factory) -> Iterator[Pair]:
         yield started
 
 
-def check(pair: Pair, model: str, tokens: list[int], answer: dict, new_tokens: int = NEW, near: float = 0.0) -> int:
+def check(
+    pair: Pair,
+    model: str,
+    tokens: list[int],
+    answer: dict,
+    new_tokens: int = NEW,
+    near: float = 0.0,
+    preset: str = PRESET,
+) -> int:
     """Compare an answer with the oracle's; return how much came from the prefix cache of the prefill server.
 
     Args:
@@ -56,7 +64,7 @@ def check(pair: Pair, model: str, tokens: list[int], answer: dict, new_tokens: i
     assert "output_ids" in answer, answer
     cached, found = answer["meta_info"]["cached_tokens"], answer["output_ids"]
     # greedy, so that each token is the best one behind those before it
-    expected = logits(model, tokens + found[:-1], PRESET, cached=cached)[len(tokens) - 1 :]
+    expected = logits(model, tokens + found[:-1], preset, cached=cached)[len(tokens) - 1 :]
     below = expected.amax(-1) - expected.gather(-1, torch.tensor(found)[:, None])[:, 0]
     assert (below.max() <= near, len(found)) == (True, new_tokens), (cached, below.tolist())
     return cached

@@ -18,6 +18,8 @@ from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 
+import draft_models
+import known_drafts
 import pytest
 import server_pair
 import torch
@@ -128,6 +130,7 @@ def judge(model: str, prompts: list, answers: list[Answer]) -> dict[str, int]:
         "tokens": sum(len(each.tokens) for each in answers),
         "prefix hits": sum(each["cached_tokens"] > 0 for each in facts),
         "retractions": sum(each["num_retractions"] for each in facts),
+        "accepted drafts": sum(each.get("spec_num_correct_drafts", 0) for each in facts),
         "differing at a near tie": sum(0 < each < NEAR_TIE for each in by_far),
         "differing": sum(each >= NEAR_TIE for each in by_far),
         "leaked secrets": sum(
@@ -139,13 +142,17 @@ def judge(model: str, prompts: list, answers: list[Answer]) -> dict[str, int]:
     }
 
 
-def test_32_tenants_of_two_servers_read_only_their_own(tmp_path: Path):
+@pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafts"])
+def test_32_tenants_of_two_servers_read_only_their_own(tmp_path: Path, drafts: bool):
     model, prompts = tiny_model.save(tmp_path / "model"), token_prompts(TENANTS, PROMPTS_EACH)
-    common = {"kv-cache-dtype": PRESET}
-    with (
-        server_pair.start(tmp_path, model, prefill=POOL, decode=SMALL_POOL | OFTEN, **common) as pair,
-        ThreadPoolExecutor(TENANTS + 1) as clients,
-    ):
+    common = {"kv-cache-dtype": PRESET, "prefill": POOL, "decode": SMALL_POOL | OFTEN}
+    if drafts:
+        common |= draft_models.of_a_pair("EAGLE", tmp_path) | {"stand_ins": draft_models.STAND_INS}
+        # of every other prompt the whole answer is drafted
+        known = [each.payload["input_ids"] for each in prompts[::2]]
+        texts = [tokens + tiny_model.expected(model, tokens, PRESET, new_tokens=NEW) for tokens in known]
+        known_drafts.Texts(tmp_path / known_drafts.FILE).know(texts)
+    with server_pair.start(tmp_path, model, **common) as pair, ThreadPoolExecutor(TENANTS + 1) as clients:
         ended, started = threading.Event(), time.monotonic()
         spoiler = clients.submit(spoil, pair, ended)
         try:
@@ -167,3 +174,4 @@ def test_32_tenants_of_two_servers_read_only_their_own(tmp_path: Path):
     assert found["complete"] > found["requests"] // 2 and found["aborted"] > 0 and found["failed"] > 0
     assert found["prefix hits"] > found["complete"] // 4 and found["retractions"] > 0
     assert min(happened.values()) > 0
+    assert (found["accepted drafts"] > found["complete"] * NEW // 4) is drafts

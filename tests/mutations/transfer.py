@@ -12,6 +12,8 @@ _RETRACTED = f"{TEST_TRANSFER}::test_a_retracted_request_comes_back_with_records
 _ROOM = f"{TEST_TRANSFER}::test_a_request_is_received_where_there_is_room_for_its_ring_too"
 _DESCRIBE = f"{TEST_TRANSFER}::test_describe_names_records_by_layer_and_rings_as_a_state"
 _LAYOUT = f"{TEST_TRANSFER}::test_the_layout_holds_what_every_rank_says_of_its_channels"
+_DRAFTS = "tests/engine/test_disaggregation_drafts.py"
+_DRAFTED = f"{_DRAFTS}::test_answers_are_the_oracles_whether_drafts_are_rejected_or_accepted"
 _OTHER = f"{TEST_TRANSFER}::test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentence"
 _COUNTED = "test_sglang_counts_a_ring_beside_the_tokens_of_a_request_that_comes_or_comes_back"
 # what hooks call, and the test that is to miss it
@@ -142,9 +144,30 @@ MUTATIONS = (
     Mutation(
         "records that are paired as keys and values",
         TRANSFER,
-        "    kv_args.kv_layer_ids = list(pool.layer_ids)\n",
+        "    kv_args.kv_layer_ids = [*pool.layer_ids, *range(after, after + len(draft_pages))]\n",
         "    kv_args.kv_layer_ids = []\n",
         (_DESCRIBE,),
+    ),
+    Mutation(
+        "pages of a draft model without a place on the other server",
+        TRANSFER,
+        "[*pool.layer_ids, *range(after, after + len(draft_pages))]",
+        "list(pool.layer_ids)",
+        (_DESCRIBE, _DRAFTED),
+    ),
+    Mutation(
+        "pages of a draft model that are not compared",
+        TRANSFER,
+        """"draft_page_bytes": draft_pages,""",
+        """"draft_page_bytes": [],""",
+        (_LAYOUT, _DESCRIBE),
+    ),
+    Mutation(
+        "rings of other lengths that are not compared",
+        TRANSFER,
+        """"ring_pages": pool.rings.pages_per_ring,""",
+        """"ring_pages": 0,""",
+        (_LAYOUT,),
     ),
     Mutation(
         "a decode server that lets SGLang compare, and end it",

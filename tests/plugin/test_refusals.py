@@ -84,7 +84,11 @@ TRANSFER = [
     ({"optimistic_prefill_attempts": 1}, "drop --optimistic-prefill-attempts"),
     ({"enable_pd_role_switch": True}, "drop --enable-pd-role-switch"),
     ({"hicache_storage_backend": "file", "enable_hierarchical_cache": True}, "drop --hicache-storage-backend"),
-    ({"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}, "drop --speculative-algorithm"),
+    ({"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1}, "set it to EAGLE, EAGLE3, NEXTN or DFLASH"),
+    (
+        {"speculative_draft_window_size": 64, "speculative_algorithm": "DFLASH"},
+        "drop --speculative-draft-window-size",
+    ),
     ({"pp_size": 2}, "drop --pp-size"),
 ]
 TRANSFER_VARIABLES = {
@@ -418,6 +422,17 @@ def test_check_arguments_takes_transfers(served, mode, device):
 
 
 @needs_transfers
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_check_arguments_takes_drafts_between_servers_on_a_cpu(served, monkeypatch, mode):
+    chain = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}
+    refusals.check_arguments(Changed(served, disaggregation_mode=mode, **chain))
+    on_gpu = Changed(served, device="cuda", disaggregation_mode=mode, **chain)
+    assert refused(on_gpu).endswith("drop --speculative-algorithm, or set KVARN_UNTESTED_TRANSFERS=1 to try it")
+    monkeypatch.setenv(refusals.UNTESTED_TRANSFERS_ENV, "1")
+    refusals.check_arguments(on_gpu)
+
+
+@needs_transfers
 @pytest.mark.parametrize("replicas", [{"enable_dp_attention": True, "dp_size": 2}, {"attn_dp_size": 2}], ids=str)
 def test_check_arguments_refuses_dp_attention_between_servers(served, monkeypatch, replicas):
     monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
@@ -445,11 +460,11 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 def test_every_refusal_of_the_table_has_a_case():
     # prefill and decode backend are one refusal; two for graphs, five for drafts, six for host memory (the version, its
-    # order with a draft model, storage; drafts of either kind and PD on a GPU); three for the version, host memory and
-    # DP attention beside transfers; four for pipelines; five for DP attention (two on a GPU, the chunk of a rank, host
-    # memory and drafts beside it)
+    # order with a draft model, storage; drafts of either kind and PD on a GPU); four for the version, host memory,
+    # drafts on a GPU and DP attention beside transfers; four for pipelines; five for DP attention (two on a GPU, the
+    # chunk of a rank, host memory and drafts beside it)
     cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
-    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 3 + 4 + 5
+    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 4 + 4 + 5
     assert len(refusals.ARGUMENTS) == cases
 
 

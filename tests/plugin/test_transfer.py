@@ -83,12 +83,16 @@ def test_describe_names_records_by_layer_and_rings_as_a_state(monkeypatch, pool)
     monkeypatch.setattr(compat, "gather_from_ranks", lambda value: [value])
     sender = compat.resolve("sglang.srt.disaggregation.mooncake.conn.MooncakeKVSender")
     monkeypatch.setattr(sender, "supports_host_tensor_indices", True)
+    addresses, sizes, items = pool.get_contiguous_buf_infos()
     for mode in ("prefill", "decode"):
         monkeypatch.setattr(compat, "published_argument", lambda name, mode=mode: mode)
-        kv_args = empty_args()
-        transfer.describe(None, kv_args, pool)
-        addresses, sizes, items = pool.get_contiguous_buf_infos()
-        assert kv_args.kv_layer_ids == kv_args.state_layer_ids[0] == list(LAYERS)
+        # keys and values of a draft model's layer
+        for drafts in ([], [4096, 2048]):
+            kv_args = empty_args(kv_item_lens=[*items, *drafts])
+            transfer.describe(None, kv_args, pool)
+            assert kv_args.kv_layer_ids == [*LAYERS, *[12, 13][: len(drafts)]]
+            assert pool.layout["draft_page_bytes"] == drafts
+        assert kv_args.state_layer_ids == [list(LAYERS)]
         assert (kv_args.state_data_ptrs, kv_args.state_item_lens) == ([addresses], [items])
         assert [kv_args.state_data_lens[0], kv_args.kv_cache_dtype_str] == [sizes, "kvarn"]
         # a decode server compares, and SGLang must not
@@ -98,21 +102,23 @@ def test_describe_names_records_by_layer_and_rings_as_a_state(monkeypatch, pool)
     assert items == [pool.slab[0, 0].nbytes] * len(LAYERS) and addresses[1] == pool.slab[1].data_ptr()
 
 
-def empty_args() -> SimpleNamespace:
+def empty_args(**fields) -> SimpleNamespace:
     names = ("types", "data_ptrs", "data_lens", "item_lens", "dim_per_tensor", "conv_shard_groups")
     lists = {f"state_{name}": [] for name in (*names, "slice_outer_counts", "layer_ids")}
-    return SimpleNamespace(kv_layout=None, **lists)
+    return SimpleNamespace(kv_layout=None, **lists, **fields)
 
 
 def test_the_layout_holds_what_every_rank_says_of_its_channels(monkeypatch, pool):
     pool.balance_tag = lambda: "here"
     monkeypatch.setattr(compat, "gather_from_ranks", lambda value: [value, "there"])
-    assert transfer.layout(pool, 2) == {
+    assert transfer.layout(pool, 2, [4096]) == {
         "preset": "kvarn_k4v2_g128",
         "record": 1,
         "dtype": "bfloat16",
         "balance": "here-there",
         "tp_size": 2,
+        "draft_page_bytes": [4096],
+        "ring_pages": KVarNConfig.from_preset("kvarn").ring_pages(64, 2),
     }
 
 
@@ -341,6 +347,8 @@ def make_receiver(manager, room: int):
 
 
 LAYOUT = {"preset": "kvarn_k4v2_g128", "record": 1, "dtype": "bfloat16", "balance": "0123456789ab", "tp_size": 1}
+LAYOUT |= {"draft_page_bytes": [4096], "ring_pages": 10}
+DRAFTS = "start both servers with the same --speculative-algorithm, draft model and number of drafts"
 OTHERS = [
     ("preset", "kvarn_k4v4_g128", "start both servers with the same --kv-cache-dtype"),
     ("preset", "kvarn_k4v2_g128_canonical", "start both servers with the same --kv-cache-dtype"),
@@ -348,6 +356,8 @@ OTHERS = [
     ("dtype", "float16", "start both servers with the same --dtype"),
     ("balance", "e3b0c44298fc", "start both servers with the same weights and the same KVARN_BALANCE"),
     ("tp_size", 2, "start both servers with the same --tp-size"),
+    ("draft_page_bytes", [], DRAFTS),
+    ("ring_pages", 11, DRAFTS),
 ]
 
 

@@ -7,8 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import known_drafts
+
 from benchmarks.common import tiny_model
 
+# of servers on a CPU that draft
+STAND_INS = ("drafts_on_cpu", "known_drafts")
 # tokens that a model of DFLASH drafts at once, the root included
 BLOCK = 4
 _HEAD = {
@@ -56,3 +60,15 @@ def arguments(
         "speculative_draft_model_path": str(folder),
         "speculative_draft_load_format": "dummy",
     }
+
+
+def of_a_pair(algorithm: str, folder: Path) -> dict[str, str]:
+    """Return what `server_pair.start` takes for a server that drafts: options of the command line, and its environment.
+
+    Args:
+        folder: a new one; the server drafts the texts in its file.
+    """
+    chosen = arguments(algorithm, folder / "draft")
+    # compiling a function of the draft model for a CPU takes longer than the tests
+    environment = {"TORCHDYNAMO_DISABLE": "1", known_drafts.TEXTS: str(folder / known_drafts.FILE)}
+    return {key.replace("_", "-"): value for key, value in chosen.items()} | environment

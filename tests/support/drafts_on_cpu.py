@@ -61,6 +61,7 @@ def install() -> None:
         sys.modules[name] = module
     platform = _platform()
     platform.supports_speculative_algorithm = lambda self, algorithm: True
+    platform.supports_speculative_draft_attention_backend = lambda *_: True
     platform.get_speculative_cache_locs_fn = lambda self: slots_of_drafts
     compat.resolve("sglang.kernels.ops.speculative.cache_locs").assign_extend_cache_locs_func = slots_of_drafts
     eagle = compat.resolve("sglang.srt.speculative.eagle_utils")

@@ -19,6 +19,8 @@ from sglang_kvarn import compat
 
 # a file with texts, lists of tokens; a test may change it while an engine runs
 TEXTS = "KVARN_TEST_KNOWN_TEXTS"
+# its name
+FILE = "texts.json"
 
 
 class Texts:
@@ -42,7 +44,7 @@ def prepare(patch: pytest.MonkeyPatch, folder: Path) -> Texts:
         folder: for the texts and the plugin of the test.
     """
     add_to_engines(patch, folder, "known_drafts:install")
-    file = folder / "texts.json"
+    file = folder / FILE
     patch.setenv(TEXTS, str(file))
     return Texts(file)
 

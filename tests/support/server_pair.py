@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -202,13 +202,18 @@ class Pair:
         wait_for(lambda: self.decode.facts()["pages_in_use"] == 0, "no page in use at the decode server")
 
 
-def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Return the environment of a server; on a CPU faults of its transfers are in the folder."""
+def environment(folder: Path, stand_ins: Sequence[str] = (), **variables: str) -> dict[str, str]:
+    """Return the environment of a server; on a CPU faults of its transfers are in the folder.
+
+    Args:
+        stand_ins: modules of the tests whose `install` puts torch in the place of SGLang's kernels on a CPU.
+    """
     if ON_GPU:
         return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | variables
-    if not (plugin := folder / "plugin").exists():
-        engine_plugin.make(plugin, "transfer_engine_on_cpu:install")
-    path = os.pathsep.join([str(plugin), *filter(None, sys.path)])
+    if not (plugins := folder / "plugins").exists():
+        for module in ("transfer_engine_on_cpu", *stand_ins):
+            engine_plugin.make(plugins, f"{module}:install")
+    path = os.pathsep.join([str(plugins), *filter(None, sys.path)])
     own = {"PYTHONPATH": path, transfer_engine_on_cpu.FOLDER: str(folder)}
     return os.environ | ENVIRONMENT | own | variables
 
@@ -220,12 +225,14 @@ def start(
     *,
     prefill: dict[str, Any] | None = None,
     decode: dict[str, Any] | None = None,
+    stand_ins: Sequence[str] = (),
     **common: Any,
 ) -> Iterator[Pair]:
     """Run both servers.
 
     Args:
         prefill, decode: options of one of them, or, in capitals, variables of its environment; common: of both.
+        stand_ins: as in `environment`.
     """
     bootstrap = free_port()
     with ExitStack() as stack:
@@ -235,7 +242,7 @@ def start(
             variables = {key: value for key, value in chosen.items() if key.isupper()}
             options = {key: value for key, value in chosen.items() if not key.isupper()}
             options |= {"disaggregation-mode": mode, "disaggregation-bootstrap-port": bootstrap}
-            servers.append(Server(folder, mode, model, environment(folder, **variables), **options))
+            servers.append(Server(folder, mode, model, environment(folder, stand_ins, **variables), **options))
             stack.callback(servers[-1].stop)
         for server in servers:
             server.wait_until_ready()
