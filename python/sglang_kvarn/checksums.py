@@ -22,7 +22,7 @@ CHECKSUM_BYTES = 4
 
 
 def _checksum(data: torch.Tensor) -> bytes:
-    return zlib.crc32(data.numpy()).to_bytes(CHECKSUM_BYTES, "little")
+    return zlib.crc32(data.numpy().data).to_bytes(CHECKSUM_BYTES, "little")
 
 
 class SealedPool:

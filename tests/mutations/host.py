@@ -376,8 +376,8 @@ MUTATIONS = (
     Mutation(
         "a checksum of the first bytes",
         CHECKSUMS,
-        "zlib.crc32(data.numpy())",
-        "zlib.crc32(data[:8].numpy())",
+        "zlib.crc32(data.numpy().data)",
+        "zlib.crc32(data[:8].numpy().data)",
         (TEST_CHECKSUMS,),
     ),
     Mutation(
