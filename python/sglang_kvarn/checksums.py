@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """States and sliding windows in files: a file ends with a checksum of what is before it.
 
-A page of records has headers, by which it is known. States and sliding windows are values, of which any would do: a
-file whose bytes are others has the right size, and answers would go on from it. So SGLang's host pools of both reach a
-storage through a pool that seals what is written and takes nothing else back. Draft models need none: what is wrong
-with their keys and values costs drafts.
+A page of records has headers, by which it is known. States and sliding windows have none: other bytes of the same number
+would pass for them, and answers would be wrong. So a storage is given, in the place of SGLang's host pools of both, a
+pool that seals what is written and takes nothing else back. Keys and values of a draft model need no checksum: damage
+there costs drafts, not answers.
 """
 
 from __future__ import annotations

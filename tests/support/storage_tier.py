@@ -230,7 +230,8 @@ class StorageTier:
         # some are gone
         self._checked &= names
         for name in names - self.folder.damaged - self._checked:
-            if not name.endswith(self.suffix):
+            # a state is seen by who goes on from it
+            if not name.endswith(self.suffix) or name.endswith(f".{compat.PoolName.MAMBA}{self.suffix}"):
                 continue
             history, page = self.folder.page_of(name.removesuffix(self.suffix))
             expected = record_of(history.tokens[: (page + 1) * PAGE]).flatten()
