@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """States and sliding windows in files: a file ends with a checksum of what is before it.
 
-A page of records has headers, by which it is known. States and sliding windows have none: other bytes of the same number
-would pass for them, and answers would be wrong. So a storage is given, in the place of SGLang's host pools of both, a
-pool that seals what is written and takes nothing else back. Keys and values of a draft model need no checksum: damage
-there costs drafts, not answers.
+A page of records has headers, by which it is known. States and sliding windows have none: as many other bytes would
+pass for them, and answers would be wrong. So a storage is given, in the place of SGLang's host pools of both, a pool
+that seals what is written and takes nothing else back. Keys and values of a draft model need no checksum: damage there
+costs drafts, not answers.
 """
 
 from __future__ import annotations
