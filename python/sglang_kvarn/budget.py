@@ -130,7 +130,8 @@ def states(configurator: Any) -> States | None:
         return None
     number = compat.scheduler_argument(configurator.server_args, "max_mamba_cache_size")
     per_request = compat.states_per_request(configurator)
-    return States(number, compat.state_bytes(config), per_request, _states_per_session(configurator))
+    per_session, what = _states_per_session(configurator), compat.state_format(config)
+    return States(number, compat.state_bytes(config), per_request, per_session, what)
 
 
 def _states_per_session(configurator: Any) -> int:

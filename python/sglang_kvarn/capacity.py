@@ -63,12 +63,14 @@ class States:
         number: states that a server has room for; nbytes: of one, all layers of a rank.
         per_request: that a running request takes.
         per_session: that a session takes which waits in the prefix cache; 0 without a prefix cache.
+        format: what the bytes of one mean (`compat.state_format`); empty where none will be kept.
     """
 
     number: int
     nbytes: int
     per_request: int
     per_session: int
+    format: str = ""
 
     @property
     def requests(self) -> int:

@@ -43,6 +43,7 @@ _NAMES = {
     "ModelConfig": "sglang.srt.configs.model_config:ModelConfig",
     "PagedTokenToKVPoolAllocator": "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator",
     "PlatformEnum": "sglang.srt.platforms.device_mixin:PlatformEnum",
+    "PoolName": "sglang.srt.mem_cache.hicache_storage:PoolName",
     "RMSNorm": "sglang.srt.layers.layernorm:RMSNorm",
     "RadixAttention": "sglang.srt.layers.radix_attention:RadixAttention",
     "SRTPlatform": "sglang.srt.platforms.interface:SRTPlatform",
@@ -566,6 +567,13 @@ def state_bytes(config: Any) -> int:
     return config.mamba2_cache_params.mamba_cache_per_req
 
 
+def state_format(config: Any) -> str:
+    """Return what the bytes of one state of a `hybrid_config` mean: types, shapes and layers, of a rank."""
+    params = config.mamba2_cache_params
+    dtype, shape = params.dtype, params.shape
+    return repr((dtype.conv, dtype.temporal, shape.conv, shape.temporal, list(params.layers)))
+
+
 def state_layers(config: Any) -> int:
     """Return how many layers of a `hybrid_config` keep states; all those of Falcon-H1 keep tokens too."""
     return len(config.mamba2_cache_params.layers)
@@ -650,7 +658,7 @@ def hosts_windows() -> bool:
 
 def host_states(tree_cache: Any) -> int:
     """Return the states of a hybrid model that host memory behind a prefix cache has room for."""
-    return tree_cache.host_pool_group.get_pool(resolve("sglang.srt.mem_cache.hicache_storage.PoolName").MAMBA).size
+    return tree_cache.host_pool_group.get_pool(resolve(_NAMES["PoolName"]).MAMBA).size
 
 
 def copy_state(tree_cache: Any, req: Any, node: Any) -> None:

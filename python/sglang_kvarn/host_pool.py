@@ -8,6 +8,7 @@ rings are not in the prefix cache, so they never leave the device.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class KVarNHostPool(compat.HostKVCache):
         Args:
             source: the pool of the device, until 0.5.20 itself; host_to_device_ratio: tokens here for each of its own,
                 unless host_size gives GB, in which what a draft model keeps of the same tokens has room, too.
+            layout: of what SGLang keeps beside it.
 
         Raises:
             ValueError: the memory is not there.
@@ -50,6 +52,7 @@ class KVarNHostPool(compat.HostKVCache):
         pool = source.pool if isinstance(source, HostSource) else source
         assert not kwargs.get("draft_buffer_infos"), "a draft model has a host pool of its own"
         self._pool = self.device_pool = pool
+        self._layout_beside = layout
         self.layer_num = self.target_layer_num = pool.layer_num
         self._row_bytes = pool.slab[0, 0].nbytes
         self.page_bytes = pool.layer_num * self._row_bytes
@@ -80,9 +83,18 @@ class KVarNHostPool(compat.HostKVCache):
 
     @property
     def storage_format_tag(self) -> str:
-        """Return a part of the keys of a storage: pages of other formats, or balanced otherwise, are misses."""
+        """Return a part of the keys of a storage: pages of other formats, or balanced otherwise, are misses.
+
+        The keys are also those of what SGLang keeps of the same tokens, so that the part names the format of states,
+        and the order in which keys and values of sliding windows and of draft models lie.
+        """
         pool, dtype = self._pool, str(self._pool.shape.dtype).removeprefix("torch.")
-        return f"{pool.config.name}-v{tile.VERSION}-{dtype}-{pool.balance_tag()}"
+        parts = [pool.config.name, f"v{tile.VERSION}", dtype, pool.balance_tag()]
+        if pool.states is not None:
+            parts.append(hashlib.sha256(pool.states.format.encode()).hexdigest()[:12])
+        if pool.sliding_tokens or pool.draft_token_bytes:
+            parts.append(self._layout_beside)
+        return "-".join(parts)
 
     def get_size_per_token(self) -> int:
         """Return the bytes of a token in all layers."""

@@ -10,6 +10,7 @@ from sglang_kvarn import (
     admission,
     balanced_layers,
     budget,
+    checksums,
     compat,
     drafts,
     fences,
@@ -375,6 +376,14 @@ ALL_HOOKS = (
         ("self", "params"),
         admission.begin_where_a_load_failed,
         why="A request of a hybrid model whose load from host memory fails would go on from a state of zeros.",
+        since=compat.HOSTS_STATES_SINCE,
+    ),
+    Hook(
+        "mem_cache.hicache_storage.HiCacheStorage.register_mem_host_pool_v2",
+        "around",
+        ("self", "host_pool", "host_pool_name"),
+        checksums.seal,
+        why="A damaged file of a state or of sliding windows would be taken for one, and answers would be wrong.",
         since=compat.HOSTS_STATES_SINCE,
     ),
     Hook(

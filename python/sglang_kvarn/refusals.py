@@ -155,7 +155,6 @@ def _has_draft_model(args: Any) -> bool:
 _HICACHE = "--enable-hierarchical-cache"
 _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
-_NO_STATE_FILES = "states in files beside records are not tested"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
 
 
@@ -649,10 +648,9 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _NO_SALT, "use SGLang 0.5.23"
     elif recv_req.hicache_storage_backend not in _STORAGES:
         why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
-    elif compat.hybrid_config(scheduler.model_config) is not None:
-        why, way_out = _NO_STATE_FILES, "keep prefixes in memory"
-    elif _has_windows(scheduler.model_config):
-        why, way_out = "files are not tested beside sliding windows", "keep prefixes in memory"
+    elif _has_windows(scheduler.model_config) and _is_trial_of_windows(compat.published_argument("device")):
+        why = "files beside sliding windows have run on a CPU only"
+        way_out = f"keep prefixes in memory, or start the server with {UNTESTED_WINDOWS_ENV}=1 to try it"
     elif compat.published_argument("disaggregation_mode") != "null":
         why, way_out = "files are not tested beside transfers between servers", "keep prefixes in memory"
     else:
@@ -914,11 +912,6 @@ def _check_host_states(args: Any, model: str) -> None:
             f"{what} on a GPU yet, because there more answers of tenants differed beside states in host memory than "
             f"with a 16-bit cache, all but one at near ties: drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
         )
-    if args.hicache_storage_backend is not None:
-        raise Refused(
-            f"--hicache-storage-backend cannot be combined with a kvarn cache of {model}, because {_NO_STATE_FILES}: "
-            "drop --hicache-storage-backend"
-        )
     if args.hicache_mem_layout != _PAGE_FIRST:
         raise Refused(
             f"--hicache-mem-layout {args.hicache_mem_layout} cannot be combined with a kvarn cache of {model}, because "
@@ -956,7 +949,6 @@ def check_windows(server_args: Any, model_config: Any) -> None:
         )
     untested = (
         (args.enable_hierarchical_cache and not compat.hosts_windows(), _HICACHE, "host memory of this SGLang"),
-        (args.hicache_storage_backend is not None, "--hicache-storage-backend", "files"),
         (args.pp_size > 1, "--pp-size", "a pipeline"),
         (args.disaggregation_mode != "null", "--disaggregation-mode", "transfers between servers"),
         (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
@@ -978,7 +970,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
             f"--attention-backend torch_native cannot attend the sliding windows of {model}, because it reads them at "
             "the slots of the other layers, whatever the cache: drop --attention-backend, or set it to triton"
         )
-    if args.device == "cpu" or os.environ.get(UNTESTED_WINDOWS_ENV) == "1":
+    if not _is_trial_of_windows(args.device):
         return
     if not _have_windows_run_on_gpus(model):
         raise Refused(
@@ -987,6 +979,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
         )
     on_cpus = (
         (args.tp_size > 1, "--tp-size", "ranks"),
+        (args.hicache_storage_backend is not None, "--hicache-storage-backend", "files"),
         (
             not _have_drafts_run_beside_windows(algorithm, model),
             "--speculative-algorithm",
@@ -999,6 +992,11 @@ def check_windows(server_args: Any, model_config: Any) -> None:
                 f"{flag} cannot be combined with a kvarn cache of {model} on a GPU yet, because {what} beside sliding "
                 f"windows have run on a CPU only: drop {flag}, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
             )
+
+
+def _is_trial_of_windows(device: str) -> bool:
+    """Return whether what has run beside sliding windows on a CPU only would be new, and nobody asked to try it."""
+    return device != "cpu" and os.environ.get(UNTESTED_WINDOWS_ENV) != "1"
 
 
 def _have_windows_run_on_gpus(model: str) -> bool:

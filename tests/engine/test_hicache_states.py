@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import draft_models
@@ -12,13 +13,17 @@ import hybrids
 import pytest
 import states_on_cpu
 import tiny_engines
+from damages import DAMAGES
 from hybrids import DELTA, MAMBA2, STEP, TWO_RANKS
 from sglang_kvarn import compat
+from test_hicache import wait_for_files
 
 from benchmarks.common import models, tiny_model
 from benchmarks.common.tiny_model import answers, flush, prompt
 
 NEW = 4
+# in the names of files of states
+STATE = ".mamba_"
 KVARN, CANONICAL = "kvarn", "kvarn_canonical"
 NGRAM = models.draft_arguments(models.TINY, models.NGRAM, 4)
 steady = functools.partial(hybrids.steady, new_tokens=NEW)
@@ -80,6 +85,18 @@ def find_in_host_memory(engine, folder: str) -> None:
         ask(engine, folder, CANONICAL, tokens)
     found = [ask(engine, folder, CANONICAL, tokens) for tokens in prompts]
     assert sum(each["host"] == 256 for each in found) >= 3, found
+
+
+def from_files(engine, folder: str, preset: str, prompts: list[list[int]]) -> list[int]:
+    """Return how many tokens of each prompt came from files, after comparing the answers with the oracle's."""
+    found = [ask(engine, folder, preset, tokens) for tokens in prompts]
+    assert all(each["all"] == each.get("storage", 0) for each in found), found
+    return [each["all"] for each in found]
+
+
+def files_of_states(pages: Path, prompts: int) -> list[Path]:
+    """Return the files of states, oldest first, once all of some prompts with two pages and a state each are there."""
+    return [file for file in wait_for_files(pages, 3 * prompts) if STATE in file.name]
 
 
 def facts_of(engine) -> dict[str, Any]:
@@ -218,3 +235,113 @@ def test_two_ranks_find_pages_and_states_in_host_memory(start_engine, tmp_path, 
     folder = tiny_model.save(tmp_path, family, **TWO_RANKS.get(family, {}))
     with start_engine(tp_size=2, **options(folder, CANONICAL, pages=8)) as engine:
         find_in_host_memory(engine, folder)
+
+
+def cases_of_files() -> list:
+    """Return (family, preset, policy, ways in which files of states are damaged)."""
+    quick, ways = ("nemotron_h", KVARN, "write_through", ("gone", "flipped")), tuple(DAMAGES)
+    others = [(DELTA, CANONICAL, "write_through", ways), (DELTA, KVARN, "write_back", ways)]
+    others += [(family, KVARN, "write_through", ways) for family in (*MAMBA2, "qwen3_next")]
+    return [quick, *(pytest.param(*case, marks=pytest.mark.long) for case in others)]
+
+
+@pytest.mark.parametrize(("family", "preset", "policy", "ways"), cases_of_files())
+def test_a_prefix_comes_back_from_files_with_its_state_and_a_damaged_state_is_a_miss(
+    start_engine, tmp_path, stored, family, preset, policy, ways
+):
+    folder = tiny_model.save(tmp_path, family)
+    prompts = prompts_for(folder, preset, len(ways) + 1)
+    sizes = options(folder, preset, pages=8, hicache_write_policy=policy) | stored
+    with start_engine(**sizes) as engine:
+        assert from_files(engine, folder, preset, prompts) == [0] * len(prompts)
+        if policy == "write_back":
+            # a page reaches a file when it leaves the device
+            answers(engine, [prompt(850, seed=60)], 1)
+        states = files_of_states(tmp_path / "pages", len(prompts))
+    for way, file in zip(ways, states, strict=False):
+        DAMAGES[way](file)
+    with start_engine(**sizes) as engine:
+        assert from_files(engine, folder, preset, prompts) == [0] * len(ways) + [256]
+        # what was read in vain was given back
+        assert policy == "write_back" or facts_of(engine)["host_pages_in_use"] == 2 * len(prompts)
+
+
+@pytest.mark.long
+def test_files_bring_the_state_of_the_longest_prefix_that_has_one(start_engine, tmp_path, stored):
+    folder = tiny_model.save(tmp_path, DELTA)
+    # of a step one state is kept: behind 384 tokens and behind 640
+    longer = prompt(650, seed=51)
+    branch = steady(folder, 640, after=longer[:600], preset=KVARN, cached=STEP)[0]
+    sizes = options(folder, KVARN, pages=16) | stored
+    with start_engine(**sizes) as engine:
+        assert ask(engine, folder, KVARN, longer)["all"] == 0
+        assert len(wait_for_files(tmp_path / "pages", 7)) == 7
+    with start_engine(**sizes) as engine:
+        assert from_files(engine, folder, KVARN, [branch]) == [STEP]
+        # the rest of the prefix and its state, behind what is on the device
+        found = ask(engine, folder, KVARN, longer)
+        # the page between the two is one that the branch has computed
+        assert (found["all"], found["storage"]) == (640, 128), found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("has_files", [True, False])
+def test_a_state_comes_back_from_a_file_where_its_pages_stayed(start_engine, tmp_path, stored, has_files):
+    folder = tiny_model.save(tmp_path, DELTA)
+    base = prompt(256, seed=1)
+    first, second = (steady(folder, n, after=base, preset=CANONICAL)[0] for n in (456, 470))
+    sizes = options(folder, CANONICAL, pages=40, states=6, hicache_ratio=1.1) | (stored if has_files else {})
+    with start_engine(**sizes) as engine:
+        # states behind 256 tokens and behind 384, then those of others, more than the host has room for
+        for tokens in (base + prompt(10, seed=2), first, *(prompt(300, seed=seed) for seed in range(3, 12))):
+            answers(engine, [tokens], NEW)
+        found = ask(engine, folder, CANONICAL, second)
+    assert found["all"] == (256 if has_files else 0), found
+
+
+@pytest.mark.long
+def test_files_of_another_tenant_or_of_other_states_are_misses(start_engine, tmp_path, stored):
+    folder = tiny_model.save(tmp_path, DELTA)
+    [tokens] = prompts_for(folder, KVARN, 1)
+    sizes = options(folder, KVARN, pages=8) | stored
+    sampling = {"temperature": 0, "max_new_tokens": NEW, "ignore_eos": True}
+    with start_engine(**sizes) as engine:
+        assert from_files(engine, folder, KVARN, [tokens]) == [0]
+        files_of_states(tmp_path / "pages", 1)
+    with start_engine(**sizes) as engine:
+        for salt, cached in (("another tenant", 0), (None, 256)):
+            output = engine.generate(input_ids=tokens, sampling_params=sampling, cache_salt=salt)
+            assert output["meta_info"]["cached_tokens"] == cached
+            assert output["output_ids"] == tiny_model.expected(folder, tokens, KVARN, cached=cached, new_tokens=NEW)
+    for bits in ("float16", "bfloat16"):
+        with start_engine(**sizes, mamba_ssm_dtype=bits) as engine:
+            assert answers(engine, [tokens], NEW)[0]["cached"] == 0
+    # of both tenants and of both other types
+    assert len(files_of_states(tmp_path / "pages", 4)) == 4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "algorithm", "ranks"),
+    [(DELTA, "NGRAM", 1), ("nemotron_h", "NGRAM", 1), (DELTA, "NEXTN", 1), (DELTA, None, 2), ("nemotron_h", None, 2)],
+)
+def test_drafts_and_ranks_go_on_from_states_in_files(
+    start_engine, tmp_path, monkeypatch, stored, family, algorithm, ranks
+):
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    drafts_on_cpu.prepare(monkeypatch, tmp_path / "plugin")
+    folder = tiny_model.save(tmp_path / "model", family, **TWO_RANKS.get(family, {}) if ranks > 1 else {})
+    prompts = prompts_for(folder, CANONICAL, 3)
+    drafts, drafted = 4 if algorithm else 1, {}
+    if algorithm:
+        drafted = NGRAM if algorithm == "NGRAM" else draft_models.arguments(algorithm, tmp_path / "draft")
+    sizes = options(folder, CANONICAL, pages=8, drafts=drafts) | stored | drafted | {"tp_size": ranks}
+    # of each rank two pages and a state; a head that comes with the model has files of its own
+    count = 3 * ranks * (5 if algorithm == "NEXTN" else 3)
+    with start_engine(**sizes) as engine:
+        assert from_files(engine, folder, CANONICAL, prompts) == [0] * 3
+        states = [file for file in wait_for_files(tmp_path / "pages", count) if STATE in file.name]
+    # of one rank
+    DAMAGES["flipped"](states[0])
+    with start_engine(**sizes) as engine:
+        assert from_files(engine, folder, CANONICAL, prompts) == [0, 256, 256]

@@ -16,7 +16,7 @@ from host_tier import HostOptions
 from prefix_cache import calls
 from sglang_kvarn import compat
 from sglang_kvarn.host_pool import KVarNHostPool
-from storage_tier import DAMAGES, Folder
+from storage_tier import DAMAGES, Folder, page_keys
 from streams import COPIES_FIRST, FORWARD_FIRST, Event
 from world import ROWS, World, prefill, tokens, use_plain_allocation_kernels
 
@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(not calls.stores, reason="storage is refused in 
 
 ORDERS = [COPIES_FIRST, FORWARD_FIRST, 0, 1, 2]
 PROMPT = tokens(3 * PAGE + 5, 1)
+# that the device has room for
+STATES = 20
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +38,10 @@ def folder(tmp_path) -> Folder:
     return Folder(tmp_path)
 
 
-def stored(folder: Folder, order: int | str = 0, *, preset: str = "kvarn", pages: int = 60, **options) -> World:
-    return World(preset, host=HostOptions(pages, seed=order, folder=folder, **options), rings=ROWS)
+def stored(
+    folder: Folder, order: int | str = 0, *, preset: str = "kvarn", pages: int = 60, states: int = 0, **options
+) -> World:
+    return World(preset, host=HostOptions(pages, seed=order, folder=folder, **options), rings=ROWS, states=states)
 
 
 def write(folder: Folder, order: int | str = 0, **options) -> World:
@@ -82,6 +86,22 @@ def test_a_prefix_from_files_is_read_as_one_that_never_left(folder, core):
         assert read(own, order, PROMPT[: 2 * PAGE + 60] + tokens(90, 2), core=core) == 2 * PAGE
         # the same tokens behind another page
         assert read(own, order, tokens(PAGE, 3) + PROMPT[PAGE:], core=core) == 0
+
+
+@pytest.mark.parametrize("core", calls.cores)
+def test_a_state_from_a_file_is_that_of_the_tokens_before_it(folder, core):
+    for order in ORDERS:
+        own = each(folder, order)
+        # a prompt keeps the state at its last end of a page
+        write(own, order, core=core, states=STATES)
+        assert len(own.names()) == 4
+        assert read(own, order, core=core, states=STATES) == 3 * PAGE
+        # there is no state behind the two pages that others begin with, before the first of them has left one
+        others = [PROMPT[: 2 * PAGE] + tokens(90, seed) for seed in (2, 3)]
+        assert [read(own, order, other, core=core, states=STATES) for other in others] == [0, 2 * PAGE]
+        # a state is as good as the pages before it
+        own.damage(next(name for name in own.names() if name.startswith(page_keys(PROMPT)[0])), "gone")
+        assert read(own, order, core=core, states=STATES) == 0
 
 
 @pytest.mark.parametrize("way", DAMAGES)

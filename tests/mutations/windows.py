@@ -277,11 +277,18 @@ MUTATIONS = (
         (f"{TEST_KNOWN_HOST}::test_a_window_from_the_host_is_read_as_one_that_never_left",),
     ),
     Mutation(
-        "files beside sliding windows of a running server",
+        "files beside sliding windows of a running server on a GPU",
         REFUSALS,
-        "elif _has_windows(scheduler.model_config):",
+        'elif _has_windows(scheduler.model_config) and _is_trial_of_windows(compat.published_argument("device")):',
         "elif False:",
         (f"{TEST_REFUSALS}::test_a_running_server_attaches_what_it_could_start_with",),
+    ),
+    Mutation(
+        "files beside sliding windows on a GPU taken as tested",
+        REFUSALS,
+        """(args.hicache_storage_backend is not None, "--hicache-storage-backend", "files"),""",
+        "",
+        (f"{TEST_MODELS}::test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
     ),
     Mutation(
         "a draft model beside sliding windows costs nothing",

@@ -150,7 +150,8 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     kept += [f"mem_cache.memory_pool.ReqToTokenPool.{name}" for name in ("alloc", "free", "clear")]
     kept += ["mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__"]
     kept.append("mem_cache.pool_host.mha.get_mha_host_pool_cls")
-    kept += [h.target for h in plugin.HOOKS if h.target.endswith(("_MambaStrategy.matches", "init_load_back"))]
+    beside = ("_MambaStrategy.matches", "init_load_back", "register_mem_host_pool_v2")
+    kept += [h.target for h in plugin.HOOKS if h.target.endswith(beside)]
     kept += [f"managers.cache_controller.HiCacheController.start_{what}" for what in ("writing", "loading")]
     kept.append("managers.scheduler.Scheduler.attach_hicache_storage_wrapped")
     kept += ["managers.schedule_policy.PrefillAdder.add_one_req", "managers.scheduler.Scheduler.init_model_worker"]

@@ -331,7 +331,8 @@ def hybrid(monkeypatch, *, chosen=None, **arguments):
     vars(kvc.server_args).update(
         {"max_mamba_cache_size": None, "disable_radix_cache": False, "mamba_full_memory_ratio": 0.9} | arguments
     )
-    found = SimpleNamespace(mamba2_cache_params=SimpleNamespace(mamba_cache_per_req=1 << 20))
+    form = {"dtype": SimpleNamespace(conv=1, temporal=2), "shape": SimpleNamespace(conv=3, temporal=4), "layers": [5]}
+    found = SimpleNamespace(mamba2_cache_params=SimpleNamespace(mamba_cache_per_req=1 << 20, **form))
     monkeypatch.setattr(compat, "hybrid_config", lambda model: found)
     monkeypatch.setattr(compat, "attention_layers", lambda model, start, end: [1])
     monkeypatch.setattr(compat, "is_state_ratio_open", lambda args: chosen is None)
@@ -382,6 +383,7 @@ def test_no_more_requests_are_charged_than_states_allow(monkeypatch):
     assert changes == {"max_running_requests": 6}
     kept = budget.states(kvc)
     assert (kept.number, kept.per_request, kept.per_session, kept.nbytes) == (33, 5, 3, 1 << 20)
+    assert kept.format == "(1, 2, 3, 4, [5])"
     monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
     assert budget.states(kvc) is None
 

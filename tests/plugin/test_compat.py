@@ -204,6 +204,26 @@ def test_a_state_takes_the_bytes_of_its_shape(model_dir, monkeypatch, name):
         assert compat.planned_state_bytes(config, 2) == found // 2
 
 
+def test_the_format_of_a_state_names_its_types_shapes_and_layers():
+    parts = {"conv": torch.float32, "temporal": torch.bfloat16}, {"conv": [(96, 3)], "temporal": (4, 64, 128)}, (0, 2)
+
+    def found(dtype: dict, shape: dict, layers: tuple) -> str:
+        params = SimpleNamespace(dtype=SimpleNamespace(**dtype), shape=SimpleNamespace(**shape), layers=layers)
+        return compat.state_format(SimpleNamespace(mamba2_cache_params=params))
+
+    dtype, shape, layers = parts
+    formats = [
+        found(*parts),
+        found(dtype | {"conv": torch.float16}, shape, layers),
+        # of as many bytes
+        found(dtype | {"temporal": torch.float16}, shape, layers),
+        found(dtype, shape | {"conv": [(3, 96)]}, layers),
+        found(dtype, shape | {"temporal": (4, 128, 64)}, layers),
+        found(dtype, shape, (1, 2)),
+    ]
+    assert formats[0] == found(*parts) and len(set(formats)) == len(formats)
+
+
 def test_layers_with_states_are_counted_by_sglangs_own_list():
     config = SimpleNamespace(mamba2_cache_params=SimpleNamespace(layers=range(3)))
     assert compat.state_layers(config) == 3

@@ -126,6 +126,25 @@ def test_the_keys_of_a_storage_name_format_and_balance(pool, make):
     assert tags[0] != tags[1] == "kvarn_k4v2_g128-v1-float32-0123456789ab"
 
 
+def test_the_keys_of_a_storage_name_the_format_of_states(pool, make):
+    plain = make().storage_format_tag
+    found = []
+    for form in ("float32", "bfloat16"):
+        pool.states = States(4, 1024, 3, 3, form)
+        found.append(make().storage_format_tag)
+    assert len({plain, *found}) == 3 and all(tag.startswith(plain + "-") for tag in found)
+
+
+@pytest.mark.parametrize("beside", ["sliding_tokens", "draft_token_bytes"])
+def test_the_keys_of_a_storage_name_the_order_of_what_is_beside_records(pool, make, beside):
+    plain = make().storage_format_tag
+    # records lie in one order whatever it is called
+    assert make(layout="layer_first").storage_format_tag == plain
+    setattr(pool, beside, 128)
+    tags = [make(layout=layout).storage_format_tag for layout in ("page_first", "layer_first")]
+    assert tags == [f"{plain}-page_first", f"{plain}-layer_first"]
+
+
 def test_a_layer_waits_for_its_own_pages(pool):
     waited = []
     pool.register_layer_transfer_counter(SimpleNamespace(wait_until=waited.append))

@@ -272,7 +272,8 @@ HOST_MEMORY = {"enable_hierarchical_cache": True}
 def test_launch_takes_host_memory_for_states_where_they_are_of_page_ends(launch, checkpoints, architecture, model_type):
     chosen = CHANGES.get(architecture, {}), HOST_MEMORY
     if compat.hosts_states():
-        launch(architecture, model_type, chosen[0], **chosen[1])
+        for files in ({}, {"hicache_storage_backend": "file"}):
+            launch(architecture, model_type, chosen[0], **chosen[1], **files)
         return
     why = rf"^--enable-hierarchical-cache .*{architecture} in SGLang .* saves states of other tokens if pages have 128"
     with pytest.raises(ValueError, match=f"{why}.*: use SGLang 0.5.23, or drop --enable-hierarchical-cache$"):
@@ -285,12 +286,11 @@ def test_launch_takes_host_memory_for_states_where_they_are_of_page_ends(launch,
     [
         ({"mamba_radix_cache_strategy": "no_buffer"}, "no_buffer needs pages of one token"),
         ({"enable_mixed_chunk": True}, "not tested yet: drop --enable-mixed-chunk"),
-        (HOST_MEMORY | {"hicache_storage_backend": "file"}, "are not tested: drop --hicache-storage-backend"),
         (HOST_MEMORY | {"hicache_mem_layout": "layer_first"}, "order page_first only: drop --hicache-mem-layout"),
         ({"mamba_track_interval": 192}, "--mamba-track-interval that is a multiple of the page size 128, not 192"),
         ({"linear_attn_backend": "cutedsl"}, "with --linear-attn-backend cutedsl needs pages of one token"),
     ],
-    ids=["strategy", "mixed", "files", "layout", "interval", "backend"],
+    ids=["strategy", "mixed", "layout", "interval", "backend"],
 )
 def test_launch_refuses_arguments_of_a_hybrid(launch, checkpoints, arguments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -490,11 +490,6 @@ def test_launch_refuses_models_with_one_kind_of_layer_in_a_pool_for_two(launch, 
             marks=pytest.mark.skipif(compat.hosts_windows(), reason="served in this SGLang"),
         ),
         pytest.param(
-            {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"},
-            "--hicache-storage-backend",
-            marks=pytest.mark.skipif(not compat.hosts_windows(), reason="refused beside any layers"),
-        ),
-        pytest.param(
             {"pp_size": 2},
             "--pp-size",
             marks=pytest.mark.skipif(not compat.runs_pipelines(), reason="refused beside any layers"),
@@ -509,6 +504,12 @@ def test_launch_refuses_arguments_beside_sliding_windows(launch, arguments, flag
     architecture = "LagunaForCausalLM"
     with pytest.raises(ValueError, match=rf"^{flag}.* cannot .*{architecture}.*: drop {flag}"):
         launch(architecture, "laguna", CHANGES[architecture], **arguments)
+
+
+@pytest.mark.skipif(not compat.hosts_windows(), reason="refused in this SGLang")
+def test_launch_takes_files_behind_host_memory_of_sliding_windows(launch):
+    files = {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"}
+    launch("LagunaForCausalLM", "laguna", CHANGES["LagunaForCausalLM"], **files)
 
 
 @pytest.mark.parametrize(
@@ -550,6 +551,7 @@ def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_tri
     for changes in ({"enable_hierarchical_cache": True}, *({"speculative_algorithm": x} for x in ("NGRAM", "EAGLE3"))):
         refusals.check_windows(SimpleNamespace(**vars(on_gpu) | changes), config)
     on_cpus = {"--tp-size": {"tp_size": 2}, "--speculative-algorithm": {"speculative_algorithm": "EAGLE"}}
+    on_cpus["--hicache-storage-backend"] = {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"}
     for flag, changes in on_cpus.items():
         refusals.check_windows(SimpleNamespace(**off | changes), config)
         with pytest.raises(ValueError, match=rf"^{flag} .*on a CPU only: drop {flag}, or set KVARN_UNTESTED_WINDOWS=1"):

@@ -364,9 +364,10 @@ def test_check_arguments_takes_files_behind_host_memory_where_keys_are_salted(se
         ("null", "cpu", "dynamic", True, None, False, "because only files are tested: attach file"),
         ("null", "cpu", "file", False, None, False, "so that tenants would share pages: use SGLang 0.5.23"),
         ("null", "cuda", "mooncake", False, None, False, "so that tenants would share pages: use SGLang 0.5.23"),
-        ("null", "cpu", "file", True, object(), False, "beside records are not tested: keep prefixes in memory"),
+        ("null", "cpu", "file", True, object(), False, None),
         ("prefill", "cpu", "file", True, None, False, "beside transfers between servers: keep prefixes in memory"),
-        ("null", "cpu", "file", True, None, True, "beside sliding windows: keep prefixes in memory"),
+        ("null", "cpu", "file", True, None, True, None),
+        ("null", "cuda", "file", True, None, True, "or start the server with KVARN_UNTESTED_WINDOWS=1 to try it"),
     ],
 )
 def test_a_running_server_attaches_what_it_could_start_with(

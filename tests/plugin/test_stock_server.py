@@ -57,6 +57,7 @@ STOCK = {
         for draft in (False, True)
     ],
     "drafts.charge_draft": [((Unread(), configurator()), {})],
+    "checksums.seal": [((Unread(), Unread(), Unread()), {})],
     "drafts.keep_apart": [((Unread(), Unread()), {})],
     "drafts.keep_chains": [((Unread(), Unread(), Unread(), Unread()), {})],
     "budget.split_memory": [((configurator(), Unread()), {})],

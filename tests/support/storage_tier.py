@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
 
+import damages
 import torch
 from history import PAGE, History
 from kvarn_kernels.record import tile
@@ -32,7 +33,7 @@ _THREADS = {
     "backup_queue": "backup_thread_func",
 }
 _ONE_RANK = {"tp_rank": 0, "pp_rank": 0, "attn_tp_rank": 0, "attn_dp_rank": 0, "attn_cp_rank": 0, "attn_dcp_rank": 0}
-# ways to damage a file: without its last byte, without anything, without its content, of another type, and gone
+# ways to damage the file of a page so that it is none: those of any file, and records of another type
 DAMAGES = ("cut", "emptied", "zeroed", "retyped", "gone")
 
 
@@ -133,22 +134,15 @@ class Folder:
     def damage(self, name: str, way: str) -> None:
         """Damage a file, in one of DAMAGES."""
         file = self.path / name
-        content = file.read_bytes()
         self.damaged.add(name)
-        if way == "gone":
-            file.unlink()
-            # it may be written again
-            self.damaged.discard(name)
-        elif way == "cut":
-            file.write_bytes(content[:-1])
-        elif way == "emptied":
-            file.write_bytes(b"")
-        elif way == "zeroed":
-            file.write_bytes(bytes(len(content)))
-        elif content:
-            assert way == "retyped", way
+        if way != "retyped":
+            damages.DAMAGES[way](file)
+        elif content := file.read_bytes():
             # the first record says that its first tokens are of the other type
             file.write_bytes(bytes([content[0] ^ tile.HEADER_BF16]) + content[1:])
+        if way == "gone":
+            # it may be written again
+            self.damaged.discard(name)
 
     def wipe(self) -> None:
         """Delete every file."""
@@ -236,7 +230,8 @@ class StorageTier:
         # some are gone
         self._checked &= names
         for name in names - self.folder.damaged - self._checked:
-            if not name.endswith(self.suffix):
+            # a state is seen by who goes on from it
+            if not name.endswith(self.suffix) or name.endswith(f".{compat.PoolName.MAMBA}{self.suffix}"):
                 continue
             history, page = self.folder.page_of(name.removesuffix(self.suffix))
             expected = record_of(history.tokens[: (page + 1) * PAGE]).flatten()
