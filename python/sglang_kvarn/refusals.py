@@ -19,6 +19,7 @@ from sglang_kvarn.refused import Refused
 
 UNTESTED_HICACHE_ENV, UNTESTED_DRAFTS_ENV = "KVARN_UNTESTED_HICACHE", "KVARN_UNTESTED_DRAFTS"
 UNTESTED_WINDOWS_ENV, UNTESTED_RANKS_ENV = "KVARN_UNTESTED_WINDOWS", "KVARN_UNTESTED_RANKS"
+UNTESTED_TRANSFERS_ENV = "KVARN_UNTESTED_TRANSFERS"
 # what SGLang calls the orders of pages in host memory between which a host pool of records need not choose
 HOST_LAYOUTS = ("page_first", "layer_first")
 # the one of them that SGLang has for states, and copies what a draft model keeps in
@@ -785,11 +786,7 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because states would be saved at "
             "other tokens than pages end, which is not tested yet: drop --enable-mixed-chunk"
         )
-    if args.disaggregation_mode != "null":
-        raise Refused(
-            f"--disaggregation-mode cannot be combined with a kvarn cache of {model}, because sending states "
-            "beside records is not tested yet: drop --disaggregation-mode"
-        )
+    _check_transfers_beside(args, model, "states")
     if args.enable_hierarchical_cache:
         _check_host_states(args, model)
     if args.disable_radix_cache:
@@ -869,6 +866,16 @@ def _check_dp_attention_beside(args: Any, model: str, what: str) -> None:
         raise Refused(
             f"DP attention cannot be combined with a kvarn cache of {model}, because ranks with requests of their own "
             f"are not tested beside {what}: drop {_DROP_DP_ATTENTION}, or set {UNTESTED_RANKS_ENV}=1 to try it"
+        )
+
+
+def _check_transfers_beside(args: Any, model: str, what: str) -> None:
+    is_untested = args.disaggregation_mode != "null" and args.device != "cpu"
+    if is_untested and os.environ.get(UNTESTED_TRANSFERS_ENV) != "1":
+        raise Refused(
+            f"--disaggregation-mode cannot be combined with a kvarn cache of {model} on a GPU yet, because transfers "
+            f"of {what} beside records have run on a CPU only: drop --disaggregation-mode, or set "
+            f"{UNTESTED_TRANSFERS_ENV}=1 to try it"
         )
 
 

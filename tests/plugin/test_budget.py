@@ -382,6 +382,8 @@ def test_no_more_requests_are_charged_than_states_allow(monkeypatch):
     assert changes == {"max_running_requests": 6}
     kept = budget.states(kvc)
     assert (kept.number, kept.per_request, kept.per_session, kept.nbytes) == (33, 5, 3, 1 << 20)
+    # a decode server makes more than it counts
+    assert budget.states(kvc, 99).number == 99
     monkeypatch.setattr(compat, "hybrid_config", lambda model: None)
     assert budget.states(kvc) is None
 

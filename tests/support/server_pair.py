@@ -23,9 +23,13 @@ from typing import Any
 import engine_plugin
 import forked_server
 import httpx
+import states_on_cpu
+import torch
 import transfer_engine_on_cpu
 from host_faults import wait_for
 from tiny_engines import DTYPE, ON_GPU, ROWS
+
+from benchmarks.common import tiny_model
 
 HOST, LIMIT_SECONDS = "127.0.0.1", 400
 OPTIONS = {
@@ -202,14 +206,44 @@ class Pair:
         wait_for(lambda: self.decode.facts()["pages_in_use"] == 0, "no page in use at the decode server")
 
 
-def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Return the environment of a server; on a CPU faults of its transfers are in the folder."""
+def check(model: str, tokens: list[int], answer: dict[str, Any], new_tokens: int, near: float = 0.0) -> int:
+    """Compare an answer with the oracle's; return how much came from the prefix cache of the prefill server.
+
+    Args:
+        near: by how much the oracle's logit of a token may be below that of its best one.
+    """
+    assert "output_ids" in answer, answer
+    cached, found = answer["meta_info"]["cached_tokens"], answer["output_ids"]
+    # greedy, so that each token is the best one behind those before it
+    preset = OPTIONS["kv-cache-dtype"]
+    expected = tiny_model.logits(model, tokens + found[:-1], preset, cached=cached)[len(tokens) - 1 :]
+    below = expected.amax(-1) - expected.gather(-1, torch.tensor(found)[:, None])[:, 0]
+    assert (below.max() <= near, len(found)) == (True, new_tokens), (cached, below.tolist())
+    return cached
+
+
+def works(pair: Pair, model: str, near: float = 0.0) -> None:
+    """Check that a request is answered right, and leaves nothing behind; as `check`."""
+    tokens = tiny_model.prompt(140, seed=90)
+    check(model, tokens, pair.ask(tokens, 4), 4, near)
+    pair.expect_empty()
+
+
+def environment(folder: Path, *, states: bool = False, **variables: str) -> dict[str, str]:
+    """Return the environment of a server; on a CPU faults of its transfers are in the folder.
+
+    Args:
+        states: for a model that keeps states.
+    """
     if ON_GPU:
         return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | variables
     if not (plugin := folder / "plugin").exists():
-        engine_plugin.make(plugin, "transfer_engine_on_cpu:install")
+        for module in ("transfer_engine_on_cpu", *(["states_on_cpu"] if states else [])):
+            engine_plugin.make(plugin, f"{module}:install")
     path = os.pathsep.join([str(plugin), *filter(None, sys.path)])
     own = {"PYTHONPATH": path, transfer_engine_on_cpu.FOLDER: str(folder)}
+    if states:
+        own |= states_on_cpu.ENVIRONMENT
     return os.environ | ENVIRONMENT | own | variables
 
 
@@ -220,12 +254,14 @@ def start(
     *,
     prefill: dict[str, Any] | None = None,
     decode: dict[str, Any] | None = None,
+    states: bool = False,
     **common: Any,
 ) -> Iterator[Pair]:
     """Run both servers.
 
     Args:
         prefill, decode: options of one of them, or, in capitals, variables of its environment; common: of both.
+        states: for a model that keeps states.
     """
     bootstrap = free_port()
     with ExitStack() as stack:
@@ -235,7 +271,7 @@ def start(
             variables = {key: value for key, value in chosen.items() if key.isupper()}
             options = {key: value for key, value in chosen.items() if not key.isupper()}
             options |= {"disaggregation-mode": mode, "disaggregation-bootstrap-port": bootstrap}
-            servers.append(Server(folder, mode, model, environment(folder, **variables), **options))
+            servers.append(Server(folder, mode, model, environment(folder, states=states, **variables), **options))
             stack.callback(servers[-1].stop)
         for server in servers:
             server.wait_until_ready()
