@@ -945,7 +945,11 @@ def check_windows(server_args: Any, model_config: Any) -> None:
         (args.enable_hierarchical_cache and not compat.hosts_windows(), _HICACHE, "host memory of this SGLang"),
         (args.hicache_storage_backend is not None, "--hicache-storage-backend", "files"),
         (args.pp_size > 1, "--pp-size", "a pipeline"),
-        (args.disaggregation_mode != "null", "--disaggregation-mode", "transfers between servers"),
+        (
+            args.disaggregation_mode != "null" and model_config.is_hybrid_swa,
+            "--disaggregation-mode",
+            "transfers between servers",
+        ),
         (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
     )
     for applies, flag, what in untested:
@@ -955,6 +959,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
                 f"{'are' if what.endswith('s') else 'is'} not tested yet: drop {flag}"
             )
     _check_dp_attention_beside(args, model, "sliding windows")
+    _check_transfers_beside(args, model, "sliding windows")
     if settings.ATTENTION_BACKEND in backends:
         raise Refused(
             f"--attention-backend kvarn cannot attend the sliding windows of {model}, which stay in 16 bits: drop "

@@ -315,4 +315,18 @@ MUTATIONS = (
         "is_untested = False\n",
         (f"{TEST_MODELS}::test_transfers_of_states_are_a_trial_on_a_gpu",),
     ),
+    Mutation(
+        "transfers of windows in records on a GPU that nobody has tried",
+        REFUSALS,
+        """    _check_transfers_beside(args, model, "sliding windows")\n""",
+        "",
+        (f"{TEST_MODELS}::test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
+    ),
+    Mutation(
+        "transfers of windows that SGLang keeps apart",
+        REFUSALS,
+        """args.disaggregation_mode != "null" and model_config.is_hybrid_swa,""",
+        "False,",
+        (f"{TEST_MODELS}::test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
+    ),
 )

@@ -409,7 +409,7 @@ def test_transfers_of_states_are_a_trial_on_a_gpu(monkeypatch):
     for mode in ("prefill", "decode"):
         refusals.check_states(SimpleNamespace(device="cpu", disaggregation_mode=mode, **off), model_config)
     args = SimpleNamespace(device="cuda", disaggregation_mode="decode", **off)
-    sentence = "transfers of states beside records .* a CPU only: drop --disagg.*, or set KVARN_UNTESTED_TRANSFERS=1"
+    sentence = r"transfers of states beside records .* a CPU only: drop --disagg.*, or set KVARN_UNTESTED_TRANSFERS=1"
     with pytest.raises(ValueError, match=sentence):
         refusals.check_states(args, model_config)
     monkeypatch.setenv(refusals.UNTESTED_TRANSFERS_ENV, "1")
@@ -596,6 +596,17 @@ def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_tri
     monkeypatch.setenv(refusals.UNTESTED_WINDOWS_ENV, "1")
     for model_config in (config, kept):
         refusals.check_windows(SimpleNamespace(**vars(on_gpu) | {"tp_size": 2}), model_config)
+    # between servers windows go along in records only
+    for mode in ("prefill", "decode"):
+        refusals.check_windows(SimpleNamespace(**off | {"disaggregation_mode": mode}), kept)
+        with pytest.raises(ValueError, match=r"between servers beside .* not tested yet: drop --disagg"):
+            refusals.check_windows(SimpleNamespace(**off | {"disaggregation_mode": mode}), config)
+    sent = SimpleNamespace(**vars(on_gpu) | {"disaggregation_mode": "decode"})
+    sentence = r"transfers of sliding windows .* a CPU only: drop --disagg.*, or set KVARN_UNTESTED_TRANSFERS=1"
+    with pytest.raises(ValueError, match=sentence):
+        refusals.check_windows(sent, kept)
+    monkeypatch.setenv(refusals.UNTESTED_TRANSFERS_ENV, "1")
+    refusals.check_windows(sent, kept)
 
 
 def test_resolution_leaves_errors_that_are_not_about_the_model_to_sglang(server_args, model_dir):
