@@ -124,11 +124,15 @@ def cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int
     return model_shape(kvc).token_bytes(config)
 
 
-def states(configurator: Any) -> States | None:
-    """Return what SGLang has set apart for the states of a hybrid model, None for other models."""
+def states(configurator: Any, made: int | None = None) -> States | None:
+    """Return what SGLang has set apart for the states of a hybrid model, None for other models.
+
+    Args:
+        made: `compat.states_made` once there are some. A decode server has more than it has counted.
+    """
     if (config := compat.hybrid_config(configurator.model_config)) is None:
         return None
-    number = compat.scheduler_argument(configurator.server_args, "max_mamba_cache_size")
+    number = made or compat.scheduler_argument(configurator.server_args, "max_mamba_cache_size")
     per_request = compat.states_per_request(configurator)
     per_session, what = _states_per_session(configurator), compat.state_format(config)
     return States(number, compat.state_bytes(config), per_request, per_session, what)

@@ -710,6 +710,23 @@ def transfers_requests() -> bool:
     return is_since(TRANSFERS_SINCE)
 
 
+def states_made(req_to_token_pool: Any) -> int | None:
+    """Return how many states of a hybrid model SGLang's rows of requests have room for, None where they keep none."""
+    return getattr(getattr(req_to_token_pool, "mamba_pool", None), "size", None)
+
+
+def state_dtypes(req_to_token_pool: Any) -> str | None:
+    """Return how SGLang's rows of requests keep states of a hybrid model, None where they keep none.
+
+    Two servers with the same model and equal dtypes mean the same by the bytes of a state.
+    """
+    if (states := getattr(req_to_token_pool, "mamba_pool", None)) is None:
+        return None
+    kept = states.mamba_cache
+    names = [str(each.dtype).removeprefix("torch.") for each in (kept.temporal, *kept.conv)]
+    return "-".join(names)
+
+
 def add_request_state(kv_args: Any, buffers: tuple[list[int], list[int], list[int]], layer_ids: list[int]) -> None:
     """Let SGLang send items of buffers as a state of each request.
 
@@ -741,6 +758,24 @@ def fail_receiver(receiver: Any, why: str) -> None:
     receiver.kv_mgr.update_status(receiver.bootstrap_room, failed)
     receiver.conclude_state = failed
     receiver.ensure_abort_notified()
+
+
+def runs_step(scheduler: Any) -> bool:
+    """Whether a scheduler has not taken the result of its last step yet, as where steps overlap."""
+    return scheduler.enable_overlap and scheduler.last_batch is not None
+
+
+def is_about_to_retract(scheduler: Any, batch: Any) -> bool:
+    """Whether SGLang takes running requests back before their next step: out of memory, or because a test says so."""
+    module = resolve("sglang.srt.managers.scheduler")
+    is_tested = module.TEST_RETRACT and scheduler.forward_ct % module.TEST_RETRACT_INTERVAL == 0
+    return is_tested or not batch.check_decode_mem()
+
+
+def finish_step(scheduler: Any) -> None:
+    """Take the result of the last step, and wait for it, as SGLang does where it pauses."""
+    scheduler.process_batch_result(*scheduler.result_queue.popleft())
+    scheduler.last_batch = None
 
 
 def rms_norm_offset(module: Any) -> int | None:

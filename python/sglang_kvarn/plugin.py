@@ -111,6 +111,8 @@ def _weight_hooks() -> list[Hook]:
 
 _SENDER = "disaggregation.prefill.SchedulerDisaggregationPrefillMixin"
 _RECEIVER, _ROWS = "disaggregation.decode.DecodePreallocQueue", "disaggregation.decode.DecodeReqToTokenPool"
+# allocates and frees rows as the rows of other servers do
+_ROWS_WITH_STATES = "disaggregation.decode.HybridMambaDecodeReqToTokenPool"
 
 
 def _transfer_hooks() -> list[Hook]:
@@ -120,7 +122,7 @@ def _transfer_hooks() -> list[Hook]:
         (
             "disaggregation.utils.setup_state_kv_args",
             "after",
-            ("kv_args", "token_to_kv_pool"),
+            ("kv_args", "token_to_kv_pool", "req_to_token_pool"),
             transfer.describe,
             "The exact tokens of a request would not be sent, and nobody would ask whether pages mean the same.",
         ),
@@ -167,6 +169,13 @@ def _transfer_hooks() -> list[Hook]:
             needs_room,
         ),
         (
+            "managers.scheduler.Scheduler.update_running_batch",
+            "before",
+            ("self", "batch"),
+            transfer.finish_step,
+            "The state of a request that a decode server takes back would be moved on by one token twice.",
+        ),
+        (
             f"{_ROWS}.alloc",
             "around",
             ("self", "reqs"),
@@ -180,12 +189,15 @@ def _transfer_hooks() -> list[Hook]:
             rings.free_row,
             "The pages of its ring would be lost with its row.",
         ),
-        (
-            f"{_ROWS}.clear",
-            "after",
-            ("self",),
-            rings.forget_rows,
-            "Pages that a flush made free would be given back a second time.",
+        *(
+            (
+                f"{rows}.clear",
+                "after",
+                ("self",),
+                rings.forget_rows,
+                "Pages that a flush made free would be given back a second time.",
+            )
+            for rows in (_ROWS, _ROWS_WITH_STATES)
         ),
     ]
     return [Hook(*hook, since=compat.TRANSFERS_SINCE) for hook in hooks]

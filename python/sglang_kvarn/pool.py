@@ -315,7 +315,7 @@ def build(
         config=config,
         rows=rows,
         device=configurator.device,
-        states=budget.states(configurator),
+        states=budget.states(configurator, compat.states_made(req_to_token_pool)),
         sliding_tokens=sliding_tokens,
         draft_tokens=draft_tokens,
         draft_token_bytes=budget.draft_token_bytes(configurator),

@@ -803,11 +803,7 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because states would be saved at "
             "other tokens than pages end, which is not tested yet: drop --enable-mixed-chunk"
         )
-    if args.disaggregation_mode != "null":
-        raise Refused(
-            f"--disaggregation-mode cannot be combined with a kvarn cache of {model}, because sending states "
-            "beside records is not tested yet: drop --disaggregation-mode"
-        )
+    _check_transfers_beside(args, model, "states")
     if args.enable_hierarchical_cache:
         _check_host_states(args, model)
     if args.disable_radix_cache:
@@ -890,6 +886,16 @@ def _check_dp_attention_beside(args: Any, model: str, what: str) -> None:
         )
 
 
+def _check_transfers_beside(args: Any, model: str, what: str) -> None:
+    is_untested = args.disaggregation_mode != "null" and args.device != "cpu"
+    if is_untested and os.environ.get(UNTESTED_TRANSFERS_ENV) != "1":
+        raise Refused(
+            f"--disaggregation-mode cannot be combined with a kvarn cache of {model} on a GPU yet, because transfers "
+            f"of {what} beside records have run on a CPU only: drop --disaggregation-mode, or set "
+            f"{UNTESTED_TRANSFERS_ENV}=1 to try it"
+        )
+
+
 def _drafts_beside(states: Any, model: str) -> tuple[str, ...]:
     """Return the algorithms that are tested beside states of a kind."""
     if compat.has_gated_delta_nets(states):
@@ -950,7 +956,11 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     untested = (
         (args.enable_hierarchical_cache and not compat.hosts_windows(), _HICACHE, "host memory of this SGLang"),
         (args.pp_size > 1, "--pp-size", "a pipeline"),
-        (args.disaggregation_mode != "null", "--disaggregation-mode", "transfers between servers"),
+        (
+            args.disaggregation_mode != "null" and model_config.is_hybrid_swa,
+            "--disaggregation-mode",
+            "transfers between servers",
+        ),
         (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
     )
     for applies, flag, what in untested:
@@ -960,6 +970,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
                 f"{'are' if what.endswith('s') else 'is'} not tested yet: drop {flag}"
             )
     _check_dp_attention_beside(args, model, "sliding windows")
+    _check_transfers_beside(args, model, "sliding windows")
     if settings.ATTENTION_BACKEND in backends:
         raise Refused(
             f"--attention-backend kvarn cannot attend the sliding windows of {model}, which stay in 16 bits: drop "

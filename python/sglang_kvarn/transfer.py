@@ -4,6 +4,7 @@
     records        The cache of a request, page by page: the bytes of a page of a layer are one item.
     exact tokens   A state of the request: the pages of its ring, as far as the next token reads them. The pages of one
                    server's ring answer to those of the other's in the order of their tokens.
+    states         Of a hybrid model, what its other layers keep. SGLang sends them as it does beside any cache.
     exact start    A number that travels with the first token of the answer.
     drafts         SGLang's part: pages of a draft model have the numbers of those of records, and the hidden state
                    behind the prompt travels with the first token.
@@ -39,6 +40,7 @@ _WAYS_OUT = {
     "preset": "start both servers with the same --kv-cache-dtype",
     "record": "run the same version of sglang-kvarn on both servers",
     "dtype": "start both servers with the same --dtype",
+    "states": "start both servers with the same --mamba-ssm-dtype and SGLANG_MAMBA_CONV_DTYPE",
     "tp_size": "start both servers with the same --tp-size",
     "balance": "start both servers with the same weights and the same KVARN_BALANCE",
     "draft_page_bytes": _SAME_DRAFTS,
@@ -46,19 +48,21 @@ _WAYS_OUT = {
 }
 
 
-def layout(pool: KVarNTokenToKVPool, ranks: int, draft_pages: list[int]) -> dict[str, Any]:
-    """Return what the bytes of pages mean, in JSON types: equal where one server can read what another wrote.
+def layout(pool: KVarNTokenToKVPool, ranks: int, states: str | None, draft_pages: list[int]) -> dict[str, Any]:
+    """Return what the bytes of a request mean, in JSON types: equal where one server can read what another wrote.
 
     Every rank has balanced heads of its own, so all of them must call this at the same time.
 
     Args:
         ranks: that share the heads of the model.
+        states: `compat.state_dtypes` of a hybrid model, None of another.
         draft_pages: bytes of a page of a draft model, for each of its buffers.
     """
     return {
         "preset": pool.config.name,
         "record": tile.VERSION,
         "dtype": str(pool.shape.dtype).removeprefix("torch."),
+        "states": states,
         "balance": "-".join(compat.gather_from_ranks(pool.balance_tag())),
         "tp_size": ranks,
         "draft_page_bytes": draft_pages,
@@ -67,14 +71,17 @@ def layout(pool: KVarNTokenToKVPool, ranks: int, draft_pages: list[int]) -> dict
     }
 
 
-def describe(result: Any, kv_args: Any, token_to_kv_pool: Any, *args: Any, **kwargs: Any) -> None:
+def describe(
+    result: Any, kv_args: Any, token_to_kv_pool: Any, *args: Any, req_to_token_pool: Any, **kwargs: Any
+) -> None:
     """Tell SGLang's transfer what a request consists of. Hook after ``setup_state_kv_args``."""
     if rings.of_pool(token_to_kv_pool) is None:
         return
     pool: KVarNTokenToKVPool = token_to_kv_pool
     # behind the buffers of records
     draft_pages = list(kv_args.kv_item_lens[len(pool.layer_ids) :])
-    pool.layout = layout(pool, compat.get_parallel().attn_tp_size, draft_pages)
+    ranks, states = compat.get_parallel().attn_tp_size, compat.state_dtypes(req_to_token_pool)
+    pool.layout = layout(pool, ranks, states, draft_pages)
     kv_args.kv_cache_dtype_str = FORMAT
     # SGLang pairs buffers by layer; without ids it takes one half of them for keys and the other for values
     after = max(pool.layer_ids) + 1
@@ -126,6 +133,20 @@ def charge_ring_of_retracted(result: tuple[int, int], queue: Any, req: Any) -> t
     return full + found.tokens_per_ring, windows
 
 
+def finish_step(scheduler: Any, batch: Any) -> None:
+    """Let no step run where running requests of a hybrid model are taken back. Hook before ``update_running_batch``.
+
+    With any cache SGLang copies a request to the host while its last step runs, drops the token of that step, and
+    computes it again once the request is back. Pages and ring are then written once more, with equal values. A state is
+    already behind the step, and would go on from there by the same token.
+    """
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    if rings.of_pool(pool) is None or pool.states is None or pool.layout is None:
+        return
+    if compat.runs_step(scheduler) and compat.is_about_to_retract(scheduler, batch):
+        compat.finish_step(scheduler)
+
+
 def check_senders(original: Callable[..., Any], queue: Any, waiting: dict[str, list[Any]]) -> tuple[Any, list[Any]]:
     """Fail the requests of prefill servers whose pages are others. Hook around ``_ensure_prefill_info``.
 
@@ -163,8 +184,8 @@ def _difference(queue: Any, address: str) -> str | None:
     for part, way_out in _WAYS_OUT.items():
         if sender.get(part) != mine[part]:
             return (
-                f"expected pages with {part} {mine[part]} as on this decode server, but the prefill server {address} "
-                f"sends {part} {sender.get(part)}: {way_out}"
+                f"expected {part} {mine[part]} as on this decode server, but the prefill server {address} sends {part} "
+                f"{sender.get(part)}: {way_out}"
             )
     return None
 

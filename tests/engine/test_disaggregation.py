@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterator
 import other_sender
 import pytest
 import server_pair
-import torch
 from kvarn_kernels.config import KVarNConfig
-from server_pair import Pair
+from server_pair import Pair, check, works
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
 from transfer_engine_on_cpu import LATE, LOST, RECEIVER_DIES, SENDER_DIES
 
 from benchmarks.common import tiny_model
-from benchmarks.common.tiny_model import logits, prompt
+from benchmarks.common.tiny_model import prompt
 
 pytestmark = [
     pytest.mark.skipif(not platform.is_active(), reason="for a machine without a GPU"),
@@ -47,36 +46,6 @@ def pair(model, tmp_path_factory) -> Iterator[Pair]:
         yield started
 
 
-def check(
-    pair: Pair,
-    model: str,
-    tokens: list[int],
-    answer: dict,
-    new_tokens: int = NEW,
-    near: float = 0.0,
-    preset: str = PRESET,
-) -> int:
-    """Compare an answer with the oracle's; return how much came from the prefix cache of the prefill server.
-
-    Args:
-        near: by how much the oracle's logit of a token may be below that of its best one.
-    """
-    assert "output_ids" in answer, answer
-    cached, found = answer["meta_info"]["cached_tokens"], answer["output_ids"]
-    # greedy, so that each token is the best one behind those before it
-    expected = logits(model, tokens + found[:-1], preset, cached=cached)[len(tokens) - 1 :]
-    below = expected.amax(-1) - expected.gather(-1, torch.tensor(found)[:, None])[:, 0]
-    assert (below.max() <= near, len(found)) == (True, new_tokens), (cached, below.tolist())
-    return cached
-
-
-def works(pair: Pair, model: str) -> None:
-    """Check that a request is answered right, and leaves nothing behind."""
-    tokens = prompt(140, seed=90)
-    check(pair, model, tokens, pair.ask(tokens, 4), new_tokens=4)
-    pair.expect_empty()
-
-
 def test_answers_are_the_oracles_and_so_many_bytes_go_over_the_wire(pair, model):
     # within the first page; at the end of one; within another; again, which finds it; in chunks; on a cached prefix
     first = prompt(300, seed=1)
@@ -84,7 +53,7 @@ def test_answers_are_the_oracles_and_so_many_bytes_go_over_the_wire(pair, model)
     found = []
     for tokens in prompts:
         pair.sent()
-        found.append(check(pair, model, tokens, pair.ask(tokens, NEW)))
+        found.append(check(model, tokens, pair.ask(tokens, NEW), NEW))
         *pages, (region, ring), rest = [next(iter(each.items())) if len(each) == 1 else each for each in pair.sent()]
         # the last page has no record yet, its bytes are sent all the same
         assert sum(size for _, size in pages) == -(-len(tokens) // PAGE) * PAGE_BYTES
@@ -108,7 +77,7 @@ def test_tenants_share_two_places_and_are_retracted_and_none_reads_another(pair,
     # who runs beside whom decides about last bits, and with 480 tokens these about a token now and then, seen: 0.0006
     # below the best one. Another page, or another's, puts tokens below it by 0.2 and more in the mean
     pairs = zip(prompts, found, strict=True)
-    hits = [check(pair, model, tokens, answer, 40, near=0.005) for tokens, answer in pairs]
+    hits = [check(model, tokens, answer, 40, near=0.005) for tokens, answer in pairs]
     assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
     assert sum(hits) > 0
     pair.expect_empty()
@@ -161,7 +130,7 @@ def test_a_request_that_waits_at_a_full_decode_server_is_aborted_there_and_the_o
     # its sender hears of it
     assert "output_ids" not in sent.result()
     for tokens, each in zip(prompts, running, strict=True):
-        check(pair, model, tokens, each.result(), new_tokens=250)
+        check(model, tokens, each.result(), 250)
     works(pair, model)
 
 
@@ -280,11 +249,11 @@ def test_two_ranks_of_each_server_answer_as_one(model, tmp_path):
     first = prompt(300, seed=1)
     prompts = [prompt(100, 4), prompt(256, 2), first, first, prompt(640, 3), first + prompt(84, 9)]
     with server_pair.start(tmp_path, model, prefill=POOL, decode=SMALL_POOL | OFTEN, **{"tp-size": 2}) as pair:
-        assert [check(pair, model, tokens, pair.ask(tokens, NEW)) for tokens in prompts] == [0, 0, 0, 256, 0, 256]
+        assert [check(model, tokens, pair.ask(tokens, NEW), NEW) for tokens in prompts] == [0, 0, 0, 256, 0, 256]
         together = [prompt(150 + 9 * n, seed=60 + n) for n in range(8)]
         found = [each.result() for each in [pair.send(tokens, 40)[1] for tokens in together]]
         for tokens, answer in zip(together, found, strict=True):
-            check(pair, model, tokens, answer, 40)
+            check(model, tokens, answer, 40)
         assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
         # each rank learns of a failure by itself
         with pair.fault(LOST):
@@ -307,7 +276,7 @@ def test_a_prefix_from_host_memory_of_the_prefill_server_is_sent(model, tmp_path
         for _ in range(2):
             for tokens in prompts:
                 answer = pair.ask(tokens, NEW)
-                check(pair, model, tokens, answer)
+                check(model, tokens, answer, NEW)
                 found.append(answer["meta_info"])
         pair.expect_empty()
     assert [(each["cached_tokens_details"] or {}).get("host", 0) for each in found].count(256) >= 3, found

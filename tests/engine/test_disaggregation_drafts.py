@@ -18,10 +18,10 @@ import known_drafts
 import pytest
 import server_pair
 from kvarn_kernels.config import KVarNConfig
-from server_pair import Pair
+from server_pair import Pair, check
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
-from test_disaggregation import HEAD_DIM, HEADS, OFTEN, PAGE, check
+from test_disaggregation import HEAD_DIM, HEADS, OFTEN, PAGE
 
 from benchmarks.common.tiny_model import expected, prompt
 
@@ -76,7 +76,7 @@ def test_answers_are_the_oracles_whether_drafts_are_rejected_or_accepted(eagle, 
         texts.know([])
         pair.sent()
         rejected = pair.ask(tokens, NEW)
-        found.append(check(pair, model, tokens, rejected, NEW))
+        found.append(check(model, tokens, rejected, NEW))
         assert accepted(rejected) < NEW // 4
         # pages of the head travel beside those of records, keys and values; by the size of the memory they are in
         sent = Counter()
@@ -86,7 +86,7 @@ def test_answers_are_the_oracles_whether_drafts_are_rejected_or_accepted(eagle, 
         wanted = expected(model, tokens, PRESET, cached=(len(tokens) - 1) // PAGE * PAGE, new_tokens=NEW)
         texts.know([tokens + wanted])
         answer = pair.ask(tokens, NEW)
-        check(pair, model, tokens, answer, NEW)
+        check(model, tokens, answer, NEW)
         assert answer["output_ids"] == wanted and accepted(answer) > NEW // 2
     assert found == [0, 0, 0, 0, 256]
     pair.expect_empty()
@@ -105,7 +105,7 @@ def test_tenants_are_retracted_while_drafts_of_some_are_accepted_and_of_others_r
     answers = [answer for _, answer in [pair.send(tokens, 40) for tokens in prompts]]
     found = [answer.result() for answer in answers]
     # as in test_disaggregation
-    hits = [check(pair, model, tokens, each, 40, near=0.005) for tokens, each in zip(prompts, found, strict=True)]
+    hits = [check(model, tokens, each, 40, near=0.005) for tokens, each in zip(prompts, found, strict=True)]
     assert sum(each["meta_info"]["num_retractions"] for each in found) > 0
     assert hits == [PAGE] * len(prompts)
     assert min(map(accepted, found[::2])) > 20 > 10 > max(map(accepted, found[1::2]))
@@ -123,7 +123,7 @@ def test_a_prompt_that_never_fits_beside_a_ring_and_drafts_is_refused(eagle, mod
     texts.know([])
     # the longest that is taken is answered
     longest = tokens[: -PAGE]
-    check(pair, model, longest, pair.ask(longest, NEW), NEW)
+    check(model, longest, pair.ask(longest, NEW), NEW)
     pair.expect_empty()
 
 
@@ -174,5 +174,5 @@ def test_other_drafts_answer_as_the_oracle(model, tmp_path, algorithm, preset, m
         found = [answer.result() for answer in answers]
         pair.expect_empty()
     for tokens, each in zip(prompts * 2, found, strict=True):
-        check(pair, model, tokens, each, 60, near=0.005, preset=preset)
+        check(model, tokens, each, 60, near=0.005, preset=preset)
     assert sum(each["meta_info"]["num_retractions"] for each in found) > 0

@@ -4,7 +4,22 @@
 from __future__ import annotations
 
 from .mutation import Mutation
-from .paths import ADMISSION, COMPAT, FENCES, PLUGIN, POOL, RINGS, SETTINGS, TEST_SETTINGS, TEST_TRANSFER, TRANSFER
+from .paths import (
+    ADMISSION,
+    BUDGET,
+    COMPAT,
+    FENCES,
+    PLUGIN,
+    POOL,
+    REFUSALS,
+    RINGS,
+    SETTINGS,
+    TEST_BUDGET,
+    TEST_MODELS,
+    TEST_SETTINGS,
+    TEST_TRANSFER,
+    TRANSFER,
+)
 
 _START = f"{TEST_TRANSFER}::test_the_exact_start_travels_with_the_first_token_and_reaches_the_row"
 _RING = f"{TEST_TRANSFER}::test_the_pages_of_a_ring_that_are_sent_are_those_that_the_next_token_reads"
@@ -14,6 +29,8 @@ _DESCRIBE = f"{TEST_TRANSFER}::test_describe_names_records_by_layer_and_rings_as
 _LAYOUT = f"{TEST_TRANSFER}::test_the_layout_holds_what_every_rank_says_of_its_channels"
 _DRAFTS = "tests/engine/test_disaggregation_drafts.py"
 _DRAFTED = f"{_DRAFTS}::test_answers_are_the_oracles_whether_drafts_are_rejected_or_accepted"
+_STATES = f"{TEST_TRANSFER}::test_the_layout_names_the_dtypes_of_states_and_sglang_sends_their_slots"
+_ROWS = f"{TEST_TRANSFER}::test_rows_of_a_decode_server_have_rings"
 _OTHER = f"{TEST_TRANSFER}::test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentence"
 _COUNTED = "test_sglang_counts_a_ring_beside_the_tokens_of_a_request_that_comes_or_comes_back"
 # what hooks call, and the test that is to miss it
@@ -23,7 +40,11 @@ _CALLED = {
     "fences.before_receiving": "test_sglang_waits_for_steps_before_it_tells_a_sender_of_pages",
     "transfer.charge_ring": _COUNTED,
     "transfer.charge_ring_of_retracted": _COUNTED,
+    "transfer.finish_step": "test_the_last_step_of_a_request_with_a_state_ends_before_the_request_is_taken_back",
 }
+_STEP = f"{TEST_TRANSFER}::{_CALLED['transfer.finish_step']}"
+_STEP_OF_TEST = f"{TEST_TRANSFER}::test_the_last_step_ends_before_a_request_is_taken_back_for_a_test"
+_OVERLAP = f"{TEST_TRANSFER}::test_steps_overlap_where_no_state_is_taken_back"
 
 MUTATIONS = (
     *(
@@ -239,5 +260,96 @@ MUTATIONS = (
         "    receiver.kv_mgr.update_status(receiver.bootstrap_room, failed)\n",
         "",
         (_OTHER,),
+    ),
+    Mutation(
+        "states of other dtypes that are not compared",
+        TRANSFER,
+        """    "states": "start both servers with the same --mamba-ssm-dtype and SGLANG_MAMBA_CONV_DTYPE",\n""",
+        "",
+        (_OTHER,),
+    ),
+    Mutation(
+        "a layout that says nothing of states",
+        TRANSFER,
+        """        "states": states,\n""",
+        """        "states": None,\n""",
+        (_LAYOUT, _STATES),
+    ),
+    Mutation(
+        "states that convolutions keep in another dtype",
+        COMPAT,
+        "for each in (kept.temporal, *kept.conv)]",
+        "for each in (kept.temporal, kept.temporal)]",
+        (_STATES,),
+    ),
+    Mutation(
+        "rows with states whose rings outlive a flush",
+        PLUGIN,
+        "for rows in (_ROWS, _ROWS_WITH_STATES)",
+        "for rows in (_ROWS,)",
+        (_ROWS,),
+    ),
+    Mutation(
+        "a state that moves on by the token of a step whose request was taken back",
+        TRANSFER,
+        "        compat.finish_step(scheduler)\n",
+        "        pass\n",
+        (_STEP, _STEP_OF_TEST),
+    ),
+    Mutation(
+        "a result that is taken twice",
+        COMPAT,
+        "    scheduler.process_batch_result(*scheduler.result_queue.popleft())\n    scheduler.last_batch = None\n",
+        "    scheduler.process_batch_result(*scheduler.result_queue.popleft())\n",
+        (_STEP,),
+    ),
+    Mutation(
+        "states of requests that are taken back for a test",
+        COMPAT,
+        "return is_tested or not batch.check_decode_mem()",
+        "return not batch.check_decode_mem()",
+        (_STEP_OF_TEST,),
+    ),
+    Mutation(
+        "steps that never overlap beside states",
+        TRANSFER,
+        "if compat.runs_step(scheduler) and compat.is_about_to_retract(scheduler, batch):",
+        "if compat.runs_step(scheduler):",
+        (_OVERLAP,),
+    ),
+    Mutation(
+        "steps that end for tokens, which are written again as they were",
+        TRANSFER,
+        "or pool.states is None or pool.layout is None:",
+        "or pool.layout is None:",
+        (_OVERLAP,),
+    ),
+    Mutation(
+        "fewer states than a decode server has",
+        BUDGET,
+        "number = made or compat",
+        "number = compat",
+        (f"{TEST_BUDGET}::test_no_more_requests_are_charged_than_states_allow",),
+    ),
+    Mutation(
+        "transfers of states on a GPU that nobody has tried",
+        REFUSALS,
+        """is_untested = args.disaggregation_mode != "null" and args.device != "cpu"\n""",
+        "is_untested = False\n",
+        (f"{TEST_MODELS}::test_transfers_of_states_are_a_trial_on_a_gpu",),
+    ),
+    Mutation(
+        "transfers of windows in records on a GPU that nobody has tried",
+        REFUSALS,
+        """    _check_transfers_beside(args, model, "sliding windows")\n""",
+        "",
+        (f"{TEST_MODELS}::test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
+    ),
+    Mutation(
+        "transfers of windows that SGLang keeps apart",
+        REFUSALS,
+        """args.disaggregation_mode != "null" and model_config.is_hybrid_swa,""",
+        "False,",
+        (f"{TEST_MODELS}::test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
     ),
 )

@@ -392,6 +392,30 @@ def test_host_memory_for_states_is_a_trial_on_a_gpu(monkeypatch):
     refusals.check_states(args, model_config)
 
 
+@pytest.mark.skipif(not compat.transfers_requests(), reason="refused in this SGLang")
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize(("architecture", "model_type"), HYBRIDS, ids=lambda value: value)
+def test_launch_takes_transfers_of_states(launch, checkpoints, architecture, model_type, mode):
+    launch(architecture, model_type, CHANGES.get(architecture, {}), disaggregation_mode=mode)
+
+
+def test_transfers_of_states_are_a_trial_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(compat, "resolved_arguments", lambda args: args)
+    monkeypatch.setattr(compat, "hybrid_config", lambda model_config: object())
+    monkeypatch.setattr(compat, "has_gated_delta_nets", lambda states: True)
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3NextForCausalLM"]))
+    off = dict.fromkeys(("enable_mixed_chunk", "enable_hierarchical_cache", "speculative_adaptive"), False)
+    off |= {"disable_radix_cache": True, "pp_size": 1, "speculative_algorithm": None, **ONE_RANK}
+    for mode in ("prefill", "decode"):
+        refusals.check_states(SimpleNamespace(device="cpu", disaggregation_mode=mode, **off), model_config)
+    args = SimpleNamespace(device="cuda", disaggregation_mode="decode", **off)
+    sentence = r"transfers of states beside records .* a CPU only: drop --disagg.*, or set KVARN_UNTESTED_TRANSFERS=1"
+    with pytest.raises(ValueError, match=sentence):
+        refusals.check_states(args, model_config)
+    monkeypatch.setenv(refusals.UNTESTED_TRANSFERS_ENV, "1")
+    refusals.check_states(args, model_config)
+
+
 def test_launch_refuses_drafts_where_the_layers_of_sglang_stop_at_them(launch, checkpoints, monkeypatch):
     monkeypatch.setattr(compat, "_VERIFIES_SINCE", {"FalconH1Config": "99.0"})
     chosen = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1, **HYBRID_ARGUMENTS}
@@ -574,6 +598,17 @@ def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_tri
     monkeypatch.setenv(refusals.UNTESTED_WINDOWS_ENV, "1")
     for model_config in (config, kept):
         refusals.check_windows(SimpleNamespace(**vars(on_gpu) | {"tp_size": 2}), model_config)
+    # between servers windows go along in records only
+    for mode in ("prefill", "decode"):
+        refusals.check_windows(SimpleNamespace(**off | {"disaggregation_mode": mode}), kept)
+        with pytest.raises(ValueError, match=r"between servers beside .* not tested yet: drop --disagg"):
+            refusals.check_windows(SimpleNamespace(**off | {"disaggregation_mode": mode}), config)
+    sent = SimpleNamespace(**vars(on_gpu) | {"disaggregation_mode": "decode"})
+    sentence = r"transfers of sliding windows .* a CPU only: drop --disagg.*, or set KVARN_UNTESTED_TRANSFERS=1"
+    with pytest.raises(ValueError, match=sentence):
+        refusals.check_windows(sent, kept)
+    monkeypatch.setenv(refusals.UNTESTED_TRANSFERS_ENV, "1")
+    refusals.check_windows(sent, kept)
 
 
 def test_resolution_leaves_errors_that_are_not_about_the_model_to_sglang(server_args, model_dir):

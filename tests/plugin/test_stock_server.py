@@ -103,6 +103,9 @@ STOCK = {
     "transfer.check_senders": [((queue(), Unread()), {})],
     "transfer.charge_ring": [((queue(), Unread(), Unread(), Unread(), Unread()), {})],
     "transfer.charge_ring_of_retracted": [((queue(), Unread()), {})],
+    "transfer.finish_step": [
+        ((SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=SimpleNamespace)), Unread()), {})
+    ],
     "fences.before_receiving": [((queue(), Unread(), Unread(), Unread()), {"decode_prefix_len": 0})],
     "balanced_layers.with_plain_weights": [
         ((manager(SimpleNamespace(model_runner=SimpleNamespace(model=Model()))), Unread()), {}),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from threading import Lock
 from types import SimpleNamespace
 
@@ -89,7 +89,7 @@ def test_describe_names_records_by_layer_and_rings_as_a_state(monkeypatch, pool)
         # keys and values of a draft model's layer
         for drafts in ([], [4096, 2048]):
             kv_args = empty_args(kv_item_lens=[*items, *drafts])
-            transfer.describe(None, kv_args, pool)
+            transfer.describe(None, kv_args, pool, req_to_token_pool=SimpleNamespace())
             assert kv_args.kv_layer_ids == [*LAYERS, *[12, 13][: len(drafts)]]
             assert pool.layout["draft_page_bytes"] == drafts
         assert kv_args.state_layer_ids == [list(LAYERS)]
@@ -111,10 +111,11 @@ def empty_args(**fields) -> SimpleNamespace:
 def test_the_layout_holds_what_every_rank_says_of_its_channels(monkeypatch, pool):
     pool.balance_tag = lambda: "here"
     monkeypatch.setattr(compat, "gather_from_ranks", lambda value: [value, "there"])
-    assert transfer.layout(pool, 2, [4096]) == {
+    assert transfer.layout(pool, 2, "float32", [4096]) == {
         "preset": "kvarn_k4v2_g128",
         "record": 1,
         "dtype": "bfloat16",
+        "states": "float32",
         "balance": "here-there",
         "tp_size": 2,
         "draft_page_bytes": [4096],
@@ -349,11 +350,18 @@ def make_receiver(manager, room: int):
 LAYOUT = {"preset": "kvarn_k4v2_g128", "record": 1, "dtype": "bfloat16", "balance": "0123456789ab", "tp_size": 1}
 LAYOUT |= {"draft_page_bytes": [4096], "ring_pages": 10}
 DRAFTS = "start both servers with the same --speculative-algorithm, draft model and number of drafts"
+LAYOUT |= {"states": "float32-bfloat16"}
 OTHERS = [
     ("preset", "kvarn_k4v4_g128", "start both servers with the same --kv-cache-dtype"),
     ("preset", "kvarn_k4v2_g128_canonical", "start both servers with the same --kv-cache-dtype"),
     ("record", 2, "run the same version of sglang-kvarn on both servers"),
     ("dtype", "float16", "start both servers with the same --dtype"),
+    (
+        "states",
+        "bfloat16-bfloat16",
+        "start both servers with the same --mamba-ssm-dtype and SGLANG_MAMBA_CONV_DTYPE",
+    ),
+    ("states", None, "start both servers with the same --mamba-ssm-dtype and SGLANG_MAMBA_CONV_DTYPE"),
     ("balance", "e3b0c44298fc", "start both servers with the same weights and the same KVARN_BALANCE"),
     ("tp_size", 2, "start both servers with the same --tp-size"),
     ("draft_page_bytes", [], DRAFTS),
@@ -455,20 +463,116 @@ def test_a_server_that_has_not_answered_yet_is_waited_for(receive):
     assert (ready, remaining) == ({}, waiting["host:1"]) and not manager.failure_records
 
 
-def test_rows_of_a_decode_server_have_rings(pool):
-    rows = compat.resolve("sglang.srt.disaggregation.decode.DecodeReqToTokenPool")(
-        size=1, max_context_len=512, device="cpu", enable_memory_saver=False, pre_alloc_size=2
+def decode_rows(**states):
+    """Return SGLang's rows of a decode server, three of them; with states of a hybrid model where some are given."""
+    name = "HybridMambaDecodeReqToTokenPool" if states else "DecodeReqToTokenPool"
+    return compat.resolve(f"sglang.srt.disaggregation.decode.{name}")(
+        size=1, max_context_len=512, device="cpu", enable_memory_saver=False, pre_alloc_size=2, **states
     )
+
+
+def states_of(temporal: torch.dtype, conv: torch.dtype) -> dict:
+    """Return what SGLang's rows are told of states: two layers, one number each, and one slot of them."""
+    utils = "sglang.srt.configs.mamba_utils"
+    sizes = ("intermediate_size", "conv_dim", "ssm_state_size", "num_heads", "head_dim", "state_size")
+    shape = {"conv": [(1, 1)], "temporal": (1, 1, 1), "conv_kernel": 2, **dict.fromkeys(sizes, 1)}
+    params = compat.resolve(f"{utils}.Mamba2CacheParams")(
+        shape=compat.resolve(f"{utils}.Mamba2StateShape")(**shape),
+        dtype=compat.resolve(f"{utils}.Mamba2StateDType")(conv=conv, temporal=temporal),
+        layers=[0, 2],
+    )
+    off = {"speculative_num_draft_tokens": None, "enable_mamba_extra_buffer": False, "enable_overlap_schedule": True}
+    return {"cache_params": params, "mamba_layer_ids": [0, 2], "mamba_size": 1, **off}
+
+
+@pytest.mark.parametrize("with_states", [False, True], ids=["tokens", "states"])
+def test_rows_of_a_decode_server_have_rings(pool, with_states):
+    rows = decode_rows(**states_of(torch.float32, torch.bfloat16) if with_states else {})
     setattr(rows, ATTRIBUTE, pool.rings)
     before = pool.rings.allocator.available_size()
-
-    class Kv(SimpleNamespace):
-        holds_kv = property(lambda self: self.req_pool_idx is not None)
-
-    requests = [SimpleNamespace(prefix_len=0, kv=Kv(req_pool_idx=None)) for _ in range(3)]
+    kv = compat.resolve("sglang.srt.managers.schedule_batch.ReqKvInfo")
+    requests = [SimpleNamespace(prefix_len=0, inflight_middle_chunks=0, kv=kv()) for _ in range(3)]
     assert len(rows.alloc(requests)) == 3 and pool.rings.out == 3
     assert before - pool.rings.allocator.available_size() == 3 * pool.rings.tokens_per_ring
     rows.free(requests[0])
     assert pool.rings.out == 2
     rows.clear()
     assert pool.rings.out == 0 and rings.of_pool(rows) is pool.rings
+
+
+def test_the_layout_names_the_dtypes_of_states_and_sglang_sends_their_slots(monkeypatch, pool):
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    monkeypatch.setattr(compat, "gather_from_ranks", lambda value: [value])
+    monkeypatch.setattr(compat, "published_argument", lambda name: "prefill")
+    rows = decode_rows(**states_of(torch.float32, torch.bfloat16))
+    kv_args = empty_args()
+    compat.resolve("sglang.srt.disaggregation.utils.setup_state_kv_args")(kv_args, pool, req_to_token_pool=rows)
+    kinds = compat.resolve("sglang.srt.disaggregation.base.conn.StateType")
+    # each once: the convolution and the state proper of two layers, then rings
+    assert kv_args.state_types == [kinds.MAMBA, kinds.DSV4_REQUEST_STATE]
+    assert kv_args.state_item_lens == [[2, 2, 4, 4], pool.get_contiguous_buf_infos()[2]]
+    assert json.loads(kv_args.kv_layout)["states"] == "float32-bfloat16"
+    # a state for each row, in transfer or not, whatever was counted
+    assert compat.states_made(rows) == 3 and compat.states_made(decode_rows()) is None
+
+
+@pytest.fixture
+def retracting(monkeypatch, pool):
+    """Return SGLang's scheduler of a decode server at a step that finds no memory, and what happens in order."""
+    pool.states, pool.layout, told = object(), {}, []
+    scheduler = object.__new__(compat.resolve("sglang.srt.managers.scheduler.Scheduler"))
+    vars(scheduler).update(
+        token_to_kv_pool_allocator=pool.rings.allocator,
+        enable_overlap=True,
+        enable_skip_finishing_decode=False,
+        last_batch="last",
+        result_queue=deque([("last", "its result")]),
+        forward_ct=1,
+        process_batch_result=lambda batch, result: told.append((batch, result)),
+    )
+    batch = SimpleNamespace(
+        batch_size=lambda: 1,
+        check_decode_mem=lambda: False,
+        filter_batch=lambda **options: told.append("filtered"),
+        # all have ended, so that SGLang goes no further
+        is_empty=lambda: True,
+    )
+    return scheduler, batch, told
+
+
+def test_the_last_step_of_a_request_with_a_state_ends_before_the_request_is_taken_back(retracting):
+    scheduler, batch, told = retracting
+    scheduler.update_running_batch(batch)
+    # the result counts before SGLang looks who has ended
+    assert told == [("last", "its result"), "filtered"]
+    # so that nobody asks for the result again
+    assert scheduler.last_batch is None and not scheduler.result_queue
+    scheduler.update_running_batch(batch)
+    assert told[2:] == ["filtered"]
+
+
+def test_the_last_step_ends_before_a_request_is_taken_back_for_a_test(retracting, monkeypatch):
+    scheduler, batch, told = retracting
+    batch.check_decode_mem = lambda: True
+    monkeypatch.setattr("sglang.srt.managers.scheduler.TEST_RETRACT", True)
+    monkeypatch.setattr("sglang.srt.managers.scheduler.TEST_RETRACT_INTERVAL", 2)
+    scheduler.update_running_batch(batch)
+    assert told == ["filtered"]
+    scheduler.forward_ct = 2
+    scheduler.update_running_batch(batch)
+    assert told[1:] == [("last", "its result"), "filtered"]
+
+
+@pytest.mark.parametrize("case", ["memory", "no overlap", "no states", "no transfers"])
+def test_steps_overlap_where_no_state_is_taken_back(retracting, pool, case):
+    scheduler, batch, told = retracting
+    if case == "memory":
+        batch.check_decode_mem = lambda: True
+    elif case == "no overlap":
+        scheduler.enable_overlap = False
+    elif case == "no states":
+        pool.states = None
+    else:
+        pool.layout = None
+    scheduler.update_running_batch(batch)
+    assert told == ["filtered"] and scheduler.last_batch == "last"

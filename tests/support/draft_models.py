@@ -69,6 +69,5 @@ def of_a_pair(algorithm: str, folder: Path) -> dict[str, str]:
         folder: a new one; the server drafts the texts in its file.
     """
     chosen = arguments(algorithm, folder / "draft")
-    # compiling a function of the draft model for a CPU takes longer than the tests
-    environment = {"TORCHDYNAMO_DISABLE": "1", known_drafts.TEXTS: str(folder / known_drafts.FILE)}
-    return {key.replace("_", "-"): value for key, value in chosen.items()} | environment
+    known = {known_drafts.TEXTS: str(folder / known_drafts.FILE)}
+    return {key.replace("_", "-"): value for key, value in chosen.items()} | known

@@ -28,13 +28,15 @@ KEEP = "KVARN_TEST_KEEP_NGRAMS"
 # where this is set, drafts of n-grams follow one another with every cache; the plugin sees to that with its own
 CHAINS = "KVARN_TEST_CHAINS"
 WRONG = 7
+# compiling a function of the draft model for a CPU takes longer than the tests
+ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Put the torch forms in place in the processes of the engines that this one starts, and take the arguments."""
     add_to_engines(patch, folder, "drafts_on_cpu:install")
-    # compiling a function of the draft model for a CPU takes longer than the tests
-    patch.setenv("TORCHDYNAMO_DISABLE", "1")
+    for name, value in ENVIRONMENT.items():
+        patch.setenv(name, value)
     patch.setattr(_platform(), "supports_speculative_algorithm", lambda self, algorithm: True, raising=False)
     patch.setattr(_platform(), "supports_speculative_draft_attention_backend", lambda *_: True, raising=False)
     if compat.version() == "0.5.16":

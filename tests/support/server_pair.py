@@ -6,6 +6,7 @@ On a machine with GPUs each server has one of its own, and mooncake moves the by
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -23,9 +24,12 @@ from typing import Any
 import engine_plugin
 import forked_server
 import httpx
+import torch
 import transfer_engine_on_cpu
 from host_faults import wait_for
 from tiny_engines import DTYPE, ON_GPU, ROWS
+
+from benchmarks.common import tiny_model
 
 HOST, LIMIT_SECONDS = "127.0.0.1", 400
 OPTIONS = {
@@ -202,11 +206,41 @@ class Pair:
         wait_for(lambda: self.decode.facts()["pages_in_use"] == 0, "no page in use at the decode server")
 
 
+def check(
+    model: str,
+    tokens: list[int],
+    answer: dict[str, Any],
+    new_tokens: int,
+    near: float = 0.0,
+    preset: str = OPTIONS["kv-cache-dtype"],
+) -> int:
+    """Compare an answer with the oracle's; return how much came from the prefix cache of the prefill server.
+
+    Args:
+        near: by how much the oracle's logit of a token may be below that of its best one.
+    """
+    assert "output_ids" in answer, answer
+    cached, found = answer["meta_info"]["cached_tokens"], answer["output_ids"]
+    # greedy, so that each token is the best one behind those before it
+    expected = tiny_model.logits(model, tokens + found[:-1], preset, cached=cached)[len(tokens) - 1 :]
+    below = expected.amax(-1) - expected.gather(-1, torch.tensor(found)[:, None])[:, 0]
+    assert (below.max() <= near, len(found)) == (True, new_tokens), (cached, below.tolist())
+    return cached
+
+
+def works(pair: Pair, model: str, near: float = 0.0) -> None:
+    """Check that a request is answered right, and leaves nothing behind; as `check`."""
+    tokens = tiny_model.prompt(140, seed=90)
+    check(model, tokens, pair.ask(tokens, 4), 4, near)
+    pair.expect_empty()
+
+
 def environment(folder: Path, stand_ins: Sequence[str] = (), **variables: str) -> dict[str, str]:
     """Return the environment of a server; on a CPU faults of its transfers are in the folder.
 
     Args:
-        stand_ins: modules of the tests whose `install` puts torch in the place of SGLang's kernels on a CPU.
+        stand_ins: modules of the tests whose `install` puts torch in the place of SGLang's kernels on a CPU, in an
+            `ENVIRONMENT` if they have one.
     """
     if ON_GPU:
         return os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | variables
@@ -215,6 +249,8 @@ def environment(folder: Path, stand_ins: Sequence[str] = (), **variables: str) -
             engine_plugin.make(plugins, f"{module}:install")
     path = os.pathsep.join([str(plugins), *filter(None, sys.path)])
     own = {"PYTHONPATH": path, transfer_engine_on_cpu.FOLDER: str(folder)}
+    for module in stand_ins:
+        own |= getattr(importlib.import_module(module), "ENVIRONMENT", {})
     return os.environ | ENVIRONMENT | own | variables
 
 

@@ -20,11 +20,15 @@ import unpinned
 from engine_plugin import add_to_engines
 from sglang_kvarn import compat
 
+# of a process with these layers in 32 bits
+ENVIRONMENT = {"SGLANG_MAMBA_CONV_DTYPE": "float32"}
+
 
 def prepare(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Run these layers in 32 bits in the processes of the engines that this one starts; this one checks arguments."""
     add_to_engines(patch, folder, "states_on_cpu:install")
-    patch.setenv("SGLANG_MAMBA_CONV_DTYPE", "float32")
+    for name, value in ENVIRONMENT.items():
+        patch.setenv(name, value)
     accept_states(patch)
 
 
