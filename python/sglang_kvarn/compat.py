@@ -765,11 +765,17 @@ def runs_step(scheduler: Any) -> bool:
     return scheduler.enable_overlap and scheduler.last_batch is not None
 
 
-def is_about_to_retract(scheduler: Any, batch: Any) -> bool:
-    """Whether SGLang takes running requests back before their next step: out of memory, or because a test says so."""
+def may_retract(scheduler: Any, running_batch: Any, tokens: int) -> bool:
+    """Whether a decode server may take requests back before its next step: out of memory, or because a test says so.
+
+    Args:
+        running_batch: the requests that run; those that wait to run with them count too.
+        tokens: that one of them may need of the pool for the step.
+    """
     module = resolve("sglang.srt.managers.scheduler")
     is_tested = module.TEST_RETRACT and scheduler.forward_ct % module.TEST_RETRACT_INTERVAL == 0
-    return is_tested or not batch.check_decode_mem()
+    requests = running_batch.batch_size() + len(scheduler.waiting_queue)
+    return is_tested or scheduler.token_to_kv_pool_allocator.available_size() < requests * tokens
 
 
 def finish_step(scheduler: Any) -> None:

@@ -169,9 +169,9 @@ def _transfer_hooks() -> list[Hook]:
             needs_room,
         ),
         (
-            "managers.scheduler.Scheduler.update_running_batch",
+            "disaggregation.decode.SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run",
             "before",
-            ("self", "batch"),
+            ("self", "running_batch"),
             transfer.finish_step,
             "The state of a request that a decode server takes back would be moved on by one token twice.",
         ),

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from kvarn_kernels.record import tile
 
 from sglang_kvarn import compat, rings
+from sglang_kvarn.settings import PAGE_SIZE
 
 if TYPE_CHECKING:
     from sglang_kvarn.pool import KVarNTokenToKVPool
@@ -133,17 +134,21 @@ def charge_ring_of_retracted(result: tuple[int, int], queue: Any, req: Any) -> t
     return full + found.tokens_per_ring, windows
 
 
-def finish_step(scheduler: Any, batch: Any) -> None:
-    """Let no step run where running requests of a hybrid model are taken back. Hook before ``update_running_batch``.
+def finish_step(scheduler: Any, running_batch: Any) -> None:
+    """Let no step run where requests of a hybrid model may be taken back.
 
     With any cache SGLang copies a request to the host while its last step runs, drops the token of that step, and
     computes it again once the request is back. Pages and ring are then written once more, with equal values. A state is
     already behind the step, and would go on from there by the same token.
+
+    Hook before ``SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run``.
     """
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    if rings.of_pool(pool) is None or pool.states is None or pool.layout is None:
+    if rings.of_pool(pool) is None or pool.states is None or not compat.runs_step(scheduler):
         return
-    if compat.runs_step(scheduler) and compat.is_about_to_retract(scheduler, batch):
+    # SGLang keeps room for the drafts of two steps, which may begin at the end of a page
+    tokens = (2 + 2 * pool.draft_tokens // PAGE_SIZE) * PAGE_SIZE
+    if compat.may_retract(scheduler, running_batch, tokens):
         compat.finish_step(scheduler)
 
 

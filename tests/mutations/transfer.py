@@ -42,6 +42,7 @@ _CALLED = {
     "transfer.charge_ring_of_retracted": _COUNTED,
     "transfer.finish_step": "test_the_last_step_of_a_request_with_a_state_ends_before_the_request_is_taken_back",
 }
+_PAGES = f"{TEST_TRANSFER}::test_a_step_that_may_take_so_many_pages_waits_for_the_last_one"
 _STEP = f"{TEST_TRANSFER}::{_CALLED['transfer.finish_step']}"
 _STEP_OF_TEST = f"{TEST_TRANSFER}::test_the_last_step_ends_before_a_request_is_taken_back_for_a_test"
 _OVERLAP = f"{TEST_TRANSFER}::test_steps_overlap_where_no_state_is_taken_back"
@@ -306,22 +307,36 @@ MUTATIONS = (
     Mutation(
         "states of requests that are taken back for a test",
         COMPAT,
-        "return is_tested or not batch.check_decode_mem()",
-        "return not batch.check_decode_mem()",
+        "return is_tested or scheduler",
+        "return scheduler",
         (_STEP_OF_TEST,),
     ),
     Mutation(
         "steps that never overlap beside states",
         TRANSFER,
-        "if compat.runs_step(scheduler) and compat.is_about_to_retract(scheduler, batch):",
-        "if compat.runs_step(scheduler):",
-        (_OVERLAP,),
+        "    if compat.may_retract(scheduler, running_batch, tokens):\n",
+        "    if True:\n",
+        (_PAGES,),
+    ),
+    Mutation(
+        "steps that overlap until a request that was received has no room",
+        COMPAT,
+        "running_batch.batch_size() + len(scheduler.waiting_queue)",
+        "running_batch.batch_size()",
+        (_STEP,),
+    ),
+    Mutation(
+        "steps that overlap until drafts have no room",
+        TRANSFER,
+        "(2 + 2 * pool.draft_tokens // PAGE_SIZE) * PAGE_SIZE",
+        "2 * PAGE_SIZE",
+        (_PAGES,),
     ),
     Mutation(
         "steps that end for tokens, which are written again as they were",
         TRANSFER,
-        "or pool.states is None or pool.layout is None:",
-        "or pool.layout is None:",
+        "or pool.states is None or not",
+        "or not",
         (_OVERLAP,),
     ),
     Mutation(

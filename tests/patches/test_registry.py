@@ -163,7 +163,6 @@ def test_parsing_takes_backend_and_page_size_from_the_registry(parsed, patched):
     kept.append("layers.attention.attention_registry.attn_backend_wrapper")
     # requests that go from one server to another
     kept += [h.target for h in plugin.HOOKS if h.target.startswith("disaggregation.")]
-    kept += [h.target for h in plugin.HOOKS if h.target.endswith("update_running_batch")]
     assert parsed["hooked"] == sorted({f"sglang.srt.{target}" for target in kept})
     assert parsed["preset"] == ["kvarn", 128]
 

@@ -505,7 +505,7 @@ def test_the_layout_names_the_dtypes_of_states_and_sglang_sends_their_slots(monk
     monkeypatch.setattr(compat, "gather_from_ranks", lambda value: [value])
     monkeypatch.setattr(compat, "published_argument", lambda name: "prefill")
     rows = decode_rows(**states_of(torch.float32, torch.bfloat16))
-    kv_args = empty_args()
+    kv_args = empty_args(kv_item_lens=pool.get_contiguous_buf_infos()[2])
     compat.resolve("sglang.srt.disaggregation.utils.setup_state_kv_args")(kv_args, pool, req_to_token_pool=rows)
     kinds = compat.resolve("sglang.srt.disaggregation.base.conn.StateType")
     # each once: the convolution and the state proper of two layers, then rings
@@ -517,62 +517,67 @@ def test_the_layout_names_the_dtypes_of_states_and_sglang_sends_their_slots(monk
 
 
 @pytest.fixture
-def retracting(monkeypatch, pool):
+def retracting(pool):
     """Return SGLang's scheduler of a decode server at a step that finds no memory, and what happens in order."""
-    pool.states, pool.layout, told = object(), {}, []
+    pool.states, told = object(), []
     scheduler = object.__new__(compat.resolve("sglang.srt.managers.scheduler.Scheduler"))
     vars(scheduler).update(
-        token_to_kv_pool_allocator=pool.rings.allocator,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool, available_size=lambda: 8 * PAGE - 1),
+        scheduler_stage_metrics=None,
         enable_overlap=True,
-        enable_skip_finishing_decode=False,
         last_batch="last",
         result_queue=deque([("last", "its result")]),
         forward_ct=1,
+        waiting_queue=["a request that was received"],
         process_batch_result=lambda batch, result: told.append((batch, result)),
+        get_new_prebuilt_batch=lambda batch: told.append("next"),
+        dp_attn_adapter=SimpleNamespace(maybe_prepare_mlp_sync_batch=lambda batch: batch),
     )
-    batch = SimpleNamespace(
-        batch_size=lambda: 1,
-        check_decode_mem=lambda: False,
-        filter_batch=lambda **options: told.append("filtered"),
-        # all have ended, so that SGLang goes no further
-        is_empty=lambda: True,
-    )
-    return scheduler, batch, told
+    # three requests, all of which have ended, so that SGLang goes no further
+    return scheduler, SimpleNamespace(batch_size=lambda: 3, is_empty=lambda: True), told
 
 
 def test_the_last_step_of_a_request_with_a_state_ends_before_the_request_is_taken_back(retracting):
     scheduler, batch, told = retracting
-    scheduler.update_running_batch(batch)
-    # the result counts before SGLang looks who has ended
-    assert told == [("last", "its result"), "filtered"]
+    scheduler.get_next_disagg_decode_batch_to_run(batch)
+    # the result counts before SGLang looks who runs next
+    assert told == [("last", "its result"), "next"]
     # so that nobody asks for the result again
     assert scheduler.last_batch is None and not scheduler.result_queue
-    scheduler.update_running_batch(batch)
-    assert told[2:] == ["filtered"]
+    scheduler.get_next_disagg_decode_batch_to_run(batch)
+    assert told[2:] == ["next"]
 
 
 def test_the_last_step_ends_before_a_request_is_taken_back_for_a_test(retracting, monkeypatch):
     scheduler, batch, told = retracting
-    batch.check_decode_mem = lambda: True
+    scheduler.token_to_kv_pool_allocator.available_size = lambda: 8 * PAGE
     monkeypatch.setattr("sglang.srt.managers.scheduler.TEST_RETRACT", True)
     monkeypatch.setattr("sglang.srt.managers.scheduler.TEST_RETRACT_INTERVAL", 2)
-    scheduler.update_running_batch(batch)
-    assert told == ["filtered"]
+    scheduler.get_next_disagg_decode_batch_to_run(batch)
+    assert told == ["next"]
     scheduler.forward_ct = 2
-    scheduler.update_running_batch(batch)
-    assert told[1:] == [("last", "its result"), "filtered"]
+    scheduler.get_next_disagg_decode_batch_to_run(batch)
+    assert told[1:] == [("last", "its result"), "next"]
 
 
-@pytest.mark.parametrize("case", ["memory", "no overlap", "no states", "no transfers"])
+@pytest.mark.parametrize(("drafts", "pages"), [(1, 8), (4, 8), (63, 8), (64, 12), (126, 12)])
+def test_a_step_that_may_take_so_many_pages_waits_for_the_last_one(retracting, pool, drafts, pages):
+    scheduler, batch, told = retracting
+    pool.draft_tokens = drafts
+    scheduler.token_to_kv_pool_allocator.available_size = lambda: pages * PAGE
+    scheduler.get_next_disagg_decode_batch_to_run(batch)
+    assert told == ["next"]
+    scheduler.token_to_kv_pool_allocator.available_size = lambda: pages * PAGE - 1
+    scheduler.get_next_disagg_decode_batch_to_run(batch)
+    assert told[1:] == [("last", "its result"), "next"]
+
+
+@pytest.mark.parametrize("case", ["no overlap", "no states"])
 def test_steps_overlap_where_no_state_is_taken_back(retracting, pool, case):
     scheduler, batch, told = retracting
-    if case == "memory":
-        batch.check_decode_mem = lambda: True
-    elif case == "no overlap":
+    if case == "no overlap":
         scheduler.enable_overlap = False
-    elif case == "no states":
-        pool.states = None
     else:
-        pool.layout = None
-    scheduler.update_running_batch(batch)
-    assert told == ["filtered"] and scheduler.last_batch == "last"
+        pool.states = None
+    scheduler.get_next_disagg_decode_batch_to_run(batch)
+    assert told == ["next"] and scheduler.last_batch == "last"
