@@ -13,19 +13,13 @@ import torch
 from kvarn_kernels import balance
 from kvarn_kernels.balance import AttentionWeights, Balance
 
-from sglang_kvarn import attention_modules, compat, settings
+from sglang_kvarn import attention_modules, compat
 
 logger = logging.getLogger(__name__)
 
 BALANCE_ENV = "KVARN_BALANCE"
 # attribute of an attention layer (RadixAttention), where weight updates find it, and of its model
 _STATE = "kvarn_balance"
-
-
-def balance_loaded(result: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
-    """Balance the model that was just loaded, if its cache is a kvarn cache. Hook after ``ModelRunner.load_model``."""
-    if settings.preset_of(model_runner.server_args) is not None and not model_runner.is_draft_worker:
-        balance_layers(model_runner)
 
 
 def balance_layers(model_runner: Any) -> None:

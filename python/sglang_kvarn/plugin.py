@@ -46,6 +46,16 @@ def _build_pool(original: Callable[..., Any], configurator: Any, *args: Any, **k
     return mixed_pool.MixedPool(records, sliding_tokens, ids, shape)
 
 
+def _take_model(result: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """Balance the model that was just loaded, or refuse a draft model. Hook after ``ModelRunner.load_model``."""
+    if settings.preset_of(model_runner.server_args) is None:
+        return
+    if model_runner.is_draft_worker:
+        refusals.check_draft_model(model_runner.model, model_runner.model_config)
+    else:
+        balanced_layers.balance_layers(model_runner)
+
+
 def _compose_backends(original: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
     """Attend sliding windows by what SGLang made, and records by our backend."""
     pool = runner.token_to_kv_pool
@@ -274,8 +284,9 @@ ALL_HOOKS = (
         "model_executor.model_runner.ModelRunner.load_model",
         "after",
         ("self",),
-        balanced_layers.balance_loaded,
-        why="Channels that are much larger than others would cost the cache its accuracy.",
+        _take_model,
+        why="Channels that are much larger than others would cost the cache its accuracy, and a draft model that ranks "
+        "with requests of their own cannot run would fail in its first step.",
     ),
     Hook(
         "mem_cache.kv_cache_dtype.configure_kv_cache_dtype",

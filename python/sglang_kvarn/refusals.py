@@ -51,6 +51,9 @@ _WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM"
 # heads that have drafted for them there
 _HEADS_ON_GPUS = {"GptOssForCausalLM": ("EAGLE3",)}
 _WINDOWS_ON_GPUS_SINCE = "0.5.23"
+# models with sliding windows that have run beside DP attention, without drafts, and the version of SGLang with which
+# these and states of gated delta nets have
+_WINDOWS_BESIDE_RANKS, _BESIDE_RANKS_SINCE = ("GptOssForCausalLM",), "0.5.23"
 # drafts that are tested beside states of Mamba-2, and models that hand DFLASH their hidden states, from a version of
 # SGLang on; with a head of EAGLE3 none of them starts in 0.5.23
 _DRAFTS_BESIDE_MAMBA2 = (NGRAM, "STANDALONE")
@@ -236,6 +239,8 @@ _HOST_MEMORY = (
 _DP_FLAGS = "--enable-dp-attention with --dp-size {args.dp_size}"
 _DP_ATTENTION = "ranks with requests of their own have run beside records on a CPU only, not on a GPU yet"
 _DROP_DP_ATTENTION = "--enable-dp-attention and --attn-dp-size"
+# drafts that are tested beside it; SGLang takes NEXTN for EAGLE, and refuses NGRAM and STANDALONE there itself
+_DRAFTS_BESIDE_RANKS = ("EAGLE", "EAGLE3", "NEXTN")
 _PIPELINE = "a pipeline has run with SGLang 0.5.23 only"
 
 
@@ -265,17 +270,6 @@ def _untested_ranks(applies: Callable[[Any], bool], what: str, why: str, drop: s
     return Refusal(untested, _text(what, why, f"drop {drop}, or set {UNTESTED_RANKS_ENV}=1 to try it"))
 
 
-def _beside_dp_attention(name: str, *, off: Any) -> Refusal:
-    """Return the refusal of an argument beside DP attention that has any other value than `off`."""
-    option = "--" + name.replace("_", "-")
-    return _untested_ranks(
-        lambda args: _has_dp_attention(args) and getattr(args, name) != off,
-        f"{option} with DP attention",
-        "it is not tested beside ranks with requests of their own",
-        f"{option}, or {_DROP_DP_ATTENTION}",
-    )
-
-
 def _beside_pipeline(name: str, *, off: Any) -> Refusal:
     """Return the refusal of an argument beside --pp-size that has any other value than `off`."""
     option = "--" + name.replace("_", "-")
@@ -284,8 +278,12 @@ def _beside_pipeline(name: str, *, off: Any) -> Refusal:
 
 
 _RANKS = (
-    _beside_dp_attention("enable_hierarchical_cache", off=False),
-    _beside_dp_attention("speculative_algorithm", off=None),
+    _untested_ranks(
+        lambda args: _has_dp_attention(args) and algorithm_of(args) not in ("", *_DRAFTS_BESIDE_RANKS),
+        "--speculative-algorithm {args.speculative_algorithm} with DP attention",
+        f"beside ranks with requests of their own drafts of {_one_of(_DRAFTS_BESIDE_RANKS)} only are tested",
+        f"--speculative-algorithm, or {_DROP_DP_ATTENTION}",
+    ),
     _untested_ranks(
         lambda args: args.device != "cpu" and _has_dp_flags(args),
         _DP_FLAGS,
@@ -601,7 +599,7 @@ def check_arguments(server_args: Any) -> None:
         # there SGLang makes up heads for all ranks, also where each has all heads of its requests
         ranks = server_args.tp_size if on_cpu else compat.attention_ranks(server_args)
         check_ranks(ranks, compat.model_config(server_args), on_cpu=on_cpu)
-        check_ranks_of_states(server_args.tp_size, compat.model_config(server_args))
+        check_ranks_of_states(ranks, compat.model_config(server_args))
 
 
 def _check_table(server_args: Any, refusals: Iterable[Refusal]) -> None:
@@ -797,7 +795,8 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--pp-size {args.pp_size} cannot be combined with a kvarn cache of {model}, because a pipeline of "
             "layers with states is not tested yet: drop --pp-size"
         )
-    _check_dp_attention_beside(args, model, "states")
+    if not (compat.has_gated_delta_nets(states) and compat.is_since(_BESIDE_RANKS_SINCE)):
+        _check_dp_attention_beside(args, model, "states of its kind")
     if args.enable_mixed_chunk:
         raise Refused(
             f"--enable-mixed-chunk cannot be combined with a kvarn cache of {model}, because states would be saved at "
@@ -881,8 +880,8 @@ def _have_drafts_been_compared(algorithm: str) -> bool:
 def _check_dp_attention_beside(args: Any, model: str, what: str) -> None:
     if _has_dp_attention(args) and os.environ.get(UNTESTED_RANKS_ENV) != "1":
         raise Refused(
-            f"DP attention cannot be combined with a kvarn cache of {model}, because ranks with requests of their own "
-            f"are not tested beside {what}: drop {_DROP_DP_ATTENTION}, or set {UNTESTED_RANKS_ENV}=1 to try it"
+            f"DP attention cannot be combined with a kvarn cache of {model} in SGLang {compat.version()}, because ranks "
+            f"with requests of their own are not tested beside {what}: drop {_DROP_DP_ATTENTION}, or set {UNTESTED_RANKS_ENV}=1 to try it"
         )
 
 
@@ -969,7 +968,8 @@ def check_windows(server_args: Any, model_config: Any) -> None:
                 f"{flag} cannot be combined with a kvarn cache of {model}, because {what} beside sliding windows "
                 f"{'are' if what.endswith('s') else 'is'} not tested yet: drop {flag}"
             )
-    _check_dp_attention_beside(args, model, "sliding windows")
+    if not (model in _WINDOWS_BESIDE_RANKS and not algorithm and compat.is_since(_BESIDE_RANKS_SINCE)):
+        _check_dp_attention_beside(args, model, "its sliding windows" + " and drafts" * bool(algorithm))
     _check_transfers_beside(args, model, "sliding windows")
     if settings.ATTENTION_BACKEND in backends:
         raise Refused(
@@ -1124,11 +1124,7 @@ def check_layers(
         ValueError: the first such property.
     """
     layers = [x for x in model.modules() if isinstance(x, compat.RadixAttention) and x.layer_id in layer_ids]
-    if compat.get_parallel().attn_dp_size > 1 and any(layer.tp_q_head_num < shape.num_qo_heads for layer in layers):
-        raise Refused(
-            f"DP attention cannot be combined with {type(model).__name__} in SGLang {compat.version()}, whose code "
-            f"shares the heads of a request among all ranks, whatever the cache: drop {_DROP_DP_ATTENTION}"
-        )
+    _check_heads_of_ranks(model, layers, shape.num_qo_heads)
     heads = (shape.num_qo_heads, shape.num_kv_heads, shape.head_dim)
     for layer in layers:
         properties = (
@@ -1150,6 +1146,29 @@ def check_layers(
         for applies, what in properties:
             if applies:
                 _refuse_model(type(model).__name__, what)
+
+
+def check_draft_model(model: torch.nn.Module, model_config: Any) -> None:
+    """Refuse a draft model, just loaded, that SGLang cannot run beside DP attention.
+
+    Args:
+        model_config: SGLang's ModelConfig of the draft model.
+
+    Raises:
+        Refused: the model, and what to drop.
+    """
+    layers = [x for x in model.modules() if isinstance(x, compat.RadixAttention)]
+    heads = model_config.num_attention_heads // compat.get_parallel().attn_tp_size
+    _check_heads_of_ranks(model, layers, heads)
+
+
+def _check_heads_of_ranks(model: torch.nn.Module, layers: list[Any], heads: int) -> None:
+    """Refuse layers with fewer query heads than a rank with requests of its own has."""
+    if compat.get_parallel().attn_dp_size > 1 and any(layer.tp_q_head_num < heads for layer in layers):
+        raise Refused(
+            f"DP attention cannot be combined with {type(model).__name__} in SGLang {compat.version()}, whose code "
+            f"shares the heads of a request among all ranks, whatever the cache: drop {_DROP_DP_ATTENTION}"
+        )
 
 
 def check_call(k: torch.Tensor | None, save_kv_cache: bool, extra: dict[str, Any]) -> None:

@@ -11,7 +11,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import draft_models
+import drafts_on_cpu
 import hybrids
+import known_drafts
 import pytest
 import server_pair
 from hybrids import DELTA, MAMBA2, TWO_RANKS
@@ -48,7 +51,7 @@ def pools(folder: str, *, pages: int, rows: int) -> dict[str, int]:
 def start(folder: Path, model: str, **options):
     """Run both servers, the decode server with two places."""
     chosen = {"prefill": pools(model, pages=40, rows=4), "decode": pools(model, pages=14, rows=2) | OFTEN} | options
-    return server_pair.start(folder, model, stand_ins=["states_on_cpu"], **CHECKED | chosen)
+    return server_pair.start(folder, model, **{"stand_ins": ["states_on_cpu"]} | CHECKED | chosen)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -160,3 +163,25 @@ def test_a_prefix_and_its_state_from_host_memory_of_the_prefill_server_are_sent(
                 found.append(answer["meta_info"]["cached_tokens_details"] or {})
         pair.expect_empty()
     assert [each.get("host", 0) for each in found].count(256) >= 3, found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "algorithm"), [(DELTA, "NEXTN"), (DELTA, "DFLASH"), ("nemotron_h", "DFLASH")])
+def test_drafts_are_accepted_and_rejected_beside_states(tmp_path, family, algorithm):
+    model = tiny_model.save(tmp_path / "model", family)
+    drafts = draft_models.of_a_pair(algorithm, tmp_path) | {drafts_on_cpu.OVERLAP: "1"}
+    first = hybrids.steady(model, 300, preset=PRESET, new_tokens=24)
+    turn = hybrids.steady(model, 384, after=first[0], preset=PRESET, new_tokens=24, cached=256)
+    common = {"stand_ins": ["states_on_cpu", *draft_models.STAND_INS]} | drafts
+    with start(tmp_path, model, **common) as pair:
+        known_drafts.Texts(tmp_path / known_drafts.FILE).know([tokens + answer for tokens, answer in (first, turn)])
+        for tokens, wanted, cached in ((*first, 0), (*turn, 256)):
+            answer = pair.ask(tokens, 24)
+            assert (answer["output_ids"], answer["meta_info"]["cached_tokens"]) == (wanted, cached)
+            assert answer["meta_info"]["spec_num_correct_drafts"] > 12
+        prompts = [prompt(150 + 9 * n, seed=60 + n) for n in range(5)] + [first[0], turn[0]]
+        found = [each.result() for each in [pair.send(tokens, 24)[1] for tokens in prompts]]
+        for tokens, each in zip(prompts, found, strict=True):
+            check(model, tokens, each, 24)
+        assert sum(each["meta_info"]["num_retractions"] for each in found) > 0
+        works(pair, model)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_kvarn import balanced_layers, compat
+from sglang_kvarn import balanced_layers, compat, plugin, refusals
 
 HEADS, KV_HEADS, D, HIDDEN = 4, 2, 64, 96
 PLAIN = ["llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention"]
@@ -97,11 +97,13 @@ def test_balance_finds_the_module_and_says_so_once(path, runner, caplog):
 @pytest.mark.parametrize(
     ("preset", "is_draft", "is_balanced"), [("kvarn", False, True), ("kvarn", True, False), ("auto", False, False)]
 )
-def test_a_loaded_model_is_balanced_for_a_kvarn_cache_of_its_own(preset, is_draft, is_balanced, runner):
+def test_a_loaded_model_is_balanced_for_a_kvarn_cache_of_its_own(preset, is_draft, is_balanced, runner, monkeypatch):
     made = model()
     before = weights(made)
-    loaded = runner(made, kv_cache_dtype=preset, is_draft_worker=is_draft)
-    assert balanced_layers.balance_loaded(None, loaded) is None
+    monkeypatch.setattr(refusals, "check_draft_model", lambda *given: checked.append(given))
+    loaded, checked = runner(made, kv_cache_dtype=preset, is_draft_worker=is_draft), []
+    assert plugin._take_model(None, loaded) is None
+    assert checked == ([(made, loaded.model_config)] if is_draft else [])
     assert changed(made, before) == is_balanced
 
 

@@ -536,21 +536,31 @@ def test_launch_takes_files_behind_host_memory_of_sliding_windows(launch):
     launch("LagunaForCausalLM", "laguna", CHANGES["LagunaForCausalLM"], **files)
 
 
+EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1, "speculative_num_steps": 3}
+# the version with which DP attention has run beside some of them
+RUN = compat.is_since("0.5.23")
+
+
 @pytest.mark.parametrize(
     ("architecture", "model_type", "beside", "arguments"),
     [
-        ("LagunaForCausalLM", "laguna", "sliding windows", {}),
-        ("Qwen3NextForCausalLM", "qwen3_next", "states", HYBRID_ARGUMENTS),
+        ("LagunaForCausalLM", "laguna", "its sliding windows", {}),
+        ("GptOssForCausalLM", "gpt_oss", None if RUN else "its sliding windows", {}),
+        ("GptOssForCausalLM", "gpt_oss", "its sliding windows and drafts", EAGLE3),
+        ("Qwen3NextForCausalLM", "qwen3_next", None if RUN else "states of its kind", HYBRID_ARGUMENTS),
+        ("NemotronHForCausalLM", "nemotron_h", "states of its kind", HYBRID_ARGUMENTS),
     ],
 )
-def test_launch_refuses_dp_attention_beside_sliding_windows_and_states(
-    launch, monkeypatch, architecture, model_type, beside, arguments
+def test_launch_takes_dp_attention_where_it_has_run(
+    launch, checkpoints, monkeypatch, architecture, model_type, beside, arguments
 ):
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    platform = type(compat.resolve("sglang.srt.platforms.current_platform"))
+    monkeypatch.setattr(platform, "supports_speculative_algorithm", lambda self, algorithm: True, raising=False)
     ranks = {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2}
     sentence = rf"^DP attention .*{architecture}.* beside {beside}: drop --enable-dp-attention .*_RANKS=1 to try it$"
-    with pytest.raises(ValueError, match=sentence):
-        launch(architecture, model_type, CHANGES[architecture], **ranks, **arguments)
+    with pytest.raises(ValueError, match=sentence) if beside else contextlib.nullcontext():
+        launch(architecture, model_type, FOUR_HEADS | CHANGES.get(architecture, {}), **ranks, **arguments)
 
 
 def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial(monkeypatch):

@@ -205,15 +205,17 @@ def test_check_arguments_takes_the_flags_of_dp_attention_apart(served):
 
 
 @pytest.mark.parametrize("ranks", [arguments for arguments, _, _ in DP_ATTENTION], ids=str)
-@pytest.mark.parametrize("changes", [{"enable_hierarchical_cache": True}, CHAIN], ids=["host memory", "drafts"])
-def test_check_arguments_refuses_what_is_not_tested_beside_dp_attention(served, monkeypatch, ranks, changes):
-    message = refused(Changed(served, **ranks, **changes))
-    option = "--" + next(iter(changes)).replace("_", "-")
-    assert message.startswith(f"{option} with DP attention cannot be combined")
-    drop = f"drop {option}, or --enable-dp-attention and --attn-dp-size"
+def test_check_arguments_refuses_what_is_not_tested_beside_dp_attention(served, monkeypatch, ranks):
+    for tested in ({"enable_hierarchical_cache": True}, CHAIN, {"enable_hierarchical_cache": True, **CHAIN}):
+        refusals.check_arguments(Changed(served, **ranks, **tested))
+    drafts = Changed(served, **ranks, speculative_algorithm="DFLASH")
+    message = refused(drafts)
+    assert message.startswith("--speculative-algorithm DFLASH with DP attention cannot be combined")
+    drop = "drop --speculative-algorithm, or --enable-dp-attention and --attn-dp-size"
+    assert "drafts of EAGLE, EAGLE3 or NEXTN only are tested" in message
     assert message.endswith(f": {drop}, or set KVARN_UNTESTED_RANKS=1 to try it")
     monkeypatch.setenv(refusals.UNTESTED_RANKS_ENV, "1")
-    refusals.check_arguments(Changed(served, **ranks, **changes))
+    refusals.check_arguments(drafts)
 
 
 def test_chunks_are_whole_pages_of_each_rank_with_dp_attention(server_args, model_dir):
@@ -462,10 +464,10 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 def test_every_refusal_of_the_table_has_a_case():
     # prefill and decode backend are one refusal; two for graphs, five for drafts, six for host memory (the version, its
     # order with a draft model, storage; drafts of either kind and PD on a GPU); four for the version, host memory,
-    # drafts on a GPU and DP attention beside transfers; four for pipelines; five for DP attention (two on a GPU, the
-    # chunk of a rank, host memory and drafts beside it)
+    # drafts on a GPU and DP attention beside transfers; four for pipelines; four for DP attention (two on a GPU, the
+    # chunk of a rank, drafts beside it)
     cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
-    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 4 + 4 + 5
+    cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 4 + 4 + 4
     assert len(refusals.ARGUMENTS) == cases
 
 
@@ -493,8 +495,6 @@ def test_server_args_are_refused_in_the_parent(server_args, model_dir, chosen, w
         ({"speculative_algorithm": "UNO"}, "set it to NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN or DFLASH"),
         ({"enable_deterministic_inference": True}, "drop --enable-deterministic-inference"),
         ({"rl_on_policy_target": "fsdp"}, "drop --rl-on-policy-target"),
-        ({**TWO_RANKS, "enable_hierarchical_cache": True}, "drop --enable-hierarchical-cache, or --enable-dp"),
-        ({**TWO_RANKS, **CHAIN}, "drop --speculative-algorithm, or --enable-dp-attention"),
         ({"chunked_prefill_size": 100}, "not 100: set it to a multiple of 128"),
         ({"max_total_tokens": 100}, "raise --max-total-tokens"),
         ({"attention_backend": "kvarn", "kv_cache_dtype": "auto"}, "add --kv-cache-dtype kvarn"),
@@ -647,6 +647,15 @@ def test_check_layers_refuses_models_whose_heads_all_ranks_share_beside_dp_atten
     refusals.check_layers(Layers(), [0], SHAPE)
     with pytest.raises(Refused, match=r"^DP attention .* Layers .* whatever the cache: drop --enable-dp-attention and"):
         refusals.check_layers(shared, [0], SHAPE)
+
+
+def test_draft_models_whose_heads_all_ranks_share_are_refused_beside_dp_attention(ranks):
+    draft, shared, ranks.attn_tp_size = SimpleNamespace(num_attention_heads=8), Layers(num_heads=2, num_kv_heads=1), 2
+    refusals.check_draft_model(shared, draft)
+    ranks.attn_dp_size = 2
+    refusals.check_draft_model(Layers(), draft)
+    with pytest.raises(Refused, match=r"^DP attention .* Layers .* whatever the cache: drop --enable-dp-attention and"):
+        refusals.check_draft_model(shared, draft)
 
 
 def test_check_layers_refuses_layers_of_another_shape(ranks):

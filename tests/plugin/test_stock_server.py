@@ -74,7 +74,7 @@ STOCK = {
     "report.add_to_server_info": [
         ((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)), Unread()), {}),
     ],
-    "balanced_layers.balance_loaded": [((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)),), {})],
+    "plugin._take_model": [((SimpleNamespace(server_args=SimpleNamespace(**SERVER_ARGS)),), {})],
     # a pool, and what it says of itself
     "plugin._choose_host_pool": [((SimpleNamespace(size=4),), {}), ((SimpleNamespace(head_num=4),), {})],
     "plugin._hold_states": [((Unread(), SimpleNamespace(size=4), Unread()), {})],
