@@ -880,8 +880,9 @@ def _have_drafts_been_compared(algorithm: str) -> bool:
 def _check_dp_attention_beside(args: Any, model: str, what: str) -> None:
     if _has_dp_attention(args) and os.environ.get(UNTESTED_RANKS_ENV) != "1":
         raise Refused(
-            f"DP attention cannot be combined with a kvarn cache of {model} in SGLang {compat.version()}, because ranks "
-            f"with requests of their own are not tested beside {what}: drop {_DROP_DP_ATTENTION}, or set {UNTESTED_RANKS_ENV}=1 to try it"
+            f"DP attention cannot be combined with a kvarn cache of {model} in SGLang {compat.version()}, because "
+            f"ranks with requests of their own are not tested beside {what}: drop {_DROP_DP_ATTENTION}, or set "
+            f"{UNTESTED_RANKS_ENV}=1 to try it"
         )
 
 

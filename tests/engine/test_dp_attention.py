@@ -285,13 +285,3 @@ def test_ranks_answer_beside(start_ranks, tmp_path, monkeypatch, family, algorit
             hit = ranks.run(ranks.generate(rank, turn, len(continued)))
             assert (hit["output_ids"], hit["meta_info"]["cached_tokens"]) == (continued, cached)
         ranks.check_rest(2)
-
-
-@pytest.mark.long
-def test_a_draft_model_that_ranks_cannot_share_is_refused(start_ranks, qwen, monkeypatch, tmp_path):
-    _, options = drafting(monkeypatch, tmp_path, "EAGLE")
-    with (
-        pytest.raises(ValueError, match=r"^DP attention cannot be combined with LlamaForCausalLMEagle in .*: drop "),
-        start_ranks(qwen, **options),
-    ):
-        pytest.fail("expected no engine")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs of rows and rings, the pool and the backend of the plugin."""
+"""Bugs of rows and rings, the pool and the backend of the plugin, and of what it lets through beside DP attention."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from .paths import (
     ENGINE_OUTPUTS,
     ENGINE_WINDOW,
     FUZZ,
+    PLUGIN,
     POOL,
+    REFUSALS,
     RINGS,
     TEST_BACKEND_OUTPUT,
+    TEST_BALANCED_LAYERS,
     TEST_BUDGET,
     TEST_COMPAT,
+    TEST_MODELS,
+    TEST_REFUSALS,
     TEST_RINGS,
 )
 
@@ -149,5 +154,33 @@ MUTATIONS = (
         "min(bounds.requests or MAX_ROWS, bounds.states or MAX_ROWS)",
         "bounds.requests or MAX_ROWS",
         (TEST_BUDGET,),
+    ),
+    Mutation(
+        "a draft model whose heads nobody looks at",
+        PLUGIN,
+        "        refusals.check_draft_model(model_runner.model, model_runner.model_config)\n",
+        "        pass\n",
+        (f"{TEST_BALANCED_LAYERS}::test_a_loaded_model_is_balanced_for_a_kvarn_cache_of_its_own",),
+    ),
+    Mutation(
+        "a draft model with the heads of all ranks on each",
+        REFUSALS,
+        "    heads = model_config.num_attention_heads // compat.get_parallel().attn_tp_size\n",
+        "    heads = 0\n",
+        (f"{TEST_REFUSALS}::test_draft_models_whose_heads_all_ranks_share_are_refused_beside_dp_attention",),
+    ),
+    Mutation(
+        "states of any kind beside DP attention",
+        REFUSALS,
+        "if not (compat.has_gated_delta_nets(states) and compat.is_since(_BESIDE_RANKS_SINCE)):",
+        "if not compat.is_since(_BESIDE_RANKS_SINCE):",
+        (f"{TEST_MODELS}::test_launch_takes_dp_attention_where_it_has_run",),
+    ),
+    Mutation(
+        "any drafts beside DP attention",
+        REFUSALS,
+        """_DRAFTS_BESIDE_RANKS = ("EAGLE", "EAGLE3", "NEXTN")""",
+        """_DRAFTS_BESIDE_RANKS = ("EAGLE", "EAGLE3", "NEXTN", DFLASH)""",
+        (f"{TEST_REFUSALS}::test_check_arguments_refuses_what_is_not_tested_beside_dp_attention",),
     ),
 )
