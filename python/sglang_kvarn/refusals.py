@@ -956,11 +956,6 @@ def check_windows(server_args: Any, model_config: Any) -> None:
     untested = (
         (args.enable_hierarchical_cache and not compat.hosts_windows(), _HICACHE, "host memory of this SGLang"),
         (args.pp_size > 1, "--pp-size", "a pipeline"),
-        (
-            args.disaggregation_mode != "null" and model_config.is_hybrid_swa,
-            "--disaggregation-mode",
-            "transfers between servers",
-        ),
         (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
     )
     for applies, flag, what in untested:
