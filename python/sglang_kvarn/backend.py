@@ -12,9 +12,8 @@ import torch
 from kvarn_kernels.attention import Attention, Step
 from kvarn_kernels.batch import QKV, Limits
 
-from sglang_kvarn import balanced_layers, budget, compat, hook, refusals, scales, settings
+from sglang_kvarn import balanced_layers, budget, compat, hook, refusals, rings, scales, settings
 from sglang_kvarn.metadata import DecodeBuffers, extend_batch
-from sglang_kvarn.mixed_pool import records_of
 from sglang_kvarn.refused import Refused
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ class KVarNAttentionBackend(compat.AttentionBackend):
 
     def __init__(self, model_runner: Any) -> None:
         hook.verify_hooks()
-        pool = records_of(model_runner.token_to_kv_pool)
+        pool = rings.records_of(model_runner.token_to_kv_pool)
         if pool is None:
             raise Refused(
                 f"--attention-backend kvarn needs a kvarn cache, not {type(model_runner.token_to_kv_pool).__name__}: "

@@ -53,7 +53,10 @@ def sliding_share(configurator: Any) -> SlidingShare:
     found = bounds(server_args, configurator.model_config.context_len)
     assert found.requests is not None, "charge_fixed_bytes comes first"
     args = compat.resolved_arguments(server_args)
-    chunks = found.chunk_len if args.disable_overlap_schedule else 2 * found.chunk_len
+    requests, ahead = found.requests, found.chunk_len if args.disable_overlap_schedule else 2 * found.chunk_len
+    if compat.published_argument("disaggregation_mode") == "decode":
+        # which computes no prompts: SGLang receives one where it finds room for so much of the answer, too
+        requests, ahead = requests + compat.received_requests(server_args), compat.most_new_tokens_expected()
     window, drafts = configurator.sliding_window_size, found.draft_tokens
     interval = compat.sliding_eviction_interval(drafts)
     each, drafted = capacity.sliding_tokens_of_request(window, interval, drafts), draft_token_bytes(configurator)
@@ -63,8 +66,8 @@ def sliding_share(configurator: Any) -> SlidingShare:
         sliding_token=len(sliding_layer_ids(configurator)) * heads * sum(channels) * itemsize,
         ratio=compat.scheduler_argument(server_args, "swa_full_tokens_ratio"),
         is_chosen=not compat.is_sliding_ratio_open(server_args),
-        least=each + chunks + settings.PAGE_SIZE,
-        most=found.requests * each + chunks + settings.PAGE_SIZE if args.disable_radix_cache else None,
+        least=each + ahead + settings.PAGE_SIZE,
+        most=requests * each + ahead + settings.PAGE_SIZE if args.disable_radix_cache else None,
     )
 
 

@@ -121,8 +121,8 @@ class SlidingShare:
         if left < self.token * PAGE_SIZE:
             raise Refused(
                 f"a kvarn cache of this model needs {sliding * self.sliding_token / MIB:,.1f} MiB for sliding windows "
-                f"and more for the rest, but there are {max(available, 0) / MIB:,.1f} MiB: raise --mem-fraction-static "
-                "or lower --chunked-prefill-size"
+                f"and more for the rest, but there are {max(available, 0) / MIB:,.1f} MiB: raise "
+                "--mem-fraction-static, or lower --chunked-prefill-size where prompts are computed"
             )
         return left // self.token // PAGE_SIZE * PAGE_SIZE, sliding
 
@@ -138,7 +138,7 @@ class SlidingShare:
         if found < self.least:
             raise Refused(
                 f"--swa-full-tokens-ratio {self.ratio} leaves {found:,} tokens for sliding windows, and a request may "
-                f"need {self.least:,}: drop --swa-full-tokens-ratio, or lower --chunked-prefill-size"
+                f"need {self.least:,}: drop --swa-full-tokens-ratio, or raise it"
             )
         return found
 

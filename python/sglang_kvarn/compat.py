@@ -710,6 +710,16 @@ def transfers_requests() -> bool:
     return is_since(TRANSFERS_SINCE)
 
 
+def received_requests(server_args: Any) -> int:
+    """Return how many requests a decode server may receive beside those that run, in a scheduler."""
+    return scheduler_argument(server_args, "disaggregation_decode_extra_slots")
+
+
+def most_new_tokens_expected() -> int:
+    """Return up to how many new tokens SGLang expects of a request, which may ask for more."""
+    return resolve(_NAMES["envs"]).SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION.get()
+
+
 def states_made(req_to_token_pool: Any) -> int | None:
     """Return how many states of a hybrid model SGLang's rows of requests have room for, None where they keep none."""
     return getattr(getattr(req_to_token_pool, "mamba_pool", None), "size", None)

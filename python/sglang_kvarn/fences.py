@@ -40,6 +40,6 @@ def before_loading(controller: Any, *args: Any, **kwargs: Any) -> None:
 
 def before_receiving(queue: Any, *args: Any, **kwargs: Any) -> None:
     """Tell no sender of pages that a step may still write. Hook before ``DecodePreallocQueue._send_kv_metadata``."""
-    pool = queue.token_to_kv_pool
-    if rings.of_pool(pool) is not None and pool.slab.is_cuda:
-        pool.forward_stream.synchronize()
+    records = rings.records_of(queue.token_to_kv_pool)
+    if records is not None and records.slab.is_cuda:
+        records.forward_stream.synchronize()

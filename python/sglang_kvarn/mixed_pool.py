@@ -74,8 +74,6 @@ class MixedPool(compat.SWAKVPool):
         """Move what the records move, nothing: accepted drafts of a chain have the slots of their places in both."""
         self.full_kv_pool.move_kv_cache(tgt_loc, src_loc)
 
-
-def records_of(pool: Any) -> KVarNTokenToKVPool | None:
-    """Return the records in SGLang's token pool, None where there are none."""
-    pool = pool.full_kv_pool if isinstance(pool, MixedPool) else pool
-    return pool if isinstance(pool, KVarNTokenToKVPool) else None
+    def request_state_transfer_indices(self, row: int, tokens: int) -> list[int]:
+        """Return pages of the records, which another server gets beside sliding windows; as the records do."""
+        return self.full_kv_pool.request_state_transfer_indices(row, tokens)

@@ -51,6 +51,8 @@ _WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM"
 # heads that have drafted for them there
 _HEADS_ON_GPUS = {"GptOssForCausalLM": ("EAGLE3",)}
 _WINDOWS_ON_GPUS_SINCE = "0.5.23"
+# models with sliding windows that have gone from one server to another while drafts were verified
+_SENT_WITH_DRAFTS = ("GptOssForCausalLM",)
 # models with sliding windows that have run beside DP attention, without drafts, and the version of SGLang with which
 # these and states of gated delta nets have
 _WINDOWS_BESIDE_RANKS, _BESIDE_RANKS_SINCE = ("GptOssForCausalLM",), "0.5.23"
@@ -957,9 +959,9 @@ def check_windows(server_args: Any, model_config: Any) -> None:
         (args.enable_hierarchical_cache and not compat.hosts_windows(), _HICACHE, "host memory of this SGLang"),
         (args.pp_size > 1, "--pp-size", "a pipeline"),
         (
-            args.disaggregation_mode != "null" and model_config.is_hybrid_swa,
-            "--disaggregation-mode",
-            "transfers between servers",
+            args.disaggregation_mode != "null" and bool(algorithm) and model not in _SENT_WITH_DRAFTS,
+            "--speculative-algorithm",
+            "drafts between servers",
         ),
         (len(backends - {None}) > 1, "--prefill-attention-backend and --decode-attention-backend", "two backends"),
     )

@@ -166,6 +166,12 @@ def of_pool(pool: Any) -> Rings | None:
     return getattr(pool, ATTRIBUTE, None)
 
 
+def records_of(pool: Any) -> Any:
+    """Return the records in SGLang's token pool, alone or beside sliding windows; None where the cache is another."""
+    records = getattr(pool, "full_kv_pool", pool)
+    return None if of_pool(records) is None else records
+
+
 def attach_allocator(result: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
     """Let rings find the allocator of their pages. Hook after ``PagedTokenToKVPoolAllocator.__init__``."""
     if (rings := of_pool(allocator.get_kvcache())) is not None:

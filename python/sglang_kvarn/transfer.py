@@ -5,6 +5,8 @@
     exact tokens   A state of the request: the pages of its ring, as far as the next token reads them. The pages of one
                    server's ring answer to those of the other's in the order of their tokens.
     states         Of a hybrid model, what its other layers keep. SGLang sends them as it does beside any cache.
+    windows        Of layers whose sliding window is in SGLang's pool, the pages that the next token sees. SGLang sends
+                   these as beside any cache, and a decode server takes room for no others.
     exact start    A number that travels with the first token of the answer.
     drafts         SGLang's part: pages of a draft model have the numbers of those of records, and the hidden state
                    behind the prompt travels with the first token.
@@ -76,9 +78,9 @@ def describe(
     result: Any, kv_args: Any, token_to_kv_pool: Any, *args: Any, req_to_token_pool: Any, **kwargs: Any
 ) -> None:
     """Tell SGLang's transfer what a request consists of. Hook after ``setup_state_kv_args``."""
-    if rings.of_pool(token_to_kv_pool) is None:
+    pool: KVarNTokenToKVPool | None = rings.records_of(token_to_kv_pool)
+    if pool is None:
         return
-    pool: KVarNTokenToKVPool = token_to_kv_pool
     # behind the buffers of records
     draft_pages = list(kv_args.kv_item_lens[len(pool.layer_ids) :])
     ranks, states = compat.get_parallel().attn_tp_size, compat.state_dtypes(req_to_token_pool)
@@ -119,7 +121,7 @@ def charge_ring(result: int, queue: Any, *args: Any, **kwargs: Any) -> int | Non
 
     Hook after ``DecodePreallocQueue._required_admission_tokens``.
     """
-    found = rings.of_pool(queue.token_to_kv_pool)
+    found = rings.of_pool(queue.req_to_token_pool)
     return None if found is None else result + found.tokens_per_ring
 
 
@@ -128,7 +130,7 @@ def charge_ring_of_retracted(result: tuple[int, int], queue: Any, req: Any) -> t
 
     Hook after ``DecodePreallocQueue._prealloc_required_tokens``.
     """
-    if (found := rings.of_pool(queue.token_to_kv_pool)) is None:
+    if (found := rings.of_pool(queue.req_to_token_pool)) is None:
         return None
     full, windows = result
     return full + found.tokens_per_ring, windows
@@ -143,8 +145,8 @@ def finish_step(scheduler: Any, running_batch: Any) -> None:
 
     Hook before ``SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run``.
     """
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    if rings.of_pool(pool) is None or pool.states is None or not compat.runs_step(scheduler):
+    pool = rings.records_of(scheduler.token_to_kv_pool_allocator.get_kvcache())
+    if pool is None or pool.states is None or not compat.runs_step(scheduler):
         return
     # SGLang keeps room for the drafts of two steps, which may begin at the end of a page
     tokens = (2 + 2 * pool.draft_tokens // PAGE_SIZE) * PAGE_SIZE
@@ -161,7 +163,7 @@ def check_senders(original: Callable[..., Any], queue: Any, waiting: dict[str, l
     Returns:
         The requests that can be received now, by address, and those whose server has not answered yet.
     """
-    if rings.of_pool(queue.token_to_kv_pool) is None:
+    if (pool := rings.records_of(queue.token_to_kv_pool)) is None:
         return original(queue, waiting)
     ready: dict[str, list[Any]] = {}
     remaining: list[Any] = []
@@ -172,7 +174,7 @@ def check_senders(original: Callable[..., Any], queue: Any, waiting: dict[str, l
             # another cache; SGLang's sentence names both
             _fail(queue, address, requests, str(error))
             continue
-        if answered and (difference := _difference(queue, address)):
+        if answered and (difference := _difference(pool.layout, queue.kv_manager, address)):
             _fail(queue, address, requests, difference)
             # asked again by the next request, since the server may have been started anew
             del queue.kv_manager.prefill_info_table[address]
@@ -182,9 +184,9 @@ def check_senders(original: Callable[..., Any], queue: Any, waiting: dict[str, l
     return ready, remaining
 
 
-def _difference(queue: Any, address: str) -> str | None:
+def _difference(mine: dict[str, Any], kv_manager: Any, address: str) -> str | None:
     """Return the sentence about a prefill server whose pages mean something else, None for one of the same."""
-    mine, told = queue.token_to_kv_pool.layout, queue.kv_manager.prefill_info_table[address].kv_layout
+    told = kv_manager.prefill_info_table[address].kv_layout
     sender = json.loads(told) if told else {}
     for part, way_out in _WAYS_OUT.items():
         if sender.get(part) != mine[part]:

@@ -9,6 +9,7 @@ from .paths import (
     BUDGET,
     COMPAT,
     FENCES,
+    MIXED_POOL,
     PLUGIN,
     POOL,
     REFUSALS,
@@ -32,6 +33,10 @@ _DRAFTED = f"{_DRAFTS}::test_answers_are_the_oracles_whether_drafts_are_rejected
 _STATES = f"{TEST_TRANSFER}::test_the_layout_names_the_dtypes_of_states_and_sglang_sends_their_slots"
 _ROWS = f"{TEST_TRANSFER}::test_rows_of_a_decode_server_have_rings"
 _OTHER = f"{TEST_TRANSFER}::test_pages_of_a_server_with_another_layout_fail_the_request_with_one_sentence"
+_WINDOWS = f"{TEST_TRANSFER}::test_sglang_sends_windows_beside_records_and_rings"
+_SENDERS = f"{TEST_TRANSFER}::test_a_server_that_tells_no_layout_is_another"
+_FENCE = f"{TEST_TRANSFER}::test_a_sender_hears_of_pages_after_the_steps_of_their_last_owner"
+_SHARE = f"{TEST_BUDGET}::test_sliding_share_reads_shapes_and_arguments_of_a_server"
 _COUNTED = "test_sglang_counts_a_ring_beside_the_tokens_of_a_request_that_comes_or_comes_back"
 # what hooks call, and the test that is to miss it
 _CALLED = {
@@ -152,7 +157,7 @@ MUTATIONS = (
     Mutation(
         "a sender that may write where a step still does",
         FENCES,
-        "        pool.forward_stream.synchronize()\n",
+        "        records.forward_stream.synchronize()\n",
         "        pass\n",
         (f"{TEST_TRANSFER}::test_a_sender_hears_of_pages_after_the_steps_of_their_last_owner",),
     ),
@@ -354,17 +359,45 @@ MUTATIONS = (
         (f"{TEST_MODELS}::test_transfers_of_states_are_a_trial_on_a_gpu",),
     ),
     Mutation(
-        "transfers of windows in records on a GPU that nobody has tried",
+        "transfers of windows on a GPU that nobody has tried",
         REFUSALS,
         """    _check_transfers_beside(args, model, "sliding windows")\n""",
         "",
         (f"{TEST_MODELS}::test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
     ),
     Mutation(
-        "transfers of windows that SGLang keeps apart",
-        REFUSALS,
-        """args.disaggregation_mode != "null" and model_config.is_hybrid_swa,""",
-        "False,",
-        (f"{TEST_MODELS}::test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_trial",),
+        "records beside windows that no transfer finds",
+        RINGS,
+        """records = getattr(pool, "full_kv_pool", pool)""",
+        "records = pool",
+        (_WINDOWS, _SENDERS, _FENCE),
+    ),
+    Mutation(
+        "pages of rings beside windows that a sender is told of while a step may write them",
+        FENCES,
+        "records = rings.records_of(queue.token_to_kv_pool)",
+        "records = queue.token_to_kv_pool if rings.of_pool(queue.token_to_kv_pool) else None",
+        (_FENCE,),
+    ),
+    Mutation(
+        "exact tokens beside windows that stay where they are",
+        MIXED_POOL,
+        "return self.full_kv_pool.request_state_transfer_indices(row, tokens)",
+        "return []",
+        (_WINDOWS,),
+    ),
+    Mutation(
+        "a decode server without room for windows of requests that it receives",
+        BUDGET,
+        "requests + compat.received_requests(server_args), ",
+        "requests, ",
+        (_SHARE,),
+    ),
+    Mutation(
+        "windows that are too few for SGLang to receive a request",
+        BUDGET,
+        ", compat.most_new_tokens_expected()",
+        ", 0",
+        (_SHARE,),
     ),
 )

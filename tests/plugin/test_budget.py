@@ -462,6 +462,13 @@ def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
     # each of two ranks has half of the heads
     monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2, attn_dp_size=1), raising=False)
     assert budget.sliding_share(kvc).sliding_token == share.sliding_token / 2
+    # a decode server receives twice as many requests besides, and finds room for the answer of one before it does
+    with monkeypatch.context() as patch:
+        patch.setattr(compat, "published_argument", lambda name: {"disaggregation_mode": "decode"}[name])
+        patch.setattr(compat, "most_new_tokens_expected", lambda: 4096)
+        kvc.server_args.disaggregation_decode_extra_slots = 8
+        receiving = budget.sliding_share(kvc)
+    assert (receiving.least, receiving.most) == (share.least - 512 + 4096, 12 * (127 + 128 + 256) + 4096 + 128)
     # slots for the drafts of this step and of the next one
     monkeypatch.setattr(compat, "draft_tokens", lambda args: 8)
     drafting = budget.sliding_share(kvc)

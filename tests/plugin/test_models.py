@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import itertools
 import os
 import re
 import textwrap
@@ -608,17 +609,22 @@ def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_tri
     monkeypatch.setenv(refusals.UNTESTED_WINDOWS_ENV, "1")
     for model_config in (config, kept):
         refusals.check_windows(SimpleNamespace(**vars(on_gpu) | {"tp_size": 2}), model_config)
-    # between servers windows go along in records only
-    for mode in ("prefill", "decode"):
-        refusals.check_windows(SimpleNamespace(**off | {"disaggregation_mode": mode}), kept)
-        with pytest.raises(ValueError, match=r"between servers beside .* not tested yet: drop --disagg"):
-            refusals.check_windows(SimpleNamespace(**off | {"disaggregation_mode": mode}), config)
-    sent = SimpleNamespace(**vars(on_gpu) | {"disaggregation_mode": "decode"})
+    # between servers windows go along, in records and beside them
     sentence = r"transfers of sliding windows .* a CPU only: drop --disagg.*, or set KVARN_UNTESTED_TRANSFERS=1"
-    with pytest.raises(ValueError, match=sentence):
-        refusals.check_windows(sent, kept)
-    monkeypatch.setenv(refusals.UNTESTED_TRANSFERS_ENV, "1")
-    refusals.check_windows(sent, kept)
+    for mode, model_config in itertools.product(("prefill", "decode"), (config, kept)):
+        refusals.check_windows(SimpleNamespace(**off | {"disaggregation_mode": mode}), model_config)
+        sent = SimpleNamespace(**vars(on_gpu) | {"disaggregation_mode": mode})
+        with pytest.raises(ValueError, match=sentence):
+            refusals.check_windows(sent, model_config)
+        with monkeypatch.context() as patch:
+            patch.setenv(refusals.UNTESTED_TRANSFERS_ENV, "1")
+            refusals.check_windows(sent, model_config)
+    # of gpt-oss drafts are verified on the way
+    drafted = SimpleNamespace(**off | {"disaggregation_mode": "decode", "speculative_algorithm": "EAGLE3"})
+    refusals.check_windows(drafted, config)
+    config.hf_config.architectures = ["LagunaForCausalLM"]
+    with pytest.raises(ValueError, match=r"drafts between servers beside sliding .*: drop --speculative-algorithm$"):
+        refusals.check_windows(drafted, config)
 
 
 def test_resolution_leaves_errors_that_are_not_about_the_model_to_sglang(server_args, model_dir):

@@ -34,7 +34,7 @@ def manager(worker: object) -> SimpleNamespace:
 
 
 def queue() -> SimpleNamespace:
-    return SimpleNamespace(token_to_kv_pool=SimpleNamespace(size=4))
+    return SimpleNamespace(token_to_kv_pool=SimpleNamespace(size=4), req_to_token_pool=SimpleNamespace(size=4))
 
 
 class Model(torch.nn.Module):

@@ -40,6 +40,17 @@ def pool(monkeypatch):
     return make_pool(monkeypatch)
 
 
+def beside_windows(pool):
+    """Return the token pool of a model whose layers 0 and 1 have a sliding window, and the others the records."""
+    return compat.resolve("sglang_kvarn.mixed_pool.MixedPool")(pool, 8 * PAGE, [0, 1], (2, 64, 32))
+
+
+@pytest.fixture(params=["records", "beside windows"])
+def kvcache(request, pool):
+    """Return what SGLang has for a token pool."""
+    return pool if request.param == "records" else beside_windows(pool)
+
+
 def give_ring(pool, row: int = ROW, start: int = 0) -> list[int]:
     """Give a row a ring, as an admitted request has; return its pages."""
     request = SimpleNamespace(prefix_len=start, kv=SimpleNamespace(req_pool_idx=row))
@@ -48,8 +59,18 @@ def give_ring(pool, row: int = ROW, start: int = 0) -> list[int]:
     return pool.rings.held(row).pages.tolist()
 
 
-def queue_of(pool, **fields) -> SimpleNamespace:
-    return SimpleNamespace(token_to_kv_pool=pool, **fields)
+def slots_of(pages: list[int]) -> torch.Tensor:
+    return (torch.tensor(pages)[:, None] * PAGE + torch.arange(PAGE)).flatten()
+
+
+def queue_of(kvcache, **fields) -> SimpleNamespace:
+    rows = rows_of(rings.records_of(kvcache))
+    return SimpleNamespace(token_to_kv_pool=kvcache, req_to_token_pool=rows, **fields)
+
+
+def rows_of(pool) -> SimpleNamespace:
+    """Return SGLang's rows of requests, with the rings of a pool."""
+    return SimpleNamespace(**{ATTRIBUTE: pool.rings})
 
 
 @pytest.mark.parametrize("preset", ["kvarn", "kvarn_canonical"])
@@ -145,8 +166,7 @@ def test_a_page_is_so_many_times_smaller_than_what_sglang_sends_of_a_bf16_cache(
 
 def sender(pool, **fields) -> SimpleNamespace:
     buffers = SimpleNamespace(cached_tokens=torch.full((4, 16), 7, dtype=torch.int32))
-    rows = SimpleNamespace(**{ATTRIBUTE: pool.rings})
-    return SimpleNamespace(req_to_token_pool=rows, disagg_metadata_buffers=buffers, **fields)
+    return SimpleNamespace(req_to_token_pool=rows_of(pool), disagg_metadata_buffers=buffers, **fields)
 
 
 def test_the_exact_start_travels_with_the_first_token_and_reaches_the_row(monkeypatch, pool):
@@ -162,7 +182,7 @@ def test_the_exact_start_travels_with_the_first_token_and_reaches_the_row(monkey
     receiver = make_pool(monkeypatch)
     give_ring(receiver, row=1)
     queue = SimpleNamespace(
-        scheduler=SimpleNamespace(req_to_token_pool=SimpleNamespace(**{ATTRIBUTE: receiver.rings})),
+        scheduler=SimpleNamespace(req_to_token_pool=rows_of(receiver)),
         metadata_buffers=SimpleNamespace(cached_tokens=numbers),
     )
     received = SimpleNamespace(req=SimpleNamespace(kv=SimpleNamespace(req_pool_idx=1)), metadata_buffer_index=3)
@@ -204,9 +224,7 @@ def test_the_exact_start_is_taken_before_sglang_takes_the_first_token(pool):
     give_ring(pool)
     numbers = torch.full((4, 16), 128, dtype=torch.int32)
     queue = object.__new__(compat.resolve("sglang.srt.disaggregation.decode.DecodeTransferQueue"))
-    queue.scheduler = SimpleNamespace(
-        req_to_token_pool=SimpleNamespace(**{ATTRIBUTE: pool.rings}), kv_checksum_computer=None
-    )
+    queue.scheduler = SimpleNamespace(req_to_token_pool=rows_of(pool), kv_checksum_computer=None)
     queue.metadata_buffers = SimpleNamespace(cached_tokens=numbers, get_buf=reach)
     received = SimpleNamespace(req=SimpleNamespace(kv=SimpleNamespace(req_pool_idx=ROW)), metadata_buffer_index=3)
     with pytest.raises(Reached):
@@ -217,7 +235,7 @@ def test_the_exact_start_is_taken_before_sglang_takes_the_first_token(pool):
 def preallocation(pool, **fields):
     """Return SGLang's queue of requests that are to be received, as far as our hooks read it."""
     queue = object.__new__(compat.resolve("sglang.srt.disaggregation.decode.DecodePreallocQueue"))
-    vars(queue).update({"token_to_kv_pool": pool, "token_to_kv_pool_allocator": pool.rings.allocator} | fields)
+    vars(queue).update(vars(queue_of(pool)) | {"token_to_kv_pool_allocator": pool.rings.allocator} | fields)
     return queue
 
 
@@ -258,8 +276,8 @@ def test_sglang_leaves_the_number_of_the_exact_start_alone():
     assert buffers.cached_tokens[1].tolist() == [256, 128, 64, 32, 1, 2, 3, *[0] * 8, 384]
 
 
-def test_a_request_is_received_where_there_is_room_for_its_ring_too(pool):
-    queue = queue_of(pool)
+def test_a_request_is_received_where_there_is_room_for_its_ring_too(pool, kvcache):
+    queue = queue_of(kvcache)
     assert transfer.charge_ring(640, queue) == 640 + pool.rings.tokens_per_ring
     assert transfer.charge_ring_of_retracted((640, 512), queue, None) == (640 + pool.rings.tokens_per_ring, 512)
 
@@ -269,9 +287,8 @@ def test_a_decode_server_takes_no_prompt_that_never_fits_beside_what_it_reserves
     monkeypatch.setattr(compat, "published_argument", lambda name: mode)
     monkeypatch.setattr(compat, "scheduler_argument", lambda args, name: 512)
     monkeypatch.setattr(compat, "draft_tokens", lambda args: 1)
-    rows = SimpleNamespace(**{ATTRIBUTE: pool.rings})
     scheduler = SimpleNamespace(
-        tp_worker=SimpleNamespace(get_memory_pool=lambda: (rows, None)),
+        tp_worker=SimpleNamespace(get_memory_pool=lambda: (rows_of(pool), None)),
         server_args=None,
         max_total_num_tokens=pool.size,
         max_req_len=pool.size,
@@ -282,14 +299,14 @@ def test_a_decode_server_takes_no_prompt_that_never_fits_beside_what_it_reserves
     assert (scheduler.max_req_len, scheduler.max_req_input_len) == (longest, longest - less)
 
 
-def test_a_sender_hears_of_pages_after_the_steps_of_their_last_owner(pool):
+def test_a_sender_hears_of_pages_after_the_steps_of_their_last_owner(pool, kvcache):
     told = []
     slab, pool.slab = pool.slab, SimpleNamespace(is_cuda=True)
     pool.forward_stream = SimpleNamespace(synchronize=lambda: told.append("waited"))
-    fences.before_receiving(queue_of(pool), None, None, PAGE)
+    fences.before_receiving(queue_of(kvcache), None, None, PAGE)
     assert told == ["waited"]
     pool.slab = slab
-    fences.before_receiving(queue_of(pool), None, None, PAGE)
+    fences.before_receiving(queue_of(kvcache), None, None, PAGE)
     assert told == ["waited"], "a CPU has no streams"
 
 
@@ -300,7 +317,7 @@ def test_a_retracted_request_comes_back_with_records_ring_and_exact_start(monkey
     start = tokens // PAGE // 2 * PAGE
     give_ring(pool, start=start)
     pages = [33, 5, 41, 2][: -(-tokens // PAGE)]
-    slots = (torch.tensor(pages)[:, None] * PAGE + torch.arange(PAGE)).flatten()[:tokens]
+    slots = slots_of(pages)[:tokens]
     before, sent = pool.slab.clone(), pool.request_state_transfer_indices(ROW, tokens)
     saved = pool.get_cpu_copy(slots, mamba_indices=None, req_pool_index=ROW)
     pool.rings.free_row(ROW)
@@ -309,7 +326,7 @@ def test_a_retracted_request_comes_back_with_records_ring_and_exact_start(monkey
     give_ring(pool, row=3)
     give_ring(pool, row=1)
     again = [50, 3, 17, 9][: len(pages)]
-    slots = (torch.tensor(again)[:, None] * PAGE + torch.arange(PAGE)).flatten()[:tokens]
+    slots = slots_of(again)[:tokens]
     pool.load_cpu_copy(saved, slots, mamba_indices=None, req_pool_index=1)
     full = tokens // PAGE
     assert torch.equal(pool.slab[:, again[:full]], before[:, pages[:full]])
@@ -370,7 +387,7 @@ OTHERS = [
 
 
 @pytest.fixture
-def receive(monkeypatch, pool):
+def receive(monkeypatch, pool, kvcache):
     """Let two requests ask for pages of a server that tells this of them; return what came of it."""
     early = SimpleNamespace(disaggregation_decode_allocation_policy="early")
     monkeypatch.setattr(f"{CONN}.get_disagg", lambda: early)
@@ -391,7 +408,7 @@ def receive(monkeypatch, pool):
                 manager.prefill_info_table["host:1"] = info
             return ready, remaining
 
-        queue = queue_of(pool, kv_manager=manager, _resolve_prefill_dp_rank=rank_of)
+        queue = queue_of(kvcache, kv_manager=manager, _resolve_prefill_dp_rank=rank_of)
         return transfer.check_senders(original, queue, waiting), waiting, manager
 
     return receive
@@ -514,6 +531,61 @@ def test_the_layout_names_the_dtypes_of_states_and_sglang_sends_their_slots(monk
     assert json.loads(kv_args.kv_layout)["states"] == "float32-bfloat16"
     # a state for each row, in transfer or not, whatever was counted
     assert compat.states_made(rows) == 3 and compat.states_made(decode_rows()) is None
+
+
+def test_sglang_sends_windows_beside_records_and_rings(monkeypatch, pool):
+    monkeypatch.setattr(compat, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    monkeypatch.setattr(compat, "gather_from_ranks", lambda value: [value])
+    monkeypatch.setattr(compat, "published_argument", lambda name: "prefill")
+    kvcache, items = beside_windows(pool), pool.get_contiguous_buf_infos()[2]
+    assert kvcache.get_contiguous_buf_infos() == pool.get_contiguous_buf_infos()
+    kv_args = empty_args(kv_item_lens=items)
+    setup = compat.resolve("sglang.srt.disaggregation.utils.setup_state_kv_args")
+    setup(kv_args, kvcache, req_to_token_pool=decode_rows())
+    kinds = compat.resolve("sglang.srt.disaggregation.base.conn.StateType")
+    # keys and values of two layers, of two heads with 64 and 32 channels in 16 bits
+    windows = [PAGE * 2 * channels * 2 for channels in (64, 64, 32, 32)]
+    assert (kv_args.state_types, kv_args.state_item_lens) == (
+        [kinds.SWA, kinds.DSV4_REQUEST_STATE],
+        [windows, items],
+    )
+    # SGLang takes one half of the windows for keys, as it has no layers for them
+    assert (kv_args.state_layer_ids, kv_args.kv_layer_ids) == ([[], list(LAYERS)], list(LAYERS))
+    assert json.loads(kv_args.kv_layout) == pool.layout
+    # both servers name the pages of the ring through it
+    give_ring(pool)
+    sent = kvcache.request_state_transfer_indices(ROW, 300)
+    assert sent and sent == pool.request_state_transfer_indices(ROW, 300)
+
+
+# tokens; those of them that have windows when the request is taken back, and when it returns: SGLang gives room to less
+@pytest.mark.parametrize(("tokens", "kept", "wanted"), [(100, 100, 100), (300, 172, 172), (300, 172, 44)])
+def test_a_retracted_request_comes_back_with_its_windows(pool, tokens, kept, wanted):
+    kvcache, table = beside_windows(pool), torch.zeros(pool.size + PAGE, dtype=torch.int64)
+    kvcache.register_mapping(table)
+    windows = [*kvcache.swa_kv_pool.k_buffer, *kvcache.swa_kv_pool.v_buffer]
+    for buffer in windows:
+        buffer.normal_()
+    give_ring(pool, start=PAGE)
+    slots, full = slots_of([33, 5, 41])[:tokens], tokens // PAGE
+    table[slots[-kept:]] = slots_of([6, 3])[:kept]
+    records, ring = pool.slab[:, [33, 5][:full]].clone(), pool.request_state_transfer_indices(ROW, tokens)
+    held, exact = [buffer[table[slots[-wanted:]]] for buffer in windows], pool.slab[:, ring].clone()
+    saved = kvcache.get_cpu_copy(slots, req_pool_index=ROW)
+    # everything goes to others
+    pool.slab.random_(256)
+    for buffer in windows:
+        buffer.zero_()
+    table.zero_()
+    give_ring(pool, row=1)
+    slots = slots_of([9, 7, 2])[:tokens]
+    table[slots[-wanted:]] = slots_of([4, 1])[:wanted]
+    kvcache.load_cpu_copy(saved, slots, req_pool_index=1)
+    found = [buffer[table[slots[-wanted:]]] for buffer in windows]
+    assert all(torch.equal(x, y) for x, y in zip(found, held, strict=True))
+    assert torch.equal(pool.slab[:, [9, 7][:full]], records)
+    assert torch.equal(pool.slab[:, pool.request_state_transfer_indices(1, tokens)], exact)
+    assert pool.rings.exact_starts[1] == PAGE
 
 
 @pytest.fixture
