@@ -452,6 +452,7 @@ def test_sliding_share_reads_shapes_and_arguments_of_a_server(monkeypatch):
     monkeypatch.setattr(compat, "attention_backends", lambda args: 1)
     monkeypatch.setattr(compat, "is_sliding_ratio_open", lambda args: True)
     monkeypatch.setattr(compat, "is_since", lambda version: True)
+    monkeypatch.setattr(compat, "published_argument", lambda name: {"disaggregation_mode": "null"}[name])
     monkeypatch.setattr(budget, "draft_token_bytes", lambda kvc: 0)
     share = budget.sliding_share(kvc)
     assert (share.token, share.plain_token) == (2 * 2 * 59, 2 * 2 * 2 * 64 * 2)
