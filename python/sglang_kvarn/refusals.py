@@ -163,11 +163,16 @@ _ONLY_FILES = "only files are tested"
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
 
 
+def _is_trial(device: str, variable: str) -> bool:
+    """Return whether a device is a GPU, where something has not been shown to be right, and nobody asked to try it."""
+    return device != "cpu" and os.environ.get(variable) != "1"
+
+
 def _trial_of_host_memory(applies: Callable[[Any], bool], beside: str) -> Refusal:
     """Return a refusal of host memory on a GPU that a variable lifts."""
 
     def untested(args: Any) -> bool:
-        return args.device != "cpu" and applies(args) and os.environ.get(UNTESTED_HICACHE_ENV) != "1"
+        return applies(args) and _is_trial(args.device, UNTESTED_HICACHE_ENV)
 
     why = f"on a GPU answers of tenants beside {beside} were not compared"
     way_out = f"drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
@@ -390,9 +395,7 @@ _PD = (
         f"drop --speculative-algorithm, or set it to {_one_of(_DRAFTS_OF_TRANSFERS)}",
     ),
     _transfer(
-        lambda args: (
-            args.device != "cpu" and algorithm_of(args) != "" and os.environ.get(UNTESTED_TRANSFERS_ENV) != "1"
-        ),
+        lambda args: algorithm_of(args) != "" and _is_trial(args.device, UNTESTED_TRANSFERS_ENV),
         "--speculative-algorithm with --disaggregation-mode",
         "drafts beside transfers between servers have run on a CPU only",
         f"drop --speculative-algorithm, or set {UNTESTED_TRANSFERS_ENV}=1 to try it",
@@ -648,7 +651,7 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _NO_SALT, "use SGLang 0.5.23"
     elif recv_req.hicache_storage_backend not in _STORAGES:
         why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
-    elif _has_windows(scheduler.model_config) and _is_trial_of_windows(compat.published_argument("device")):
+    elif _has_windows(scheduler.model_config) and _is_trial(compat.published_argument("device"), UNTESTED_WINDOWS_ENV):
         why = "files beside sliding windows have run on a CPU only"
         way_out = f"keep prefixes in memory, or start the server with {UNTESTED_WINDOWS_ENV}=1 to try it"
     elif compat.published_argument("disaggregation_mode") != "null":
@@ -780,8 +783,7 @@ def check_states(server_args: Any, model_config: Any) -> None:
             f"--speculative-adaptive cannot be combined with a kvarn cache of {model}, because a changing number of "
             "drafts is not tested beside states yet: drop --speculative-adaptive"
         )
-    untested = args.device != "cpu" and not _have_drafts_run_beside_states(algorithm)
-    if untested and os.environ.get(UNTESTED_DRAFTS_ENV) != "1":
+    if not _have_drafts_run_beside_states(algorithm) and _is_trial(args.device, UNTESTED_DRAFTS_ENV):
         raise Refused(
             f"--speculative-algorithm {algorithm} cannot be combined with a kvarn cache of {model} on a GPU in SGLang "
             f"{compat.version()}, because beside states drafts of that kind have run on a CPU only: use SGLang "
@@ -889,8 +891,7 @@ def _check_dp_attention_beside(args: Any, model: str, what: str) -> None:
 
 
 def _check_transfers_beside(args: Any, model: str, what: str) -> None:
-    is_untested = args.disaggregation_mode != "null" and args.device != "cpu"
-    if is_untested and os.environ.get(UNTESTED_TRANSFERS_ENV) != "1":
+    if args.disaggregation_mode != "null" and _is_trial(args.device, UNTESTED_TRANSFERS_ENV):
         raise Refused(
             f"--disaggregation-mode cannot be combined with a kvarn cache of {model} on a GPU yet, because transfers "
             f"of {what} beside records have run on a CPU only: drop --disaggregation-mode, or set "
@@ -915,7 +916,7 @@ def _check_host_states(args: Any, model: str) -> None:
             f"{settings.PAGE_SIZE}, so that there is no prefix cache to take into host memory: use SGLang "
             f"{compat.HOSTS_STATES_SINCE}, or drop {_HICACHE}"
         )
-    if args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":
+    if _is_trial(args.device, UNTESTED_HICACHE_ENV):
         raise Refused(
             f"{what} on a GPU yet, because there more answers of tenants differed beside states in host memory than "
             f"with a 16-bit cache, all but one at near ties: drop {_HICACHE}, or set {UNTESTED_HICACHE_ENV}=1 to try it"
@@ -984,7 +985,7 @@ def check_windows(server_args: Any, model_config: Any) -> None:
             f"--attention-backend torch_native cannot attend the sliding windows of {model}, because it reads them at "
             "the slots of the other layers, whatever the cache: drop --attention-backend, or set it to triton"
         )
-    if not _is_trial_of_windows(args.device):
+    if not _is_trial(args.device, UNTESTED_WINDOWS_ENV):
         return
     if not _have_windows_run_on_gpus(model):
         raise Refused(
@@ -1006,11 +1007,6 @@ def check_windows(server_args: Any, model_config: Any) -> None:
                 f"{flag} cannot be combined with a kvarn cache of {model} on a GPU yet, because {what} beside sliding "
                 f"windows have run on a CPU only: drop {flag}, or set {UNTESTED_WINDOWS_ENV}=1 to try it"
             )
-
-
-def _is_trial_of_windows(device: str) -> bool:
-    """Return whether what has run beside sliding windows on a CPU only would be new, and nobody asked to try it."""
-    return device != "cpu" and os.environ.get(UNTESTED_WINDOWS_ENV) != "1"
 
 
 def _have_windows_run_on_gpus(model: str) -> bool:

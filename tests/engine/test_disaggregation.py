@@ -15,7 +15,7 @@ import other_sender
 import pytest
 import server_pair
 from kvarn_kernels.config import KVarNConfig
-from server_pair import Pair, check, works
+from server_pair import OFTEN, Pair, check, works
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
 from transfer_engine_on_cpu import LATE, LOST, RECEIVER_DIES, SENDER_DIES
@@ -36,7 +36,6 @@ RING = KVarNConfig.from_preset(PRESET).ring_pages(HEAD_DIM, 4)
 PAGE_BYTES = LAYERS * HEADS * KVarNConfig.from_preset(PRESET).record_bytes(HEAD_DIM)
 POOL = {"max-total-tokens": (4 * RING + 40) * PAGE}
 SMALL_POOL = {"max-total-tokens": (2 * RING + 14) * PAGE}
-OFTEN = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
 
 
 @pytest.fixture(scope="module")
@@ -237,11 +236,7 @@ def test_unequal_servers_live_and_say_so(tmp_path, what):
     # its values enter the cache without their bias, unless channels stay as they are
     model = tiny_model.save(tmp_path / "model", "qwen2")
     with server_pair.start(tmp_path, model, prefill=POOL | other, decode=POOL) as pair:
-        for _ in range(2):
-            sent, answer = pair.send(prompt(300, seed=28), NEW, in_turn=True)
-            assert sentence in json.dumps(answer.result())
-            assert "output_ids" not in sent.result()
-        pair.expect_empty()
+        server_pair.refuse_each_other(pair, sentence)
 
 
 @pytest.mark.long
@@ -251,10 +246,7 @@ def test_two_ranks_of_each_server_answer_as_one(model, tmp_path):
     with server_pair.start(tmp_path, model, prefill=POOL, decode=SMALL_POOL | OFTEN, **{"tp-size": 2}) as pair:
         assert [check(model, tokens, pair.ask(tokens, NEW), NEW) for tokens in prompts] == [0, 0, 0, 256, 0, 256]
         together = [prompt(150 + 9 * n, seed=60 + n) for n in range(8)]
-        found = [each.result() for each in [pair.send(tokens, 40)[1] for tokens in together]]
-        for tokens, answer in zip(together, found, strict=True):
-            check(model, tokens, answer, 40)
-        assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
+        server_pair.answers_together(pair, model, together, 40)
         # each rank learns of a failure by itself
         with pair.fault(LOST):
             sent, answer = pair.send(prompt(300, seed=22), NEW)

@@ -18,10 +18,10 @@ import known_drafts
 import pytest
 import server_pair
 from kvarn_kernels.config import KVarNConfig
-from server_pair import Pair, check
+from server_pair import OFTEN, Pair, check
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
-from test_disaggregation import HEAD_DIM, HEADS, OFTEN, PAGE
+from test_disaggregation import HEAD_DIM, HEADS, PAGE
 
 from benchmarks.common.tiny_model import expected, prompt
 
@@ -134,11 +134,7 @@ def test_a_server_that_drafts_and_one_that_does_not_say_so(model, tmp_path, with
     for server, chosen in options.items():
         chosen |= {key: value for key, value in own.items() if key.isupper() or server != without}
     with server_pair.start(tmp_path, model, stand_ins=draft_models.STAND_INS, **options) as pair:
-        for _ in range(2):
-            sent, answer = pair.send(prompt(300, seed=28), NEW, in_turn=True)
-            assert "start both servers with the same --speculative-algorithm" in json.dumps(answer.result())
-            assert "output_ids" not in sent.result()
-        pair.expect_empty()
+        server_pair.refuse_each_other(pair, "start both servers with the same --speculative-algorithm")
 
 
 @pytest.mark.long

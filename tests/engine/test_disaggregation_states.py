@@ -7,6 +7,7 @@ state of every step of both servers.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,10 @@ import known_drafts
 import pytest
 import server_pair
 from hybrids import DELTA, MAMBA2, TWO_RANKS
-from kvarn_kernels.config import KVarNConfig
-from server_pair import Pair
+from server_pair import CHECKED, OFTEN, Pair
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
-from transfer_engine_on_cpu import LATE, LOST
+from transfer_engine_on_cpu import LOST
 
 from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import prompt
@@ -34,18 +34,11 @@ pytestmark = [
 
 PRESET, NEW, PAGE = "kvarn", 8, 128
 FAMILIES = [DELTA, *(pytest.param(name, marks=pytest.mark.long) for name in (*MAMBA2, "qwen3_next"))]
-# the decode server has room for two requests at a time, and takes one of them back at every few steps
-OFTEN = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
-CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2"}
 # a layer of states sums in another order than the oracle's
 NEAR = hybrids.MARGIN
 
 
-def pools(folder: str, *, pages: int, rows: int) -> dict[str, int]:
-    """Return the option of a server with a pool of so many pages beside the rings of some requests."""
-    head_dim = json.loads((Path(folder) / "config.json").read_text())["head_dim"]
-    ring = KVarNConfig.from_preset(PRESET).ring_pages(head_dim, 4)
-    return {"max-total-tokens": (rows * ring + pages) * PAGE}
+pools = functools.partial(server_pair.pool, preset=PRESET)
 
 
 def start(folder: Path, model: str, **options):
@@ -94,24 +87,12 @@ def test_answers_are_the_oracles_and_one_state_goes_over_the_wire(pair, model):
 def test_tenants_share_two_places_and_are_retracted_and_each_keeps_its_state(pair, model):
     common = prompt(128, seed=50)
     prompts = [common + prompt(20 + 7 * n, seed=100 + n) for n in range(5)]
-    found = [answer.result() for _, answer in [pair.send(tokens, 24) for tokens in prompts]]
-    for tokens, answer in zip(prompts, found, strict=True):
-        check(model, tokens, answer, 24)
-    assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
+    server_pair.answers_together(pair, model, prompts, 24, NEAR)
     pair.expect_empty()
 
 
 def test_an_aborted_request_leaves_no_state(pair, model):
-    with pair.fault(LATE):
-        _, answer = pair.send(prompt(300, seed=20), NEW, rid="aborted")
-        pair.wait_for_fault(LATE)
-        pair.decode.abort("aborted")
-        assert "Abort" in json.dumps(answer.result())
-    works(pair, model)
-    # both servers count their states once they are idle, and end where one is lost
-    for server in (pair.prefill, pair.decode):
-        server.flush()
-    works(pair, model)
+    server_pair.leaves_nothing_where_it_is_aborted(pair, model, NEAR)
 
 
 @pytest.mark.long
@@ -123,10 +104,7 @@ def test_two_ranks_of_each_server_send_the_states_of_their_heads(tmp_path, famil
         prompts = [prompt(100, 4), first, first, first + prompt(60, 9)]
         assert [check(model, tokens, pair.ask(tokens, NEW)) for tokens in prompts] == [0, 0, 256, 256]
         together = [prompt(150 + 9 * n, seed=60 + n) for n in range(5)]
-        found = [each.result() for each in [pair.send(tokens, 24)[1] for tokens in together]]
-        for tokens, answer in zip(together, found, strict=True):
-            check(model, tokens, answer, 24)
-        assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
+        server_pair.answers_together(pair, model, together, 24, NEAR)
         with pair.fault(LOST):
             sent, answer = pair.send(prompt(300, seed=22), NEW)
             assert "transfer failed" in json.dumps(sent.result()) and "transfer failed" in json.dumps(answer.result())
@@ -139,11 +117,7 @@ def test_servers_with_states_of_other_dtypes_live_and_say_so(tmp_path):
     model = tiny_model.save(tmp_path / "model", "nemotron_h")
     other = pools(model, pages=40, rows=4) | {"mamba-ssm-dtype": "bfloat16"}
     with start(tmp_path, model, prefill=other) as pair:
-        for _ in range(2):
-            sent, answer = pair.send(prompt(300, seed=28), NEW, in_turn=True)
-            assert "start both servers with the same --mamba-ssm-dtype" in json.dumps(answer.result())
-            assert "output_ids" not in sent.result()
-        pair.expect_empty()
+        server_pair.refuse_each_other(pair, "start both servers with the same --mamba-ssm-dtype")
 
 
 @pytest.mark.long
@@ -180,8 +154,5 @@ def test_drafts_are_accepted_and_rejected_beside_states(tmp_path, family, algori
             assert (answer["output_ids"], answer["meta_info"]["cached_tokens"]) == (wanted, cached)
             assert answer["meta_info"]["spec_num_correct_drafts"] > 12
         prompts = [prompt(150 + 9 * n, seed=60 + n) for n in range(5)] + [first[0], turn[0]]
-        found = [each.result() for each in [pair.send(tokens, 24)[1] for tokens in prompts]]
-        for tokens, each in zip(prompts, found, strict=True):
-            check(model, tokens, each, 24)
-        assert sum(each["meta_info"]["num_retractions"] for each in found) > 0
+        server_pair.answers_together(pair, model, prompts, 24, NEAR)
         works(pair, model)

@@ -18,11 +18,10 @@ import hybrids
 import known_drafts
 import pytest
 import server_pair
-import tiny_engines
-from server_pair import Pair
+from server_pair import CHECKED, OFTEN, Pair
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
-from transfer_engine_on_cpu import LATE, LOST
+from transfer_engine_on_cpu import LOST
 
 from benchmarks.common import tiny_model
 from benchmarks.common.tiny_model import WINDOWS_IN_RECORDS, prompt
@@ -41,15 +40,10 @@ DRAFTED = hybrids.PRESET
 FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in ("laguna", "mellum", "step3p5", *WINDOWS_IN_RECORDS)}
 FAMILIES["gpt_oss"] = {"moe-runner-backend": "triton", "TORCH_COMPILE_DISABLE": "1"}
 LONG = [pytest.param(family, marks=pytest.mark.long) for family in ("laguna", "mellum", "step3p5", *WINDOWS_IN_RECORDS)]
-# the decode server has room for two requests at a time, and takes one of them back at every few steps
-OFTEN = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
 STAND_INS = ("triton_attention_on_cpu", "host_pools_on_cpu")
-CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2"}
 
 
-def pools(model: str, *, pages: int, rows: int, drafts: int = 1) -> dict[str, Any]:
-    """Return the option of a server with a pool of so many pages beside the rings of some requests."""
-    return {"max-total-tokens": (rows * tiny_engines.ring_pages(model, PRESET, 4, drafts) + pages) * PAGE}
+pools = functools.partial(server_pair.pool, preset=PRESET)
 
 
 def start(folder: Path, model: str, family: str, **options: Any):
@@ -113,9 +107,7 @@ def test_answers_are_the_oracles_and_windows_go_over_the_wire(pair, model, famil
 def test_windows_that_were_received_are_left_behind_and_requests_retracted_amid_it(pair, model, length):
     # answers of more than a window and a page
     prompts = [prompt(length + 9 * n, seed=70 + n) for n in range(3)]
-    found = [answer.result() for _, answer in [pair.send(tokens, 270) for tokens in prompts]]
-    for tokens, answer in zip(prompts, found, strict=True):
-        check(model, tokens, answer, 270)
+    found = server_pair.answers_together(pair, model, prompts, 270, NEAR)
     assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 3
     pair.expect_empty()
 
@@ -123,24 +115,12 @@ def test_windows_that_were_received_are_left_behind_and_requests_retracted_amid_
 def test_tenants_are_retracted_and_none_reads_the_windows_of_another(pair, model):
     common = prompt(256, seed=50)
     prompts = [common + prompt(20 + 7 * n, seed=100 + n) for n in range(6)]
-    found = [answer.result() for _, answer in [pair.send(tokens, 40) for tokens in prompts]]
-    for tokens, answer in zip(prompts, found, strict=True):
-        check(model, tokens, answer, 40)
-    assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
+    server_pair.answers_together(pair, model, prompts, 40, NEAR)
     pair.expect_empty()
 
 
 def test_an_aborted_request_leaves_no_window(pair, model):
-    with pair.fault(LATE):
-        _, answer = pair.send(prompt(300, seed=20), NEW, rid="aborted")
-        pair.wait_for_fault(LATE)
-        pair.decode.abort("aborted")
-        assert "Abort" in json.dumps(answer.result())
-    server_pair.works(pair, model, NEAR)
-    # both servers count their windows once they are idle, and end where one is lost
-    for server in (pair.prefill, pair.decode):
-        server.flush()
-    server_pair.works(pair, model, NEAR)
+    server_pair.leaves_nothing_where_it_is_aborted(pair, model, NEAR)
 
 
 @pytest.mark.long
@@ -168,10 +148,7 @@ def test_two_ranks_of_each_server_send_the_windows_of_their_heads(tmp_path, fami
         prompts = [prompt(100, 4), first, first, first + prompt(60, 9)]
         assert [check(model, tokens, pair.ask(tokens, NEW)) for tokens in prompts] == [0, 0, 256, 256]
         together = [prompt(150 + 9 * n, seed=60 + n) for n in range(5)]
-        found = [each.result() for each in [pair.send(tokens, 24)[1] for tokens in together]]
-        for tokens, answer in zip(together, found, strict=True):
-            check(model, tokens, answer, 24)
-        assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
+        server_pair.answers_together(pair, model, together, 24, NEAR)
         with pair.fault(LOST):
             sent, answer = pair.send(prompt(300, seed=22), NEW)
             assert "transfer failed" in json.dumps(sent.result()) and "transfer failed" in json.dumps(answer.result())

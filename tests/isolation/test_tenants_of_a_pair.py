@@ -24,7 +24,7 @@ import pytest
 import server_pair
 import torch
 from kvarn_kernels.config import KVarNConfig
-from server_pair import Pair
+from server_pair import OFTEN, Pair
 from sglang_kvarn import compat
 from sglang_kvarn.cpu import platform
 from transfer_engine_on_cpu import LATE, LOST
@@ -48,7 +48,6 @@ ABORTS, PATIENCE = 0.2, 4
 RING, PAGE = KVarNConfig.from_preset(PRESET).ring_pages(64, 4), 128
 POOL = {"max-total-tokens": (4 * RING + 24) * PAGE}
 SMALL_POOL = {"max-total-tokens": (2 * RING + 14) * PAGE}
-OFTEN = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
 
 
 @dataclass

@@ -269,7 +269,7 @@ MUTATIONS = (
     Mutation(
         "host memory on a GPU beside what was compared on none",
         REFUSALS,
-        'args.device != "cpu" and applies(args) and os.environ.get(UNTESTED_HICACHE_ENV) != "1"',
+        "applies(args) and _is_trial(args.device, UNTESTED_HICACHE_ENV)",
         "False",
         (f"{TEST_REFUSALS}::test_check_arguments_takes_host_memory_on_a_gpu_where_answers_were_compared",),
     ),

@@ -162,7 +162,7 @@ def checkpoints_states""",
     Mutation(
         "states in host memory of a GPU taken as tested",
         REFUSALS,
-        """    if args.device != "cpu" and os.environ.get(UNTESTED_HICACHE_ENV) != "1":""",
+        "    if _is_trial(args.device, UNTESTED_HICACHE_ENV):",
         "    if False:",
         (f"{TEST_MODELS}::test_host_memory_for_states_is_a_trial_on_a_gpu",),
     ),

@@ -354,8 +354,8 @@ MUTATIONS = (
     Mutation(
         "transfers of states on a GPU that nobody has tried",
         REFUSALS,
-        """is_untested = args.disaggregation_mode != "null" and args.device != "cpu"\n""",
-        "is_untested = False\n",
+        """if args.disaggregation_mode != "null" and _is_trial(args.device, UNTESTED_TRANSFERS_ENV):""",
+        "if False:",
         (f"{TEST_MODELS}::test_transfers_of_states_are_a_trial_on_a_gpu",),
     ),
     Mutation(

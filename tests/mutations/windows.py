@@ -279,8 +279,8 @@ MUTATIONS = (
     Mutation(
         "files beside sliding windows of a running server on a GPU",
         REFUSALS,
-        'elif _has_windows(scheduler.model_config) and _is_trial_of_windows(compat.published_argument("device")):',
-        "elif False:",
+        """_is_trial(compat.published_argument("device"), UNTESTED_WINDOWS_ENV)""",
+        "False",
         (f"{TEST_REFUSALS}::test_a_running_server_attaches_what_it_could_start_with",),
     ),
     Mutation(

@@ -24,6 +24,7 @@ from typing import Any
 import engine_plugin
 import forked_server
 import httpx
+import tiny_engines
 import torch
 import transfer_engine_on_cpu
 from host_faults import wait_for
@@ -58,9 +59,17 @@ ENVIRONMENT = {
 if ON_GPU:
     OPTIONS |= {"mem-fraction-static": 0.3, "cuda-graph-max-bs-decode": ROWS}
     FLAGS = (*FLAGS, "disable-prefill-cuda-graph")
+# of a decode server that takes running requests back at every few steps, and of one that counts every page in each
+OFTEN = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+CHECKED = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2"}
 # how servers start: on a GPU as for a user
 _SERVER = ["-m", "sglang.launch_server"] if ON_GPU else [forked_server.__file__]
 _rooms = count(1)
+
+
+def pool(model: str, preset: str, *, pages: int, rows: int, drafts: int = 1) -> dict[str, int]:
+    """Return the option of a server with a pool of so many pages beside the rings of some requests, in 32 bits."""
+    return {"max-total-tokens": (rows * tiny_engines.ring_pages(model, preset, 4, drafts) + pages) * 128}
 
 
 def free_port() -> int:
@@ -226,6 +235,40 @@ def check(
     below = expected.amax(-1) - expected.gather(-1, torch.tensor(found)[:, None])[:, 0]
     assert (below.max() <= near, len(found)) == (True, new_tokens), (cached, below.tolist())
     return cached
+
+
+def answers_together(
+    pair: Pair, model: str, prompts: list[list[int]], new_tokens: int, near: float = 0.0
+) -> list[dict[str, Any]]:
+    """Send requests at once; return the answers, which are the oracle's as in `check`, some of them retracted."""
+    found = [answer.result() for _, answer in [pair.send(tokens, new_tokens) for tokens in prompts]]
+    for tokens, answer in zip(prompts, found, strict=True):
+        check(model, tokens, answer, new_tokens, near)
+    assert sum(answer["meta_info"]["num_retractions"] for answer in found) > 0
+    return found
+
+
+def leaves_nothing_where_it_is_aborted(pair: Pair, model: str, near: float = 0.0) -> None:
+    """Abort a request while it is sent, and check that servers which count what they hold lose nothing; as `check`."""
+    with pair.fault(transfer_engine_on_cpu.LATE):
+        _, answer = pair.send(tiny_model.prompt(300, seed=20), 8, rid="aborted")
+        pair.wait_for_fault(transfer_engine_on_cpu.LATE)
+        pair.decode.abort("aborted")
+        assert "Abort" in json.dumps(answer.result())
+    works(pair, model, near)
+    # both servers count once they are idle, and end where something is lost
+    for server in (pair.prefill, pair.decode):
+        server.flush()
+    works(pair, model, near)
+
+
+def refuse_each_other(pair: Pair, sentence: str) -> None:
+    """Check that requests fail at both servers, with the sentence of the one that answers, and that both go on."""
+    for _ in range(2):
+        sent, answer = pair.send(tiny_model.prompt(300, seed=28), 8, in_turn=True)
+        assert sentence in json.dumps(answer.result())
+        assert "output_ids" not in sent.result()
+    pair.expect_empty()
 
 
 def works(pair: Pair, model: str, near: float = 0.0) -> None:
