@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from kvarn_kernels.dense import extend_dense
-from kvarn_kernels.read import columns_sm90, decode, decode_sm90, extend_sm90, merge, verify_sm90
+from kvarn_kernels.read import columns_sm90, decode, decode_sm90, extend_sm90, finish_short, merge, verify_sm90
 from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
 Places = dict[str, list[tuple[Any, str]]]
@@ -26,7 +26,7 @@ PREFILL: Places = {
     "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],
     "dequantise": [(extend_dense, "dequantise"), (extend_dense, "dequantise_by_cuda")],
     "attention": [(extend_dense, "run_call"), (extend_sm90, "attend")],
-    "merge": [(extend_dense, "merge_parts"), (merge, "merge_splits")],
+    "merge": [(extend_dense, "merge_parts"), (merge, "merge_splits"), (finish_short, "finish")],
     "store": [(store, "store_chunk"), (chunk_cuda, "store_chunk")],
 }
 

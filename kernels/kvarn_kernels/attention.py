@@ -23,7 +23,17 @@ from kvarn_kernels.dense import extend_dense, paged_calls
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import Gpu, gpu_of
 from kvarn_kernels.memory import LayerCache
-from kvarn_kernels.read import columns_sm90, decode, decode_plan, decode_sm90, extend, extend_sm90, merge, verify_sm90
+from kvarn_kernels.read import (
+    columns_sm90,
+    decode,
+    decode_plan,
+    decode_sm90,
+    extend,
+    extend_sm90,
+    finish_short,
+    merge,
+    verify_sm90,
+)
 from kvarn_kernels.shape import AttentionShape
 from kvarn_kernels.write import chunk_cuda, encode, encode_cuda, rotate, store
 
@@ -398,12 +408,12 @@ class Attention:
         # the encoder and the attention read the ring as it was before this chunk, so the ring is written last
         if isinstance(plan, extend_sm90.ShortPlan):
             self._attend_short(rotated, out, cache, batch, plan, sm_scale, sinks)
+            return
+        self._encode.encode_from_chunk(rotated, cache, batch, config)
+        if isinstance(plan, extend_dense.DensePlan):
+            extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
         else:
-            self._encode.encode_from_chunk(rotated, cache, batch, config)
-            if isinstance(plan, extend_dense.DensePlan):
-                extend_dense.extend_dense(new, out, cache, batch, plan, config, sm_scale, sinks)
-            else:
-                extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
+            extend.extend(rotated, out, cache, batch, plan, config, sm_scale, sinks)
         self._store.store_chunk(rotated, cache, batch, config)
 
     def _attend_short(
@@ -419,5 +429,4 @@ class Attention:
         partial_out, partial_lse = extend_sm90.attend(rotated, cache, batch, plan, self.config, sm_scale)
         # beside the attention, which reads nothing that this step encodes
         self._encode.encode_from_chunk(rotated, cache, batch, self.config, early_start=True)
-        results = partial_out.flatten(0, 1), partial_lse.flatten(0, 1)
-        merge.merge_splits(out[: batch.num_tokens], *results, plan.split_indptr, self.config, sinks)
+        finish_short.finish(out, partial_out, partial_lse, rotated, cache, batch, self.config, sinks)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
+import cuda_as_cpp
 import pytest
 import short_steps_on_cpu
 import torch
@@ -31,7 +32,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.extend_choice import SHORT
-from kvarn_kernels.read import attend_rows, extend_sm90
+from kvarn_kernels.read import attend_rows, extend_sm90, finish_short
 from kvarn_kernels.shape import AttentionShape
 from test_decode import TOLERANCE, make_requests
 
@@ -78,18 +79,39 @@ def built(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def run_as_cpp(built, monkeypatch):
-    """Let the kernel run as C++ where there is no GPU; return what sets the seed of the schedule."""
-    chosen = SimpleNamespace(seed=0)
+    """Let the kernels run as C++ where there is no GPU; return what sets the seed of the schedule.
+
+    Returns also `late`, the parameter of the attention whose memory another kernel still writes when it starts.
+    """
+    chosen = SimpleNamespace(seed=0, late=None)
     if torch.cuda.is_available():
         return chosen
 
     def kernel(*form):
         if form not in built.kernels:
             built.kernels[form] = short_steps_on_cpu.as_cpp(built.folder, *form[:-1])
-        return lambda *args, **named: built.kernels[form](*args, seed=chosen.seed, **named)
+        launch = built.kernels[form]
 
-    monkeypatch.setattr(extend_sm90, "_compiled", kernel)
-    monkeypatch.setattr(extend_sm90, "current_stream", lambda device: 0)
+        def attend(*args, **named) -> None:
+            if chosen.late is None:
+                launch(*args, seed=chosen.seed, **named)
+                return
+            written = named[chosen.late]
+            memory, after = written.view(torch.uint8), written.clone().view(torch.uint8)
+            written.fill_(float("nan"))
+            with cuda_as_cpp.start_beside(launch, memory, after):
+                launch(*args, seed=chosen.seed, **named)
+
+        return attend
+
+    def finish_kernel(*form):
+        if form not in built.kernels:
+            built.kernels[form] = short_steps_on_cpu.finish_as_cpp(built.folder, *form[:-1])
+        return built.kernels[form]
+
+    for module, made in ((extend_sm90, kernel), (finish_short, finish_kernel)):
+        monkeypatch.setattr(module, "_compiled", made)
+        monkeypatch.setattr(module, "current_stream", lambda device: 0)
     return chosen
 
 
@@ -145,7 +167,7 @@ def attend(
     )
     assert extend_sm90.serves_step(batch, config)
     rotated = QKV(q, *(torch.cat(side).contiguous() for side in zip(*chunks, strict=True)))
-    plan = extend_sm90.ShortPlan(splits, torch.empty(0))
+    plan = extend_sm90.ShortPlan(splits)
     sm_scale = head_dim**-0.5
     out, lse = merged(*extend_sm90.attend(rotated, cache, batch, plan, config, sm_scale))
     expected, largest, first = [torch.empty_like(out), torch.empty_like(lse)], 0.0, 0
@@ -226,6 +248,13 @@ def test_records_may_land_late_and_warps_stand_still(run_as_cpp, seed):
     run_as_cpp.seed = seed
     # every buffer is filled several times
     check(KVARN, torch.bfloat16, 64, (3, 1), [(11 * PAGE, 3, 0)], 1)
+
+
+@on_cpu
+@pytest.mark.parametrize("late", ["rotated_q", "chunk_k", "chunk_v"])
+def test_new_tokens_are_not_read_before_they_are_rotated(run_as_cpp, late):
+    run_as_cpp.late = late
+    check(KVARN, torch.bfloat16, 64, (3, 1), [(3 * PAGE + 5, 40, 0)], 2)
 
 
 def larger(k, v, q) -> None:

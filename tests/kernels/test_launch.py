@@ -13,7 +13,7 @@ from kvarn_kernels.config import KVarNConfig
 from kvarn_kernels.device import nvrtc
 from kvarn_kernels.device.gpu import H100
 from kvarn_kernels.device.launch import CudaLauncher, TritonLauncher
-from kvarn_kernels.read import columns_sm90, decode_sm90, extend_sm90, verify_sm90
+from kvarn_kernels.read import columns_sm90, decode_sm90, extend_sm90, finish_short, verify_sm90
 from kvarn_kernels.write import encode_cuda
 
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
@@ -161,9 +161,9 @@ def passed(monkeypatch) -> dict[str, tuple[str, ...]]:
         return lambda grid, stream, early_start=False, **named: found.update({kernel: tuple(named)})
 
     monkeypatch.setattr(nvrtc, "compile_kernel", compile_kernel)
-    for module in (decode_sm90, encode_cuda, extend_sm90):
+    for module in (decode_sm90, encode_cuda, extend_sm90, finish_short):
         monkeypatch.setattr(module, "current_stream", lambda device: 0)
-    for module in (columns_sm90, decode_sm90, encode_cuda, extend_sm90, verify_sm90):
+    for module in (columns_sm90, decode_sm90, encode_cuda, extend_sm90, finish_short, verify_sm90):
         # what is kept beyond this test must be the kernel itself
         monkeypatch.setattr(module, "_compiled", module._compiled.__wrapped__)
     return found
@@ -182,8 +182,9 @@ def test_wrappers_pass_the_parameters_of_the_cuda_kernels_by_name(passed):
     new = QKV(chunk.repeat(1, 2, 1), chunk, chunk)
     encode_cuda.encode_from_chunk(new, cache, extend_step, config)
     plan = extend_sm90.plan_short(extend_step, shape_of(cache, 4), config, H100)
-    extend_sm90.attend(new, cache, extend_step, plan, config, 1.0)
-    modules = {module.KERNEL: module for module in (columns_sm90, decode_sm90, extend_sm90, verify_sm90)}
+    results = extend_sm90.attend(new, cache, extend_step, plan, config, 1.0)
+    finish_short.finish(torch.empty_like(new.q), *results, new, cache, extend_step, config)
+    modules = {module.KERNEL: module for module in (columns_sm90, decode_sm90, extend_sm90, finish_short, verify_sm90)}
     assert set(passed) == {*modules, *encode_cuda.KERNELS}
     for kernel, names in passed.items():
         source = modules.get(kernel, encode_cuda).SOURCE.read_text()

@@ -8,9 +8,9 @@ from .paths import ATTENTION, TEST_DECODE, TEST_EXTEND, TEST_EXTEND_DENSE
 
 _STORE_STEP = "        rotate.rotate_to_rings(new, workspace.rotated_q, cache, batch, config)\n"
 _ENCODE_STEP = "        self._encode.encode_from_ring(cache, batch, config)\n"
-_STORE_CHUNK = "            self._store.store_chunk(rotated, cache, batch, config)\n"
-_ENCODE_CHUNK = "            self._encode.encode_from_chunk(rotated, cache, batch, config)\n"
-_ATTEND = "            if isinstance(plan, extend_dense.DensePlan):\n"
+_STORE_CHUNK = "        self._store.store_chunk(rotated, cache, batch, config)\n"
+_ENCODE_CHUNK = "        self._encode.encode_from_chunk(rotated, cache, batch, config)\n"
+_ATTEND = "        if isinstance(plan, extend_dense.DensePlan):\n"
 
 MUTATIONS = (
     Mutation(

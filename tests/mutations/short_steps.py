@@ -9,20 +9,60 @@ from .paths import (
     ATTENTION,
     EXTEND_CHOICE,
     EXTEND_SM90,
+    FINISH_SHORT,
     OPERANDS,
+    RING_ROW,
     TEST_ATTENTION,
     TEST_EXTEND_SM90,
+    TEST_FINISH_SHORT,
     TEST_VERIFY_SM90,
     VERIFY_SM90,
 )
 
 _LENGTHS = (f"{TEST_EXTEND_SM90}::test_requests_of_any_length_are_attended_together",)
 _LATE = (f"{TEST_EXTEND_SM90}::test_records_may_land_late_and_warps_stand_still",)
+_ROTATED = (f"{TEST_EXTEND_SM90}::test_new_tokens_are_not_read_before_they_are_rotated",)
+_MERGED = (f"{TEST_FINISH_SHORT}::test_splits_are_merged_and_rings_get_the_newest_tokens",)
 _MAGNITUDES = (f"{TEST_EXTEND_SM90}::test_scores_and_values_of_any_magnitude_are_attended",)
 _VERIFIED = (f"{TEST_VERIFY_SM90}::test_drafts_match_the_oracle_in_every_form",)
 _ENCODED = f"{TEST_ATTENTION}::test_the_kernel_of_short_steps_reads_no_page_that_they_encode"
 
 MUTATIONS = (
+    Mutation(
+        "new tokens read before they are rotated (extend)",
+        ATTEND_ROWS,
+        "  work.wait_for_inputs();\n",
+        "",
+        _ROTATED,
+    ),
+    Mutation(
+        "results merged before they are there (extend)",
+        FINISH_SHORT,
+        "  wait_for_previous();\n",
+        "",
+        (f"{TEST_FINISH_SHORT}::test_it_waits_for_the_attention_that_it_starts_beside",),
+    ),
+    Mutation(
+        "sinks of another base (extend)",
+        FINISH_SHORT,
+        "const float log2_e = 1.4426950408889634f;",
+        "const float log2_e = 1.f;",
+        _MERGED,
+    ),
+    Mutation(
+        "splits beyond the first four left out (extend)",
+        FINISH_SHORT,
+        "begin < splits; begin += LOADS",
+        "begin < min(splits, LOADS); begin += LOADS",
+        _MERGED,
+    ),
+    Mutation(
+        "the oldest new tokens kept in the ring",
+        RING_ROW,
+        "position = seq_lens[request] - 1 - back;",
+        "position = prefix_len + back;",
+        _MERGED,
+    ),
     Mutation(
         "operands not fenced before products read them (extend)",
         ATTEND_ROWS,

@@ -64,8 +64,8 @@ def build(
     def argument(x: torch.Tensor | int | float) -> Any:
         if isinstance(x, torch.Tensor):
             return ctypes.c_void_p(x.data_ptr())
-        # the kernel gets the bits of a float
-        return struct.unpack("<i", struct.pack("<f", x))[0] if isinstance(x, float) else x
+        # the kernel gets the bits of a float; 0 can be no address, of 64 bits
+        return ctypes.c_int64(struct.unpack("<i", struct.pack("<f", x))[0] if isinstance(x, float) else x)
 
     def launch(
         grid: tuple[int, int, int],

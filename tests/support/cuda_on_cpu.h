@@ -84,7 +84,10 @@ inline void wait(Barrier& barrier) {
     barrier.generation++;
     return;
   }
-  while (barrier.generation == generation) yield();
+  for (int n = 0; barrier.generation == generation; n++) {
+    if (n > 1000000) failure = "thread " + std::to_string(threadIdx.x) + " waits at a barrier for ever";
+    yield();
+  }
 }
 
 inline void __syncthreads() { wait(block->all); }

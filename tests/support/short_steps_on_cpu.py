@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel of short extend steps as C++, also in a process of an engine, beside interpreted ones."""
+"""The kernels of short extend steps as C++, also in a process of an engine, beside interpreted ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cuda_as_cpp
 from kvarn_kernels import attention, extend_choice
-from kvarn_kernels.read import extend_sm90
+from kvarn_kernels.read import extend_sm90, finish_short
 
 # what the kernel attended, to be read in the log of the engine
 LINE = "attended by extend_sm90 as C++"
@@ -25,10 +25,22 @@ def as_cpp(folder: Path, *form) -> Callable[..., None]:
     return cuda_as_cpp.build(folder, extend_sm90.SOURCE, extend_sm90.KERNEL, defines, extend_sm90.WARPS.threads, before)
 
 
+def finish_as_cpp(folder: Path, *form) -> Callable[..., None]:
+    """Return the same of what ends the step, by the arguments of `finish_short.constants`."""
+    defines, threads = finish_short.constants(*form), 32 * finish_short.WARPS
+    return cuda_as_cpp.build(folder, finish_short.SOURCE, finish_short.KERNEL, defines, threads)
+
+
 @functools.cache
 def compiled(*form) -> Callable[..., None]:
     """Stand in for `extend_sm90._compiled`, whose last argument is a device."""
     return as_cpp(Path(tempfile.mkdtemp()), *form[:-1])
+
+
+@functools.cache
+def finish_compiled(*form) -> Callable[..., None]:
+    """Stand in for `finish_short._compiled`, whose last argument is a device."""
+    return finish_as_cpp(Path(tempfile.mkdtemp()), *form[:-1])
 
 
 def install() -> None:
@@ -44,3 +56,4 @@ def install() -> None:
 
     attention.choose_kernels, extend_choice.SHORT_PAGES = with_short, 1
     extend_sm90._compiled, extend_sm90.current_stream, extend_sm90.attend = compiled, lambda device: 0, logged
+    finish_short._compiled, finish_short.current_stream = finish_compiled, lambda device: 0

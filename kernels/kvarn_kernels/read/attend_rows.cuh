@@ -26,6 +26,7 @@
 //     position_of(row)             of its token, of a row that is none that of the last
 //     exact_start                  tokens of the request that came from the prefix cache
 //     query_of(row)                its row of rotated_q; result_of(row): of out and lse
+//     wait_for_inputs()            until queries and exact tokens can be read; records can be from the start
 //     exact_row(position, side, ring_pages)   the address of a token's key (side 0) or value; ring_pages: in shared memory
 //
 // Lane 4 g + q. The constants in capitals that are not set here come from attend_rows.py.
@@ -151,6 +152,7 @@ __device__ __forceinline__ void attend_rows(u8* memory, Shared& shared, const Wo
   if (thread < RING_PAGES) shared.ring_pages[thread] = work.ring_pages[thread];
   if (thread < BLOCK_ROWS) shared.row[thread] = thread < rows ? (int)work.result_of(thread) : -1;
   __syncthreads();
+  work.wait_for_inputs();
   // queries are divided by a power of two, the same for the block
   int largest = 0;
   for (int n = thread; n < rows * (D / 4); n += THREADS) {

@@ -2,7 +2,8 @@
 // Extend attention of a few new tokens for sm_90a: rows of attend_rows.cuh, a query head for a new token each.
 //
 // A block attends one split of the pages of a request for one KV head and BLOCK_ROWS rows: records, then the ring as it
-// was before this step, and the new tokens. The encoder may start beside it: nothing is read here that this step writes.
+// was before this step, and the new tokens. It starts beside the kernel that rotates these, and waits for it once it has
+// ordered its first records. The encoder may start beside it: nothing is read here that this step writes.
 
 #include "device/early_start.cuh"
 #include "read/attend_rows.cuh"
@@ -26,6 +27,11 @@ struct Work {
   }
   __device__ __forceinline__ long long query_of(int row) const { return row_of(row, 1, 0); }
   __device__ __forceinline__ int result_of(int row) const { return (int)row_of(row, splits, split); }
+  __device__ __forceinline__ void wait_for_inputs() const {
+    wait_for_previous();
+    // in this order: the encoder reads what has been rotated
+    let_next_start();
+  }
   // what comes after the last token is not seen
   __device__ __forceinline__ const u8* exact_row(int position, int side, const int* ring_pages) const {
     const int known = min(position, last);
@@ -49,7 +55,6 @@ kvarn_extend(const float* __restrict__ rotated_q, const u8* __restrict__ chunk_k
   work.head = blockIdx.y % HK, work.split = blockIdx.y / HK, work.splits = splits;
   work.first_token = qo_indptr[b], work.first_row = blockIdx.x * BLOCK_ROWS;
   work.rows = min((qo_indptr[b + 1] - work.first_token) * GROUP - work.first_row, BLOCK_ROWS);
-  let_next_start();
   if (work.rows <= 0) return;
   work.prefix_len = prefix_lens[b], work.exact_start = exact_starts[b];
   work.ring_pages = ring_pages + b * RING_PAGES;

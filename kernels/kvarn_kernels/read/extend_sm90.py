@@ -41,11 +41,9 @@ class ShortPlan:
 
     Attributes:
         splits: into how many parts the pages of a request are cut.
-        split_indptr: int32 [T + 1], the first split of each token.
     """
 
     splits: int
-    split_indptr: torch.Tensor
 
 
 def serves(head_dim: int, gpu: Gpu) -> bool:
@@ -103,9 +101,7 @@ def partial_bytes(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig
 
 def plan_short(batch: ExtendBatch, shape: AttentionShape, config: KVarNConfig, gpu: Gpu) -> ShortPlan:
     """Plan a step that `serves_step`, once for all layers."""
-    splits = num_splits(batch, shape, config, gpu)
-    stop, device = (batch.num_tokens + 1) * splits, batch.page_table.device
-    return ShortPlan(splits, torch.arange(0, stop, splits, dtype=torch.int32, device=device))
+    return ShortPlan(num_splits(batch, shape, config, gpu))
 
 
 def constants(
@@ -129,7 +125,8 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend the new tokens of each request by the position rule; the first call compiles (seconds).
 
-    Reads records, the ring as it was before this chunk, and the chunk. What runs next on the stream may start at once
+    Reads records, the ring as it was before this chunk, and the chunk. It may start before what was queued last on the
+    stream, which rotates the chunk and writes nothing else, has ended; what is queued next may start when that has
     (device/early_start.cuh).
 
     Args:
@@ -150,6 +147,7 @@ def attend(
     _compiled(config, head_dim, kv_heads, group, is_bf16, ring_pages, device.index or 0)(
         (row_blocks(max(batch.new_tokens), group), plan.splits * kv_heads, batch.prefix_lens.shape[0]),
         current_stream(device),
+        early_start=True,
         rotated_q=rotated.q,
         chunk_k=rotated.k,
         chunk_v=rotated.v,

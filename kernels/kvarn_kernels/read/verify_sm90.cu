@@ -29,6 +29,7 @@ struct Work {
   }
   __device__ __forceinline__ long long query_of(int row) const { return row_of(request, row); }
   __device__ __forceinline__ int result_of(int row) const { return row_of(split, row); }
+  __device__ __forceinline__ void wait_for_inputs() const {}
   // what comes after the last draft is not seen
   __device__ __forceinline__ const u8* exact_row(int position, int side, const int* ring_pages) const {
     return ring_row(records, ring_pages, head, min(position, last), side);

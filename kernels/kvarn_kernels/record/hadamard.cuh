@@ -2,6 +2,8 @@
 // The rotation of single rows: a warp holds a row of D channels, a lane ROW_CHANNELS of them, one after the other. Needs D,
 // BF16 and ROTATION_SCALE, 1 / sqrt(D).
 
+#include "device/fragments.cuh"
+
 constexpr int ROW_CHANNELS = D / 32;
 
 // a pair in the model's dtype
@@ -9,14 +11,8 @@ __device__ __forceinline__ u32 model_pair(float low, float high) {
   return BF16 ? pack_bf16(low, high) : pack_half(low, high);
 }
 
-// x = row H of a row in the model's dtype; sums are float32
-__device__ __forceinline__ void rotate_row(float (&x)[ROW_CHANNELS], const u32* row, int lane) {
-#pragma unroll
-  for (int n = 0; n < ROW_CHANNELS; n += 2) {
-    const u32 pair = row[(ROW_CHANNELS * lane + n) / 2];
-    x[n] = BF16 ? __int_as_float(pair << 16) : low_half(pair);
-    x[n + 1] = BF16 ? __int_as_float(pair & 0xFFFF0000u) : high_half(pair);
-  }
+// x = x H, in float32
+__device__ __forceinline__ void rotate(float (&x)[ROW_CHANNELS], int lane) {
 #pragma unroll
   for (int bit = 1; bit < ROW_CHANNELS; bit *= 2)
 #pragma unroll
@@ -35,4 +31,15 @@ __device__ __forceinline__ void rotate_row(float (&x)[ROW_CHANNELS], const u32* 
     }
 #pragma unroll
   for (int n = 0; n < ROW_CHANNELS; n++) x[n] *= ROTATION_SCALE;
+}
+
+// x = row H of a row in the model's dtype
+__device__ __forceinline__ void rotate_row(float (&x)[ROW_CHANNELS], const u32* row, int lane) {
+#pragma unroll
+  for (int n = 0; n < ROW_CHANNELS; n += 2) {
+    const u32 pair = row[(ROW_CHANNELS * lane + n) / 2];
+    x[n] = BF16 ? __int_as_float(pair << 16) : low_half(pair);
+    x[n + 1] = BF16 ? __int_as_float(pair & 0xFFFF0000u) : high_half(pair);
+  }
+  rotate(x, lane);
 }

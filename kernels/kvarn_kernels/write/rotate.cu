@@ -2,7 +2,7 @@
 // Rotate the new tokens of an extend step, for sm_80 and newer; the contract of rotate.rotate_chunk. A warp has a row of
 // D channels. The constants in capitals that are not set here come from chunk_cuda.py.
 
-#include "device/fragments.cuh"
+#include "device/early_start.cuh"
 #include "record/hadamard.cuh"
 
 constexpr int ROW_WORDS = D / 2;
@@ -13,6 +13,7 @@ kvarn_rotate_chunk(const u32* __restrict__ k, const u32* __restrict__ v, const u
                    u32* __restrict__ k_out, u32* __restrict__ v_out, float* __restrict__ q_out, int num_tokens,
                    int stride_k_token, int stride_k_head, int stride_v_token, int stride_v_head, int stride_q_token,
                    int stride_q_head) {
+  let_next_start();
   const int part = blockIdx.y, lane = threadIdx.x % 32;
   const long long row = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
   const int heads = part == 2 ? HQ : HK;
