@@ -379,7 +379,7 @@ def test_extend_sm90_compiles_into_registers(form, tmp_path):
 @pytest.mark.parametrize("head_dim", attend_rows.HEAD_DIMS)
 def test_extend_sm90_fits_the_shared_memory_of_an_h100(preset, head_dim):
     defines = extend_sm90.constants(KVarNConfig.from_preset(preset), head_dim, 8, 8, True, 10)
-    taken = defines["SHARED_BYTES"] + attend_rows.table_bytes(extend_sm90.ROWS) + attend_rows.RESERVED_BYTES
+    taken = defines["SHARED_BYTES"] + attend_rows.table_bytes(extend_sm90.ROWS, head_dim) + attend_rows.RESERVED_BYTES
     assert taken <= H100.shared_of_multiprocessor
 
 
@@ -395,7 +395,7 @@ def test_splits_fill_the_gpu_in_whole_waves():
     # 132 multiprocessors; 8, 16, 32, 64 and 512 blocks of pages in one piece
     assert [of([new], 32_768) for new in (1, 32, 64, 128, 256)] == [16, 16, 8, 4, 2]
     assert of([100] * 16, 20_480) == 1
-    # an exact page or two records each: the page of the token and the one before it are exact
-    assert of([1], 1) == 1 and of([1], 128) == of([1], 129) == 2 and of([1], 3 * 128) == 3
+    # an exact page or three records each: the page of the token and the one before it are exact
+    assert of([1], 1) == 1 and of([1], 128) == of([1], 129) == 2 and of([1], 6 * 128) == 3
     # 96 blocks, beside which the 16 of the encoder fit, where 128 would end before it; without it 128
     assert of([128], 8_064) == 3 and of([127], 8_064) == 4

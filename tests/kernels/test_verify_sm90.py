@@ -137,7 +137,7 @@ def test_verify_sm90_compiles_into_registers(form, tmp_path):
 def test_verify_sm90_fits_the_shared_memory_and_registers_of_an_h100(preset, head_dim, drafts):
     config, warps = KVarNConfig.from_preset(preset), verify_sm90.warps(4, drafts)
     defines = verify_sm90.constants(config, head_dim, 8, 4, True, config.ring_pages(head_dim, 2, drafts), drafts)
-    taken = defines["SHARED_BYTES"] + attend_rows.table_bytes(warps.rows) + attend_rows.RESERVED_BYTES
+    taken = defines["SHARED_BYTES"] + attend_rows.table_bytes(warps.rows, head_dim) + attend_rows.RESERVED_BYTES
     assert taken <= H100.shared_of_multiprocessor
     # a block begins with as many for each thread, a multiple of 8, as fit
     taken = 256 * warps.writer_registers + 2 * warps.rows * warps.reader_registers

@@ -29,6 +29,13 @@ _ENCODED = f"{TEST_ATTENTION}::test_the_kernel_of_short_steps_reads_no_page_that
 
 MUTATIONS = (
     Mutation(
+        "addresses of exact tokens overwritten while they are read (extend)",
+        ATTEND_ROWS,
+        "        sync_group(1 + writes_values);  // those of the tile before are read no more\n",
+        "",
+        (f"{TEST_VERIFY_SM90}::test_records_may_land_late_and_warps_stand_still",),
+    ),
+    Mutation(
         "new tokens read before they are rotated (extend)",
         ATTEND_ROWS,
         "  work.wait_for_inputs();\n",

@@ -56,7 +56,8 @@ struct __align__(16) Shared {
   int largest;                              // magnitude of the queries
   int row[BLOCK_ROWS];                      // of a row's result, -1 where there is no query
   int ring_pages[RING_PAGES];
-  float of_warp[2][4];                      // the largest exact keys of a page, and values, that a warp has seen
+  const u8* exact_rows[2][TOKENS];          // of the keys of a tile, and of its values
+  float of_warp[2][4];                      // the largest of them that a warp has seen
   u64 arrived[STAGES], left[STAGES];        // a record, by those who write what it says
   u64 keys_written[BUFFERS], values_written[BUFFERS], keys_read[BUFFERS], values_read[BUFFERS];
 };
@@ -204,31 +205,47 @@ __device__ __forceinline__ void attend_rows(u8* memory, Shared& shared, const Wo
       const bool is_record = number < num_records;
       const u32 record = base + number % STAGES * BUFFER, halves = record + SCALES_OFFSET;
       const int page = work.exact_begin + number - num_records;  // of an exact one
-      auto row = [&](int token) { return work.exact_row(page * G + token, writes_values, shared.ring_pages); };
+      const u8*(&rows)[TOKENS] = shared.exact_rows[writes_values];
       float less = 1.f;
-      if (part == 0) {
-        int own;
-        if (is_record) {
-          mbarrier_wait(&shared.arrived[number % STAGES], number / STAGES & 1);
-          own = writes_values ? largest_exponent<D>(halves + 2 * V_CHANNEL_SCALE, halves + 2 * V_FIRST, lane)
-                              : largest_exponent<G>(halves + 2 * K_TOKEN_SCALE, halves + 2 * K_FIRST, lane);
-        } else {
-          own = exact_exponent(row, shared.of_warp[writes_values], 1 + writes_values);
-        }
+      auto take_exponent = [&](int own) {
         if (!writes_values) {
           exponent = own;
         } else if (own >= exponent + 6) {
           less = power_of_two(max(exponent - own, -126));
           exponent = own;
         }
-      }
-      if (n >= BUFFERS) wait_use(read, n - BUFFERS);
+      };
+      auto wait_buffer = [&] {
+        if (n >= BUFFERS) wait_use(read, n - BUFFERS);
+      };
+      auto wait_with_exact = [&](float largest) {
+        take_exponent(exact_exponent(largest, shared.of_warp[writes_values], 1 + writes_values));
+        wait_buffer();
+      };
       if (is_record) {
+        if (part == 0) {
+          mbarrier_wait(&shared.arrived[number % STAGES], number / STAGES & 1);
+          take_exponent(writes_values ? largest_exponent<D>(halves + 2 * V_CHANNEL_SCALE, halves + 2 * V_FIRST, lane)
+                                      : largest_exponent<G>(halves + 2 * K_TOKEN_SCALE, halves + 2 * K_FIRST, lane));
+        }
+        wait_buffer();
         if (writes_values) write_values(target + buffer * SIDE, record, part, exponent, own_warp, lane, exponents);
         else write_keys(target + buffer * SIDE, record, part, exponent, own_warp, lane, exponents);
       } else {
-        if (writes_values) write_exact_values(target + buffer * SIDE, row, part, exponent, own_warp, lane);
-        else write_exact_keys(target + buffer * SIDE, row, part, exponent, own_warp, lane);
+        const int token = thread % 128;
+        sync_group(1 + writes_values);  // those of the tile before are read no more
+        if (token < TOKENS)
+          rows[token] = work.exact_row(page * G + TOKENS * part + token, writes_values, shared.ring_pages);
+        sync_group(1 + writes_values);
+        if (writes_values) {
+          ExactValues exact(rows, own_warp, lane);
+          wait_with_exact(read_exact(exact));
+          write_exact(exact, target + buffer * SIDE, exponent);
+        } else {
+          ExactKeys exact(rows, own_warp, lane);
+          wait_with_exact(read_exact(exact));
+          write_exact(exact, target + buffer * SIDE, exponent);
+        }
       }
       if (own_warp == 0 && lane == 0) {
         if (writes_values) shared.less[buffer] = less;

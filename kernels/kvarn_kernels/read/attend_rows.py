@@ -13,7 +13,7 @@ from kvarn_kernels.record.cuda_constants import format_constants
 HEAD_DIMS = (64, 128)
 # buffers of a block: of records, and of the keys and values of tiles
 STAGES, BUFFERS = 3, 2
-# bytes of shared memory of a block that the driver keeps, and of its tables besides those of its rows
+# bytes of shared memory of a block that the driver keeps, and of its tables besides those of rows and exact tokens
 RESERVED_BYTES, TABLE_BYTES = 1024, 384
 
 
@@ -36,9 +36,10 @@ class Warps:
         return 256 + 2 * self.rows
 
 
-def table_bytes(rows: int) -> int:
+def table_bytes(rows: int, head_dim: int) -> int:
     """Return the bytes of the tables of a block."""
-    return 4 * rows + TABLE_BYTES
+    # addresses of the exact keys of a tile and of its values
+    return 4 * rows + 2 * 8 * head_dim + TABLE_BYTES
 
 
 def row_constants(

@@ -32,7 +32,7 @@ WARPS = Warps(rows=128, writer_registers=96, reader_registers=160)
 ROWS = WARPS.rows
 # In records that a block attends, 2.2 us each on an H200: the time of an exact page, that of a block besides its pages,
 # and that of a block of the encoder; the least that a split has, and splits of a request at most
-EXACT_UNITS, BLOCK_OVERHEAD, ENCODER_PAGES, MIN_UNITS, MAX_SPLITS = 4, 3, 16, 3, 32
+EXACT_UNITS, BLOCK_OVERHEAD, ENCODER_PAGES, MIN_UNITS, MAX_SPLITS = 3, 3, 16, 3, 32
 
 
 @dataclass(frozen=True)

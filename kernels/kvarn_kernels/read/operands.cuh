@@ -22,7 +22,6 @@ constexpr int OCTETS = D / 8;             // of channels, and of the tokens of a
 constexpr int STEPS = D / 16;             // of depth 16
 // parts of a tile's keys whose channels are so many warps'
 constexpr int WARPS_OF_PART = OCTETS / 4, PARTS = 4 / WARPS_OF_PART;
-constexpr int LOADS = 4;                  // of exact rows, that are on their way together
 
 // words of codes
 constexpr int K_CB = K_CHANNEL_BLOCKS, K_TB = 32 / K_FIELD_BITS / K_CB, K_ROW_WORDS = D / K_CB;
@@ -174,32 +173,13 @@ __device__ __forceinline__ void write_values(u32 values, u32 record, int part, i
     }
 }
 
-// A page of exact keys or values: rows of D channels of the model's dtype, rotated; `row` gives their addresses.
-//
-// the exponent of the largest finite one, for all threads of the warpgroup that has the barrier `group`
-template <class Row>
-__device__ __forceinline__ int exact_exponent(const Row& row, float (&of_warp)[4], int group) {
-  const int thread = threadIdx.x % 128;
-  float largest = 0.f;
-#pragma unroll 1
-  for (int first = thread; first < G * OCTETS; first += 128 * LOADS) {
-    uint4 x[LOADS];
-#pragma unroll
-    for (int n = 0; n < LOADS; n++) {
-      const int at = first + 128 * n;
-      x[n] = *(const uint4*)(row(at / OCTETS) + 16 * (at % OCTETS));
-    }
-#pragma unroll
-    for (int n = 0; n < LOADS; n++) {
-      const u32 xs[4] = {x[n].x, x[n].y, x[n].z, x[n].w};
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const float of_pair = largest_of(xs[k]);
-        largest = fmaxf(largest, __float_as_int(of_pair) < 0x7F800000 ? of_pair : 0.f);
-      }
-    }
-  }
-  const int bits = __reduce_max_sync(0xffffffffu, __float_as_int(largest));
+// Exact keys or values of a tile: rows of D channels of the model's dtype, rotated; `rows` has their addresses. A thread
+// reads its part of them for the exponent, HELD at a time, and keeps the last of these until the buffer is free.
+
+// the exponent of the largest finite one, for all threads of the warpgroup that has the barrier `group`; largest: of those
+// of a thread
+__device__ __forceinline__ int exact_exponent(float largest, float (&of_warp)[4], int group) {
+  const int bits = __reduce_max_sync(0xffffffffu, __float_as_int(largest)), thread = threadIdx.x % 128;
   if (thread % 32 == 0) of_warp[thread / 32] = __int_as_float(bits);
   sync_group(group);
   largest = fmaxf(fmaxf(of_warp[0], of_warp[1]), fmaxf(of_warp[2], of_warp[3]));
@@ -207,52 +187,104 @@ __device__ __forceinline__ int exact_exponent(const Row& row, float (&of_warp)[4
   return max(min(exponent_of(largest), 100), -91) - 9;
 }
 
-template <class Row>
-__device__ __forceinline__ void write_exact_keys(u32 keys, const Row& row, int part, int exponent, int warp, int lane) {
-  const float down = power_of_two(-exponent);
-  const int octet = (lane / 8 + 4 * warp) % OCTETS, first = TOKENS / PARTS * (warp / WARPS_OF_PART) + lane % 8;
-#pragma unroll 1
-  for (int token = first; token < first + TOKENS / PARTS; token += 8 * LOADS) {
-    uint4 x[LOADS];
+__device__ __forceinline__ float larger_finite(float largest, u32 pair) {
+  const float of_pair = largest_of(pair);
+  return fmaxf(largest, __float_as_int(of_pair) < 0x7F800000 ? of_pair : 0.f);
+}
+
+// eight channels of every eighth token
+struct ExactKeys {
+  static constexpr int COUNT = TOKENS / PARTS / 8, HELD = COUNT < 8 ? COUNT : 8;
+  const u8* const (&rows)[TOKENS];
+  const int octet, first;
+  uint4 x[HELD];
+
+  __device__ __forceinline__ ExactKeys(const u8* const (&rows)[TOKENS], int warp, int lane)
+      : rows(rows), octet((lane / 8 + 4 * warp) % OCTETS), first(TOKENS / PARTS * (warp / WARPS_OF_PART) + lane % 8) {}
+  __device__ __forceinline__ int token(int n) const { return first + 8 * n; }
+  __device__ __forceinline__ void load(int begin) {
 #pragma unroll
-    for (int n = 0; n < LOADS; n++) x[n] = *(const uint4*)(row(TOKENS * part + token + 8 * n) + 16 * octet);
+    for (int n = 0; n < HELD; n++) x[n] = *(const uint4*)(rows[token(begin + n)] + 16 * octet);
+  }
+  __device__ __forceinline__ float largest() const {
+    float found = 0.f;
 #pragma unroll
-    for (int n = 0; n < LOADS; n++)
-      sts128(keys + octet * OPERAND_BYTES + 16 * (token + 8 * n),
+    for (int n = 0; n < HELD; n++)
+      found = larger_finite(larger_finite(larger_finite(larger_finite(found, x[n].x), x[n].y), x[n].z), x[n].w);
+    return found;
+  }
+  __device__ __forceinline__ void store(u32 keys, int begin, float down) const {
+#pragma unroll
+    for (int n = 0; n < HELD; n++)
+      sts128(keys + octet * OPERAND_BYTES + 16 * token(begin + n),
              make_uint4(scaled_pair(x[n].x, down), scaled_pair(x[n].y, down), scaled_pair(x[n].z, down),
                         scaled_pair(x[n].w, down)));
   }
-}
+};
 
-template <class Row>
-__device__ __forceinline__ void write_exact_values(u32 values, const Row& row, int part, int exponent, int warp,
-                                                   int lane) {
-  const float down = power_of_two(-exponent);
-#pragma unroll 1
-  for (int first = 32 * warp + lane; first < TOKENS / 8 * (D / 2); first += 128 * LOADS / 2) {
-    u32 x[LOADS / 2][8];
+// two channels of eight tokens, of several eights
+struct ExactValues {
+  static constexpr int COUNT = TOKENS / 8 * (D / 2) / 128, HELD = 2;
+  const u8* const (&rows)[TOKENS];
+  const int first;
+  u32 x[HELD][8];
+
+  __device__ __forceinline__ ExactValues(const u8* const (&rows)[TOKENS], int warp, int lane)
+      : rows(rows), first(32 * warp + lane) {}
+  __device__ __forceinline__ int octet(int n) const { return (first + 128 * n) / (D / 2); }
+  __device__ __forceinline__ int pair(int n) const { return (first + 128 * n) % (D / 2); }
+  __device__ __forceinline__ void load(int begin) {
 #pragma unroll
-    for (int n = 0; n < LOADS / 2; n++)
+    for (int n = 0; n < HELD; n++)
 #pragma unroll
-      for (int k = 0; k < 8; k++) {
-        const int at = first + 128 * n, octet = at / (D / 2), pair = at % (D / 2);
-        x[n][k] = *(const u32*)(row(TOKENS * part + 8 * octet + k) + 4 * pair);
-      }
+      for (int k = 0; k < 8; k++) x[n][k] = *(const u32*)(rows[8 * octet(begin + n) + k] + 4 * pair(begin + n));
+  }
+  __device__ __forceinline__ float largest() const {
+    float found = 0.f;
 #pragma unroll
-    for (int n = 0; n < LOADS / 2; n++) {
-      const int at = first + 128 * n, octet = at / (D / 2), pair = at % (D / 2);
+    for (int n = 0; n < HELD; n++)
 #pragma unroll
-      for (int k = 0; k < 8; k++) x[n][k] = scaled_pair(x[n][k], down);
+      for (int k = 0; k < 8; k++) found = larger_finite(found, x[n][k]);
+    return found;
+  }
+  __device__ __forceinline__ void store(u32 values, int begin, float down) const {
+#pragma unroll
+    for (int n = 0; n < HELD; n++) {
       // two tokens of a channel
       u32 y[2][4];
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        y[0][k] = __byte_perm(x[n][2 * k], x[n][2 * k + 1], 0x5410);
-        y[1][k] = __byte_perm(x[n][2 * k], x[n][2 * k + 1], 0x7632);
+        const u32 a = scaled_pair(x[n][2 * k], down), b = scaled_pair(x[n][2 * k + 1], down);
+        y[0][k] = __byte_perm(a, b, 0x5410);
+        y[1][k] = __byte_perm(a, b, 0x7632);
       }
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        sts128(values + octet * OPERAND_BYTES + 16 * (2 * pair + i), make_uint4(y[i][0], y[i][1], y[i][2], y[i][3]));
+        sts128(values + octet(begin + n) * OPERAND_BYTES + 16 * (2 * pair(begin + n) + i),
+               make_uint4(y[i][0], y[i][1], y[i][2], y[i][3]));
     }
+  }
+};
+
+// the magnitude of the largest one; those that come first are held
+template <class Exact>
+__device__ __forceinline__ float read_exact(Exact& exact) {
+  float found = 0.f;
+#pragma unroll 1
+  for (int begin = Exact::COUNT - Exact::HELD; begin >= 0; begin -= Exact::HELD) {
+    exact.load(begin);
+    found = fmaxf(found, exact.largest());
+  }
+  return found;
+}
+
+template <class Exact>
+__device__ __forceinline__ void write_exact(Exact& exact, u32 target, int exponent) {
+  const float down = power_of_two(-exponent);
+  exact.store(target, 0, down);
+#pragma unroll 1
+  for (int begin = Exact::HELD; begin < Exact::COUNT; begin += Exact::HELD) {
+    exact.load(begin);
+    exact.store(target, begin, down);
   }
 }
