@@ -18,18 +18,18 @@ RECORDS, SHORT, DENSE = "records", "short", "dense"
 # FlashAttention 3 (FA3) alone on a bf16 cache; rows in benchmarks/results/prefill.csv.
 #
 #     new tokens x cached   Triton   dense by FA3   extend_sm90.cu   FA3 on bf16
-#     32 x 2,048               102             43               34            22
-#     32 x 8,064                               59               42            31
-#     32 x 32,640              173            123               65            58
-#     32 x 98,176                             323              138           128
-#     64 x 32,640                             141               98            75
-#     128 x 2,048              142             68               55            28
-#     128 x 8,064              207             92               79            46
-#     128 x 32,640             595            199              176           126
-#     128 x 98,176           1,619            539              445           327
-#     160 x 32,640                                             221
+#     32 x 2,048               102             43               22            22
+#     32 x 8,064                               59               36            31
+#     32 x 32,640              173            123               59            58
+#     32 x 98,176                             323              131           128
+#     64 x 32,640                             141               92            75
+#     128 x 2,048              142             68               46            28
+#     128 x 8,064              207             92               71            46
+#     128 x 32,640             595            199              164           126
+#     128 x 98,176           1,619            539              433           327
+#     160 x 32,640                                             210
 #     256 x 32,640                            324                            229
-#     16 times 100 x 20,480                 2,034            1,512           979
+#     16 times 100 x 20,480                 2,034            1,464           979
 #
 # Of extend_sm90.cu every block of 128 rows, query heads for tokens, unpacks all records again, so it serves requests of
 # few tokens: up to SHORT_BLOCKS, 128 tokens of the heads above, where dense steps catch up at about 160. It wants a
