@@ -8,7 +8,6 @@ rings are not in the prefix cache, so they never leave the device.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from kvarn_kernels.record import tile
 from kvarn_kernels.record.format import first_token_dtype
 from kvarn_kernels.transfer.copy_pages import StagedWrite, copy_pages, copy_pages_by_torch
 
-from sglang_kvarn import compat
+from sglang_kvarn import compat, storage_keys
 from sglang_kvarn.pool import HostSource, KVarNTokenToKVPool
 
 # what SGLang calls pages that are contiguous
@@ -85,16 +84,14 @@ class KVarNHostPool(compat.HostKVCache):
     def storage_format_tag(self) -> str:
         """Return a part of the keys of a storage: pages of other formats, or balanced otherwise, are misses.
 
-        The keys are also those of what SGLang keeps of the same tokens, so that the part names the format of states,
-        and the order in which keys and values of sliding windows and of draft models lie.
+        The keys are also those of what SGLang keeps of the same tokens, so that the part stands for the format of
+        states, too, and for the order in which keys and values of sliding windows and of draft models lie.
         """
-        pool, dtype = self._pool, str(self._pool.shape.dtype).removeprefix("torch.")
-        parts = [pool.config.name, f"v{tile.VERSION}", dtype, pool.balance_tag()]
-        if pool.states is not None:
-            parts.append(hashlib.sha256(pool.states.format.encode()).hexdigest()[:12])
+        pool = self._pool
+        parts = [str(pool.shape.dtype), pool.balance_tag(), "" if pool.states is None else pool.states.format]
         if pool.sliding_tokens or pool.draft_token_bytes:
             parts.append(self._layout_beside)
-        return "-".join(parts)
+        return storage_keys.tag(pool.config.name, parts)
 
     def get_size_per_token(self) -> int:
         """Return the bytes of a token in all layers."""

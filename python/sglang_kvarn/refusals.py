@@ -13,7 +13,7 @@ import torch
 from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
 from kvarn_kernels.shape import AttentionShape
 
-from sglang_kvarn import capacity, compat, settings
+from sglang_kvarn import capacity, compat, settings, storage_keys
 from sglang_kvarn.drafts import DFLASH, NGRAM, algorithm_of
 from sglang_kvarn.refused import Refused
 
@@ -160,7 +160,17 @@ def _has_draft_model(args: Any) -> bool:
 _HICACHE = "--enable-hierarchical-cache"
 _STORAGES = ("file",)
 _ONLY_FILES = "only files are tested"
+_LONG_NAME = (
+    "files are named by the model, too, and with the name that it is served by, its path by default, theirs would be "
+    f"longer than {storage_keys.NAME_BYTES} bytes"
+)
 _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys, so that tenants would share pages"
+
+
+def _has_long_name(args: Any) -> bool:
+    """Return whether no file could be named by the model."""
+    name = args.served_model_name or args.model_path
+    return len(name.encode()) > storage_keys.longest_model_name(args.kv_cache_dtype)
 
 
 def _is_trial(device: str, variable: str) -> bool:
@@ -208,6 +218,12 @@ _HOST_MEMORY = (
         "--hicache-storage-backend {args.hicache_storage_backend}",
         _ONLY_FILES,
         "drop --hicache-storage-backend, or set it to file",
+    ),
+    _host_memory(
+        lambda args: args.hicache_storage_backend == "file" and _has_long_name(args),
+        "--hicache-storage-backend file",
+        _LONG_NAME,
+        "give the model a shorter name by --served-model-name",
     ),
     _host_memory(
         lambda args: args.hicache_io_backend != "kernel",
@@ -651,6 +667,8 @@ def attach_or_refuse(original: Callable[..., Any], scheduler: Any, recv_req: Any
         why, way_out = _NO_SALT, "use SGLang 0.5.23"
     elif recv_req.hicache_storage_backend not in _STORAGES:
         why, way_out = _ONLY_FILES, f"attach {' or '.join(_STORAGES)}"
+    elif _has_long_name(scheduler.server_args):
+        why, way_out = _LONG_NAME, "start the server with a shorter --served-model-name"
     elif _has_windows(scheduler.model_config) and _is_trial(compat.published_argument("device"), UNTESTED_WINDOWS_ENV):
         why = "files beside sliding windows have run on a CPU only"
         way_out = f"keep prefixes in memory, or start the server with {UNTESTED_WINDOWS_ENV}=1 to try it"

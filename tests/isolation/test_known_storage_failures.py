@@ -14,7 +14,7 @@ import torch
 from history import PAGE
 from host_tier import HostOptions
 from prefix_cache import calls
-from sglang_kvarn import compat
+from sglang_kvarn import compat, storage_keys
 from sglang_kvarn.host_pool import KVarNHostPool
 from storage_tier import DAMAGES, Folder, page_keys
 from streams import COPIES_FIRST, FORWARD_FIRST, Event
@@ -231,14 +231,16 @@ def test_a_page_beside_the_one_that_was_asked_for_is_found(folder, monkeypatch, 
         read(folder)
 
 
-@pytest.mark.parametrize(
-    ("lacks", "change"), [("kvarn_k4v2_g128-", {"preset": "kvarn_k4v4_g128"}), ("-factors0", {"factors": 1})]
-)
-def test_a_key_without_preset_or_factors_is_found(folder, monkeypatch, lacks, change):
-    tag = KVarNHostPool.storage_format_tag.fget
-    others = {"kvarn_k4v2_g128-": "kvarn_k4v4_g128-", "-factors0": "-factors1"}
-    short = property(lambda host: tag(host).replace(lacks, "").replace(others[lacks], ""))
-    monkeypatch.setattr(KVarNHostPool, "storage_format_tag", short)
+@pytest.mark.parametrize("change", [{"preset": "kvarn_k4v4_g128"}, {"factors": 1}], ids=["preset", "factors"])
+def test_a_key_without_preset_or_factors_is_found(folder, monkeypatch, change):
+    tag, factors = storage_keys.tag, "factors" in change
+
+    def without(preset: str, parts: list[str]) -> str:
+        if not factors:
+            return tag("kvarn", parts)
+        return tag(preset, [part for part in parts if not part.startswith("factors")])
+
+    monkeypatch.setattr(storage_keys, "tag", without)
     write(folder)
     with pytest.raises(AssertionError, match=r"error|memory: pages|file .*: page"):
         read(folder, **change)

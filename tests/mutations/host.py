@@ -19,6 +19,7 @@ from .paths import (
     POOL,
     REFUSALS,
     RINGS,
+    STORAGE_KEYS,
     TEST_BALANCED_LAYERS,
     TEST_CHECKSUMS,
     TEST_COMPAT,
@@ -255,8 +256,8 @@ MUTATIONS = (
     Mutation(
         "keys of a storage without the balance of channels",
         HOST_POOL,
-        "dtype, pool.balance_tag()]",
-        "dtype]",
+        "pool.balance_tag(), ",
+        "",
         (TEST_HOST_POOL,),
     ),
     Mutation(
@@ -292,8 +293,8 @@ MUTATIONS = (
     Mutation(
         "keys of a storage without the preset",
         HOST_POOL,
-        "[pool.config.name, f",
-        "[f",
+        "storage_keys.tag(pool.config.name, parts)",
+        'storage_keys.tag("kvarn", parts)',
         (TEST_HOST_POOL,),
     ),
     Mutation(
@@ -334,23 +335,37 @@ MUTATIONS = (
     Mutation(
         "files of any preset in one (worlds)",
         HOST_POOL,
-        "[pool.config.name, f",
-        "[f",
+        "storage_keys.tag(pool.config.name, parts)",
+        'storage_keys.tag("kvarn", parts)',
         (_FOREIGN,),
     ),
     Mutation(
         "files of any balance of channels in one (worlds)",
         HOST_POOL,
-        "dtype, pool.balance_tag()]",
-        "dtype]",
+        "pool.balance_tag(), ",
+        "",
         (_FOREIGN,),
     ),
     Mutation(
         "keys of a storage without the format of states",
         HOST_POOL,
-        "if pool.states is not None:",
-        "if False:",
+        '"" if pool.states is None else pool.states.format]',
+        '""]',
         (TEST_HOST_POOL,),
+    ),
+    Mutation(
+        "files named by models of any name",
+        REFUSALS,
+        "and _has_long_name(args),",
+        "and False,",
+        (f"{TEST_REFUSALS}::test_files_want_a_model_by_whose_name_they_can_be_called",),
+    ),
+    Mutation(
+        "room for longer names of models than files have",
+        STORAGE_KEYS,
+        "_OTHER_BYTES = 64 + 16 + 16",
+        "_OTHER_BYTES = 64",
+        (f"{TEST_HOST_POOL}::test_a_model_of_the_longest_name_has_files",),
     ),
     Mutation(
         "keys of a storage without the order of sliding windows",

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kvarn_kernels.shape import AttentionShape
-from sglang_kvarn import compat, refusals
+from sglang_kvarn import compat, refusals, storage_keys
 from sglang_kvarn.refused import Refused
 
 # argument, refused value, a word of the sentence
@@ -381,7 +381,8 @@ def test_a_running_server_attaches_what_it_could_start_with(
     monkeypatch.setattr(compat, "hybrid_config", lambda model_config: states)
     monkeypatch.setattr(compat, "windows_in_records", lambda model_config: windows)
     model_config = SimpleNamespace(is_hybrid_swa=False)
-    scheduler = SimpleNamespace(server_args=SimpleNamespace(kv_cache_dtype="kvarn"), model_config=model_config)
+    args = SimpleNamespace(kv_cache_dtype="kvarn", model_path="model", served_model_name=None)
+    scheduler = SimpleNamespace(server_args=args, model_config=model_config)
     request = SimpleNamespace(hicache_storage_backend=storage)
     attached = []
     answer = refusals.attach_or_refuse(lambda *given: attached.append(given), scheduler, request)
@@ -389,6 +390,22 @@ def test_a_running_server_attaches_what_it_could_start_with(
     if end is not None:
         start = f"The storage backend {storage} cannot be combined with --kv-cache-dtype kvarn, "
         assert not answer.success and answer.message.startswith(start) and answer.message.endswith(end)
+
+
+@pytest.mark.skipif(not compat.salts_storage_keys(), reason="files are refused with this version of SGLang")
+def test_files_want_a_model_by_whose_name_they_can_be_called(served, monkeypatch):
+    longest = storage_keys.longest_model_name("kvarn")
+    hosted = {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"}
+    refusals.check_arguments(Changed(served, **hosted, served_model_name="m" * longest))
+    message = refused(Changed(served, **hosted, served_model_name="m" * (longest + 1)))
+    assert message.startswith("--hicache-storage-backend file cannot be combined")
+    assert message.endswith(": give the model a shorter name by --served-model-name")
+    # bytes count
+    assert "longer than 255 bytes" in refused(Changed(served, **hosted, served_model_name="\u00e9" * longest))
+    args = SimpleNamespace(kv_cache_dtype="kvarn", served_model_name=None, model_path="m" * (longest + 1))
+    request = SimpleNamespace(hicache_storage_backend="file")
+    answer = refusals.attach_or_refuse(None, SimpleNamespace(server_args=args), request)
+    assert not answer.success and answer.message.endswith("start the server with a shorter --served-model-name")
 
 
 needs_transfers = pytest.mark.skipif(not compat.transfers_requests(), reason="transfers are refused in this SGLang")
@@ -462,11 +479,11 @@ def test_check_arguments_takes_transfers_with_one_version_of_sglang(served, monk
 
 
 def test_every_refusal_of_the_table_has_a_case():
-    # prefill and decode backend are one refusal; two for graphs, five for drafts, six for host memory (the version, its
-    # order with a draft model, storage; drafts of either kind and PD on a GPU); four for the version, host memory,
-    # drafts on a GPU and DP attention beside transfers; four for pipelines; four for DP attention (two on a GPU, the
-    # chunk of a rank, drafts beside it)
-    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 13 + (not compat.has_argument(HOST_MODE))
+    # prefill and decode backend are one refusal; two for graphs, five for drafts, seven for host memory (the version,
+    # its order with a draft model, storage, names of files; drafts of either kind and PD on a GPU); four for the
+    # version, host memory, drafts on a GPU and DP attention beside transfers; four for pipelines; four for DP attention
+    # (two on a GPU, the chunk of a rank, drafts beside it)
+    cases = len(CASES) - 1 + len(VARIABLES) + len(HOST_MEMORY) + 14 + (not compat.has_argument(HOST_MODE))
     cases += len(TRANSFER) + len(TRANSFER_VARIABLES) + 4 + 4 + 4
     assert len(refusals.ARGUMENTS) == cases
 
