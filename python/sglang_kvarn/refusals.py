@@ -52,7 +52,7 @@ _WINDOWS_ON_GPUS = ("GptOssForCausalLM", "LagunaForCausalLM", "Olmo2ForCausalLM"
 _HEADS_ON_GPUS = {"GptOssForCausalLM": ("EAGLE3",)}
 _WINDOWS_ON_GPUS_SINCE = "0.5.23"
 # models with sliding windows that have gone from one server to another while drafts were verified
-_SENT_WITH_DRAFTS = ("GptOssForCausalLM",)
+_SENT_WITH_DRAFTS = ("GptOssForCausalLM", "LagunaForCausalLM")
 # models with sliding windows that have run beside DP attention, without drafts, and the version of SGLang with which
 # these and states of gated delta nets have
 _WINDOWS_BESIDE_RANKS, _BESIDE_RANKS_SINCE = ("GptOssForCausalLM",), "0.5.23"

@@ -175,7 +175,7 @@ def test_a_prefix_and_its_windows_from_host_memory_of_the_prefill_server_are_sen
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("family", "algorithm"), [("gpt_oss", "EAGLE3")])
+@pytest.mark.parametrize(("family", "algorithm"), [("gpt_oss", "EAGLE3"), ("laguna", "EAGLE")])
 def test_drafts_are_verified_in_windows_that_were_received(tmp_path, family, algorithm):
     model = tiny_model.save(tmp_path / "model", family)
     texts = known_drafts.Texts(tmp_path / known_drafts.FILE)

@@ -619,10 +619,12 @@ def test_some_draft_models_beside_sliding_windows_are_refused_and_a_gpu_is_a_tri
         with monkeypatch.context() as patch:
             patch.setenv(refusals.UNTESTED_TRANSFERS_ENV, "1")
             refusals.check_windows(sent, model_config)
-    # of gpt-oss drafts are verified on the way
+    # of gpt-oss and Laguna drafts are verified behind it
     drafted = SimpleNamespace(**off | {"disaggregation_mode": "decode", "speculative_algorithm": "EAGLE3"})
     refusals.check_windows(drafted, config)
     config.hf_config.architectures = ["LagunaForCausalLM"]
+    refusals.check_windows(drafted, config)
+    config.hf_config.architectures = ["MellumForCausalLM"]
     with pytest.raises(ValueError, match=r"drafts between servers beside sliding .*: drop --speculative-algorithm$"):
         refusals.check_windows(drafted, config)
 
