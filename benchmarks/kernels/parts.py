@@ -26,6 +26,7 @@ PREFILL: Places = {
     "encode": [(encode, "encode_from_chunk"), (encode_cuda, "encode_from_chunk")],
     "dequantise": [(extend_dense, "dequantise"), (extend_dense, "dequantise_by_cuda")],
     "attention": [(extend_dense, "run_call"), (extend_sm90, "attend")],
+    # `finish` stores, too
     "merge": [(extend_dense, "merge_parts"), (merge, "merge_splits"), (finish_short, "finish")],
     "store": [(store, "store_chunk"), (chunk_cuda, "store_chunk")],
 }

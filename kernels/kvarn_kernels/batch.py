@@ -87,6 +87,10 @@ class ExtendBatch:
         """New tokens of all requests; q, k, v may have more rows (padding), which are neither read nor written."""
         return sum(self.new_tokens)
 
+    def stored_tokens(self, page_tokens: int) -> int:
+        """Return the most new tokens that a request stores in its ring; page_tokens: that a page of a ring has."""
+        return min(self.ring_pages.shape[1] * page_tokens, max(self.new_tokens, default=0))
+
     @cached_property
     def full_pages(self) -> list[int]:
         """Pages that each request completes."""

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from kvarn_kernels.config import SUPPORTED_HEAD_DIMS
+from kvarn_kernels.config import SUPPORTED_HEAD_DIMS, KVarNConfig
 from kvarn_kernels.shape import AttentionShape
 
 from sglang_kvarn import capacity, compat, settings, storage_keys
@@ -169,8 +169,8 @@ _NO_SALT = "this version of SGLang leaves the salt of a request out of the keys,
 
 def _has_long_name(args: Any) -> bool:
     """Return whether no file could be named by the model."""
-    name = args.served_model_name or args.model_path
-    return len(name.encode()) > storage_keys.longest_model_name(args.kv_cache_dtype)
+    name, preset = args.served_model_name or args.model_path, KVarNConfig.from_preset(args.kv_cache_dtype)
+    return len(name.encode()) > storage_keys.longest_model_name(preset.name)
 
 
 def _is_trial(device: str, variable: str) -> bool:

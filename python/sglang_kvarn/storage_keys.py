@@ -23,11 +23,12 @@ def tag(preset: str, parts: Iterable[str]) -> str:
     """Return what tells pages of this cache from those of others: its preset, the format's version, and a hash.
 
     Args:
+        preset: its full name, `KVarNConfig.name`.
         parts: what else the bytes of a page, or of what is kept with it, depend on.
     """
     return f"{preset}-v{tile.VERSION}-{hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:16]}"
 
 
 def longest_model_name(preset: str) -> int:
-    """Return the bytes that the name of a model may have, so that files can be named by it."""
+    """Return the bytes that the name of a model may have, so that files can be named by it; preset: its full name."""
     return NAME_BYTES - _OTHER_BYTES - len(tag(preset, ()))

@@ -3,6 +3,7 @@
 
 import cuda_as_cpp
 import pytest
+import short_steps_on_cpu
 import torch
 from builders import DEVICE, int32, make_cache, read_ring
 from cubin import compiled, registers_and_stack
@@ -26,9 +27,7 @@ def launches(tmp_path, monkeypatch) -> dict:
     def kernel(*form):
         if form not in built:
             # the last one is the device
-            defines = finish_short.constants(*form[:-1])
-            threads = 32 * finish_short.WARPS
-            built[form] = cuda_as_cpp.build(tmp_path, finish_short.SOURCE, finish_short.KERNEL, defines, threads)
+            built[form] = short_steps_on_cpu.finish_as_cpp(tmp_path, *form[:-1])
         return built[form]
 
     if DEVICE.type != "cuda":

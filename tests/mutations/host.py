@@ -361,6 +361,13 @@ MUTATIONS = (
         (f"{TEST_REFUSALS}::test_files_want_a_model_by_whose_name_they_can_be_called",),
     ),
     Mutation(
+        "files named by the short name of a preset",
+        REFUSALS,
+        "storage_keys.longest_model_name(preset.name)",
+        "storage_keys.longest_model_name(args.kv_cache_dtype)",
+        (f"{TEST_REFUSALS}::test_files_want_a_model_by_whose_name_they_can_be_called",),
+    ),
+    Mutation(
         "room for longer names of models than files have",
         STORAGE_KEYS,
         "_OTHER_BYTES = 64 + 16 + 16",

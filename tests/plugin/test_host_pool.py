@@ -129,7 +129,7 @@ def test_the_keys_of_a_storage_name_format_and_balance(pool, make):
 
 
 @pytest.mark.skipif(not compat.salts_storage_keys(), reason="files are refused with this version of SGLang")
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", sorted({KVarNConfig.from_preset(name).name for name in preset_names()}))
 def test_a_model_of_the_longest_name_has_files(preset, tmp_path):
     storage = importlib.import_module("sglang.srt.mem_cache.hicache_storage")
     names = dict.fromkeys(inspect.signature(storage.HiCacheStorageConfig).parameters, 0)

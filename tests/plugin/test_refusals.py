@@ -393,8 +393,9 @@ def test_a_running_server_attaches_what_it_could_start_with(
 
 
 @pytest.mark.skipif(not compat.salts_storage_keys(), reason="files are refused with this version of SGLang")
-def test_files_want_a_model_by_whose_name_they_can_be_called(served, monkeypatch):
-    longest = storage_keys.longest_model_name("kvarn")
+def test_files_want_a_model_by_whose_name_they_can_be_called(served):
+    # what the preset kvarn is called in their names
+    longest = storage_keys.longest_model_name("kvarn_k4v2_g128")
     hosted = {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"}
     refusals.check_arguments(Changed(served, **hosted, served_model_name="m" * longest))
     message = refused(Changed(served, **hosted, served_model_name="m" * (longest + 1)))

@@ -77,7 +77,7 @@ def finish(
     """
     tokens, splits, heads, head_dim = partial_out.shape
     ring_pages, requests, device = batch.ring_pages.shape[1], len(batch.new_tokens), cache.records.device
-    newest = min(ring_pages * config.exact_tokens(head_dim, cache.dtype.itemsize), max(batch.new_tokens))
+    newest = batch.stored_tokens(config.exact_tokens(head_dim, cache.dtype.itemsize))
     form = (config, head_dim, heads, cache.num_kv_heads, cache.dtype == torch.bfloat16, ring_pages)
     units = tokens * heads + requests * newest * cache.num_kv_heads
     _compiled(*form, None if sinks is None else sinks.dtype, device.index or 0)(

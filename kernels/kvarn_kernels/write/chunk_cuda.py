@@ -81,8 +81,7 @@ def rotate_chunk(new: QKV, *, with_q: bool = True, out: QKV | None = None) -> QK
 def store_chunk(rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVarNConfig) -> None:
     """Run the contract of `store.store_chunk`."""
     ring_pages, device = batch.ring_pages.shape[1], cache.records.device
-    tokens = config.exact_tokens(cache.head_dim, cache.dtype.itemsize)
-    newest = min(ring_pages * tokens, max(batch.new_tokens, default=0))
+    newest = batch.stored_tokens(config.exact_tokens(cache.head_dim, cache.dtype.itemsize))
     if newest == 0:
         return
     is_bf16 = cache.dtype == torch.bfloat16

@@ -60,7 +60,7 @@ def store_chunk(rotated: QKV, cache: LayerCache, batch: ExtendBatch, config: KVa
     """
     ring_pages = batch.ring_pages.shape[1]
     tokens = config.exact_tokens(cache.head_dim, cache.dtype.itemsize)
-    newest = min(ring_pages * tokens, max(batch.new_tokens, default=0))
+    newest = batch.stored_tokens(tokens)
     if newest == 0:
         return
     _store_launcher(
